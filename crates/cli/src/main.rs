@@ -1,0 +1,2 @@
+//! The pagecast command.
+fn main() {}

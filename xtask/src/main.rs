@@ -1,0 +1,2 @@
+//! The one door to every task of this project.
+fn main() {}
