@@ -1,0 +1,80 @@
+//! A process that cannot be mistaken for another (`pidfd_open(2)`).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::time::Timespec;
+
+use crate::outcome::Errno;
+
+/// A handle on one process. Its number may be given to another process after it has died; this handle never moves on.
+#[derive(Debug)]
+pub struct PidFd {
+    fd: OwnedFd,
+}
+
+impl PidFd {
+    /// A handle on whatever process has this number *now*.
+    ///
+    /// # Errors
+    ///
+    /// `ESRCH` where there is none, or `EINVAL` for a number that cannot be one.
+    pub fn open(pid: i32) -> Result<Self, Errno> {
+        let pid = Pid::from_raw(pid).ok_or(Errno::new(libc::EINVAL))?;
+        let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(Errno::from)?;
+        Ok(Self { fd })
+    }
+
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Sends SIGKILL. A process that has died already is no error.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` where the process is not ours to kill.
+    pub fn kill(&self) -> Result<(), Errno> {
+        match rustix::process::pidfd_send_signal(&self.fd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Whether the process has exited, all its threads included. A zombie has.
+    pub fn has_exited(&self) -> bool {
+        let mut poll = [PollFd::new(&self.fd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut poll, Some(&Timespec::default())), Ok(ready) if ready > 0)
+    }
+}
+
+impl AsFd for PidFd {
+    /// Readable once the process has exited.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_killed_process_has_exited_even_as_a_zombie() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let pidfd = PidFd::open(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(!pidfd.has_exited());
+        pidfd.kill().unwrap();
+        // Readable, so no race: block until it is.
+        rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
+        assert!(pidfd.has_exited());
+        child.wait().unwrap();
+        pidfd.kill().expect("killing the dead is no error");
+    }
+
+    #[test]
+    fn impossible_pids_are_refused() {
+        assert_eq!(PidFd::open(0).unwrap_err(), Errno::new(libc::EINVAL));
+    }
+}

@@ -1,0 +1,464 @@
+//! The userfaultfd object (`userfaultfd(2)`, `ioctl_userfaultfd(2)`).
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno as E, ReadWriteFlags};
+use rustix::ioctl::{Ioctl, Opcode, Setter, Updater};
+
+use crate::abi;
+use crate::address::{ByteLen, HostAddr, HostRange};
+use crate::event::{Event, MESSAGE_SIZE, Parsed, parse};
+use crate::feature::Features;
+use crate::outcome::{Errno, Outcome};
+
+/// How many events one `read` takes at most.
+pub const EVENTS_PER_READ: usize = 64;
+
+/// The feature bit the kernel sets in a userfaultfd once `UFFDIO_API` has been done (`UFFD_FEATURE_INITIALIZED`).
+const INITIALIZED: u64 = 1 << 31;
+
+/// A userfaultfd that has been through `UFFDIO_API`, of this process or another.
+#[derive(Debug)]
+pub struct Uffd {
+    fd: OwnedFd,
+    features: Features,
+}
+
+/// How to create a userfaultfd.
+#[derive(Clone, Copy, Debug)]
+pub struct UffdOptions {
+    /// What it shall deliver.
+    pub features: Features,
+    /// Whether a `read` without events answers at once. A userfaultfd that blocks cannot be polled.
+    pub nonblocking: bool,
+}
+
+/// Why a userfaultfd could not be created.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CreateError {
+    /// Neither the device nor the system call gave one.
+    #[error(
+        "no userfaultfd: /dev/userfaultfd: {device}; userfaultfd(2): {syscall} (give this user read and write access to \
+         /dev/userfaultfd, or set the sysctl vm.unprivileged_userfaultfd to 1)"
+    )]
+    Unavailable {
+        /// What opening the device said.
+        device: Errno,
+        /// What the system call said.
+        syscall: Errno,
+    },
+    /// The kernel does not have the features asked for.
+    #[error("this kernel's userfaultfd lacks a feature of {features:?}: {source}")]
+    Features {
+        /// What was asked for.
+        features: Features,
+        /// What the kernel said.
+        source: Errno,
+    },
+}
+
+/// Why a received file descriptor was not taken as a userfaultfd.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotAUffd {
+    /// It is something else.
+    #[error("the file descriptor is not a userfaultfd but {what:?}")]
+    OtherFile {
+        /// What the kernel says it is.
+        what: String,
+    },
+    /// Its owner has not done `UFFDIO_API`; doing it for them would decide its features.
+    #[error("the userfaultfd has not been through UFFDIO_API")]
+    NotInitialised,
+    /// `/proc/self` could not tell.
+    #[error("cannot find out what the file descriptor is")]
+    Unknown(#[source] std::io::Error),
+}
+
+/// Whether a read of events emptied the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Nothing was left when the read returned.
+    Yes,
+    /// There may be more.
+    NotYet,
+}
+
+impl Uffd {
+    /// Creates a userfaultfd for this process: from `/dev/userfaultfd`, else by the system call. Close-on-exec.
+    ///
+    /// # Errors
+    ///
+    /// [`CreateError`] where neither way is open to this user, or the kernel lacks a feature.
+    pub fn create(options: UffdOptions) -> Result<Self, CreateError> {
+        let mut flags = OFlags::CLOEXEC;
+        flags.set(OFlags::NONBLOCK, options.nonblocking);
+        let fd = match create_by_device(flags) {
+            Ok(fd) => fd,
+            Err(device) => create_by_syscall(flags).map_err(|syscall| CreateError::Unavailable {
+                device: device.into(),
+                syscall: syscall.into(),
+            })?,
+        };
+        let mut api = abi::uffdio_api {
+            api: abi::UFFD_API,
+            features: options.features.bits(),
+            ioctls: 0,
+        };
+        update::<{ abi::API }, _>(fd.as_fd(), &mut api).map_err(|errno| CreateError::Features {
+            features: options.features,
+            source: errno.into(),
+        })?;
+        Ok(Self {
+            fd,
+            features: options.features,
+        })
+    }
+
+    /// Takes over a userfaultfd that another process created and sent.
+    ///
+    /// It is never initialised again: `UFFDIO_API` a second time is an error, and registering is its owner's business.
+    /// Sets `O_NONBLOCK`, without which it cannot be polled; the owner shares this flag and can clear it, which is why
+    /// [`read_events`](Self::read_events) does not rely on it.
+    ///
+    /// # Errors
+    ///
+    /// [`NotAUffd`] where it is anything but an initialised userfaultfd; the file descriptor is closed.
+    pub fn from_received(fd: OwnedFd) -> Result<Self, NotAUffd> {
+        let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
+        let link = std::fs::read_link(format!("/proc/self/fd/{number}")).map_err(NotAUffd::Unknown)?;
+        // A path starts with a slash, so no file can be named like this.
+        if link.as_os_str() != "anon_inode:[userfaultfd]" {
+            return Err(NotAUffd::OtherFile {
+                what: link.to_string_lossy().into_owned(),
+            });
+        }
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).map_err(NotAUffd::Unknown)?;
+        let bits = features_of_fdinfo(&info).ok_or_else(|| {
+            NotAUffd::Unknown(std::io::Error::new(
+                std::io::ErrorKind::InvalidData,
+                "no API line in its fdinfo",
+            ))
+        })?;
+        if bits & INITIALIZED == 0 {
+            return Err(NotAUffd::NotInitialised);
+        }
+        rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).map_err(|errno| NotAUffd::Unknown(errno.into()))?;
+        Ok(Self {
+            fd,
+            features: Features::from_bits_retain(bits & !INITIALIZED),
+        })
+    }
+
+    /// What it delivers, as decided by whoever created it.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Reads what has happened, up to [`EVENTS_PER_READ`] events, appends it to `events` and says whether that was all.
+    /// Never blocks, even where the peer has cleared `O_NONBLOCK` behind our back (Linux 6.10 and newer).
+    ///
+    /// The kernel hands out page faults before other events, so a fault may come before an older `Remove`.
+    ///
+    /// # Errors
+    ///
+    /// The error of the `read`.
+    pub fn read_events(&self, events: &mut Vec<Event>) -> Result<Drained, Errno> {
+        let mut buffer = [0; EVENTS_PER_READ * MESSAGE_SIZE];
+        let length = match self.read_without_waiting(&mut buffer) {
+            Ok(length) => length,
+            Err(E::AGAIN | E::INTR) => return Ok(Drained::Yes),
+            Err(errno) => return Err(errno.into()),
+        };
+        Ok(if push_events(&buffer[..length], events) < EVENTS_PER_READ {
+            Drained::Yes
+        } else {
+            Drained::NotYet
+        })
+    }
+
+    /// Blocks until there is an event (where the userfaultfd was created blocking) and reads up to [`EVENTS_PER_READ`].
+    ///
+    /// # Errors
+    ///
+    /// The error of the `read`, `EAGAIN` where there is nothing and it does not block.
+    pub fn read_events_blocking(&self, events: &mut Vec<Event>) -> Result<(), Errno> {
+        let mut buffer = [0; EVENTS_PER_READ * MESSAGE_SIZE];
+        let length = rustix::io::read(&self.fd, &mut buffer).map_err(Errno::from)?;
+        push_events(&buffer[..length], events);
+        Ok(())
+    }
+
+    fn read_without_waiting(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+        // `u64::MAX` asks for the file position, as for every file that has none.
+        match rustix::io::preadv2(
+            &self.fd,
+            &mut [IoSliceMut::new(buffer)],
+            u64::MAX,
+            ReadWriteFlags::NOWAIT,
+        ) {
+            // Before Linux 6.10 a userfaultfd knows no RWF_NOWAIT; O_NONBLOCK was set when it was taken over.
+            Err(E::OPNOTSUPP) => rustix::io::read(&self.fd, buffer),
+            result => result,
+        }
+    }
+
+    /// Registers `range` for missing faults: from now on a touch of an absent page there becomes an event.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: `EINVAL` (not mapped, not aligned, not anonymous), `EBUSY` (registered elsewhere), …
+    ///
+    /// # Safety
+    ///
+    /// Where the userfaultfd belongs to this process, `range` must be memory that the caller has mapped, that holds no
+    /// Rust object and to which no reference exists: its content comes from whoever installs pages.
+    pub unsafe fn register(&self, range: HostRange) -> Result<(), Errno> {
+        let mut register = abi::uffdio_register {
+            range: range_abi(range),
+            mode: abi::REGISTER_MODE_MISSING,
+            ioctls: 0,
+        };
+        update::<{ abi::REGISTER }, _>(self.fd.as_fd(), &mut register).map_err(Errno::from)
+    }
+
+    /// Ends the registration of `range` and wakes whoever waits there. What is absent reads as zeros from now on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: `EINVAL` (nothing mapped there), `ENOMEM` (the address space is gone or a mapping could not be split).
+    pub fn unregister(&self, range: HostRange) -> Result<(), Errno> {
+        set::<{ abi::UNREGISTER }, _>(self.fd.as_fd(), range_abi(range)).map_err(Errno::from)
+    }
+
+    /// Copies `bytes` to `to` (`UFFDIO_COPY`) and wakes whoever waits there. The length must be whole pages.
+    pub fn copy(&self, to: HostAddr, bytes: &[u8]) -> Outcome {
+        let mut copy = abi::uffdio_copy {
+            dst: to.get(),
+            src: bytes.as_ptr() as u64,
+            len: ByteLen::of_slice(bytes).get(),
+            mode: 0,
+            copy: 0,
+        };
+        let result = update::<{ abi::COPY }, _>(self.fd.as_fd(), &mut copy);
+        Outcome::of_install(result, copy.copy)
+    }
+
+    /// Maps the kernel's zero page all over `range` (`UFFDIO_ZEROPAGE`) and wakes whoever waits there.
+    /// Not for hugetlbfs, where it [fails](Outcome::Failed) with `EINVAL`: copy zeros there.
+    pub fn zeropage(&self, range: HostRange) -> Outcome {
+        let mut zeropage = abi::uffdio_zeropage {
+            range: range_abi(range),
+            mode: 0,
+            zeropage: 0,
+        };
+        let result = update::<{ abi::ZEROPAGE }, _>(self.fd.as_fd(), &mut zeropage);
+        Outcome::of_install(result, zeropage.zeropage)
+    }
+
+    /// Maps pages that are in the page cache already (`UFFDIO_CONTINUE`, for minor faults) and wakes whoever waits.
+    pub fn continue_range(&self, range: HostRange) -> Outcome {
+        let mut arguments = abi::uffdio_continue {
+            range: range_abi(range),
+            mode: 0,
+            mapped: 0,
+        };
+        let result = update::<{ abi::CONTINUE }, _>(self.fd.as_fd(), &mut arguments);
+        Outcome::of_install(result, arguments.mapped)
+    }
+
+    /// Marks `range` as broken hardware (`UFFDIO_POISON`, Linux 6.6): a touch raises SIGBUS. Wakes whoever waits.
+    pub fn poison(&self, range: HostRange) -> Outcome {
+        let mut poison = abi::uffdio_poison {
+            range: range_abi(range),
+            mode: 0,
+            updated: 0,
+        };
+        let result = update::<{ abi::POISON }, _>(self.fd.as_fd(), &mut poison);
+        Outcome::of_install(result, poison.updated)
+    }
+
+    /// Wakes every thread that waits for a page of `range`; each touches its page again, and faults again if it is not
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: `EINVAL` for a range that is not whole pages.
+    pub fn wake(&self, range: HostRange) -> Result<(), Errno> {
+        set::<{ abi::WAKE }, _>(self.fd.as_fd(), range_abi(range)).map_err(Errno::from)
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Appends the events in `bytes`, fresh from a `read`, and says how many there were.
+fn push_events(bytes: &[u8], events: &mut Vec<Event>) -> usize {
+    let (messages, _) = bytes.as_chunks::<MESSAGE_SIZE>();
+    for message in messages {
+        events.push(match parse(message) {
+            Parsed::Event(event) => event,
+            Parsed::Fork { fd } => {
+                // SAFETY: the kernel has just installed this number into our table for this very message
+                // (`resolve_userfault_fork`), each message is parsed once, and nobody else knows the number.
+                Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+            }
+        });
+    }
+    messages.len()
+}
+
+fn range_abi(range: HostRange) -> abi::uffdio_range {
+    abi::uffdio_range {
+        start: range.start().get(),
+        len: range.len().get(),
+    }
+}
+
+/// Runs an ioctl that reads and writes `argument`.
+fn update<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: &mut T) -> rustix::io::Result<()> {
+    // SAFETY: `abi` computes each opcode from the type of its argument and checks it against the kernel's number; the
+    // callers above pair `abi::X` with `abi::uffdio_x`.
+    let ioctl = unsafe { Updater::<OPCODE, T>::new(argument) };
+    run(fd, ioctl)
+}
+
+/// Runs an ioctl that only reads `argument`.
+fn set<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: T) -> rustix::io::Result<()> {
+    // SAFETY: as in `update`.
+    let ioctl = unsafe { Setter::<OPCODE, T>::new(argument) };
+    run(fd, ioctl)
+}
+
+fn run<I: Ioctl>(fd: BorrowedFd<'_>, ioctl: I) -> rustix::io::Result<I::Output> {
+    // SAFETY: the ioctl object carries an opcode with its matching argument (see `update`). What the kernel changes
+    // besides that argument is memory registered with this userfaultfd, whose owner promised in `register` that no
+    // Rust object lives there; the source of a copy is a slice that is borrowed for the call.
+    unsafe { rustix::ioctl::ioctl(fd, ioctl) }
+}
+
+fn create_by_device(flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    /// `USERFAULTFD_IOC_NEW` takes the flags as its argument and returns the new file descriptor.
+    struct New(OFlags);
+
+    // SAFETY: the opcode is the kernel's (asserted in `abi`), its argument is a number that is not dereferenced, and the
+    // value it returns is a file descriptor that nobody else owns.
+    unsafe impl Ioctl for New {
+        type Output = OwnedFd;
+        const IS_MUTATING: bool = false;
+
+        fn opcode(&self) -> Opcode {
+            abi::IOC_NEW
+        }
+
+        fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+            std::ptr::without_provenance_mut(self.0.bits() as usize)
+        }
+
+        unsafe fn output_from_ptr(
+            output: rustix::ioctl::IoctlOutput,
+            _: *mut std::ffi::c_void,
+        ) -> rustix::io::Result<OwnedFd> {
+            // SAFETY: the ioctl succeeded, so this is the file descriptor it made for us.
+            Ok(unsafe { OwnedFd::from_raw_fd(output) })
+        }
+    }
+
+    let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    run(device.as_fd(), New(flags))
+}
+
+fn create_by_syscall(flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let flags = rustix::mm::UserfaultfdFlags::from_bits_retain(flags.bits());
+    // SAFETY: creating the object does nothing to memory; only `register` does, and carries that contract.
+    unsafe { rustix::mm::userfaultfd(flags) }
+}
+
+/// The features in the line `API:\taa:<features>:<all features>` (hexadecimal) of a userfaultfd's fdinfo.
+fn features_of_fdinfo(info: &str) -> Option<u64> {
+    let api = info.lines().find_map(|line| line.strip_prefix("API:"))?;
+    let features = api.trim().split(':').nth(1)?;
+    u64::from_str_radix(features, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn create(features: Features) -> Option<Uffd> {
+        match Uffd::create(UffdOptions {
+            features,
+            nonblocking: true,
+        }) {
+            Ok(uffd) => Some(uffd),
+            Err(error) => {
+                println!("skipped: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn a_uffd_is_taken_over_with_its_features() {
+        let Some(uffd) = create(Features::EVENT_REMOVE) else {
+            return;
+        };
+        let copy = uffd.fd.try_clone().unwrap();
+        let taken = Uffd::from_received(copy).unwrap();
+        assert_eq!(taken.features(), Features::EVENT_REMOVE);
+    }
+
+    #[test]
+    fn another_file_is_no_uffd() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let error = Uffd::from_received(file.into()).unwrap_err();
+        assert!(
+            matches!(&error, NotAUffd::OtherFile { what } if what == "/dev/null"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_uffd_without_api_is_refused() {
+        let fd = create_by_device(OFlags::CLOEXEC).or_else(|_| create_by_syscall(OFlags::CLOEXEC));
+        let Ok(fd) = fd else {
+            println!("skipped: no userfaultfd for this user");
+            return;
+        };
+        let error = Uffd::from_received(fd).unwrap_err();
+        assert!(matches!(error, NotAUffd::NotInitialised), "{error}");
+    }
+
+    #[test]
+    fn reading_does_not_block_when_the_peer_clears_nonblock() {
+        let Some(uffd) = create(Features::empty()) else { return };
+        rustix::fs::fcntl_setfl(&uffd.fd, OFlags::empty()).unwrap();
+        let mut probe = [0; MESSAGE_SIZE];
+        if rustix::io::preadv2(
+            &uffd.fd,
+            &mut [IoSliceMut::new(&mut probe)],
+            u64::MAX,
+            ReadWriteFlags::NOWAIT,
+        ) == Err(E::OPNOTSUPP)
+        {
+            println!("skipped: this kernel's userfaultfd knows no RWF_NOWAIT (Linux 6.10)");
+            return;
+        }
+        let mut events = Vec::new();
+        assert_eq!(uffd.read_events(&mut events), Ok(Drained::Yes));
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn the_api_line_of_fdinfo_is_read() {
+        let info = "pos:\t0\nflags:\t02004002\npending:\t0\ntotal:\t0\nAPI:\taa:80000008:1ffff\n";
+        assert_eq!(features_of_fdinfo(info), Some(0x8000_0008));
+        assert_eq!(features_of_fdinfo("pos:\t0\n"), None);
+    }
+}
