@@ -15,6 +15,10 @@
 //! project, and its `unsafe`, is in this crate.
 
 pub mod address;
+#[cfg_attr(
+    not(target_os = "linux"),
+    expect(dead_code, reason = "events are parsed where they are read")
+)]
 pub mod event;
 pub mod feature;
 pub mod outcome;

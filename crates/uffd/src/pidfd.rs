@@ -1,6 +1,6 @@
 //! A process that cannot be mistaken for another (`pidfd_open(2)`).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -42,6 +42,31 @@ impl PidFd {
         }
     }
 
+    /// Whether we may kill the process, without doing so. A process that has died already is no error.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` where it is not ours to kill.
+    pub fn may_kill(&self) -> Result<(), Errno> {
+        let no_signal = 0;
+        // SAFETY: `pidfd_send_signal(2)` with signal 0 only checks the permission; the file descriptor is open, and a null
+        // `siginfo_t` is allowed.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.fd.as_raw_fd(),
+                no_signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        match std::io::Error::last_os_error().raw_os_error() {
+            _ if result == 0 => Ok(()),
+            Some(libc::ESRCH) => Ok(()),
+            other => Err(Errno::new(other.unwrap_or(libc::EIO))),
+        }
+    }
+
     /// Whether the process has exited, all its threads included. A zombie has.
     pub fn has_exited(&self) -> bool {
         let mut poll = [PollFd::new(&self.fd, PollFlags::IN)];
@@ -64,6 +89,7 @@ mod tests {
     fn a_killed_process_has_exited_even_as_a_zombie() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let pidfd = PidFd::open(i32::try_from(child.id()).unwrap()).unwrap();
+        pidfd.may_kill().unwrap();
         assert!(!pidfd.has_exited());
         pidfd.kill().unwrap();
         // Readable, so no race: block until it is.

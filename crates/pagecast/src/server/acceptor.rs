@@ -1,0 +1,441 @@
+//! The thread that VMMs meet first: it listens, accepts and shakes hands, so that no worker has to.
+
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::time::Timespec;
+use slab::Slab;
+
+use super::failure::{FailReason, Refusal};
+use super::fork::{Deadlines, ForkId, ForkState};
+use super::handshaking::{Handshaken, Handshaking};
+use super::hugepages;
+use super::inbox::Inbox;
+use super::record::ForkRecord;
+use super::registry::Registry;
+use super::served_fork::ServedFork;
+use super::socket_file::SocketFile;
+use super::worker::{Message, WorkerHandle};
+use crate::session::Session;
+use crate::template::Template;
+
+const EPOLL_EVENTS: usize = 64;
+const INBOX: u64 = u64::MAX;
+
+/// How many VMMs may shake hands at once; others wait in the sockets' queues, at most for a handshake's deadline.
+const MOST_HANDSHAKES: usize = 128;
+
+/// How long to accept nobody when there is no file descriptor left for it.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What others ask of the acceptor.
+pub(super) enum Request {
+    Open(Door),
+    /// Take no VMM for this fork any more.
+    Close(Arc<ForkRecord>),
+    /// Take no VMM any more, and stop.
+    Stop,
+}
+
+/// A socket that VMMs connect to.
+pub(super) struct Door {
+    pub(super) socket: SocketFile,
+    /// Who may.
+    pub(super) user: u32,
+    pub(super) guests: Guests,
+}
+
+/// For whom a door is.
+pub(super) enum Guests {
+    /// For the VMM of one fork, in time.
+    One { record: Arc<ForkRecord>, deadline: Instant },
+    /// For any number of VMMs, each a fork named with the prefix and a number.
+    Any {
+        template: Template,
+        prefix: String,
+        next: u64,
+    },
+}
+
+enum Entry {
+    Door(Door),
+    Handshaking(Box<Handshaking>),
+}
+
+/// What of an [`Entry`] has to be known while it is not borrowed.
+enum Kind {
+    Door,
+    Handshaking,
+}
+
+pub(super) struct Acceptor {
+    epoll: OwnedFd,
+    inbox: Arc<Inbox<Request>>,
+    registry: Arc<Registry>,
+    workers: Arc<[WorkerHandle]>,
+    deadlines: Deadlines,
+    entries: Slab<Entry>,
+    handshakes: usize,
+    /// Doors are not listened at until then.
+    paused: Option<Instant>,
+    next_serial: u64,
+    stopping: bool,
+}
+
+impl Acceptor {
+    /// Starts the acceptor thread.
+    pub(super) fn start(
+        registry: Arc<Registry>,
+        workers: Arc<[WorkerHandle]>,
+        deadlines: Deadlines,
+    ) -> std::io::Result<(Arc<Inbox<Request>>, std::thread::JoinHandle<()>)> {
+        let inbox = Arc::new(Inbox::new()?);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &*inbox, EventData::new_u64(INBOX), EventFlags::IN)?;
+        let acceptor = Self {
+            epoll,
+            inbox: Arc::clone(&inbox),
+            registry,
+            workers,
+            deadlines,
+            entries: Slab::new(),
+            handshakes: 0,
+            paused: None,
+            next_serial: 0,
+            stopping: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name("pagecast-accept".to_owned())
+            .spawn(move || acceptor.run())?;
+        Ok((inbox, thread))
+    }
+
+    fn run(mut self) {
+        let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
+        while !self.stopping {
+            let timeout = self.timeout();
+            let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
+                Ok((events, _)) => &*events,
+                // Only EINTR is possible for an epoll of our own.
+                Err(_) => continue,
+            };
+            let mut mail = false;
+            for event in events {
+                match event.data.u64() {
+                    INBOX => mail = true,
+                    slot => {
+                        let slot = usize::try_from(slot).unwrap_or(usize::MAX);
+                        match self.kind(slot) {
+                            Some(Kind::Door) => self.accept(slot),
+                            Some(Kind::Handshaking) => self.receive(slot),
+                            None => {}
+                        }
+                    }
+                }
+            }
+            if mail {
+                self.read_mail();
+            }
+            self.run_timers();
+        }
+        self.close_all();
+    }
+
+    fn kind(&self, slot: usize) -> Option<Kind> {
+        self.entries.get(slot).map(|entry| match entry {
+            Entry::Door(_) => Kind::Door,
+            Entry::Handshaking(_) => Kind::Handshaking,
+        })
+    }
+
+    fn read_mail(&mut self) {
+        let inbox = Arc::clone(&self.inbox);
+        for request in inbox.take() {
+            match request {
+                Request::Open(door) => self.open(door),
+                Request::Close(record) => self.close(&record),
+                Request::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn open(&mut self, door: Door) {
+        let flags = if self.is_accepting() {
+            EventFlags::IN
+        } else {
+            EventFlags::empty()
+        };
+        let entry = self.entries.vacant_entry();
+        let data = EventData::new_u64(entry.key() as u64);
+        match epoll::add(&self.epoll, &door.socket, data, flags) {
+            Ok(()) => {
+                entry.insert(Entry::Door(door));
+            }
+            Err(errno) => {
+                if let Guests::One { record, .. } = door.guests {
+                    let reason = FailReason::Kernel {
+                        operation: "watch a socket",
+                        errno: errno.into(),
+                    };
+                    self.registry.end(&record, ForkState::Failed, Some(reason));
+                }
+            }
+        }
+    }
+
+    fn close(&mut self, record: &Arc<ForkRecord>) {
+        let of_fork = |entry: &Entry| match entry {
+            Entry::Door(Door {
+                guests: Guests::One { record: own, .. },
+                ..
+            }) => Arc::ptr_eq(own, record),
+            Entry::Door(_) => false,
+            Entry::Handshaking(handshaking) => Arc::ptr_eq(&handshaking.record, record),
+        };
+        let slots: Vec<usize> = self.slots(of_fork);
+        for slot in slots {
+            self.remove(slot);
+        }
+        self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+    }
+
+    fn close_all(&mut self) {
+        for slot in self.slots(|_| true) {
+            match self.remove(slot) {
+                Some(Entry::Door(door)) => {
+                    let Door { socket, guests, .. } = door;
+                    drop(socket);
+                    if let Guests::One { record, .. } = guests {
+                        self.registry.end(&record, ForkState::Failed, Some(FailReason::Closed));
+                    }
+                }
+                Some(Entry::Handshaking(handshaking)) => {
+                    let record = Arc::clone(&handshaking.record);
+                    drop(handshaking);
+                    self.refuse(&record, Refusal::Closing);
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn slots(&self, wanted: impl Fn(&Entry) -> bool) -> Vec<usize> {
+        let entries = self.entries.iter().filter(|(_, entry)| wanted(entry));
+        entries.map(|(slot, _)| slot).collect()
+    }
+
+    fn remove(&mut self, slot: usize) -> Option<Entry> {
+        let entry = self.entries.try_remove(slot)?;
+        // Closing would do where nobody else has a copy, and nobody has; being sure costs nothing.
+        let _ = match &entry {
+            Entry::Door(door) => epoll::delete(&self.epoll, &door.socket),
+            Entry::Handshaking(handshaking) => {
+                self.handshakes -= 1;
+                epoll::delete(&self.epoll, &**handshaking)
+            }
+        };
+        self.update_doors();
+        Some(entry)
+    }
+
+    fn is_accepting(&self) -> bool {
+        self.paused.is_none() && self.handshakes < MOST_HANDSHAKES
+    }
+
+    /// Listens at all doors, or at none while there is no room for more.
+    fn update_doors(&self) {
+        let flags = if self.is_accepting() {
+            EventFlags::IN
+        } else {
+            EventFlags::empty()
+        };
+        for (slot, entry) in &self.entries {
+            if let Entry::Door(door) = entry {
+                let _ = epoll::modify(&self.epoll, &door.socket, EventData::new_u64(slot as u64), flags);
+            }
+        }
+    }
+
+    fn accept(&mut self, slot: usize) {
+        if !self.is_accepting() {
+            return;
+        }
+        let Some(Entry::Door(door)) = self.entries.get_mut(slot) else {
+            return;
+        };
+        let stream = match door.socket.accept() {
+            Ok(stream) => stream,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+            // Gone before we got to it, or no file descriptor left: it stays in the queue and would wake us at once.
+            Err(_) => {
+                self.paused = Some(Instant::now() + ACCEPT_PAUSE);
+                self.update_doors();
+                return;
+            }
+        };
+        let user = door.user;
+        let record = match &mut door.guests {
+            Guests::One { record, .. } => {
+                let record = Arc::clone(record);
+                // Accept once: the socket and its file go now.
+                self.remove(slot);
+                record
+            }
+            Guests::Any { template, prefix, next } => {
+                let Some(record) = new_fork(&self.registry, template, prefix, next) else {
+                    return;
+                };
+                record
+            }
+        };
+        self.greet(stream, &record, user);
+    }
+
+    fn greet(&mut self, stream: UnixStream, record: &Arc<ForkRecord>, user: u32) {
+        let deadline = Instant::now() + self.deadlines.handshake;
+        let handshaking = match Handshaking::new(stream, Arc::clone(record), user, deadline) {
+            Ok(handshaking) => Box::new(handshaking),
+            Err(refusal) => return self.refuse(record, refusal),
+        };
+        let entry = self.entries.vacant_entry();
+        let slot = entry.key();
+        match epoll::add(
+            &self.epoll,
+            &*handshaking,
+            EventData::new_u64(slot as u64),
+            EventFlags::IN,
+        ) {
+            Ok(()) => {
+                entry.insert(Entry::Handshaking(handshaking));
+                self.handshakes += 1;
+                if !self.is_accepting() {
+                    self.update_doors();
+                }
+                // Firecracker has sent its message by now, more often than not.
+                self.receive(slot);
+            }
+            Err(errno) => {
+                drop(handshaking);
+                self.refuse(record, Refusal::Socket { errno: errno.into() });
+            }
+        }
+    }
+
+    fn receive(&mut self, slot: usize) {
+        let Some(Entry::Handshaking(handshaking)) = self.entries.get_mut(slot) else {
+            return;
+        };
+        let record = Arc::clone(&handshaking.record);
+        let received = handshaking.receive();
+        if matches!(received, Ok(false)) {
+            return;
+        }
+        let Some(Entry::Handshaking(handshaking)) = self.remove(slot) else {
+            return;
+        };
+        let concluded = match received {
+            Ok(_) => handshaking.conclude(),
+            Err(refusal) => {
+                drop(handshaking);
+                Err(refusal)
+            }
+        };
+        match concluded.and_then(|handshaken| hugepages::admit(&self.registry, handshaken)) {
+            Ok(handshaken) => self.hand_over(handshaken),
+            Err(refusal) => self.refuse(&record, refusal),
+        }
+    }
+
+    /// Gives a fork to the worker that has the fewest.
+    fn hand_over(&mut self, handshaken: Handshaken) {
+        let Handshaken {
+            socket,
+            record,
+            peer,
+            uffd,
+            layout,
+        } = handshaken;
+        let regions = layout.regions().iter().map(|(_, region)| *region).collect();
+        // Set here only, once a fork.
+        let _ = record.regions.set(regions);
+        record.set_serving();
+        self.next_serial += 1;
+        let session = Session::new(layout.into_regions());
+        let fork = ServedFork::new(record, uffd, peer, socket, session, self.next_serial);
+        let idlest = self
+            .workers
+            .iter()
+            .min_by_key(|worker| worker.forks.load(Ordering::Relaxed));
+        if let Some(worker) = idlest {
+            worker.forks.fetch_add(1, Ordering::Relaxed);
+            worker.inbox.send(Message::Adopt(Box::new(fork)));
+        }
+    }
+
+    fn refuse(&self, record: &Arc<ForkRecord>, refusal: Refusal) {
+        self.registry
+            .end(record, ForkState::Failed, Some(FailReason::Refused(refusal)));
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        let deadlines = self.entries.iter().filter_map(|(_, entry)| deadline(entry));
+        let next = deadlines.chain(self.paused).min()?;
+        Timespec::try_from(next.saturating_duration_since(Instant::now())).ok()
+    }
+
+    fn run_timers(&mut self) {
+        let now = Instant::now();
+        if self.paused.is_some_and(|until| until <= now) {
+            self.paused = None;
+            self.update_doors();
+        }
+        for slot in self.slots(|entry| deadline(entry).is_some_and(|deadline| deadline <= now)) {
+            let (record, reason) = match self.remove(slot) {
+                Some(Entry::Handshaking(handshaking)) => (
+                    Arc::clone(&handshaking.record),
+                    FailReason::Refused(Refusal::Deadline {
+                        deadline: self.deadlines.handshake,
+                    }),
+                ),
+                Some(Entry::Door(Door {
+                    guests: Guests::One { record, .. },
+                    ..
+                })) => (
+                    record,
+                    FailReason::ConnectDeadline {
+                        deadline: self.deadlines.connect,
+                    },
+                ),
+                _ => continue,
+            };
+            self.registry.end(&record, ForkState::Failed, Some(reason));
+        }
+    }
+}
+
+fn deadline(entry: &Entry) -> Option<Instant> {
+    match entry {
+        Entry::Handshaking(handshaking) => Some(handshaking.deadline),
+        Entry::Door(Door {
+            guests: Guests::One { deadline, .. },
+            ..
+        }) => Some(*deadline),
+        Entry::Door(_) => None,
+    }
+}
+
+/// A new fork with the next free name; `None` where the prefix makes no name.
+fn new_fork(registry: &Registry, template: &Template, prefix: &str, next: &mut u64) -> Option<Arc<ForkRecord>> {
+    loop {
+        *next += 1;
+        let id: ForkId = format!("{prefix}-{next}").parse().ok()?;
+        if let Ok(record) = registry.insert(id, template.clone(), true) {
+            return Some(record);
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! What the calls of a server can answer instead.
+
+use std::path::PathBuf;
+
+use super::fork::ForkId;
+use crate::template::SourceError;
+
+/// Why a call of the server failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// This platform has no userfaultfd: restore with the `File` backend instead.
+    #[error("a page server needs Linux; elsewhere, restore with the `File` backend")]
+    Unsupported,
+    /// The operating system refused something the server itself needs.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A fork of this name exists.
+    #[error("a fork named {0} exists")]
+    ForkExists(ForkId),
+    /// No fork of this name exists.
+    #[error("no fork is named {0}")]
+    ForkNotFound(ForkId),
+    /// The fork's VMM lives, and would hang without the server.
+    #[error("the VMM of fork {0} lives and needs the server: complete it or kill it first")]
+    ForkInUse(ForkId),
+    /// The template is not what it was when it was opened.
+    #[error("the template cannot be forked")]
+    Template(#[source] SourceError),
+    /// The path of the socket cannot be one.
+    #[error("{} cannot be the path of a socket: {reason}", path.display())]
+    SocketPath {
+        /// Which path.
+        path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// Somebody listens at the path of the socket.
+    #[error("somebody listens at {} already", path.display())]
+    SocketInUse {
+        /// Which path.
+        path: PathBuf,
+    },
+    /// The socket could not be made.
+    #[error("cannot listen at {}", path.display())]
+    Socket {
+        /// Which path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The server is closed, or closing.
+    #[error("the server is closed")]
+    Closed,
+}
+
+/// Why a server did not close. It goes on serving; closing can be tried again.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CloseError {
+    /// Completing all forks takes more memory than there is.
+    #[error(
+        "completing {forks} forks would install up to {needed} bytes, and {available} can be spared {place}: free memory, \
+         end some VMMs, or kill them all"
+    )]
+    NotEnoughMemory {
+        /// How many forks need the server.
+        forks: usize,
+        /// What installing the rest of their memory takes, in bytes.
+        needed: u64,
+        /// What there is for it, in bytes.
+        available: u64,
+        /// Where: the host, a cgroup, the pool of hugepages.
+        place: String,
+    },
+    /// Some forks could not be completed in time; they are served as before.
+    #[error("{} forks are not complete: {}", forks.len(), names(forks))]
+    NotComplete {
+        /// Which.
+        forks: Vec<ForkId>,
+    },
+}
+
+fn names(forks: &[ForkId]) -> String {
+    const SHOWN: usize = 5;
+    let mut names: Vec<&str> = forks.iter().take(SHOWN).map(ForkId::as_str).collect();
+    if forks.len() > SHOWN {
+        names.push("…");
+    }
+    names.join(", ")
+}

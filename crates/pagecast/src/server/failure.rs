@@ -1,0 +1,243 @@
+//! Why a fork failed, why a VMM was refused.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use pagecast_uffd::{Errno, Features};
+use serde::Serialize;
+use serde::ser::SerializeStruct;
+
+use crate::handshake::{FrameError, LayoutError, ParseError};
+use crate::session::Violation;
+use crate::template::SourceError;
+
+/// Why a fork failed. Each reason has a stable [`code`](Self::code) for counters and machines.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FailReason {
+    /// Nobody connected in time.
+    #[error("no VMM connected within {deadline:?}")]
+    ConnectDeadline {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// The VMM was refused: it never got a page.
+    #[error("the VMM was refused")]
+    Refused(#[source] Refusal),
+    /// The VMM did what no VMM does.
+    #[error("the VMM broke the protocol")]
+    Violation(#[source] Violation),
+    /// The template cannot be read any more, or has changed.
+    #[error("the template failed")]
+    Template(#[source] SourceError),
+    /// The template could not be read in time.
+    #[error("the template could not be read within {deadline:?}")]
+    ReadDeadline {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// No memory for a page that is waited for.
+    #[error("no memory for a page within {deadline:?} (host, cgroup of the VMM, or hugepages)")]
+    OutOfMemory {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// The kernel refused something that it never should.
+    #[error("the kernel refused to {operation}: {errno}")]
+    Kernel {
+        /// What was tried.
+        operation: &'static str,
+        /// What it said.
+        errno: Errno,
+    },
+    /// The VMM has made its userfaultfd blocking, so that its faults are not reported any more.
+    #[error("the VMM has cleared O_NONBLOCK of its userfaultfd")]
+    Blocking,
+    /// Its VMM was killed because that was asked for.
+    #[error("killed on request")]
+    Killed,
+    /// The server was closed while it waited for a VMM.
+    #[error("the server was closed before a VMM connected")]
+    Closed,
+}
+
+impl FailReason {
+    /// A stable name: lower case, with underscores.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::ConnectDeadline { .. } => "connect_deadline",
+            Self::Refused(refusal) => refusal.code(),
+            Self::Violation(Violation::FaultOutside { .. }) => "fault_outside",
+            Self::Violation(Violation::NotMissing { .. }) => "fault_not_missing",
+            Self::Violation(Violation::UnexpectedEvent { .. }) => "unexpected_event",
+            Self::Violation(Violation::PageLost { .. }) => "page_lost",
+            Self::Template(SourceError::Changed { .. }) => "template_changed",
+            Self::Template(SourceError::Truncated { .. }) => "template_truncated",
+            Self::Template(SourceError::Io { .. }) => "template_unreadable",
+            Self::ReadDeadline { .. } => "read_deadline",
+            Self::OutOfMemory { .. } => "out_of_memory",
+            Self::Kernel { .. } => "kernel",
+            Self::Blocking => "blocking",
+            Self::Killed => "killed",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+impl Serialize for FailReason {
+    /// As `{"code", "message"}`, the message with all its causes.
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut object = to.serialize_struct("FailReason", 2)?;
+        object.serialize_field("code", self.code())?;
+        object.serialize_field("message", &chain(self))?;
+        object.end()
+    }
+}
+
+/// Why a VMM was refused. Its connection is closed, its file descriptors too, and nobody else notices.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Run by the wrong user.
+    #[error("it runs as user {uid}, not {expected}")]
+    WrongUser {
+        /// Its user.
+        uid: u32,
+        /// Whose it should be.
+        expected: u32,
+    },
+    /// It cannot be told who connected.
+    #[error("it cannot be told who connected: {message}")]
+    Unknown {
+        /// Why.
+        message: String,
+    },
+    /// It could not be killed, should that be needed.
+    #[error(
+        "it could not be killed, should that be needed ({errno}): run the server as root or as the user of the VMM"
+    )]
+    CannotKill {
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// It said nothing, or not all, in time.
+    #[error("the handshake was not complete within {deadline:?}")]
+    Deadline {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// It hung up in the middle.
+    #[error("it hung up before the handshake was complete")]
+    HungUp,
+    /// The socket failed.
+    #[error("its socket failed: {errno}")]
+    Socket {
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// It sent no file descriptor.
+    #[error("it sent no userfaultfd")]
+    NoFd,
+    /// It sent more than one file descriptor.
+    #[error("it sent {count} file descriptors instead of one")]
+    TooManyFds {
+        /// How many.
+        count: usize,
+    },
+    /// It sent file descriptors that could not be taken.
+    #[error("it sent file descriptors that could not be taken: too many are open here (see `ulimit -n`)")]
+    FdsLost,
+    /// What it sent is no userfaultfd.
+    #[error("{message}")]
+    NotAUffd {
+        /// What it is.
+        message: String,
+    },
+    /// The message has no end, or no beginning.
+    #[error(transparent)]
+    Frame(FrameError),
+    /// The message cannot be read.
+    #[error(transparent)]
+    Parse(ParseError),
+    /// The regions cannot be served.
+    #[error(transparent)]
+    Layout(LayoutError),
+    /// Its userfaultfd delivers the wrong things.
+    #[error(
+        "its userfaultfd has the features {features:?}; it must have EVENT_REMOVE (or memory given back would come back \
+         as the template's) and may not have {refused:?}"
+    )]
+    Features {
+        /// What it has.
+        features: Features,
+        /// What it may not have.
+        refused: Features,
+    },
+    /// The template is not what it was.
+    #[error(transparent)]
+    Template(SourceError),
+    /// The pool of hugepages is too small for it.
+    #[error(
+        "it may need {needed} hugepages of 2 MiB and {available} are free and not promised to other forks: raise \
+         vm.nr_hugepages by {}", needed.saturating_sub(*available)
+    )]
+    NotEnoughHugepages {
+        /// How many it has room for.
+        needed: u64,
+        /// How many there are for it.
+        available: u64,
+    },
+    /// The server is closing.
+    #[error("the server is closing")]
+    Closing,
+}
+
+impl Refusal {
+    /// A stable name: lower case, with underscores.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::WrongUser { .. } => "wrong_user",
+            Self::Unknown { .. } => "unknown_peer",
+            Self::CannotKill { .. } => "cannot_kill",
+            Self::Deadline { .. } => "handshake_deadline",
+            Self::HungUp => "hung_up",
+            Self::Socket { .. } => "socket",
+            Self::NoFd => "no_fd",
+            Self::TooManyFds { .. } => "too_many_fds",
+            Self::FdsLost => "fds_lost",
+            Self::NotAUffd { .. } => "not_a_uffd",
+            Self::Frame(FrameError::TooLong) => "message_too_long",
+            Self::Frame(_) => "message_framing",
+            Self::Parse(ParseError::NotUtf8(_)) => "message_not_utf8",
+            Self::Parse(ParseError::Json(_)) => "message_not_json",
+            Self::Parse(ParseError::TooManyRegions { .. }) => "too_many_regions",
+            Self::Parse(_) => "page_size",
+            Self::Layout(layout) => match layout {
+                LayoutError::NoRegions => "no_regions",
+                LayoutError::PageSize { .. } => "page_size",
+                LayoutError::Empty { .. } => "empty_region",
+                LayoutError::Unaligned { .. } => "unaligned",
+                LayoutError::AddressOverflow { .. } => "address_overflow",
+                LayoutError::PastTheEnd { .. } => "past_the_end",
+                LayoutError::OverlapInMemory { .. } => "overlap_in_memory",
+                LayoutError::OverlapInTemplate { .. } => "overlap_in_template",
+            },
+            Self::Features { .. } => "features",
+            Self::Template(_) => "template_changed",
+            Self::NotEnoughHugepages { .. } => "not_enough_hugepages",
+            Self::Closing => "closing",
+        }
+    }
+}
+
+/// An error with all its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Writing to a string cannot fail.
+        let _ = write!(text, ": {cause}");
+        source = cause.source();
+    }
+    text
+}

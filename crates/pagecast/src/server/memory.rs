@@ -1,0 +1,187 @@
+//! How much memory completing forks takes, and how much there is.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use procfs::Current;
+use procfs::process::{MountInfos, Process};
+
+use super::error::CloseError;
+use super::hugepages;
+use super::record::ForkRecord;
+use crate::page::PageSize;
+use crate::session::Region;
+use crate::template::{PageSource, TemplateOffset};
+
+/// What is never used up: this part of what is available stays for everybody else.
+const SPARE_PART: u64 = 16;
+
+/// What completing some forks takes, at most.
+#[derive(Clone, Copy, Debug, Default)]
+struct Needed {
+    small_bytes: u64,
+    huge_pages: u64,
+}
+
+/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool of
+/// hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first.
+pub(super) fn check_room(forks: &[std::sync::Arc<ForkRecord>]) -> Result<(), CloseError> {
+    if check_known(forks).is_ok() {
+        return Ok(());
+    }
+    for fork in forks {
+        // What cannot be read is counted as needed; completing the fork will say why.
+        let _ = fork.template.source().find_zeros();
+    }
+    check_known(forks)
+}
+
+fn check_known(forks: &[std::sync::Arc<ForkRecord>]) -> Result<(), CloseError> {
+    let mut all = Needed::default();
+    let mut by_cgroup: BTreeMap<PathBuf, u64> = BTreeMap::new();
+    for fork in forks {
+        let needed = needed(fork);
+        all.small_bytes += needed.small_bytes;
+        all.huge_pages += needed.huge_pages;
+        for cgroup in fork.pid().map(cgroups_of).unwrap_or_default() {
+            *by_cgroup.entry(cgroup).or_default() += needed.small_bytes;
+        }
+    }
+    let check = |needed: u64, available: Option<u64>, place: &dyn Fn() -> String| {
+        let Some(available) = available.map(|bytes| bytes - bytes / SPARE_PART) else {
+            return Ok(());
+        };
+        if needed <= available {
+            return Ok(());
+        }
+        Err(CloseError::NotEnoughMemory {
+            forks: forks.len(),
+            needed,
+            available,
+            place: place(),
+        })
+    };
+    check(all.small_bytes, host_available(), &|| "on this host".to_owned())?;
+    for (cgroup, needed) in &by_cgroup {
+        check(*needed, cgroup_available(cgroup), &|| {
+            format!("in the cgroup {}", cgroup.display())
+        })?;
+    }
+    let free = hugepages::free();
+    if all.huge_pages > free {
+        return Err(CloseError::NotEnoughMemory {
+            forks: forks.len(),
+            needed: all.huge_pages * PageSize::Huge.bytes(),
+            available: free * PageSize::Huge.bytes(),
+            place: "in the pool of hugepages".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of the
+/// template is installed once at most). Removed pages are counted though they are not installed, so this errs on the safe
+/// side.
+fn needed(fork: &ForkRecord) -> Needed {
+    let mut needed = Needed::default();
+    let source = fork.template.source();
+    let mut installed = fork.counters.installed_bytes.get();
+    for region in fork.regions.get().into_iter().flatten() {
+        let bytes = bytes_not_zero(region, source);
+        let left = bytes.saturating_sub(installed);
+        installed = installed.saturating_sub(bytes);
+        match region.page_size() {
+            PageSize::Small => needed.small_bytes += left,
+            PageSize::Huge => needed.huge_pages += left / PageSize::Huge.bytes(),
+        }
+    }
+    needed
+}
+
+fn bytes_not_zero(region: &Region, source: &dyn PageSource) -> u64 {
+    let page = region.page_size();
+    let start = region.offset().get();
+    let pages = 0..region.pages() as u64;
+    let data =
+        pages.filter(|index| !source.is_known_zero(TemplateOffset::new(start + index * page.bytes()), page.len()));
+    data.count() as u64 * page.bytes()
+}
+
+/// What the host can give without swapping.
+fn host_available() -> Option<u64> {
+    procfs::Meminfo::current().ok()?.mem_available
+}
+
+/// The memory cgroups that the process is in, up to the root: pages installed into it are charged there, not to us.
+fn cgroups_of(pid: i32) -> Vec<PathBuf> {
+    let Some(mounts) = Process::myself().and_then(|process| process.mountinfo()).ok() else {
+        return Vec::new();
+    };
+    let Some(groups) = Process::new(pid).and_then(|process| process.cgroups()).ok() else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for group in groups {
+        let unified = group.hierarchy == 0;
+        if !unified && !group.controllers.iter().any(|controller| controller == "memory") {
+            continue;
+        }
+        let Some(root) = mount_point(&mounts, unified) else {
+            continue;
+        };
+        let leaf = root.join(group.pathname.trim_start_matches('/'));
+        found.extend(
+            leaf.ancestors()
+                .take_while(|path| path.starts_with(&root))
+                .map(Path::to_owned),
+        );
+    }
+    found
+}
+
+fn mount_point(mounts: &MountInfos, unified: bool) -> Option<PathBuf> {
+    let mount = mounts.iter().find(|mount| match (unified, mount.fs_type.as_str()) {
+        (true, "cgroup2") => true,
+        (false, "cgroup") => mount.super_options.contains_key("memory"),
+        _ => false,
+    })?;
+    Some(mount.mount_point.clone())
+}
+
+/// What a cgroup (version 2 or 1) can give before it reaches its limit; `None` where it has none.
+fn cgroup_available(cgroup: &Path) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
+    let number = |name: &str| -> Option<u64> { read(name)?.trim().parse().ok() };
+    // "max" is no number: no limit. Version 1 says a number near 2^63 instead.
+    let limit = number("memory.max").or_else(|| number("memory.limit_in_bytes"))?;
+    let used = number("memory.current").or_else(|| number("memory.usage_in_bytes"))?;
+    // Page cache that nobody has used for long is given up before anybody is refused memory.
+    let reclaimable = read("memory.stat")?
+        .lines()
+        .find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok())
+        .unwrap_or(0);
+    Some(limit.saturating_sub(used.saturating_sub(reclaimable)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_says_what_it_has() {
+        assert!(host_available().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_cgroup_can_give_what_its_limit_leaves() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        write("memory.max", "1000000\n");
+        write("memory.current", "600000\n");
+        write("memory.stat", "anon 1\ninactive_file 100000\nactive_file 7\n");
+        assert_eq!(cgroup_available(dir.path()), Some(500_000));
+        write("memory.max", "max\n");
+        assert_eq!(cgroup_available(dir.path()), None);
+    }
+}

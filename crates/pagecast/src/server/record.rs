@@ -1,0 +1,288 @@
+//! What the server keeps of a fork, shared by everyone who has to do with it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use histogram::AtomicHistogram32;
+
+use super::failure::FailReason;
+use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Latency};
+use crate::session::Region;
+use crate::template::Template;
+
+/// One fork: its life under a lock that the fault path never takes, its numbers in atomics that one worker writes.
+#[derive(Debug)]
+pub(super) struct ForkRecord {
+    pub(super) id: ForkId,
+    pub(super) template: Template,
+    /// Nobody holds a handle on it: forget it once it has ended.
+    pub(super) anonymous: bool,
+    pub(super) counters: Counters,
+    /// Set by the handshake.
+    pub(super) regions: OnceLock<Box<[Region]>>,
+    life: Mutex<Life>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Life {
+    state: ForkState,
+    pid: Option<i32>,
+    reason: Option<Arc<FailReason>>,
+    completing: bool,
+}
+
+impl ForkRecord {
+    pub(super) fn new(id: ForkId, template: Template, anonymous: bool) -> Self {
+        Self {
+            id,
+            template,
+            anonymous,
+            counters: Counters::new(),
+            regions: OnceLock::new(),
+            life: Mutex::new(Life {
+                state: ForkState::Waiting,
+                pid: None,
+                reason: None,
+                completing: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        // No code that can panic runs under this lock.
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn status(&self) -> ForkStatus {
+        let life = self.life();
+        ForkStatus {
+            id: self.id.clone(),
+            state: life.state,
+            pid: life.pid,
+            reason: life.reason.clone(),
+            stats: self.counters.stats(),
+        }
+    }
+
+    pub(super) fn state(&self) -> ForkState {
+        self.life().state
+    }
+
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.life().pid
+    }
+
+    pub(super) fn set_pid(&self, pid: i32) {
+        self.life().pid = Some(pid);
+    }
+
+    pub(super) fn set_serving(&self) {
+        self.life().state = ForkState::Serving;
+        self.changed.notify_all();
+    }
+
+    /// Ends it. `false` where it had ended before, which stays as it was.
+    pub(super) fn end(&self, state: ForkState, reason: Option<Arc<FailReason>>) -> bool {
+        let mut life = self.life();
+        if life.state.is_end() {
+            return false;
+        }
+        life.state = state;
+        if reason.is_some() {
+            life.reason = reason;
+        }
+        life.completing = false;
+        drop(life);
+        self.changed.notify_all();
+        true
+    }
+
+    pub(super) fn set_completing(&self) {
+        self.life().completing = true;
+    }
+
+    /// It could not be completed and is served as before.
+    pub(super) fn give_up_completion(&self, reason: Option<Arc<FailReason>>) {
+        let mut life = self.life();
+        life.completing = false;
+        life.reason = reason;
+        drop(life);
+        self.changed.notify_all();
+    }
+
+    /// Waits until it has ended or is not being completed any more.
+    pub(super) fn wait_completed(&self, until: Instant) {
+        self.wait(until, |life| life.state.is_end() || !life.completing);
+    }
+
+    /// Waits until its state is as wanted.
+    pub(super) fn wait_state(&self, until: Instant, wanted: impl Fn(ForkState) -> bool) -> bool {
+        self.wait(until, |life| wanted(life.state))
+    }
+
+    fn wait(&self, until: Instant, wanted: impl Fn(&Life) -> bool) -> bool {
+        let mut life = self.life();
+        loop {
+            if wanted(&life) {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let (woken, _) = self
+                .changed
+                .wait_timeout(life, left)
+                .unwrap_or_else(PoisonError::into_inner);
+            life = woken;
+        }
+    }
+
+    /// The bytes of its memory; zero before the handshake.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.regions
+            .get()
+            .into_iter()
+            .flatten()
+            .map(|region| region.memory().len().get())
+            .sum()
+    }
+}
+
+/// A number that one thread counts up and any thread reads.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    /// A load and a store instead of a locked addition: there is only one writer.
+    pub(super) fn add(&self, count: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What happens to a fork's pages, counted.
+#[derive(Debug)]
+pub(super) struct Counters {
+    pub(super) demand: Counter,
+    pub(super) zero: Counter,
+    pub(super) removed: Counter,
+    pub(super) prefaulted: Counter,
+    pub(super) retried: Counter,
+    pub(super) slow: Counter,
+    pub(super) installed_bytes: Counter,
+    /// In nanoseconds.
+    latency: AtomicHistogram32,
+}
+
+/// Buckets a sixteenth wide, up to 2^40 ns (18 minutes, far beyond every deadline); 2.3 KiB a fork.
+const LATENCY_GROUPING: u8 = 4;
+const LATENCY_POWER: u8 = 40;
+
+impl Counters {
+    fn new() -> Self {
+        let config = histogram::Config::new(LATENCY_GROUPING, LATENCY_POWER).expect("constants that fit each other");
+        Self {
+            demand: Counter::default(),
+            zero: Counter::default(),
+            removed: Counter::default(),
+            prefaulted: Counter::default(),
+            retried: Counter::default(),
+            slow: Counter::default(),
+            installed_bytes: Counter::default(),
+            latency: AtomicHistogram32::with_config(&config),
+        }
+    }
+
+    pub(super) fn record_latency(&self, latency: Duration) {
+        let longest = (1 << LATENCY_POWER) - 1;
+        let nanos = u64::try_from(latency.as_nanos()).map_or(longest, |nanos| nanos.min(longest));
+        // It is in range.
+        let _ = self.latency.increment(nanos);
+    }
+
+    fn stats(&self) -> ForkStats {
+        let latency = self.latency.load();
+        let micros = |quantile: f64| {
+            let bucket = latency.quantile_bucket(quantile).ok().flatten();
+            bucket.map_or(0, |bucket| bucket.end().div_ceil(1000))
+        };
+        ForkStats {
+            faults: FaultCounts {
+                demand: self.demand.get(),
+                zero: self.zero.get(),
+                removed: self.removed.get(),
+                prefaulted: self.prefaulted.get(),
+                retried: self.retried.get(),
+                slow: self.slow.get(),
+            },
+            fault_latency_us: Latency {
+                p50: micros(0.5),
+                p99: micros(0.99),
+                max: micros(1.0),
+            },
+            installed_bytes: self.installed_bytes.get(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latencies_come_back_in_microseconds_within_a_sixteenth() {
+        let counters = Counters::new();
+        for _ in 0..99 {
+            counters.record_latency(Duration::from_micros(10));
+        }
+        counters.record_latency(Duration::from_millis(200));
+        let latency = counters.stats().fault_latency_us;
+        assert!((10..=11).contains(&latency.p50), "{latency:?}");
+        assert!((200_000..=213_000).contains(&latency.max), "{latency:?}");
+    }
+
+    #[test]
+    fn an_end_is_final() {
+        struct Nothing;
+        impl crate::template::PageSource for Nothing {
+            fn len(&self) -> pagecast_uffd::ByteLen {
+                pagecast_uffd::ByteLen::ZERO
+            }
+            fn try_read<'a>(
+                &'a self,
+                _: crate::template::TemplateOffset,
+                _: &'a mut [u8],
+            ) -> Result<crate::template::Page<'a>, crate::template::SourceError> {
+                Ok(crate::template::Page::NotReady)
+            }
+            fn read(
+                &self,
+                _: crate::template::TemplateOffset,
+                _: &mut [u8],
+            ) -> Result<(), crate::template::SourceError> {
+                Ok(())
+            }
+            fn check_unchanged(&self) -> Result<(), crate::template::SourceError> {
+                Ok(())
+            }
+            fn is_known_zero(&self, _: crate::template::TemplateOffset, _: pagecast_uffd::ByteLen) -> bool {
+                false
+            }
+            fn find_zeros(&self) -> Result<(), crate::template::SourceError> {
+                Ok(())
+            }
+        }
+        let record = ForkRecord::new("a".parse().unwrap(), Template::from_source(Nothing), false);
+        assert!(record.end(ForkState::Failed, Some(Arc::new(FailReason::Killed))));
+        assert!(!record.end(ForkState::Exited, None));
+        assert_eq!(record.state(), ForkState::Failed);
+    }
+}

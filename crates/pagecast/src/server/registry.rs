@@ -1,0 +1,93 @@
+//! All forks of a server, and who is told about them.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::error::Error;
+use super::failure::FailReason;
+use super::fork::{ForkEvent, ForkId, ForkState};
+use super::record::ForkRecord;
+use crate::template::Template;
+
+/// Told of every turn in the life of every fork, on the thread where it happens: it must not block.
+pub(super) type Observer = Box<dyn Fn(ForkEvent) + Send + Sync>;
+
+/// The forks by name.
+pub(super) struct Registry {
+    forks: Mutex<BTreeMap<ForkId, Arc<ForkRecord>>>,
+    failures: Mutex<BTreeMap<&'static str, u64>>,
+    observer: Observer,
+}
+
+impl Registry {
+    pub(super) fn new(observer: Observer) -> Self {
+        Self {
+            forks: Mutex::default(),
+            failures: Mutex::default(),
+            observer,
+        }
+    }
+
+    fn forks(&self) -> MutexGuard<'_, BTreeMap<ForkId, Arc<ForkRecord>>> {
+        // No code that can panic runs under this lock.
+        self.forks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the name for a new fork: looking and taking are one step, so no two forks can have it.
+    pub(super) fn insert(&self, id: ForkId, template: Template, anonymous: bool) -> Result<Arc<ForkRecord>, Error> {
+        match self.forks().entry(id.clone()) {
+            Entry::Occupied(_) => Err(Error::ForkExists(id)),
+            Entry::Vacant(vacant) => {
+                let record = ForkRecord::new(id, template, anonymous);
+                Ok(Arc::clone(vacant.insert(Arc::new(record))))
+            }
+        }
+    }
+
+    pub(super) fn get(&self, id: &ForkId) -> Option<Arc<ForkRecord>> {
+        self.forks().get(id).cloned()
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<ForkRecord>> {
+        self.forks().values().cloned().collect()
+    }
+
+    /// Forgets this fork, and not another that has the name by now.
+    pub(super) fn remove(&self, record: &Arc<ForkRecord>) {
+        let mut forks = self.forks();
+        if forks.get(&record.id).is_some_and(|held| Arc::ptr_eq(held, record)) {
+            forks.remove(&record.id);
+        }
+    }
+
+    pub(super) fn observe(&self, event: ForkEvent) {
+        (self.observer)(event);
+    }
+
+    /// Ends a fork and tells everybody, once.
+    pub(super) fn end(&self, record: &Arc<ForkRecord>, state: ForkState, reason: Option<FailReason>) {
+        let reason = reason.map(Arc::new);
+        let code = reason.as_ref().map(|reason| reason.code());
+        if !record.end(state, reason) {
+            return;
+        }
+        if let Some(code) = code {
+            *self
+                .failures
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(code)
+                .or_default() += 1;
+        }
+        if record.anonymous {
+            self.remove(record);
+        }
+        self.observe(ForkEvent::Ended(record.status()));
+    }
+
+    /// How many forks failed, by the code of the reason.
+    pub(super) fn failures(&self) -> BTreeMap<&'static str, u64> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}

@@ -1,0 +1,360 @@
+//! The server as its owner sees it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::acceptor::{Acceptor, Door, Guests, Request};
+use super::error::{CloseError, Error};
+use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+use super::inbox::Inbox;
+use super::memory;
+use super::record::ForkRecord;
+use super::registry::{Observer, Registry};
+use super::socket_file::SocketFile;
+use super::worker::{Message, Worker, WorkerHandle};
+use crate::template::Template;
+
+/// How long dropping a server waits for its forks to complete before their VMMs are killed.
+const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How a server is to be.
+pub struct Builder {
+    workers: usize,
+    deadlines: Deadlines,
+    observer: Observer,
+}
+
+impl Builder {
+    fn new() -> Self {
+        Self {
+            workers: std::thread::available_parallelism().map_or(1, usize::from).min(4),
+            deadlines: Deadlines::default(),
+            observer: Box::new(|_| {}),
+        }
+    }
+
+    /// How many threads answer faults; by default one a processor, but no more than 4. At least one.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers.max(1);
+        self
+    }
+
+    /// How long to wait for what.
+    #[must_use]
+    pub fn deadlines(mut self, deadlines: Deadlines) -> Self {
+        self.deadlines = deadlines;
+        self
+    }
+
+    /// Whom to tell of every turn in the life of every fork. Called on the threads that serve faults, so it must not
+    /// block: send it to a channel, count it.
+    #[must_use]
+    pub fn observer(mut self, observer: impl Fn(ForkEvent) + Send + Sync + 'static) -> Self {
+        self.observer = Box::new(observer);
+        self
+    }
+
+    /// Starts the server's threads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`] where a thread or file descriptor cannot be had; [`Error::Unsupported`] where this is not Linux.
+    pub fn start(self) -> Result<Server, Error> {
+        let failed = |source| Error::System {
+            what: "start the server's threads",
+            source,
+        };
+        let registry = Arc::new(Registry::new(self.observer));
+        let mut workers = Vec::new();
+        let mut threads = Vec::new();
+        for index in 0..self.workers {
+            let (worker, thread) = Worker::start(index, Arc::clone(&registry), self.deadlines.fault).map_err(failed)?;
+            workers.push(worker);
+            threads.push(thread);
+        }
+        let workers: Arc<[WorkerHandle]> = workers.into();
+        let (acceptor, thread) =
+            Acceptor::start(Arc::clone(&registry), Arc::clone(&workers), self.deadlines).map_err(failed)?;
+        Ok(Server {
+            registry,
+            workers,
+            acceptor,
+            deadlines: self.deadlines,
+            life: Mutex::new(Life::Open(Threads {
+                acceptor: thread,
+                workers: threads,
+            })),
+        })
+    }
+}
+
+/// A page server.
+///
+/// Dropping it closes it; forks that cannot be completed within half a minute have their VMMs killed, since a VMM without
+/// its server freezes at its next fault. Call [`close`](Self::close) to decide for yourself.
+pub struct Server {
+    registry: Arc<Registry>,
+    workers: Arc<[WorkerHandle]>,
+    acceptor: Arc<Inbox<Request>>,
+    deadlines: Deadlines,
+    life: Mutex<Life>,
+}
+
+enum Life {
+    Open(Threads),
+    /// Takes no new forks; some of the old ones are still served.
+    Closing(Vec<JoinHandle<()>>),
+    Closed,
+}
+
+struct Threads {
+    acceptor: JoinHandle<()>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// A server to be.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// Registers a fork of `template`: from now on its VMM can connect, once, to the socket that `options` name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkExists`], [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    pub fn register(&self, id: ForkId, template: &Template, options: &ForkOptions) -> Result<Fork, Error> {
+        let life = self.life();
+        if !matches!(*life, Life::Open(_)) {
+            return Err(Error::Closed);
+        }
+        template.source().check_unchanged().map_err(Error::Template)?;
+        let record = self.registry.insert(id, template.clone(), false)?;
+        let socket = match SocketFile::bind(&options.socket_path, options.user, options.group) {
+            Ok(socket) => socket,
+            Err(error) => {
+                self.registry.remove(&record);
+                return Err(error);
+            }
+        };
+        self.acceptor.send(Request::Open(Door {
+            socket,
+            user: expected_user(options),
+            guests: Guests::One {
+                record: Arc::clone(&record),
+                deadline: Instant::now() + self.deadlines.connect,
+            },
+        }));
+        drop(life);
+        Ok(Fork {
+            record,
+            socket_path: options.socket_path.clone(),
+        })
+    }
+
+    /// Serves any number of VMMs that connect to the socket that `options` name, each a fork of `template` of its own, named
+    /// `prefix-1`, `prefix-2` and so on. They are forgotten when they end; the [observer](Builder::observer) hears of
+    /// them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    pub fn listen(&self, prefix: &ForkId, template: &Template, options: &ForkOptions) -> Result<(), Error> {
+        let life = self.life();
+        if !matches!(*life, Life::Open(_)) {
+            return Err(Error::Closed);
+        }
+        template.source().check_unchanged().map_err(Error::Template)?;
+        let socket = SocketFile::bind(&options.socket_path, options.user, options.group)?;
+        self.acceptor.send(Request::Open(Door {
+            socket,
+            user: expected_user(options),
+            guests: Guests::Any {
+                template: template.clone(),
+                prefix: prefix.to_string(),
+                next: 0,
+            },
+        }));
+        Ok(())
+    }
+
+    /// Forgets a fork. One that still waits for its VMM is closed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkNotFound`]; [`Error::ForkInUse`] while its VMM needs it.
+    pub fn unregister(&self, id: &ForkId) -> Result<(), Error> {
+        let record = self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))?;
+        if record.state() == ForkState::Waiting {
+            self.acceptor.send(Request::Close(Arc::clone(&record)));
+            // The acceptor ends it, or is just about to find that its VMM has connected.
+            let patience = Instant::now() + self.deadlines.handshake;
+            record.wait_state(patience, |state| state != ForkState::Waiting);
+        }
+        if !record.state().is_end() {
+            return Err(Error::ForkInUse(id.clone()));
+        }
+        self.registry.remove(&record);
+        Ok(())
+    }
+
+    /// What is known of all forks, by name.
+    pub fn forks(&self) -> Vec<ForkStatus> {
+        self.registry.all().iter().map(|record| record.status()).collect()
+    }
+
+    /// How many forks have failed since the start, by the [code](super::FailReason::code) of the reason.
+    pub fn failures(&self) -> BTreeMap<&'static str, u64> {
+        self.registry.failures()
+    }
+
+    /// Closes the server without hurting a VM: takes no new forks, completes all that are served (installs what is left
+    /// of their memory, then unregisters it), and stops its threads. Closing a closed server does nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError::NotEnoughMemory`] where that would drive the host out of memory: everything goes on as before.
+    /// [`CloseError::NotComplete`] where it took longer than `patience`: no new forks are taken, the old ones are served.
+    pub fn close(&self, patience: Duration) -> Result<(), CloseError> {
+        let mut life = self.life();
+        if matches!(*life, Life::Closed) {
+            return Ok(());
+        }
+        memory::check_room(&self.serving())?;
+        self.stop_accepting(&mut life);
+        let forks = self.serving();
+        for fork in &forks {
+            fork.set_completing();
+        }
+        self.tell_workers(|| Message::CompleteAll);
+        let until = Instant::now() + patience;
+        for fork in &forks {
+            fork.wait_completed(until);
+        }
+        if let Err(error) = Self::all_ended(&forks) {
+            self.tell_workers(|| Message::AbandonAll);
+            return Err(error);
+        }
+        self.stop(&mut life);
+        Ok(())
+    }
+
+    /// Kills the VMMs of all forks and closes the server.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError::NotComplete`] where some have not died within `patience`.
+    pub fn kill(&self, patience: Duration) -> Result<(), CloseError> {
+        let mut life = self.life();
+        if matches!(*life, Life::Closed) {
+            return Ok(());
+        }
+        self.stop_accepting(&mut life);
+        let forks = self.serving();
+        self.tell_workers(|| Message::KillAll);
+        let until = Instant::now() + patience;
+        for fork in &forks {
+            fork.wait_state(until, ForkState::is_end);
+        }
+        Self::all_ended(&forks)?;
+        self.stop(&mut life);
+        Ok(())
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        // A panic under this lock leaves a state that is true all the same.
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serving(&self) -> Vec<Arc<ForkRecord>> {
+        let mut forks = self.registry.all();
+        forks.retain(|record| record.state() == ForkState::Serving);
+        forks
+    }
+
+    fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
+        let left: Vec<ForkId> = forks
+            .iter()
+            .filter(|fork| !fork.state().is_end())
+            .map(|fork| fork.id.clone())
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(CloseError::NotComplete { forks: left })
+    }
+
+    fn tell_workers(&self, message: impl Fn() -> Message) {
+        for worker in &*self.workers {
+            worker.inbox.send(message());
+        }
+    }
+
+    fn stop_accepting(&self, life: &mut Life) {
+        match std::mem::replace(life, Life::Closed) {
+            Life::Open(threads) => {
+                self.acceptor.send(Request::Stop);
+                // It never waits for anybody, so it comes to this at once.
+                let _ = threads.acceptor.join();
+                *life = Life::Closing(threads.workers);
+            }
+            other => *life = other,
+        }
+    }
+
+    fn stop(&self, life: &mut Life) {
+        if let Life::Closing(workers) = std::mem::replace(life, Life::Closed) {
+            self.tell_workers(|| Message::Stop);
+            for worker in workers {
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.close(DROP_PATIENCE).is_err() {
+            // Whom this does not reach either (a process that cannot die) keeps its worker, and so its userfaultfd.
+            let _ = self.kill(DROP_PATIENCE);
+        }
+    }
+}
+
+fn expected_user(options: &ForkOptions) -> u32 {
+    options.user.unwrap_or_else(|| rustix::process::geteuid().as_raw())
+}
+
+/// A registered fork. Dropping this changes nothing; [`Server::unregister`] does.
+#[derive(Clone, Debug)]
+pub struct Fork {
+    record: Arc<ForkRecord>,
+    socket_path: PathBuf,
+}
+
+impl Fork {
+    /// Its name.
+    pub fn id(&self) -> &ForkId {
+        &self.record.id
+    }
+
+    /// Where its VMM is to connect: `backend_path` of a `mem_backend` whose `backend_type` is `Uffd`.
+    pub fn socket_path(&self) -> &Path {
+        &self.socket_path
+    }
+
+    /// What is known of it.
+    pub fn status(&self) -> ForkStatus {
+        self.record.status()
+    }
+
+    /// Waits until its state is as `wanted`, but no longer than `patience`; what is known of it then.
+    pub fn wait(&self, patience: Duration, wanted: impl Fn(ForkState) -> bool) -> ForkStatus {
+        self.record.wait_state(Instant::now() + patience, wanted);
+        self.record.status()
+    }
+}

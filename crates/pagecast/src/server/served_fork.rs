@@ -1,0 +1,481 @@
+//! One fork being served: carries out what its session decides.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
+
+use super::failure::FailReason;
+use super::inbox::Inbox;
+use super::record::ForkRecord;
+use super::worker::Message;
+use crate::page::PageSize;
+use crate::session::{After, Content, FillRun, Install, Noted, PageRef, Purpose, Session, Step, Violation};
+use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
+
+/// The first pause before a retry: about what the thread that the kernel waits for takes to run again.
+const FIRST_PAUSE: Duration = Duration::from_micros(50);
+/// The longest pause before a retry: a VMM that is frozen while it gives memory back costs 100 wakes a second.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a page
+/// be installed while a removal is unread, so stopping early is safe.
+const READS_PER_TURN: usize = 8;
+
+/// What the forks of one worker share: room to work in.
+pub(super) struct Scratch {
+    events: Vec<Event>,
+    /// The largest page or fill.
+    bytes: Vec<u8>,
+    /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
+    zeros: Vec<u8>,
+    /// Where bytes that were read elsewhere are to be sent.
+    pub(super) inbox: Arc<Inbox<Message>>,
+    /// How long a fault may wait for the template or for memory.
+    pub(super) fault_deadline: Duration,
+}
+
+impl Scratch {
+    pub(super) fn new(inbox: Arc<Inbox<Message>>, fault_deadline: Duration) -> Self {
+        Self {
+            events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
+            bytes: vec![0; PageSize::Huge.as_usize()],
+            zeros: vec![0; PageSize::Huge.as_usize()],
+            inbox,
+            fault_deadline,
+        }
+    }
+}
+
+/// Why serving a fork ends.
+pub(super) enum End {
+    /// Its address space is gone.
+    PeerGone,
+    /// It has all its memory and is unregistered.
+    Complete,
+    /// It cannot be served: its VMM has to be killed.
+    Failed(FailReason),
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        Self::Failed(FailReason::Violation(violation))
+    }
+}
+
+impl From<SourceError> for End {
+    fn from(error: SourceError) -> Self {
+        Self::Failed(FailReason::Template(error))
+    }
+}
+
+/// What was read elsewhere, and for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    Fault(PageRef),
+    Fill(FillRun),
+}
+
+/// A read that has not come back.
+struct Read {
+    awaited: Awaited,
+    since: Instant,
+}
+
+/// Faults that the kernel would not let us answer.
+struct Retry {
+    at: Instant,
+    pause: Duration,
+    since: Instant,
+    /// It was for lack of memory, which must not last.
+    out_of_memory: bool,
+}
+
+/// A fork whose VMM has shaken hands: the one owner of its userfaultfd.
+pub(super) struct ServedFork {
+    pub(super) record: Arc<ForkRecord>,
+    pub(super) uffd: Uffd,
+    pub(super) peer: Peer,
+    /// The handshake socket, while the VMM keeps it open.
+    pub(super) socket: Option<OwnedFd>,
+    session: Session,
+    template: Template,
+    /// Tells this fork from others that had the same place in their worker.
+    pub(super) serial: u64,
+    reads: Vec<Read>,
+    retry: Option<Retry>,
+    fill_pause: Option<Instant>,
+    /// All regions are unregistered; what is left is to be sure that nobody waits for us.
+    unregistered: bool,
+    given_up: Option<Arc<FailReason>>,
+}
+
+impl ServedFork {
+    pub(super) fn new(
+        record: Arc<ForkRecord>,
+        uffd: Uffd,
+        peer: Peer,
+        socket: OwnedFd,
+        session: Session,
+        serial: u64,
+    ) -> Self {
+        Self {
+            template: record.template.clone(),
+            record,
+            uffd,
+            peer,
+            socket: Some(socket),
+            session,
+            serial,
+            reads: Vec::new(),
+            retry: None,
+            fill_pause: None,
+            unregistered: false,
+            given_up: None,
+        }
+    }
+
+    /// Reads what has happened and answers it.
+    pub(super) fn serve(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+        let read_at = self.take_events(scratch)?;
+        self.answer(scratch, read_at)
+    }
+
+    /// Reads events until there are none, or for one turn. Returns when the first read was done.
+    fn take_events(&mut self, scratch: &mut Scratch) -> Result<Instant, End> {
+        let mut first_read = None;
+        for _ in 0..READS_PER_TURN {
+            let drained = self
+                .uffd
+                .read_events(&mut scratch.events)
+                .map_err(|errno| kernel("read events", errno))?;
+            first_read.get_or_insert_with(Instant::now);
+            for event in scratch.events.drain(..) {
+                match self.session.on_event(&event)? {
+                    Noted::Fault | Noted::SameFault => self.record.counters.demand.add(1),
+                    Noted::Removed { pages } => self.record.counters.removed.add(pages as u64),
+                }
+            }
+            if drained == Drained::Yes {
+                break;
+            }
+        }
+        Ok(first_read.unwrap_or_else(Instant::now))
+    }
+
+    fn answer(&mut self, scratch: &mut Scratch, since: Instant) -> Result<(), End> {
+        while let Some(step) = self.session.next_step()? {
+            match step {
+                Step::Wake(range) => self.wake(range)?,
+                Step::Install(install) => self.install_from_template(&install, scratch, since)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn install_from_template(&mut self, install: &Install, scratch: &mut Scratch, since: Instant) -> Result<(), End> {
+        let Content::Template(from) = install.content else {
+            let outcome = self.install_zeros(install, &scratch.zeros);
+            return self.finish(install, outcome, since, scratch.fault_deadline);
+        };
+        let buffer = room(&mut scratch.bytes, install.bytes());
+        let outcome = match self.template.source().try_read(from, buffer)? {
+            Page::NotReady => {
+                self.session.await_bytes(install);
+                self.record.counters.slow.add(1);
+                self.read_later(Awaited::Fault(install.at), from, install.bytes(), &scratch.inbox);
+                return Ok(());
+            }
+            Page::Bytes(bytes) => {
+                // After reading, before anybody sees it: what was read is the template's.
+                self.template.source().check_unchanged()?;
+                self.uffd.copy(install.to.start(), bytes)
+            }
+            Page::Zero => {
+                self.template.source().check_unchanged()?;
+                self.install_zeros(install, &scratch.zeros)
+            }
+        };
+        self.finish(install, outcome, since, scratch.fault_deadline)
+    }
+
+    fn install_zeros(&self, install: &Install, zeros: &[u8]) -> Outcome {
+        self.record.counters.zero.add(1);
+        match install.page_size {
+            PageSize::Small => self.uffd.zeropage(install.to),
+            // hugetlbfs has no zero page to share.
+            PageSize::Huge => self.uffd.copy(install.to.start(), zeros),
+        }
+    }
+
+    /// Does what the outcome of an install asks for.
+    fn finish(&mut self, install: &Install, outcome: Outcome, since: Instant, deadline: Duration) -> Result<(), End> {
+        let counters = &self.record.counters;
+        if outcome == Outcome::Installed {
+            match install.purpose {
+                Purpose::Demand => counters.record_latency(since.elapsed()),
+                Purpose::Fill => counters.prefaulted.add(install.pages as u64),
+            }
+            if matches!(install.content, Content::Template(_)) {
+                counters.installed_bytes.add(install.bytes() as u64);
+            }
+        }
+        match self.session.on_outcome(install, outcome) {
+            After::Done => Ok(()),
+            After::Wake(range) => self.wake(range),
+            After::Parked => {
+                counters.retried.add(1);
+                match install.purpose {
+                    Purpose::Demand => self.park(since, false, deadline),
+                    Purpose::Fill => {
+                        self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                        Ok(())
+                    }
+                }
+            }
+            After::OutOfMemory => match install.purpose {
+                Purpose::Demand => self.park(since, true, deadline),
+                Purpose::Fill => {
+                    self.give_up_completion(FailReason::OutOfMemory {
+                        deadline: Duration::ZERO,
+                    });
+                    Ok(())
+                }
+            },
+            After::PeerGone => Err(End::PeerGone),
+            After::Failed(errno) => Err(kernel("install a page", errno)),
+        }
+    }
+
+    fn wake(&self, range: HostRange) -> Result<(), End> {
+        self.uffd.wake(range).map_err(|errno| kernel("wake a page", errno))
+    }
+
+    /// Plans the next try of what is parked: soon at first, then ever less often.
+    fn park(&mut self, since: Instant, out_of_memory: bool, deadline: Duration) -> Result<(), End> {
+        let now = Instant::now();
+        let retry = self.retry.get_or_insert(Retry {
+            at: now + FIRST_PAUSE,
+            pause: FIRST_PAUSE,
+            since,
+            out_of_memory,
+        });
+        if retry.at <= now {
+            retry.pause = (retry.pause * 2).min(LONGEST_PAUSE);
+            retry.at = now + retry.pause;
+        }
+        if out_of_memory && !retry.out_of_memory {
+            retry.out_of_memory = true;
+            retry.since = since;
+        }
+        if retry.out_of_memory && now.duration_since(retry.since) > deadline {
+            return Err(End::Failed(FailReason::OutOfMemory { deadline }));
+        }
+        Ok(())
+    }
+
+    fn read_later(&mut self, awaited: Awaited, from: TemplateOffset, length: usize, inbox: &Arc<Inbox<Message>>) {
+        self.reads.push(Read {
+            awaited,
+            since: Instant::now(),
+        });
+        let (inbox, serial) = (Arc::clone(inbox), self.serial);
+        self.template.read_later(from, length, move |bytes| {
+            inbox.send(Message::Bytes { serial, awaited, bytes });
+        });
+    }
+
+    /// Bytes that were read elsewhere have come.
+    pub(super) fn on_bytes(&mut self, awaited: Awaited, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
+        let Some(position) = self.reads.iter().position(|read| read.awaited == awaited) else {
+            return Ok(());
+        };
+        let since = self.reads.swap_remove(position).since;
+        self.template.source().check_unchanged()?;
+        match awaited {
+            Awaited::Fault(at) => match self.session.bytes_ready(at)? {
+                None => Ok(()),
+                Some(Step::Wake(range)) => self.wake(range),
+                Some(Step::Install(install)) => {
+                    let zeros =
+                        matches!(install.content, Content::Zeros) || leading_zero_pages(bytes, install.page_size).0;
+                    let outcome = if zeros {
+                        self.install_zeros(&install, &scratch.zeros)
+                    } else {
+                        self.uffd.copy(install.to.start(), bytes)
+                    };
+                    self.finish(&install, outcome, since, scratch.fault_deadline)
+                }
+            },
+            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(bytes), scratch.fault_deadline),
+        }
+    }
+
+    /// When this fork wants a turn though nothing happens.
+    pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
+        let reads = self.reads.iter().map(|read| read.since + fault_deadline);
+        let retry = self.retry.as_ref().map(|retry| retry.at);
+        reads.chain(retry).chain(self.fill_pause).min()
+    }
+
+    /// Does what is due by now.
+    pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
+        let deadline = scratch.fault_deadline;
+        if self.reads.iter().any(|read| read.since + deadline <= now) {
+            return Err(End::Failed(FailReason::ReadDeadline { deadline }));
+        }
+        if self.fill_pause.is_some_and(|until| until <= now) {
+            self.fill_pause = None;
+        }
+        if let Some(retry) = self.retry.as_ref().filter(|retry| retry.at <= now) {
+            let since = retry.since;
+            self.session.release_parked();
+            // Whatever is parked was parked because something happened: hear of it first.
+            self.take_events(scratch)?;
+            self.answer(scratch, since)?;
+            if !self.session.has_parked() {
+                self.retry = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// From now on installs everything that is left, whenever [`fill`](Self::fill) gets a turn.
+    pub(super) fn begin_completion(&mut self) {
+        self.session.begin_completion();
+    }
+
+    /// Serves the fork as before, where it is not all but complete.
+    pub(super) fn abandon_completion(&mut self) {
+        if !self.unregistered {
+            self.stop_completing(None);
+        }
+    }
+
+    fn give_up_completion(&mut self, reason: FailReason) {
+        let reason = Arc::new(reason);
+        self.given_up = Some(Arc::clone(&reason));
+        self.stop_completing(Some(reason));
+    }
+
+    fn stop_completing(&mut self, reason: Option<Arc<FailReason>>) {
+        self.session.abandon_completion();
+        self.fill_pause = None;
+        self.record.give_up_completion(reason);
+    }
+
+    /// Why a completion has just been given up, once.
+    pub(super) fn take_given_up(&mut self) -> Option<Arc<FailReason>> {
+        self.given_up.take()
+    }
+
+    /// Whether [`fill`](Self::fill) has something to do.
+    pub(super) fn wants_to_fill(&self) -> bool {
+        self.session.is_completing()
+            && self.fill_pause.is_none()
+            && !self.reads.iter().any(|read| matches!(read.awaited, Awaited::Fill(_)))
+    }
+
+    /// The next bounded step of a completion.
+    pub(super) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+        let Some(run) = self.session.next_fill() else {
+            return if self.session.is_completing() {
+                self.unregister(scratch)
+            } else {
+                Ok(())
+            };
+        };
+        let template = self.template.clone();
+        let page = template
+            .source()
+            .try_read(run.from, room(&mut scratch.bytes, run.bytes()))?;
+        if page == Page::NotReady {
+            self.read_later(Awaited::Fill(run), run.from, run.bytes(), &scratch.inbox);
+            return Ok(());
+        }
+        template.source().check_unchanged()?;
+        self.fill_run(&run, page, scratch.fault_deadline)
+    }
+
+    fn fill_run(&mut self, run: &FillRun, page: Page<'_>, deadline: Duration) -> Result<(), End> {
+        while self.fill_pause.is_none()
+            && let Some(part) = self.session.fill_part(run)
+        {
+            let Page::Bytes(bytes) = page else {
+                self.session.skip_fill(&part);
+                continue;
+            };
+            let start = run.position_of(&part);
+            let bytes = bytes.get(start..start + part.bytes()).unwrap_or_default();
+            let (zeros, pages) = leading_zero_pages(bytes, part.page_size);
+            let part = part.truncated(pages);
+            if zeros {
+                self.session.skip_fill(&part);
+                continue;
+            }
+            let bytes = bytes.get(..part.bytes()).unwrap_or_default();
+            let outcome = self.uffd.copy(part.to.start(), bytes);
+            self.finish(&part, outcome, Instant::now(), deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
+    ///
+    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that thread
+    /// waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
+    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at a
+    /// place where nothing is registered, tells when it is over.
+    fn unregister(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+        if !self.unregistered {
+            let mut regions = self.session.regions().iter();
+            let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
+            if let Some(errno) = refused {
+                if self.peer.pidfd.has_exited() {
+                    return Err(End::PeerGone);
+                }
+                drop(regions);
+                self.give_up_completion(FailReason::Kernel {
+                    operation: "unregister a region",
+                    errno,
+                });
+                return Ok(());
+            }
+            drop(regions);
+            self.unregistered = true;
+        }
+        self.serve(scratch)?;
+        let Some((_, region)) = self.session.regions().iter().next() else {
+            return Err(End::Complete);
+        };
+        match self.uffd.zeropage(region.first_page()) {
+            Outcome::NotRegistered => Err(End::Complete),
+            Outcome::Retry { .. } => {
+                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                Ok(())
+            }
+            Outcome::PeerGone => Err(End::PeerGone),
+            _ => {
+                self.unregistered = false;
+                self.give_up_completion(FailReason::Kernel {
+                    operation: "unregister a region for good: the VMM registered it again",
+                    errno: Errno::new(0),
+                });
+                Ok(())
+            }
+        }
+    }
+}
+
+fn kernel(operation: &'static str, errno: Errno) -> End {
+    End::Failed(FailReason::Kernel { operation, errno })
+}
+
+/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so it
+/// never does on the fault path).
+fn room(bytes: &mut Vec<u8>, length: usize) -> &mut [u8] {
+    if bytes.len() < length {
+        bytes.resize(length, 0);
+    }
+    bytes.get_mut(..length).unwrap_or_default()
+}

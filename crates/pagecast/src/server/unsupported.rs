@@ -1,0 +1,132 @@
+//! The server on platforms that cannot have one.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use super::error::{CloseError, Error};
+use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+use crate::template::Template;
+
+/// How a server would be.
+pub struct Builder(());
+
+impl Builder {
+    /// Does nothing here.
+    #[must_use]
+    pub fn workers(self, _workers: usize) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
+    pub fn deadlines(self, _deadlines: Deadlines) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
+    pub fn observer(self, _observer: impl Fn(ForkEvent) + Send + Sync + 'static) -> Self {
+        self
+    }
+
+    /// Cannot be had here.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`], always.
+    pub fn start(self) -> Result<Server, Error> {
+        Err(Error::Unsupported)
+    }
+}
+
+/// A page server, of which there is none on this platform.
+pub enum Server {}
+
+impl Server {
+    /// A server that will not start.
+    pub fn builder() -> Builder {
+        Builder(())
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn register(&self, _id: ForkId, _template: &Template, _options: &ForkOptions) -> Result<Fork, Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn listen(&self, _prefix: &ForkId, _template: &Template, _options: &ForkOptions) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn unregister(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn forks(&self) -> Vec<ForkStatus> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn failures(&self) -> BTreeMap<&'static str, u64> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn close(&self, _patience: Duration) -> Result<(), CloseError> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn kill(&self, _patience: Duration) -> Result<(), CloseError> {
+        match *self {}
+    }
+}
+
+/// A registered fork, of which there is none on this platform.
+#[derive(Clone, Debug)]
+pub enum Fork {}
+
+impl Fork {
+    /// There is no fork to ask.
+    pub fn id(&self) -> &ForkId {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn socket_path(&self) -> &Path {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn status(&self) -> ForkStatus {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn wait(&self, _patience: Duration, _wanted: impl Fn(ForkState) -> bool) -> ForkStatus {
+        match *self {}
+    }
+}

@@ -1,0 +1,366 @@
+//! A thread that answers the faults of its forks.
+
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use pagecast_uffd::Errno;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::time::Timespec;
+use slab::Slab;
+
+use super::failure::FailReason;
+use super::fork::{ForkEvent, ForkState};
+use super::inbox::Inbox;
+use super::registry::Registry;
+use super::served_fork::{Awaited, End, Scratch, ServedFork};
+use crate::template::SourceError;
+
+/// How many epoll events are taken at once.
+const EPOLL_EVENTS: usize = 64;
+
+/// How often to look after a killed VMM whose end cannot be watched.
+const UNWATCHED_PAUSE: Duration = Duration::from_millis(10);
+
+/// What others ask of a worker.
+pub(super) enum Message {
+    /// Serve this fork from now on.
+    Adopt(Box<ServedFork>),
+    /// The template's bytes, read elsewhere.
+    Bytes {
+        serial: u64,
+        awaited: Awaited,
+        bytes: Result<Vec<u8>, SourceError>,
+    },
+    /// Complete all forks.
+    CompleteAll,
+    /// Give that up where it is not done yet.
+    AbandonAll,
+    /// Kill the VMMs of all forks.
+    KillAll,
+    /// Stop as soon as there is no fork left.
+    Stop,
+}
+
+/// A worker, seen from outside.
+pub(super) struct WorkerHandle {
+    pub(super) inbox: Arc<Inbox<Message>>,
+    /// How many forks it has.
+    pub(super) forks: Arc<AtomicUsize>,
+}
+
+/// Which file descriptor of which fork an epoll event is about.
+#[derive(Clone, Copy)]
+enum Token {
+    Inbox,
+    Uffd(usize),
+    Process(usize),
+    Socket(usize),
+}
+
+impl Token {
+    fn encode(self) -> EventData {
+        EventData::new_u64(match self {
+            Self::Inbox => 0,
+            Self::Uffd(slot) => (slot as u64) << 2 | 1,
+            Self::Process(slot) => (slot as u64) << 2 | 2,
+            Self::Socket(slot) => (slot as u64) << 2 | 3,
+        })
+    }
+
+    fn decode(data: EventData) -> Self {
+        let data = data.u64();
+        let slot = usize::try_from(data >> 2).unwrap_or(usize::MAX);
+        match data & 3 {
+            1 => Self::Uffd(slot),
+            2 => Self::Process(slot),
+            3 => Self::Socket(slot),
+            _ => Self::Inbox,
+        }
+    }
+}
+
+/// A fork and whether its VMM has been killed.
+struct Served {
+    fork: ServedFork,
+    /// Why its VMM was killed. Its userfaultfd stays open until the VMM is dead: closed earlier, it could run on with zeros.
+    killed: Option<FailReason>,
+    /// The kernel would not tell us of its end, so it has to be looked at again and again. It is killed, so not for long.
+    unwatched: bool,
+}
+
+impl Served {
+    fn wants_to_fill(&self) -> bool {
+        self.killed.is_none() && self.fork.wants_to_fill()
+    }
+
+    /// When it wants a turn though nothing happens.
+    fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
+        if self.unwatched {
+            return Some(Instant::now() + UNWATCHED_PAUSE);
+        }
+        self.killed
+            .is_none()
+            .then(|| self.fork.next_turn(fault_deadline))
+            .flatten()
+    }
+}
+
+pub(super) struct Worker {
+    epoll: OwnedFd,
+    registry: Arc<Registry>,
+    count: Arc<AtomicUsize>,
+    forks: Slab<Served>,
+    scratch: Scratch,
+    /// Where the next round of fills begins, so that all get their turn.
+    next_to_fill: usize,
+    stopping: bool,
+}
+
+impl Worker {
+    /// Starts a worker thread.
+    pub(super) fn start(
+        index: usize,
+        registry: Arc<Registry>,
+        fault_deadline: Duration,
+    ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
+        let inbox = Arc::new(Inbox::new()?);
+        let forks = Arc::new(AtomicUsize::new(0));
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
+        let worker = Self {
+            epoll,
+            registry,
+            count: Arc::clone(&forks),
+            forks: Slab::new(),
+            scratch: Scratch::new(Arc::clone(&inbox), fault_deadline),
+            next_to_fill: 0,
+            stopping: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("pagecast-{index}"))
+            .spawn(move || worker.run())?;
+        Ok((WorkerHandle { inbox, forks }, thread))
+    }
+
+    fn run(mut self) {
+        let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
+        while !(self.stopping && self.forks.is_empty()) {
+            let timeout = self.timeout();
+            let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
+                Ok((events, _)) => &*events,
+                // Only EINTR is possible for an epoll of our own.
+                Err(_) => continue,
+            };
+            let mut mail = false;
+            for event in events {
+                // Copied out, because the kernel's struct is packed.
+                let (flags, data) = (event.flags, event.data);
+                match Token::decode(data) {
+                    // Last, because a fork that comes may take the place of one that goes in this very round.
+                    Token::Inbox => mail = true,
+                    // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
+                    Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
+                    Token::Uffd(slot) => self.step(slot, ServedFork::serve),
+                    Token::Process(slot) => self.check_process(slot),
+                    Token::Socket(slot) => self.drop_socket(slot),
+                }
+            }
+            if mail {
+                self.read_mail();
+            }
+            self.run_timers();
+            self.fill_one();
+        }
+    }
+
+    /// How long to sleep at most; `None` for as long as nothing happens.
+    fn timeout(&self) -> Option<Timespec> {
+        if self.forks.iter().any(|(_, served)| served.wants_to_fill()) {
+            return Some(Timespec::default());
+        }
+        let deadline = self.scratch.fault_deadline;
+        let next = self
+            .forks
+            .iter()
+            .filter_map(|(_, served)| served.next_turn(deadline))
+            .min()?;
+        let left = next.saturating_duration_since(Instant::now());
+        Timespec::try_from(left).ok()
+    }
+
+    /// Lets a fork do something, and ends it where that is what came of it.
+    fn step(&mut self, slot: usize, act: impl FnOnce(&mut ServedFork, &mut Scratch) -> Result<(), End>) {
+        let Some(served) = self.forks.get_mut(slot).filter(|served| served.killed.is_none()) else {
+            return;
+        };
+        let result = act(&mut served.fork, &mut self.scratch);
+        if let Some(reason) = served.fork.take_given_up() {
+            self.registry.observe(ForkEvent::NotCompleted {
+                id: served.fork.record.id.clone(),
+                reason,
+            });
+        }
+        if let Err(end) = result {
+            match end {
+                End::PeerGone => self.finish(slot, ForkState::Exited, None),
+                End::Complete => self.finish(slot, ForkState::Complete, None),
+                End::Failed(reason) => self.kill(slot, reason),
+            }
+        }
+    }
+
+    /// Kills a VMM: its faults cannot be answered, and it must not go on without.
+    fn kill(&mut self, slot: usize, reason: FailReason) {
+        let Some(served) = self.forks.get_mut(slot) else { return };
+        // Not being allowed to was ruled out in the handshake; already dead is fine.
+        let _ = served.fork.peer.pidfd.kill();
+        // What it still reports is of no use, and would wake us again and again.
+        let _ = epoll::delete(&self.epoll, &served.fork.uffd);
+        served.killed = Some(reason);
+    }
+
+    fn check_process(&mut self, slot: usize) {
+        let Some(served) = self.forks.get_mut(slot) else { return };
+        if !served.fork.peer.pidfd.has_exited() {
+            return;
+        }
+        match served.killed.take() {
+            Some(reason) => self.finish(slot, ForkState::Failed, Some(reason)),
+            None => self.finish(slot, ForkState::Exited, None),
+        }
+    }
+
+    /// The VMM has closed its end. Firecracker before 1.12 does so at once, so this alone is no end; the process is.
+    fn drop_socket(&mut self, slot: usize) {
+        if let Some(socket) = self.forks.get_mut(slot).and_then(|served| served.fork.socket.take()) {
+            let _ = epoll::delete(&self.epoll, &socket);
+        }
+    }
+
+    /// Lets go of a fork, first of everything it holds, then says so.
+    fn finish(&mut self, slot: usize, state: ForkState, reason: Option<FailReason>) {
+        let Some(Served { fork, .. }) = self.forks.try_remove(slot) else {
+            return;
+        };
+        // A userfaultfd stays in the epoll set for as long as the VMM has its copy, so closing ours is not enough.
+        let _ = epoll::delete(&self.epoll, &fork.uffd);
+        let record = Arc::clone(&fork.record);
+        drop(fork);
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.registry.end(&record, state, reason);
+    }
+
+    fn read_mail(&mut self) {
+        let inbox = Arc::clone(&self.scratch.inbox);
+        for message in inbox.take() {
+            match message {
+                Message::Adopt(fork) => self.adopt(*fork),
+                Message::Bytes { serial, awaited, bytes } => {
+                    let mut forks = self.forks.iter();
+                    let Some((slot, _)) = forks.find(|(_, served)| served.fork.serial == serial) else {
+                        continue;
+                    };
+                    self.step(slot, |fork, scratch| fork.on_bytes(awaited, &bytes?, scratch));
+                }
+                Message::CompleteAll => self
+                    .forks
+                    .iter_mut()
+                    .for_each(|(_, served)| served.fork.begin_completion()),
+                Message::AbandonAll => self
+                    .forks
+                    .iter_mut()
+                    .for_each(|(_, served)| served.fork.abandon_completion()),
+                Message::KillAll => {
+                    for slot in self.slots() {
+                        if self.forks.get(slot).is_some_and(|served| served.killed.is_none()) {
+                            self.kill(slot, FailReason::Killed);
+                        }
+                    }
+                }
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn slots(&self) -> Vec<usize> {
+        self.forks.iter().map(|(slot, _)| slot).collect()
+    }
+
+    fn adopt(&mut self, fork: ServedFork) {
+        let slot = self.forks.insert(Served {
+            fork,
+            killed: None,
+            unwatched: false,
+        });
+        let Some(Served { fork, .. }) = self.forks.get(slot) else {
+            return;
+        };
+        let mut watched =
+            epoll::add(&self.epoll, &fork.uffd, Token::Uffd(slot).encode(), EventFlags::IN).and_then(|()| {
+                epoll::add(
+                    &self.epoll,
+                    &fork.peer.pidfd,
+                    Token::Process(slot).encode(),
+                    EventFlags::IN,
+                )
+            });
+        if let Some(socket) = &fork.socket {
+            // Nothing it says is of interest, only that it ends.
+            watched =
+                watched.and_then(|()| epoll::add(&self.epoll, socket, Token::Socket(slot).encode(), EventFlags::RDHUP));
+        }
+        if let Err(errno) = watched {
+            let reason = FailReason::Kernel {
+                operation: "watch a fork",
+                errno: Errno::from(errno),
+            };
+            self.kill(slot, reason);
+            if let Some(served) = self.forks.get_mut(slot) {
+                served.unwatched = true;
+            }
+            return;
+        }
+        let record = Arc::clone(&fork.record);
+        self.registry.observe(ForkEvent::Serving {
+            id: record.id.clone(),
+            pid: fork.peer.pid,
+            memory_bytes: record.memory_bytes(),
+            regions: record.regions.get().map_or(0, |regions| regions.len()),
+        });
+    }
+
+    fn run_timers(&mut self) {
+        let deadline = self.scratch.fault_deadline;
+        if !self
+            .forks
+            .iter()
+            .any(|(_, served)| served.next_turn(deadline).is_some())
+        {
+            return;
+        }
+        let now = Instant::now();
+        for slot in self.slots() {
+            self.step(slot, |fork, scratch| fork.on_timer(now, scratch));
+            if self.forks.get(slot).is_some_and(|served| served.unwatched) {
+                self.check_process(slot);
+            }
+        }
+    }
+
+    /// One bounded step of one completion: faults come first, and the next look at them is never far.
+    fn fill_one(&mut self) {
+        let wants = |served: &Served| served.wants_to_fill();
+        let after = self
+            .forks
+            .iter()
+            .find(|(slot, served)| *slot >= self.next_to_fill && wants(served));
+        let Some((slot, _)) = after.or_else(|| self.forks.iter().find(|(_, served)| wants(served))) else {
+            return;
+        };
+        self.next_to_fill = slot + 1;
+        self.step(slot, ServedFork::fill);
+    }
+}

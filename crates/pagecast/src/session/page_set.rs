@@ -1,0 +1,177 @@
+//! A set of pages of one region.
+
+use crate::page::PageIndex;
+
+const BITS: usize = u64::BITS as usize;
+
+/// A set of pages, a bit each, of a region whose length is known.
+///
+/// Made of zeroed memory that the allocator gets from the kernel untouched, so an idle fork of many pages costs little.
+#[derive(Clone, Debug)]
+pub(crate) struct PageSet {
+    words: Box<[u64]>,
+    pages: usize,
+}
+
+impl PageSet {
+    /// The empty set of a region of `pages` pages.
+    pub(crate) fn new(pages: usize) -> Self {
+        Self {
+            words: vec![0; pages.div_ceil(BITS)].into_boxed_slice(),
+            pages,
+        }
+    }
+
+    pub(crate) fn contains(&self, page: PageIndex) -> bool {
+        self.words
+            .get(page.get() / BITS)
+            .is_some_and(|word| word >> (page.get() % BITS) & 1 == 1)
+    }
+
+    /// Whether it was not in before.
+    pub(crate) fn insert(&mut self, page: PageIndex) -> bool {
+        let Some(word) = self.words.get_mut(page.get() / BITS) else {
+            return false;
+        };
+        let bit = 1 << (page.get() % BITS);
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
+
+    pub(crate) fn remove(&mut self, page: PageIndex) {
+        if let Some(word) = self.words.get_mut(page.get() / BITS) {
+            *word &= !(1 << (page.get() % BITS));
+        }
+    }
+
+    /// Adds `count` pages from `first` on.
+    pub(crate) fn insert_run(&mut self, first: PageIndex, count: usize) {
+        self.change_run(first, count, |word, mask| *word |= mask);
+    }
+
+    /// Takes out `count` pages from `first` on.
+    pub(crate) fn remove_run(&mut self, first: PageIndex, count: usize) {
+        self.change_run(first, count, |word, mask| *word &= !mask);
+    }
+
+    fn change_run(&mut self, first: PageIndex, count: usize, change: impl Fn(&mut u64, u64)) {
+        let mut at = first.get();
+        let end = at.saturating_add(count).min(self.pages);
+        while at < end {
+            let bit = at % BITS;
+            let here = (BITS - bit).min(end - at);
+            let mask = (u64::MAX >> (BITS - here)) << bit;
+            if let Some(word) = self.words.get_mut(at / BITS) {
+                change(word, mask);
+            }
+            at += here;
+        }
+    }
+
+    /// The first run of pages, at or after `from`, that are neither in this set nor in `other` (of the same region), cut
+    /// at `most` pages. As first page and count.
+    pub(crate) fn next_run_outside(
+        &self,
+        other: Option<&Self>,
+        from: PageIndex,
+        most: usize,
+    ) -> Option<(PageIndex, usize)> {
+        let inside = |word: usize| {
+            let own = self.words.get(word).copied().unwrap_or(u64::MAX);
+            own | other.and_then(|set| set.words.get(word)).copied().unwrap_or(0)
+        };
+        let first = self.seek(from.get(), |word| !inside(word))?;
+        let end = self.seek(first, inside).unwrap_or(self.pages);
+        Some((PageIndex::new(first), (end - first).min(most)))
+    }
+
+    /// The first page at or after `from` whose bit is set in `word_at`.
+    fn seek(&self, from: usize, word_at: impl Fn(usize) -> u64) -> Option<usize> {
+        let mut index = from / BITS;
+        let mut word = if index < self.words.len() {
+            word_at(index) & (u64::MAX << (from % BITS))
+        } else {
+            return None;
+        };
+        while word == 0 {
+            index += 1;
+            if index == self.words.len() {
+                return None;
+            }
+            word = word_at(index);
+        }
+        let page = index * BITS + word.trailing_zeros() as usize;
+        (page < self.pages).then_some(page)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Insert(usize),
+        Remove(usize),
+        InsertRun(usize, usize),
+        RemoveRun(usize, usize),
+    }
+
+    fn changes(pages: usize) -> impl Strategy<Value = Vec<Change>> {
+        let change = prop_oneof![
+            (0..pages).prop_map(Change::Insert),
+            (0..pages).prop_map(Change::Remove),
+            (0..pages, 0..pages).prop_map(|(first, count)| Change::InsertRun(first, count)),
+            (0..pages, 0..pages).prop_map(|(first, count)| Change::RemoveRun(first, count)),
+        ];
+        proptest::collection::vec(change, 0..20)
+    }
+
+    fn apply(pages: usize, changes: &[Change]) -> (PageSet, BTreeSet<usize>) {
+        let mut set = PageSet::new(pages);
+        let mut model = BTreeSet::new();
+        for change in changes {
+            match *change {
+                Change::Insert(page) => assert_eq!(set.insert(PageIndex::new(page)), model.insert(page)),
+                Change::Remove(page) => {
+                    set.remove(PageIndex::new(page));
+                    model.remove(&page);
+                }
+                Change::InsertRun(first, count) => {
+                    set.insert_run(PageIndex::new(first), count);
+                    model.extend(first..(first + count).min(pages));
+                }
+                Change::RemoveRun(first, count) => {
+                    set.remove_run(PageIndex::new(first), count);
+                    model.retain(|page| !(first..first + count).contains(page));
+                }
+            }
+        }
+        (set, model)
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_a_set((pages, ours, others, most) in (1..200usize, 1..70usize)
+            .prop_flat_map(|(pages, most)| (Just(pages), changes(pages), changes(pages), Just(most)))) {
+            let (set, model) = apply(pages, &ours);
+            let (other, other_model) = apply(pages, &others);
+            for page in 0..pages {
+                prop_assert_eq!(set.contains(PageIndex::new(page)), model.contains(&page));
+            }
+            for from in 0..=pages {
+                let outside = |page: &usize| !model.contains(page) && !other_model.contains(page);
+                let expected = (from..pages).find(outside)
+                    .map(|first| (first, (first..pages).take_while(outside).count().min(most)));
+                let found = set.next_run_outside(Some(&other), PageIndex::new(from), most)
+                    .map(|(first, count)| (first.get(), count));
+                prop_assert_eq!(found, expected);
+            }
+        }
+    }
+}

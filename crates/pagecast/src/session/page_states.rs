@@ -1,0 +1,106 @@
+//! What is known of each page of a region.
+
+use super::page_set::PageSet;
+use crate::page::PageIndex;
+
+/// The states of a region's pages.
+///
+/// | state | a fault there gets |
+/// | --- | --- |
+/// | absent | the template's bytes |
+/// | installed | a wake: the page is there |
+/// | removed | zeros, for ever: installed or not, it may be given back again before we hear of it |
+///
+/// Removed is final. A page that was filled with zeros after its removal can be taken away by the very `madvise` whose
+/// `Remove` we have just read (the kernel drops the pages only after its event is read), so only trying tells whether it is
+/// there.
+#[derive(Debug)]
+pub(crate) struct PageStates {
+    installed: PageSet,
+    /// Made with the first removal; most forks never have one.
+    removed: Option<PageSet>,
+    /// Pages whose fault has been read and not answered yet. A second fault of the same page adds nothing: what answers
+    /// the first wakes everybody who waits there. Without this, a thread hit by signals could fill our queues.
+    pending: PageSet,
+    pages: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageState {
+    Absent,
+    Installed,
+    Removed,
+}
+
+impl PageStates {
+    pub(crate) fn new(pages: usize) -> Self {
+        Self {
+            installed: PageSet::new(pages),
+            removed: None,
+            pending: PageSet::new(pages),
+            pages,
+        }
+    }
+
+    pub(crate) fn get(&self, page: PageIndex) -> PageState {
+        if self.removed.as_ref().is_some_and(|removed| removed.contains(page)) {
+            PageState::Removed
+        } else if self.installed.contains(page) {
+            PageState::Installed
+        } else {
+            PageState::Absent
+        }
+    }
+
+    pub(crate) fn set_installed(&mut self, first: PageIndex, count: usize) {
+        self.installed.insert_run(first, count);
+    }
+
+    pub(crate) fn set_removed(&mut self, first: PageIndex, count: usize) {
+        self.removed
+            .get_or_insert_with(|| PageSet::new(self.pages))
+            .insert_run(first, count);
+        self.installed.remove_run(first, count);
+    }
+
+    /// Notes that a fault of `page` waits for its answer; `false` where one did already.
+    pub(crate) fn set_pending(&mut self, page: PageIndex) -> bool {
+        self.pending.insert(page)
+    }
+
+    pub(crate) fn clear_pending(&mut self, page: PageIndex) {
+        self.pending.remove(page);
+    }
+
+    /// The next run of absent pages at or after `from`, cut at `most` pages.
+    pub(crate) fn next_absent(&self, from: PageIndex, most: usize) -> Option<(PageIndex, usize)> {
+        self.installed.next_run_outside(self.removed.as_ref(), from, most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn removed_is_final_and_never_absent() {
+        let mut states = PageStates::new(8);
+        states.set_installed(PageIndex::new(2), 1);
+        states.set_removed(PageIndex::new(2), 2);
+        states.set_installed(PageIndex::new(3), 1);
+        assert_eq!(states.get(PageIndex::new(2)), PageState::Removed);
+        assert_eq!(states.get(PageIndex::new(3)), PageState::Removed);
+        assert_eq!(states.next_absent(PageIndex::new(0), 8), Some((PageIndex::new(0), 2)));
+        assert_eq!(states.next_absent(PageIndex::new(2), 8), Some((PageIndex::new(4), 4)));
+    }
+
+    #[test]
+    fn a_second_fault_of_a_pending_page_adds_nothing() {
+        let mut states = PageStates::new(1);
+        let page = PageIndex::new(0);
+        assert!(states.set_pending(page));
+        assert!(!states.set_pending(page));
+        states.clear_pending(page);
+        assert!(states.set_pending(page));
+    }
+}

@@ -1,0 +1,351 @@
+//! The memory file of a paused microVM, on a local file system.
+
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use pagecast_uffd::ByteLen;
+use rustix::fs::{OFlags, SeekFrom};
+use rustix::io::{Errno as E, ReadWriteFlags};
+
+use super::identity::Identity;
+use super::open::OpenError;
+use super::source::{Page, PageSource, SourceError, TemplateOffset};
+use super::zero_map::{ZeroMap, is_zero};
+use crate::page::PageSize;
+
+/// The most runs of data whose holes are looked for when a file is opened; a file in more pieces than this is read where
+/// it is not known. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
+const MOST_EXTENTS: usize = 4096;
+
+/// How much is read at once to find zeros.
+const SCAN_BYTES: usize = 1 << 20;
+
+/// A mem-file: opened once, read-only, and held, so that renaming or replacing the path changes nothing for forks.
+///
+/// Bytes come by `preadv2(RWF_NOWAIT)`, which answers from the page cache or says that it cannot. Unlike a mapping, this
+/// can neither stall the fault path on a disk nor kill the server when the file is truncated.
+#[derive(Debug)]
+pub struct MemFile {
+    path: PathBuf,
+    file: File,
+    identity: Identity,
+    zeros: ZeroMap,
+}
+
+impl MemFile {
+    /// Opens the file at `path` and finds its holes.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] where it cannot be a template.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let cannot_open = |source| OpenError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        // Without O_NONBLOCK, opening a fifo would wait for somebody to write to it.
+        let file = File::options()
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(path)
+            .map_err(cannot_open)?;
+        let metadata = file.metadata().map_err(cannot_open)?;
+        if !metadata.is_file() {
+            let kind = metadata.file_type();
+            return Err(OpenError::NotAFile {
+                path: path.to_owned(),
+                what: match () {
+                    () if kind.is_dir() => "a directory",
+                    () if kind.is_fifo() => "a fifo",
+                    () if kind.is_socket() => "a socket",
+                    () if kind.is_block_device() => "a block device",
+                    () => "a device",
+                },
+            });
+        }
+        let size = metadata.len();
+        if size == 0 || !PageSize::Small.is_aligned(size) {
+            return Err(OpenError::Size {
+                path: path.to_owned(),
+                size,
+            });
+        }
+        let zeros = ZeroMap::new(ByteLen::new(size));
+        find_holes(&file, size, &zeros).map_err(cannot_open)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            identity: Identity::of(&metadata),
+            zeros,
+        })
+    }
+
+    /// The path it was opened at. It may lead elsewhere by now; see [`check_path`](Self::check_path).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it was when it was opened.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// What is known of its zeros so far.
+    pub fn zeros(&self) -> &ZeroMap {
+        &self.zeros
+    }
+
+    /// Makes sure that the path still leads to this file, unchanged. Forks that live do not care, since the file is held;
+    /// a new one should get what is there now.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Changed`].
+    pub fn check_path(&self) -> Result<(), SourceError> {
+        let now = std::fs::metadata(&self.path).map_err(|error| SourceError::Changed {
+            how: format!("its path cannot be looked at: {error}"),
+        })?;
+        match self.identity.difference(&Identity::of(&now)) {
+            Some(how) => Err(SourceError::Changed { how }),
+            None => Ok(()),
+        }
+    }
+
+    fn io_error(at: TemplateOffset) -> impl FnOnce(std::io::Error) -> SourceError {
+        move |source| SourceError::Io { at, source }
+    }
+}
+
+impl PageSource for MemFile {
+    fn len(&self) -> ByteLen {
+        ByteLen::new(self.identity.size())
+    }
+
+    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+        let len = ByteLen::of_slice(buffer);
+        if self.zeros.covers(at, len) {
+            return Ok(Page::Zero);
+        }
+        let read = rustix::io::preadv2(
+            &self.file,
+            &mut [IoSliceMut::new(buffer)],
+            at.get(),
+            ReadWriteFlags::NOWAIT,
+        );
+        match read {
+            Ok(read) if read == buffer.len() => {
+                if is_zero(buffer) {
+                    self.zeros.set(at, len);
+                    return Ok(Page::Zero);
+                }
+                Ok(Page::Bytes(buffer))
+            }
+            // Only a part of it is in the page cache, or the file ends here (`read` tells which); nothing of it is; or the
+            // file system cannot say (NFS, FUSE).
+            Ok(_) | Err(E::AGAIN | E::OPNOTSUPP | E::INTR) => Ok(Page::NotReady),
+            Err(errno) => Err(Self::io_error(at)(errno.into())),
+        }
+    }
+
+    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        self.file.read_exact_at(buffer, at.get()).map_err(|source| {
+            if source.kind() == std::io::ErrorKind::UnexpectedEof {
+                SourceError::Truncated {
+                    end: at.get().saturating_add(ByteLen::of_slice(buffer).get()),
+                }
+            } else {
+                Self::io_error(at)(source)
+            }
+        })
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        let now = self.file.metadata().map_err(Self::io_error(TemplateOffset::new(0)))?;
+        match self.identity.difference(&Identity::of(&now)) {
+            Some(how) => Err(SourceError::Changed { how }),
+            None => Ok(()),
+        }
+    }
+
+    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
+        self.zeros.covers(at, len)
+    }
+
+    fn find_zeros(&self) -> Result<(), SourceError> {
+        let mut buffer = vec![0; SCAN_BYTES];
+        let mut at = 0;
+        while at < self.identity.size() {
+            let len = (self.identity.size() - at).min(SCAN_BYTES as u64);
+            let chunk = buffer
+                .get_mut(..usize::try_from(len).unwrap_or(SCAN_BYTES))
+                .unwrap_or_default();
+            if !self.zeros.covers(TemplateOffset::new(at), ByteLen::new(len)) {
+                self.read(TemplateOffset::new(at), chunk)?;
+                for (index, page) in chunk.chunks(PageSize::Small.as_usize()).enumerate() {
+                    if is_zero(page) {
+                        let page_at = at + index as u64 * PageSize::SMALLEST;
+                        self.zeros.set(TemplateOffset::new(page_at), PageSize::Small.len());
+                    }
+                }
+            }
+            at += len;
+        }
+        self.check_unchanged()
+    }
+}
+
+/// Notes the holes of `file`, as far as its file system tells and [`MOST_EXTENTS`] allows.
+fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
+    let mut at = 0;
+    for _ in 0..MOST_EXTENTS {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(size),
+            // No data from here on.
+            Err(E::NXIO) => size,
+            // A file system that does not tell: all of it may be data.
+            Err(E::INVAL | E::OPNOTSUPP) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        zeros.set(TemplateOffset::new(at), ByteLen::new(data.saturating_sub(at)));
+        if data == size {
+            return Ok(());
+        }
+        at = rustix::fs::seek(file, SeekFrom::Hole(data))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const PAGE: usize = PageSize::Small.as_usize();
+
+    fn page(index: u64) -> TemplateOffset {
+        TemplateOffset::new(index * PageSize::SMALLEST)
+    }
+
+    /// Pages: data, hole, hole, zeros, data.
+    fn mem_file() -> (tempfile::TempDir, MemFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        let file = File::create(&path).unwrap();
+        file.write_all_at(&[7; PAGE], 0).unwrap();
+        file.write_all_at(&[0; PAGE], 3 * PAGE as u64).unwrap();
+        file.write_all_at(&[9; PAGE], 4 * PAGE as u64).unwrap();
+        let mem_file = MemFile::open(&path).unwrap();
+        (dir, mem_file)
+    }
+
+    #[test]
+    fn holes_are_known_at_once_and_zero_pages_once_read() {
+        let (_dir, mem_file) = mem_file();
+        let mut buffer = [0; PAGE];
+        assert_eq!(mem_file.try_read(page(1), &mut [0; 2 * PAGE]).unwrap(), Page::Zero);
+        assert!(!mem_file.is_known_zero(page(3), PageSize::Small.len()));
+        assert_eq!(mem_file.try_read(page(3), &mut buffer).unwrap(), Page::Zero);
+        assert!(mem_file.is_known_zero(page(3), PageSize::Small.len()));
+        assert_eq!(
+            mem_file.try_read(page(4), &mut buffer).unwrap(),
+            Page::Bytes(&[9; PAGE])
+        );
+    }
+
+    #[test]
+    fn all_zeros_are_found_when_asked_for() {
+        let (_dir, mem_file) = mem_file();
+        mem_file.find_zeros().unwrap();
+        assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
+    }
+
+    #[test]
+    fn what_is_not_in_the_page_cache_is_not_ready_and_not_waited_for() {
+        let (_dir, mem_file) = mem_file();
+        mem_file.file.sync_all().unwrap();
+        rustix::fs::fadvise(&mem_file.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let mut buffer = [0; PAGE];
+        match mem_file.try_read(page(0), &mut buffer).unwrap() {
+            Page::NotReady => {}
+            // tmpfs has no backing store to drop pages to.
+            Page::Bytes(_) => println!("skipped: this file system keeps its pages in memory"),
+            Page::Zero => panic!("zeros in place of bytes"),
+        }
+        mem_file.read(page(0), &mut buffer).unwrap();
+        assert_eq!(buffer, [7; PAGE]);
+        assert!(matches!(
+            mem_file.try_read(page(0), &mut buffer).unwrap(),
+            Page::Bytes(_)
+        ));
+    }
+
+    #[test]
+    fn a_truncated_file_is_an_error_and_never_zeros() {
+        let (_dir, mem_file) = mem_file();
+        File::options()
+            .write(true)
+            .open(mem_file.path())
+            .unwrap()
+            .set_len(PAGE as u64)
+            .unwrap();
+        let mut buffer = [0; PAGE];
+        // Never `Bytes`, never `Zero`.
+        assert_eq!(mem_file.try_read(page(4), &mut buffer).unwrap(), Page::NotReady);
+        assert!(matches!(
+            mem_file.read(page(4), &mut buffer),
+            Err(SourceError::Truncated { .. })
+        ));
+        assert!(matches!(mem_file.check_unchanged(), Err(SourceError::Changed { .. })));
+    }
+
+    #[test]
+    fn a_replaced_path_is_noticed_but_the_file_is_held() {
+        let (dir, mem_file) = mem_file();
+        let other = dir.path().join("other");
+        File::create(&other).unwrap().write_all(&[1; 5 * PAGE]).unwrap();
+        std::fs::rename(&other, mem_file.path()).unwrap();
+        assert!(matches!(mem_file.check_path(), Err(SourceError::Changed { .. })));
+        mem_file.check_unchanged().unwrap();
+        let mut buffer = [0; PAGE];
+        mem_file.read(page(0), &mut buffer).unwrap();
+        assert_eq!(buffer, [7; PAGE]);
+    }
+
+    #[test]
+    fn what_cannot_be_a_template_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        assert!(matches!(MemFile::open(&path), Err(OpenError::Io { .. })));
+        assert!(matches!(
+            MemFile::open(dir.path()),
+            Err(OpenError::NotAFile {
+                what: "a directory",
+                ..
+            })
+        ));
+        assert!(matches!(
+            MemFile::open(Path::new("/dev/null")),
+            Err(OpenError::NotAFile { what: "a device", .. })
+        ));
+        for size in [0, 4095, 6000] {
+            std::fs::write(&path, vec![1; size]).unwrap();
+            assert!(matches!(MemFile::open(&path), Err(OpenError::Size { .. })));
+        }
+        std::fs::remove_file(&path).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        assert!(matches!(
+            MemFile::open(&path),
+            Err(OpenError::NotAFile { what: "a fifo", .. })
+        ));
+    }
+}

@@ -1,0 +1,102 @@
+//! Templates: where the pages of forks come from.
+//!
+//! A [`Template`] hands out the pages of a [`PageSource`]. On Linux, `MemFile` is one: the memory file that a paused
+//! microVM leaves behind.
+
+#[cfg(unix)]
+mod identity;
+#[cfg(target_os = "linux")]
+mod mem_file;
+mod open;
+mod slow_reads;
+mod source;
+mod zero_map;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use pagecast_uffd::ByteLen;
+
+#[cfg(unix)]
+pub use identity::Identity;
+#[cfg(target_os = "linux")]
+pub use mem_file::MemFile;
+pub use open::OpenError;
+use slow_reads::SlowReads;
+pub use source::{Page, PageSource, SourceError, TemplateOffset};
+pub use zero_map::ZeroMap;
+#[cfg(target_os = "linux")]
+pub(crate) use zero_map::leading_zero_pages;
+
+/// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
+#[derive(Clone)]
+pub struct Template {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    source: Box<dyn PageSource>,
+    slow_reads: SlowReads,
+}
+
+impl Template {
+    /// Opens the mem-file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] where it cannot be a template; always [`OpenError::Unsupported`] where the platform is not Linux.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        #[cfg(target_os = "linux")]
+        return MemFile::open(path).map(Self::from_source);
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = path;
+            Err(OpenError::Unsupported)
+        }
+    }
+
+    /// A template whose pages come from `source`.
+    pub fn from_source(source: impl PageSource) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                source: Box::new(source),
+                slow_reads: SlowReads::default(),
+            }),
+        }
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> ByteLen {
+        self.source().len()
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.source().is_empty()
+    }
+
+    /// Where its pages come from.
+    pub fn source(&self) -> &dyn PageSource {
+        &*self.inner.source
+    }
+
+    /// Reads `length` bytes from `at` on, on a thread of this template's own that may wait for them, and hands them to
+    /// `done` there.
+    pub(crate) fn read_later(
+        &self,
+        at: TemplateOffset,
+        length: usize,
+        done: impl FnOnce(Result<Vec<u8>, SourceError>) + Send + 'static,
+    ) {
+        SlowReads::submit(&self.inner, at, length, Box::new(done));
+    }
+}
+
+impl fmt::Debug for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Template")
+            .field("len", &self.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,101 @@
+//! Reads that may block, away from the fault path.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Inner;
+use super::source::{SourceError, TemplateOffset};
+
+/// The most threads that read one template at once. Each template has its own, so one that hangs (a network file system)
+/// holds up no other.
+const MOST_THREADS: usize = 4;
+
+/// How long a thread without work stays.
+const IDLE: Duration = Duration::from_secs(2);
+
+/// What to do with the bytes, or with the reason why there are none. Runs on a reading thread.
+type Done = Box<dyn FnOnce(Result<Vec<u8>, SourceError>) + Send>;
+
+/// The threads that read one template, and what waits for them. Threads come with the first request and go when idle.
+#[derive(Default)]
+pub(super) struct SlowReads {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Request>,
+    threads: usize,
+    idle: usize,
+}
+
+struct Request {
+    at: TemplateOffset,
+    length: usize,
+    done: Done,
+}
+
+impl SlowReads {
+    /// Reads `length` bytes from `at` on and hands them to `done`, in the order of the calls.
+    pub(super) fn submit(template: &Arc<Inner>, at: TemplateOffset, length: usize, done: Done) {
+        let reads = &template.slow_reads;
+        let mut state = reads.lock();
+        state.queue.push_back(Request { at, length, done });
+        if state.idle > 0 {
+            reads.work.notify_one();
+            return;
+        }
+        if state.threads < MOST_THREADS {
+            let template = Arc::clone(template);
+            let spawned = std::thread::Builder::new()
+                .name("pagecast-read".to_owned())
+                .spawn(move || serve(&template));
+            match spawned {
+                Ok(_) => state.threads += 1,
+                // Others will get to it. Without any, it must not wait for ever.
+                Err(error) if state.threads == 0 => {
+                    if let Some(request) = state.queue.pop_back() {
+                        drop(state);
+                        (request.done)(Err(SourceError::Io { at, source: error }));
+                    }
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs under this lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next request, or `None` after some time without any: the calling thread is then no longer counted.
+    fn next(&self) -> Option<Request> {
+        let mut state = self.lock();
+        loop {
+            if let Some(request) = state.queue.pop_front() {
+                return Some(request);
+            }
+            state.idle += 1;
+            let (woken, timeout) = self
+                .work
+                .wait_timeout(state, IDLE)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+            state.idle -= 1;
+            if timeout.timed_out() && state.queue.is_empty() {
+                state.threads -= 1;
+                return None;
+            }
+        }
+    }
+}
+
+fn serve(template: &Inner) {
+    while let Some(Request { at, length, done }) = template.slow_reads.next() {
+        let mut bytes = vec![0; length];
+        done(template.source.read(at, &mut bytes).map(|()| bytes));
+    }
+}

@@ -1,0 +1,120 @@
+//! The one small trait that pages come through.
+
+use std::fmt;
+
+use pagecast_uffd::ByteLen;
+
+/// A position in a template, in bytes from its beginning.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TemplateOffset(u64);
+
+impl TemplateOffset {
+    /// The position `bytes`.
+    pub const fn new(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    /// In bytes.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for TemplateOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Debug for TemplateOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a template holds somewhere, as far as that can be told without waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Page<'a> {
+    /// These bytes.
+    Bytes(&'a [u8]),
+    /// Zeros only.
+    Zero,
+    /// To be had by [`PageSource::read`], which may take a while.
+    NotReady,
+}
+
+/// Where the pages of a template come from.
+///
+/// Offsets and lengths are whole small pages (4 KiB) within [`len`](Self::len); a caller that asks for more gets
+/// [`SourceError::Truncated`]. Every call may come from many threads at once.
+pub trait PageSource: Send + Sync + 'static {
+    /// The length of the template in bytes. Never changes.
+    fn len(&self) -> ByteLen;
+
+    /// Whether it is empty, which no template that can be served is.
+    fn is_empty(&self) -> bool {
+        self.len().is_zero()
+    }
+
+    /// The bytes from `at` on, as many as `buffer` is long, **without waiting** for anything: no disk, no network, no lock
+    /// that a slow read holds. Called on the fault path.
+    ///
+    /// `buffer` is room to put them; bytes that are in memory anyway may be answered from there.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`]; never fewer bytes, and never zeros in place of bytes that are missing.
+    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError>;
+
+    /// Fills `buffer` with the bytes from `at` on, however long that takes. Never called on the fault path.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`], as for [`try_read`](Self::try_read).
+    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError>;
+
+    /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
+    /// given to a fork, so it has to be fast.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Changed`].
+    fn check_unchanged(&self) -> Result<(), SourceError>;
+
+    /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
+    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
+
+    /// Finds out which pages are zeros, for [`is_known_zero`](Self::is_known_zero). May read the whole template.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`]; what was found until then stays known.
+    fn find_zeros(&self) -> Result<(), SourceError>;
+}
+
+/// Why a template could not be read. None of these is ever answered by guessing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// It ends before what was asked for.
+    #[error("the template ends before byte {end}: it was truncated, or more was asked for than it has")]
+    Truncated {
+        /// The end of what was asked for.
+        end: u64,
+    },
+    /// It is not what was opened any more.
+    #[error("the template has changed since it was opened: {how}")]
+    Changed {
+        /// In what.
+        how: String,
+    },
+    /// Reading failed.
+    #[error("the template cannot be read at {at}")]
+    Io {
+        /// Where.
+        at: TemplateOffset,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}

@@ -1,0 +1,147 @@
+//! Which pages of a template are known to be zeros.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pagecast_uffd::ByteLen;
+
+use super::TemplateOffset;
+use crate::page::PageSize;
+
+const BITS: u64 = u64::BITS as u64;
+const SMALLEST: usize = PageSize::Small.as_usize();
+
+/// A small page of zeros, to compare with.
+static ZEROS: [u8; SMALLEST] = [0; SMALLEST];
+
+/// A bit for each small page (4 KiB) of a template: set where it is known to be zeros. Shared by all threads without a lock;
+/// a bit is only ever set, since templates do not change.
+#[derive(Debug)]
+pub struct ZeroMap {
+    words: Box<[AtomicU64]>,
+}
+
+impl ZeroMap {
+    /// The map of a template of so many bytes, nothing known yet.
+    pub fn new(template: ByteLen) -> Self {
+        let pages = template.get() / PageSize::SMALLEST;
+        let words = (0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
+        Self { words }
+    }
+
+    /// Notes that the small pages lying wholly within these bytes are zeros.
+    pub fn set(&self, at: TemplateOffset, len: ByteLen) {
+        let first = at.get().div_ceil(PageSize::SMALLEST);
+        let end = at.get().saturating_add(len.get()) / PageSize::SMALLEST;
+        for_each_word(first, end, |word, mask| {
+            if let Some(word) = self.words.get(word) {
+                word.fetch_or(mask, Ordering::Relaxed);
+            }
+            true
+        });
+    }
+
+    /// Whether all these bytes are known to be zeros.
+    pub fn covers(&self, at: TemplateOffset, len: ByteLen) -> bool {
+        let first = at.get() / PageSize::SMALLEST;
+        let end = at.get().saturating_add(len.get()).div_ceil(PageSize::SMALLEST);
+        for_each_word(first, end, |word, mask| {
+            self.words
+                .get(word)
+                .is_some_and(|word| word.load(Ordering::Relaxed) & mask == mask)
+        })
+    }
+
+    /// How many bytes are known to be zeros.
+    pub fn known_bytes(&self) -> ByteLen {
+        let pages: u64 = self
+            .words
+            .iter()
+            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
+            .sum();
+        ByteLen::new(pages * PageSize::SMALLEST)
+    }
+}
+
+/// Calls `f` with each word that holds bits `first..end` and the mask of those bits, while it says `true`.
+fn for_each_word(first: u64, end: u64, mut f: impl FnMut(usize, u64) -> bool) -> bool {
+    let mut at = first;
+    while at < end {
+        let bit = at % BITS;
+        let here = (BITS - bit).min(end - at);
+        let mask = (u64::MAX >> (BITS - here)) << bit;
+        let Ok(word) = usize::try_from(at / BITS) else {
+            return false;
+        };
+        if !f(word, mask) {
+            return false;
+        }
+        at += here;
+    }
+    true
+}
+
+/// Splits off the longest run of pages at the beginning of `bytes` that are all zeros or all not: whether they are zeros,
+/// and how many. `bytes` is at least one page long.
+pub(crate) fn leading_zero_pages(bytes: &[u8], page_size: PageSize) -> (bool, usize) {
+    let mut pages = bytes.chunks(page_size.as_usize()).map(is_zero);
+    let first = pages.next().unwrap_or(true);
+    (first, 1 + pages.take_while(|zero| *zero == first).count())
+}
+
+/// Whether all bytes are zeros. Stops at the first small page with another; most pages show one in their first bytes.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(SMALLEST).all(|page| Some(page) == ZEROS.get(..page.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGE: u64 = PageSize::SMALLEST;
+
+    fn set(map: &ZeroMap, first: u64, pages: u64) {
+        map.set(TemplateOffset::new(first * PAGE), ByteLen::new(pages * PAGE));
+    }
+
+    fn covers(map: &ZeroMap, first: u64, pages: u64) -> bool {
+        map.covers(TemplateOffset::new(first * PAGE), ByteLen::new(pages * PAGE))
+    }
+
+    #[test]
+    fn a_page_that_is_a_hole_in_part_is_not_known_to_be_zeros() {
+        let map = ZeroMap::new(ByteLen::new(4 * PAGE));
+        map.set(TemplateOffset::new(512), ByteLen::new(3 * PAGE));
+        assert_eq!(map.known_bytes(), ByteLen::new(2 * PAGE));
+        assert!(covers(&map, 1, 2) && !covers(&map, 0, 1) && !covers(&map, 3, 1));
+    }
+
+    #[test]
+    fn nothing_past_the_end_is_known() {
+        let map = ZeroMap::new(ByteLen::new(PAGE));
+        set(&map, 0, 1000);
+        assert!(!covers(&map, 64, 1));
+    }
+
+    #[test]
+    fn pages_split_into_runs_of_a_kind() {
+        let mut bytes = vec![0; 5 * SMALLEST];
+        bytes[2 * SMALLEST + 4095] = 1;
+        bytes[3 * SMALLEST] = 1;
+        assert_eq!(leading_zero_pages(&bytes, PageSize::Small), (true, 2));
+        assert_eq!(leading_zero_pages(&bytes[2 * SMALLEST..], PageSize::Small), (false, 2));
+        assert_eq!(leading_zero_pages(&bytes[4 * SMALLEST..], PageSize::Small), (true, 1));
+    }
+
+    proptest! {
+        #[test]
+        fn it_covers_what_was_set(runs in proptest::collection::vec((0..300u64, 0..200u64), 0..6), probe in (0..300u64, 1..150u64)) {
+            let map = ZeroMap::new(ByteLen::new(300 * PAGE));
+            for &(first, pages) in &runs { set(&map, first, pages.min(300 - first)); }
+            let known = |page: u64| runs.iter().any(|(first, pages)| (*first..first + pages).contains(&page)) && page < 300;
+            let (first, pages) = probe;
+            prop_assert_eq!(covers(&map, first, pages), (first..first + pages).all(known));
+        }
+    }
+}
