@@ -28,6 +28,8 @@ const TASK_STATE: u16 = 0x28;
 /// Where the interrupt controller is told to deliver IRQ 0; the serial port is IRQ 4.
 const FIRST_IRQ_VECTOR: u8 = 0x20;
 const SERIAL_IRQ: u8 = 4;
+/// What the interrupt controller delivers when an interrupt went away before it was taken.
+const SPURIOUS_IRQ: u8 = 7;
 
 #[repr(C, align(4096))]
 struct PageTable([u64; 512]);
@@ -95,8 +97,10 @@ pub(crate) fn set_up() {
             INTERRUPTS.0[vector] = gate(ptr::addr_of!(exceptions) as u64 + 16 * vector as u64);
         }
         INTERRUPTS.0[6] = gate(invalid_opcode as *const () as u64);
-        INTERRUPTS.0[(FIRST_IRQ_VECTOR + SERIAL_IRQ) as usize] =
-            gate(serial_interrupt as *const () as u64);
+        for irq in [SERIAL_IRQ, SPURIOUS_IRQ] {
+            INTERRUPTS.0[(FIRST_IRQ_VECTOR + irq) as usize] =
+                gate(serial_interrupt as *const () as u64);
+        }
 
         let segments = TablePointer {
             limit: 7 * 8 - 1,

@@ -19,8 +19,8 @@
 //! # Two rings
 //!
 //! Some hosts run KVM without VT-x or SVM. There the ring 0 of a guest may be emulated, one instruction at a time:
-//! measured, 2 to 3 us for each turn of a two-instruction loop, 0.7 s to write 1 MiB. Ring 3 of the same guest runs on
-//! the bare CPU: 64 MiB are read and compared in milliseconds. So ring 0 here is only a few lines that move bytes
+//! measured, 1 us for each instruction of a loop, 0.7 s to write 1 MiB. Ring 3 of the same guest runs on
+//! the bare CPU: 64 MiB that are mapped already are read and compared in 5 ms. So ring 0 here is only a few lines that move bytes
 //! between the serial port and two buffers, and everything else (parsing, memory work, formatting) is
 //! [`command::run`] in ring 3. Integer instructions only, in both.
 //!

