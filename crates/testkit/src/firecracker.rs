@@ -28,6 +28,7 @@ mod hugepages;
 mod kvm;
 mod memory;
 mod microvm;
+mod patterns;
 mod process;
 mod range;
 mod snapshot;

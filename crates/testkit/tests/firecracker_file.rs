@@ -1,6 +1,6 @@
 //! The harness and the guest themselves, with the `File` backend, which needs no page server.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::thread;
 
@@ -98,6 +98,50 @@ fn the_guest_notices_wrong_bytes_wrong_pages_and_pages_that_are_not_zero() -> Re
             "MiB {start_mib}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn memory_that_is_lost_together_with_the_guests_notes_on_it_is_noticed() -> Result<()> {
+    if kvm()?.skips() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let options = SnapshotOptions {
+        mem_mib: 64,
+        fill_mib: 62,
+        ..SnapshotOptions::default()
+    };
+    let snapshot = Snapshot::create(&options, folder.path())?;
+
+    // All that was filled becomes zeros, and so do the pages that hold nothing but the notes "pattern 1, pattern 1, …".
+    let mut memory = fs::read(&snapshot.mem_path)?;
+    memory[2 << 20..].fill(0);
+    for page in memory[..2 << 20]
+        .chunks_mut(PAGE)
+        .filter(|page| page.iter().all(|&byte| byte == 1))
+    {
+        page.fill(0);
+    }
+    fs::write(&snapshot.mem_path, memory)?;
+
+    let (mut fork, _) = MicroVm::restore(&snapshot, &MemBackend::File(snapshot.mem_path.clone()))?;
+    let mut without_notes = 0;
+    for start_mib in 2..options.mem_mib {
+        match fork.verify(GuestRange {
+            start_mib,
+            count_mib: 1,
+        }) {
+            Ok(verified) => assert_eq!(
+                verified.mismatches,
+                256 * WORDS_OF_A_PAGE,
+                "MiB {start_mib}"
+            ),
+            Err(error) if error.to_string().contains("notes") => without_notes += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    assert!(without_notes > 0);
     Ok(())
 }
 

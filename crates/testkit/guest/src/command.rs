@@ -74,8 +74,8 @@ impl Exchange {
                 let done = memory::verify(self.pages(&mut words)?);
                 let _ = write!(
                     self.reply,
-                    "ok verify pages={} mismatches={}",
-                    done.pages, done.mismatches
+                    "ok verify pages={} patterns={} mismatches={}",
+                    done.pages, done.patterns, done.mismatches
                 );
                 let _ = match done.first_bad {
                     Some(bad) => write!(

@@ -78,23 +78,23 @@ pub(crate) fn set_up() {
     // SAFETY: called once, before anything else runs on the only CPU, so nobody else looks at these tables; they are
     // static, so the addresses handed to the CPU stay valid. The new map covers all of the old one.
     unsafe {
-        TOP.0[0] = ptr::addr_of!(GIBS) as u64 | PRESENT_WRITABLE_USER;
+        TOP.0[0] = &raw const GIBS as u64 | PRESENT_WRITABLE_USER;
         for (gib, table) in MIBS.iter().enumerate() {
             GIBS.0[gib] = ptr::from_ref(table) as u64 | PRESENT_WRITABLE_USER;
         }
-        asm!("mov cr3, {}", in(reg) ptr::addr_of!(TOP), options(nostack));
+        asm!("mov cr3, {}", in(reg) &raw const TOP, options(nostack));
 
-        let stack = ptr::addr_of!(trap_stack_top) as u64;
+        let stack = &raw const trap_stack_top as u64;
         TASK.0[1] = low_half(stack);
         TASK.0[2] = low_half(stack >> 32);
         TASK.0[25] = 104 << 16; // no I/O bitmap
-        let task = ptr::addr_of!(TASK) as u64;
+        let task = &raw const TASK as u64;
         SEGMENTS[5] =
             0x67 | ((task & 0xff_ffff) << 16) | (0x89 << 40) | (((task >> 24) & 0xff) << 56);
         SEGMENTS[6] = task >> 32;
 
         for vector in 0..32 {
-            INTERRUPTS.0[vector] = gate(ptr::addr_of!(exceptions) as u64 + 16 * vector as u64);
+            INTERRUPTS.0[vector] = gate(&raw const exceptions as u64 + 16 * vector as u64);
         }
         INTERRUPTS.0[6] = gate(invalid_opcode as *const () as u64);
         for irq in [SERIAL_IRQ, SPURIOUS_IRQ] {
@@ -104,11 +104,11 @@ pub(crate) fn set_up() {
 
         let segments = TablePointer {
             limit: 7 * 8 - 1,
-            base: ptr::addr_of!(SEGMENTS) as u64,
+            base: &raw const SEGMENTS as u64,
         };
         let interrupts = TablePointer {
             limit: 64 * 16 - 1,
-            base: ptr::addr_of!(INTERRUPTS) as u64,
+            base: &raw const INTERRUPTS as u64,
         };
         asm!(
             "lgdt [{segments}]",

@@ -9,12 +9,14 @@
 //! | --- | --- |
 //! | `ping` | `ok ping` |
 //! | `write START COUNT EVERY PATTERN` | `ok write pages=N ticks=T`: gave every `EVERY`th page (page number divisible by `EVERY`) pattern 0 to 255; 0 is zeros |
-//! | `verify START COUNT` | `ok verify pages=N mismatches=N first_bad=A expected=W found=W ticks=T`: read every word; `-` for the last three where nothing mismatches |
+//! | `verify START COUNT` | `ok verify pages=N patterns=D mismatches=N first_bad=A expected=W found=W ticks=T`: read every word; `A` and both `W` are `-` where nothing mismatches |
 //! | `touch START COUNT` | `ok touch pages=N sum=W ticks=T`: read one word of every page |
 //! | `halt` | `ok halt`, then the guest resets and Firecracker exits |
 //!
 //! Anything else gets `err` and a reason. The guest remembers in its own memory which pattern each page must hold (so
-//! a snapshot carries it); pages never written must read as zeros. `T` is in ticks of the time stamp counter.
+//! a snapshot carries it); pages never written must read as zeros. `D` is a digest of these notes for the range
+//! (FNV-1a of one byte a page), so that the host notices if the notes themselves were lost. `T` is in ticks of the time
+//! stamp counter.
 //!
 //! # Two rings
 //!

@@ -3,6 +3,7 @@
 use core::iter::StepBy;
 use core::ops::Range;
 use core::ptr;
+use core::sync::atomic::{AtomicU8, Ordering};
 
 use crate::cpu::{MAPPED_GIB, ticks};
 
@@ -16,7 +17,7 @@ const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 const PAGES: usize = (MAPPED_GIB << 30) / PAGE;
 /// The pattern each page must hold; 0, zeros, is what a page that was never written must hold.
-static mut PATTERNS: [u8; PAGES] = [0; PAGES];
+static PATTERNS: [AtomicU8; PAGES] = [const { AtomicU8::new(0) }; PAGES];
 
 /// What a page holds: zeros, or words that each depend on their physical address and on the pattern's number. A page
 /// delivered to a wrong address, or that holds an older pattern, or another fork's, is wrong in every word.
@@ -52,6 +53,8 @@ pub(crate) struct Written {
 
 pub(crate) struct Verified {
     pub(crate) pages: usize,
+    /// FNV-1a of the numbers of the patterns that the pages must hold.
+    pub(crate) patterns: u64,
     /// In words.
     pub(crate) mismatches: u64,
     pub(crate) first_bad: Option<Mismatch>,
@@ -80,7 +83,7 @@ pub(crate) fn write(pages: Range<usize>, every: usize, pattern: Pattern) -> Writ
             unsafe { ptr::with_exposed_provenance_mut::<u64>(address).write_volatile(word) };
             word = word.wrapping_add(step);
         }
-        *expected_pattern(page) = pattern.0;
+        PATTERNS[page].store(pattern.0, Ordering::Relaxed);
         written += 1;
     }
     Written {
@@ -93,12 +96,16 @@ pub(crate) fn verify(pages: Range<usize>) -> Verified {
     let started = ticks();
     let mut verified = Verified {
         pages: 0,
+        patterns: 0xcbf2_9ce4_8422_2325,
         mismatches: 0,
         first_bad: None,
         ticks: 0,
     };
     for page in pages {
-        let (mut expected, step) = Pattern(*expected_pattern(page)).first_and_step(page);
+        let pattern = Pattern(PATTERNS[page].load(Ordering::Relaxed));
+        verified.patterns =
+            (verified.patterns ^ u64::from(pattern.0)).wrapping_mul(0x100_0000_01b3);
+        let (mut expected, step) = pattern.first_and_step(page);
         for address in words_of(page) {
             let found = read(address);
             if found != expected {
@@ -139,10 +146,4 @@ fn read(address: usize) -> u64 {
 
 fn words_of(page: usize) -> StepBy<Range<usize>> {
     (page * PAGE..(page + 1) * PAGE).step_by(WORD)
-}
-
-fn expected_pattern(page: usize) -> &'static mut u8 {
-    // SAFETY: one CPU, ring 3 is not interrupted, and every caller lets go of the reference before it asks for the
-    // next. The index is checked.
-    unsafe { &mut (*ptr::addr_of_mut!(PATTERNS))[page] }
 }

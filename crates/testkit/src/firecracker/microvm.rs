@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use super::api::Api;
 use super::console::{Console, Reply, Touched, Verified, Written};
+use super::patterns::Patterns;
 use super::process::Process;
 use super::{GuestRange, Memory, Snapshot, guest};
 
@@ -42,6 +43,7 @@ pub struct MicroVm {
     process: Process,
     api: Api,
     console: Console,
+    patterns: Patterns,
     timeout: Duration,
 }
 
@@ -53,7 +55,7 @@ impl MicroVm {
     /// If Firecracker or the guest cannot be had, or the guest does not come up.
     pub fn boot(mem_mib: u32, huge_pages: bool) -> Result<Self> {
         let kernel = guest::build()?;
-        let mut vm = Self::spawn()?;
+        let mut vm = Self::spawn(Patterns::zeros(mem_mib))?;
         let huge_pages = if huge_pages { "2M" } else { "None" };
         vm.put(
             "/machine-config",
@@ -88,7 +90,7 @@ impl MicroVm {
     }
 
     fn load(snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(Self, Duration)> {
-        let vm = Self::spawn()?;
+        let vm = Self::spawn(snapshot.patterns.clone())?;
         let request = json!({
             "snapshot_path": snapshot.vmstate_path,
             "mem_backend": backend.to_json(),
@@ -99,7 +101,7 @@ impl MicroVm {
         Ok((vm, started.elapsed()))
     }
 
-    fn spawn() -> Result<Self> {
+    fn spawn(patterns: Patterns) -> Result<Self> {
         let (mut process, input, output) = Process::spawn()?;
         let api = Api::connect(process.api_socket(), || process.ensure_alive())
             .map_err(|error| process.explain(&error))?;
@@ -107,6 +109,7 @@ impl MicroVm {
             process,
             api,
             console: Console::new(input, output),
+            patterns,
             timeout: DEFAULT_TIMEOUT,
         })
     }
@@ -156,6 +159,10 @@ impl MicroVm {
             .map(|()| started.elapsed())
     }
 
+    pub(crate) fn patterns(&self) -> &Patterns {
+        &self.patterns
+    }
+
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<()> {
         self.api
             .put(path, body)
@@ -180,10 +187,12 @@ impl MicroVm {
     ///
     /// If the range is not the guest's, or there is no answer in time.
     pub fn write(&mut self, range: GuestRange, every: u32, pattern: u8) -> Result<Written> {
-        self.command(
+        let written = self.command(
             &format!("write {range} {every} {pattern}"),
             Reply::into_written,
-        )
+        )?;
+        self.patterns.write(range, every, pattern);
+        Ok(written)
     }
 
     /// Has the guest read every word of the range and compare it with what it wrote there last, or with zero where it
@@ -191,9 +200,22 @@ impl MicroVm {
     ///
     /// # Errors
     ///
-    /// If the range is not the guest's, or there is no answer in time. Mismatches are not an error.
+    /// If the range is not the guest's, or there is no answer in time, or the guest has lost its notes on what it wrote.
+    /// Mismatches are not an error.
     pub fn verify(&mut self, range: GuestRange) -> Result<Verified> {
-        self.command(&format!("verify {range}"), Reply::into_verified)
+        let (digest, verified) = self.command(&format!("verify {range}"), |reply, elapsed| {
+            Ok((
+                reply.field::<u64>("patterns")?,
+                reply.into_verified(elapsed)?,
+            ))
+        })?;
+        if digest != self.patterns.digest(range)? {
+            let error = anyhow!(
+                "the guest's notes on what it wrote are not what it was told to write ({verified:?})"
+            );
+            return Err(self.process.explain(&error));
+        }
+        Ok(verified)
     }
 
     /// Has the guest read one word of each page of the range.

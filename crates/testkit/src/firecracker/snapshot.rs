@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
+use super::patterns::Patterns;
 use super::{GuestRange, MicroVm};
 
 /// What the guest of a snapshot looks like.
@@ -43,6 +44,7 @@ pub struct Snapshot {
     pub filled: GuestRange,
     /// All memory under test: what was filled and, after it, what stayed zero.
     pub whole: GuestRange,
+    pub(crate) patterns: Patterns,
 }
 
 impl Snapshot {
@@ -67,32 +69,31 @@ impl Snapshot {
         let folder = folder
             .canonicalize()
             .with_context(|| format!("failed to resolve {}", folder.display()))?;
-        let snapshot = Self {
-            mem_path: folder.join("mem"),
-            vmstate_path: folder.join("vmstate"),
-            filled: GuestRange {
-                start_mib: GuestRange::FIRST_MIB,
-                count_mib: options.fill_mib,
-            },
-            whole: GuestRange {
-                start_mib: GuestRange::FIRST_MIB,
-                count_mib: whole_mib,
-            },
+        let filled = GuestRange {
+            start_mib: GuestRange::FIRST_MIB,
+            count_mib: options.fill_mib,
         };
+        let mem_path = folder.join("mem");
+        let vmstate_path = folder.join("vmstate");
 
         let mut vm = MicroVm::boot(options.mem_mib, options.huge_pages)?;
         if options.fill_mib > 0 {
-            vm.write(snapshot.filled, 1, options.pattern)?;
+            vm.write(filled, 1, options.pattern)?;
         }
         vm.pause()?;
         vm.put(
             "/snapshot/create",
-            &json!({
-                "snapshot_type": "Full",
-                "snapshot_path": snapshot.vmstate_path,
-                "mem_file_path": snapshot.mem_path,
-            }),
+            &json!({ "snapshot_type": "Full", "snapshot_path": vmstate_path, "mem_file_path": mem_path }),
         )?;
-        Ok(snapshot)
+        Ok(Self {
+            mem_path,
+            vmstate_path,
+            filled,
+            whole: GuestRange {
+                start_mib: GuestRange::FIRST_MIB,
+                count_mib: whole_mib,
+            },
+            patterns: vm.patterns().clone(),
+        })
     }
 }
