@@ -2,6 +2,8 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::thread;
 
 use anyhow::Result;
@@ -179,6 +181,27 @@ fn twenty_forks_restored_at_once_share_what_they_only_read() -> Result<()> {
             "{memory:?}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn a_fork_killed_while_it_reads_is_gone_and_the_other_reads_on() -> Result<()> {
+    if kvm()?.skips() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let snapshot = Snapshot::create(&SnapshotOptions::default(), folder.path())?;
+    let backend = MemBackend::File(snapshot.mem_path.clone());
+    let (mut killed, _) = MicroVm::restore(&snapshot, &backend)?;
+    let (mut other, _) = MicroVm::restore_paused(&snapshot, &backend)?;
+    let process = PathBuf::from(format!("/proc/{}", killed.pid()));
+    assert!(process.exists());
+
+    killed.start_verify(snapshot.whole)?;
+    assert_eq!(killed.kill()?.signal(), Some(9));
+    assert!(!process.exists(), "it was not reaped");
+    other.resume()?;
+    assert_eq!(other.verify(snapshot.whole)?.mismatches, 0);
     Ok(())
 }
 
