@@ -1,1 +1,3 @@
 //! Tools to test pagecast.
+
+pub mod firecracker;

@@ -1,0 +1,44 @@
+//! A harness for the real Firecracker, with a tiny guest of our own.
+//!
+//! ```no_run
+//! use pagecast_testkit::firecracker::{MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! if kvm()?.skips() {
+//!     return Ok(());
+//! }
+//! let folder = tempfile::tempdir()?;
+//! let snapshot = Snapshot::create(&SnapshotOptions::default(), folder.path())?;
+//! let (mut fork, _loaded_in) = MicroVm::restore(&snapshot, &MemBackend::File(snapshot.mem_path.clone()))?;
+//! assert_eq!(fork.verify(snapshot.filled)?.mismatches, 0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Everything it needs it gets by itself and keeps under `target/pagecast`: the Firecracker binary ([`binary`]) and the
+//! guest, built from `crates/testkit/guest`, whose documentation says what the guest can do and why it is made this
+//! way. Many test processes may do this at once.
+
+mod api;
+mod binary;
+mod cache;
+mod console;
+mod guest;
+mod hugepages;
+mod kvm;
+mod memory;
+mod microvm;
+mod patterns;
+mod process;
+mod range;
+mod snapshot;
+mod tool;
+
+pub use binary::binary;
+pub use console::{Touched, Verified, Written};
+pub use hugepages::HugePages;
+pub use kvm::{Kvm, kvm};
+pub use memory::Memory;
+pub use microvm::{MemBackend, MicroVm};
+pub use range::GuestRange;
+pub use snapshot::{Snapshot, SnapshotOptions};

@@ -1,0 +1,105 @@
+//! Builds the tiny guest.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use super::{cache, tool};
+
+const TARGET: &str = "x86_64-unknown-none";
+const NAME: &str = "pagecast-guest";
+
+/// Builds the guest if it is not up to date; the path of its ELF file.
+pub(crate) fn build() -> Result<PathBuf> {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest");
+    let target_folder = cache::folder()?.join("guest");
+    let _lock = cache::lock("guest")?;
+    ensure_target_is_installed(&package)?;
+
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build
+        .args(["build", "--release", "--locked", "--target-dir"])
+        .arg(&target_folder);
+    run(&mut build, &package).context("failed to build the tiny guest")?;
+    Ok(target_folder.join(TARGET).join("release").join(NAME))
+}
+
+fn ensure_target_is_installed(package: &Path) -> Result<()> {
+    let folder = run(
+        Command::new("rustc").args(["--print", "target-libdir", "--target", TARGET]),
+        package,
+    )
+    .context("failed to ask rustc for its targets")?;
+    if Path::new(folder.trim_end()).is_dir() {
+        return Ok(());
+    }
+    run(
+        Command::new("rustup").args(["target", "add", TARGET]),
+        package,
+    )
+    .with_context(|| {
+        format!("the tiny guest needs the Rust target {TARGET}: install it for this toolchain")
+    })?;
+    Ok(())
+}
+
+/// Runs a tool in the guest's folder, where the guest's own `.cargo/config.toml` holds.
+fn run(command: &mut Command, package: &Path) -> Result<String> {
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(is_about_another_build) {
+            command.env_remove(name);
+        }
+    }
+    tool::run(command.current_dir(package))
+}
+
+/// Whether a variable would make cargo build something else than the guest's own configuration says. Tests run with
+/// those of the workspace's build: its flags and target, the wrappers of clippy and of coverage tools.
+fn is_about_another_build(name: &str) -> bool {
+    let kept = [
+        "CARGO_HOME",
+        "CARGO_HTTP_",
+        "CARGO_NET_",
+        "CARGO_REGISTRIES_",
+    ];
+    (name.starts_with("CARGO_") && !kept.iter().any(|prefix| name.starts_with(prefix)))
+        || [
+            "RUSTFLAGS",
+            "RUSTC",
+            "RUSTC_WRAPPER",
+            "RUSTC_WORKSPACE_WRAPPER",
+            "RUSTC_BOOTSTRAP",
+        ]
+        .contains(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_the_workspaces_build_do_not_reach_the_guests() {
+        for name in [
+            "RUSTFLAGS",
+            "CARGO_ENCODED_RUSTFLAGS",
+            "CARGO_TARGET_DIR",
+            "CARGO_BUILD_TARGET",
+            "CARGO_PROFILE_RELEASE_PANIC",
+            "RUSTC_WORKSPACE_WRAPPER",
+        ] {
+            assert!(is_about_another_build(name), "{name} must be removed");
+        }
+        for name in [
+            "CARGO_HOME",
+            "CARGO_NET_OFFLINE",
+            "RUSTUP_HOME",
+            "RUSTUP_TOOLCHAIN",
+            "PATH",
+            "HOME",
+        ] {
+            assert!(!is_about_another_build(name), "{name} must be kept");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! 2 MiB pages, reserved for a test.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
+
+use anyhow::{Context as _, Result};
+
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+/// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
+///
+/// There is one at a time on a machine: others wait, in other processes too. So no test takes the pages that another
+/// one counts on, and the pool has its old size afterwards.
+#[derive(Debug)]
+pub struct HugePages {
+    // Holds the lock.
+    pool: File,
+    before: u64,
+}
+
+impl HugePages {
+    /// Adds this many pages of 2 MiB to the system's pool, waiting for others to be done first. Where that is not
+    /// permitted, or there is no memory for it, it prints why the test is skipped and answers `None`.
+    ///
+    /// # Errors
+    ///
+    /// If the pool does not behave like one.
+    pub fn reserve(pages: u64) -> Result<Option<Self>> {
+        let pool = match OpenOptions::new().read(true).write(true).open(POOL) {
+            Ok(pool) => pool,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound
+                        | ErrorKind::PermissionDenied
+                        | ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
+                println!("skipped: cannot reserve 2 MiB pages: {POOL}: {error}");
+                return Ok(None);
+            }
+            Err(error) => return Err(error).with_context(|| format!("failed to open {POOL}")),
+        };
+        pool.lock()
+            .with_context(|| format!("failed to lock {POOL}"))?;
+        let before = size(&pool)?;
+        let reserved = Self { pool, before };
+        resize(&reserved.pool, before + pages)?;
+        // The kernel reserves what it can find, and says nothing.
+        let added = size(&reserved.pool)?.saturating_sub(before);
+        if added < pages {
+            println!("skipped: needs {pages} free pages of 2 MiB, the system found {added}");
+            return Ok(None);
+        }
+        Ok(Some(reserved))
+    }
+}
+
+fn size(mut pool: &File) -> Result<u64> {
+    let mut text = String::new();
+    pool.rewind()
+        .and_then(|()| pool.read_to_string(&mut text))
+        .with_context(|| format!("failed to read {POOL}"))?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{POOL} holds {text:?}"))
+}
+
+fn resize(mut pool: &File, pages: u64) -> Result<()> {
+    pool.rewind()
+        .and_then(|()| pool.write_all(pages.to_string().as_bytes()))
+        .with_context(|| format!("failed to set {POOL} to {pages}"))
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // There is nobody to tell, and the lock must go in any case.
+        let _ = resize(&self.pool, self.before);
+    }
+}

@@ -1,0 +1,281 @@
+//! A running Firecracker with the tiny guest in it.
+
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use serde_json::{Value, json};
+
+use super::api::Api;
+use super::console::{Console, Reply, Touched, Verified, Written};
+use super::patterns::Patterns;
+use super::process::Process;
+use super::{GuestRange, Memory, Snapshot, guest};
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Where a restored Firecracker gets its guest's memory from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MemBackend {
+    /// A mem-file that it maps itself.
+    File(PathBuf),
+    /// The socket of a page server.
+    Uffd(PathBuf),
+}
+
+impl MemBackend {
+    fn to_json(&self) -> Value {
+        let (backend_type, backend_path) = match self {
+            Self::File(path) => ("File", path),
+            Self::Uffd(path) => ("Uffd", path),
+        };
+        json!({ "backend_type": backend_type, "backend_path": backend_path })
+    }
+}
+
+/// A Firecracker process of our own, in a temporary folder of its own. Dropping it kills the process and removes the
+/// folder.
+///
+/// Every error tells the last that Firecracker said.
+#[derive(Debug)]
+pub struct MicroVm {
+    process: Process,
+    api: Api,
+    console: Console,
+    patterns: Patterns,
+    timeout: Duration,
+}
+
+impl MicroVm {
+    /// Boots the tiny guest and waits until it takes commands.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker or the guest cannot be had, or the guest does not come up.
+    pub fn boot(mem_mib: u32, huge_pages: bool) -> Result<Self> {
+        let kernel = guest::build()?;
+        let mut vm = Self::spawn(Patterns::zeros(mem_mib))?;
+        let huge_pages = if huge_pages { "2M" } else { "None" };
+        vm.put(
+            "/machine-config",
+            &json!({ "vcpu_count": 1, "mem_size_mib": mem_mib, "huge_pages": huge_pages }),
+        )?;
+        vm.put("/boot-source", &json!({ "kernel_image_path": kernel }))?;
+        vm.put("/actions", &json!({ "action_type": "InstanceStart" }))?;
+        let found: u32 = vm.reply("ready", |reply| reply.field("mem_mib"))?;
+        ensure!(
+            found == mem_mib,
+            "the guest sees {found} MiB, not {mem_mib} MiB: it can use at most 3 GiB"
+        );
+        Ok(vm)
+    }
+
+    /// A fork of the snapshot, still paused, and how long the load took.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker cannot be had or refuses.
+    pub fn restore_paused(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
+        Self::load(snapshot, backend, false)
+    }
+
+    /// A fork of the snapshot, running, and how long it took to load and resume it.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker cannot be had or refuses.
+    pub fn restore(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
+        Self::load(snapshot, backend, true)
+    }
+
+    fn load(snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(Self, Duration)> {
+        let vm = Self::spawn(snapshot.patterns.clone())?;
+        let request = json!({
+            "snapshot_path": snapshot.vmstate_path,
+            "mem_backend": backend.to_json(),
+            "resume_vm": resume,
+        });
+        let started = Instant::now();
+        vm.put("/snapshot/load", &request)?;
+        Ok((vm, started.elapsed()))
+    }
+
+    fn spawn(patterns: Patterns) -> Result<Self> {
+        let (mut process, input, output) = Process::spawn()?;
+        let api = Api::connect(process.api_socket(), || process.ensure_alive())
+            .map_err(|error| process.explain(&error))?;
+        Ok(Self {
+            process,
+            api,
+            console: Console::new(input, output),
+            patterns,
+            timeout: DEFAULT_TIMEOUT,
+        })
+    }
+
+    /// How long each later command may take, instead of a minute.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    /// Firecracker's process id, which is its own until the `MicroVm` is dropped or killed.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What the kernel says about Firecracker's memory, the guest's included.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker has ended.
+    pub fn memory(&self) -> Result<Memory> {
+        Memory::of(self.pid()).map_err(|error| self.process.explain(&error))
+    }
+
+    /// Pauses the guest; how long that took.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker refuses.
+    pub fn pause(&self) -> Result<Duration> {
+        self.set_state("Paused")
+    }
+
+    /// Resumes a paused guest; how long that took.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker refuses.
+    pub fn resume(&self) -> Result<Duration> {
+        self.set_state("Resumed")
+    }
+
+    fn set_state(&self, state: &str) -> Result<Duration> {
+        let started = Instant::now();
+        self.api
+            .patch("/vm", &json!({ "state": state }))
+            .map_err(|error| self.process.explain(&error))
+            .map(|()| started.elapsed())
+    }
+
+    pub(crate) fn patterns(&self) -> &Patterns {
+        &self.patterns
+    }
+
+    pub(crate) fn put(&self, path: &str, body: &Value) -> Result<()> {
+        self.api
+            .put(path, body)
+            .map_err(|error| self.process.explain(&error))
+    }
+
+    /// Asks whether the guest is there; how long the answer took.
+    ///
+    /// # Errors
+    ///
+    /// If the guest does not answer in time.
+    pub fn ping(&mut self) -> Result<Duration> {
+        self.command("ping", |_, elapsed| Ok(elapsed))
+    }
+
+    /// Gives every `every`th page (by page number) of the range a pattern: words that depend on their address and on
+    /// the pattern's number, which is never 0 unless zeros are wanted. The guest remembers it.
+    ///
+    /// Forks that are to be told apart write different patterns.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not the guest's, or there is no answer in time.
+    pub fn write(&mut self, range: GuestRange, every: u32, pattern: u8) -> Result<Written> {
+        let written = self.command(
+            &format!("write {range} {every} {pattern}"),
+            Reply::into_written,
+        )?;
+        self.patterns.write(range, every, pattern);
+        Ok(written)
+    }
+
+    /// Has the guest read every word of the range and compare it with what it wrote there last, or with zero where it
+    /// never wrote.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not the guest's, or there is no answer in time, or the guest has lost its notes on what it wrote.
+    /// Mismatches are not an error.
+    pub fn verify(&mut self, range: GuestRange) -> Result<Verified> {
+        let (digest, verified) = self.command(&format!("verify {range}"), |reply, elapsed| {
+            Ok((
+                reply.field::<u64>("patterns")?,
+                reply.into_verified(elapsed)?,
+            ))
+        })?;
+        if digest != self.patterns.digest(range)? {
+            let error = anyhow!(
+                "the guest's notes on what it wrote are not what it was told to write ({verified:?})"
+            );
+            return Err(self.process.explain(&error));
+        }
+        Ok(verified)
+    }
+
+    /// Has the guest read one word of each page of the range.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not the guest's, or there is no answer in time.
+    pub fn touch(&mut self, range: GuestRange) -> Result<Touched> {
+        self.command(&format!("touch {range}"), Reply::into_touched)
+    }
+
+    /// Starts a `verify` and does not wait for it. Nothing else can be asked of the guest afterwards, so this is for
+    /// forks that are killed, or lose their page server, in the middle of it.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker has ended.
+    pub fn start_verify(&mut self, range: GuestRange) -> Result<()> {
+        self.console
+            .send(&format!("verify {range}"))
+            .map_err(|error| self.process.explain(&error))
+    }
+
+    /// Has the guest reset, and waits until Firecracker has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// If either does not happen in time.
+    pub fn halt(&mut self) -> Result<ExitStatus> {
+        self.command("halt", |_, _| Ok(()))?;
+        self.process
+            .wait(self.timeout)
+            .map_err(|error| self.process.explain(&error))
+    }
+
+    /// Kills Firecracker with SIGKILL, and reaps it.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.process.kill()
+    }
+
+    fn command<T>(
+        &mut self,
+        line: &str,
+        read: impl FnOnce(Reply, Duration) -> Result<T>,
+    ) -> Result<T> {
+        let started = Instant::now();
+        self.console
+            .send(line)
+            .map_err(|error| self.process.explain(&error))?;
+        self.reply(line, |reply| read(reply, started.elapsed()))
+    }
+
+    fn reply<T>(&mut self, command: &str, read: impl FnOnce(Reply) -> Result<T>) -> Result<T> {
+        self.console
+            .reply(command, self.timeout)
+            .and_then(read)
+            .map_err(|error| self.process.explain(&error))
+    }
+}
