@@ -13,7 +13,10 @@ use tempfile::TempDir;
 use crate::pattern::{Pattern, first_wrong_word};
 
 /// The size of the pages a [`Layout`] counts in, in bytes; also where guests have larger ones.
-pub const LAYOUT_PAGE: u64 = 4096;
+pub const LAYOUT_PAGE: u64 = LAYOUT_PAGE_LEN as u64;
+
+/// The same, for lengths in memory.
+pub(crate) const LAYOUT_PAGE_LEN: usize = 4096;
 
 /// Read and written at once.
 const CHUNK: usize = 1 << 20;
@@ -170,7 +173,7 @@ impl TemplateFile {
             let length = buffer.len().min(usize::try_from(self.model.size - offset)?);
             let chunk = &mut buffer[..length];
             file.read_exact_at(chunk, offset)?;
-            for (page, offset) in chunk.chunks(4096).zip((offset..).step_by(4096)) {
+            for (page, offset) in chunk.chunks(LAYOUT_PAGE_LEN).zip((offset..).step_by(LAYOUT_PAGE_LEN)) {
                 let expected = self.model.expected(offset);
                 let wrong = first_wrong_word(offset, page, |offset| expected.word(offset));
                 ensure!(wrong.is_none(), "the template was touched: {wrong:x?}");
@@ -198,7 +201,7 @@ fn write_model(path: &Path, model: &TemplateModel) -> Result<Identity> {
     file.set_len(model.size)?;
     let mut pending = Vec::with_capacity(CHUNK);
     let mut pending_at = 0;
-    for offset in (0..model.size).step_by(4096) {
+    for offset in (0..model.size).step_by(LAYOUT_PAGE_LEN) {
         let is_hole = model.is_hole(offset / LAYOUT_PAGE);
         if is_hole || pending.len() == CHUNK {
             file.write_all_at(&pending, pending_at)?;
@@ -211,7 +214,7 @@ fn write_model(path: &Path, model: &TemplateModel) -> Result<Identity> {
             pending_at = offset;
         }
         let start = pending.len();
-        pending.resize(start + 4096, 0);
+        pending.resize(start + LAYOUT_PAGE_LEN, 0);
         if let Expected::Pattern(pattern) = model.expected(offset) {
             pattern.fill(offset, &mut pending[start..]);
         }

@@ -12,7 +12,7 @@ use pagecast_uffd::Uffd;
 use super::protocol::{Checked, History, Mismatch};
 use crate::memory::GuestMemory;
 use crate::pattern::{Pattern, WORD_SIZE};
-use crate::template_file::{LAYOUT_PAGE, TemplateModel};
+use crate::template_file::{LAYOUT_PAGE, LAYOUT_PAGE_LEN, TemplateModel};
 
 /// A guest that is connected to a page server.
 #[derive(Debug)]
@@ -248,7 +248,7 @@ impl Guest {
             .map(|generation| Pattern::of_writes(self.template.seed, generation.get()));
         let mut look = Look::default();
         let mut at = page.start;
-        for chunk in (page.offset..page.offset + self.page_size).step_by(4096) {
+        for chunk in (page.offset..page.offset + self.page_size).step_by(LAYOUT_PAGE_LEN) {
             let template = self.template.expected(chunk);
             for offset in (chunk..chunk + LAYOUT_PAGE).step_by(WORD_SIZE) {
                 let found = page.region.memory.load(at);

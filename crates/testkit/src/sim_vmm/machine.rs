@@ -25,6 +25,12 @@ use crate::peer::{self, micros};
 ///
 /// A line that is no request, or stdin cannot be read.
 pub fn run() -> Result<()> {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        // A thread that died alone would leave the test waiting for its answer.
+        std::process::abort();
+    }));
     let machine = Arc::new(Machine::default());
     for line in std::io::stdin().lock().lines() {
         let request: Request = serde_json::from_str(&line?).context("not a request")?;

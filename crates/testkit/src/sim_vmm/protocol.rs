@@ -355,6 +355,13 @@ pub struct Remove {
     pub ranges: Vec<Range<u64>>,
 }
 
+impl Remove {
+    /// One range of pages.
+    pub fn range(range: Range<u64>) -> Self {
+        Self { ranges: vec![range] }
+    }
+}
+
 /// Remove random ranges from one thread while others read random pages, check them, and write to one in eight. In the
 /// end every page of the guest is checked once more.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -419,8 +426,8 @@ pub struct Touch {
 
 /// Register one more page that the handshake did not mention, and touch it. Answered only if somebody installs it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct TouchOutside {}
+pub struct TouchOutside;
 
 /// Clear `O_NONBLOCK` of the userfaultfd. The flag is shared with the server.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct ClearNonblock {}
+pub struct ClearNonblock;
