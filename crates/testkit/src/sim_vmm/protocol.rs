@@ -362,8 +362,9 @@ impl Remove {
     }
 }
 
-/// Remove random ranges from one thread while others read random pages, check them, and write to one in eight. In the
-/// end every page of the guest is checked once more.
+/// Remove random ranges from one thread, in bursts and half of them around pages that others visit just then, while those
+/// others read random pages, check them, and write to one in eight.
+/// In the end every page of the guest is checked once more.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct RemoveRace {
     /// For how long, in milliseconds.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -17,8 +18,24 @@ use crate::peer::micros;
 /// The most pages a race removes at once.
 const LONGEST_REMOVAL: u64 = 32;
 
+/// How many removals follow each other before the readers of a race get a chance, and how many visits that is, at most.
+///
+/// While one removal follows another, no install succeeds (`UFFDIO_COPY` gives `EAGAIN`): without a break the readers
+/// would all wait, and nothing would race.
+const LONGEST_BURST: u64 = 8;
+
 /// Of so many visits of a race one is a write.
 const WRITE_ONE_IN: u32 = 8;
+
+/// What the threads of a race know of each other.
+#[derive(Default)]
+struct Race {
+    over: AtomicBool,
+    /// The page each reader is at.
+    visiting: Vec<AtomicU64>,
+    visits: AtomicU64,
+    writes: AtomicU64,
+}
 
 pub(crate) fn read(guest: &Guest, read: &Read) -> Result<ReadReport> {
     let pages = select(guest, &read.pages)?;
@@ -79,18 +96,22 @@ pub(crate) fn latency(guest: &Guest, latency: &Latency) -> Result<LatencyReport>
 pub(crate) fn remove_race(guest: &Guest, race: &RemoveRace) -> Result<RaceReport> {
     let started = Instant::now();
     let end = started + Duration::from_millis(race.millis);
-    let over = AtomicBool::new(false);
-    let writes = AtomicU64::new(0);
+    let threads = race.threads.max(1);
+    let state = Race {
+        visiting: (0..threads).map(|_| AtomicU64::new(0)).collect(),
+        ..Race::default()
+    };
+    let remover = std::thread::current();
     let (mut checked, removals) = std::thread::scope(|scope| {
-        let readers: Vec<_> = (1..=race.threads.max(1))
-            .map(|thread| {
-                let random = fastrand::Rng::with_seed(race.seed.wrapping_add(thread as u64));
-                scope.spawn(|| visit_until(guest, random, &over, &writes))
-            })
-            .collect();
-        let removals = remove_until(guest, fastrand::Rng::with_seed(race.seed), end);
+        let readers = (1..).zip(&state.visiting).map(|(thread, at)| {
+            let random = fastrand::Rng::with_seed(race.seed.wrapping_add(thread));
+            let (state, remover) = (&state, &remover);
+            scope.spawn(move || visit_until(guest, random, at, state, remover))
+        });
+        let readers: Vec<_> = readers.collect();
+        let removals = remove_until(guest, fastrand::Rng::with_seed(race.seed), &state, end);
         // Before anything can fail: the readers wait for it.
-        over.store(true, Ordering::Relaxed);
+        state.over.store(true, Ordering::Relaxed);
         (join_all(readers), removals)
     });
     // What an install left behind that came too late for the readers above.
@@ -99,7 +120,7 @@ pub(crate) fn remove_race(guest: &Guest, race: &RemoveRace) -> Result<RaceReport
     Ok(RaceReport {
         checked,
         removals: removals?,
-        writes: writes.into_inner(),
+        writes: state.writes.into_inner(),
         elapsed_us: micros(started.elapsed()),
     })
 }
@@ -117,29 +138,46 @@ pub(crate) fn touch_outside(guest: &Guest) -> Result<()> {
 }
 
 /// Checks random pages, and writes to some, until told to stop.
-fn visit_until(guest: &Guest, mut random: fastrand::Rng, over: &AtomicBool, writes: &AtomicU64) -> Checked {
+fn visit_until(guest: &Guest, mut random: fastrand::Rng, at: &AtomicU64, race: &Race, remover: &Thread) -> Checked {
     let mut checked = Checked::default();
-    while !over.load(Ordering::Relaxed) {
+    while !race.over.load(Ordering::Relaxed) {
         let page = random.u64(0..guest.pages());
+        at.store(page, Ordering::Relaxed);
         if random.u32(0..WRITE_ONE_IN) == 0 {
             let generation = std::num::NonZeroU32::MIN.saturating_add(random.u32(0..1 << 30));
             guest.write(page, generation);
-            writes.fetch_add(1, Ordering::Relaxed);
+            race.writes.fetch_add(1, Ordering::Relaxed);
         } else {
             guest.check(page, &mut checked);
         }
+        race.visits.fetch_add(1, Ordering::Relaxed);
+        remover.unpark();
     }
     checked
 }
 
-/// Removes random ranges until the time is over, and says how many.
-fn remove_until(guest: &Guest, mut random: fastrand::Rng, end: Instant) -> Result<u64> {
+/// Removes random ranges, burst by burst, until the time is over, and says how many. Does not end while every reader
+/// waits: whoever asked for the race has a deadline for that.
+fn remove_until(guest: &Guest, mut random: fastrand::Rng, race: &Race, end: Instant) -> Result<u64> {
     let mut removals = 0;
     while Instant::now() < end {
-        let start = random.u64(0..guest.pages());
-        let length = random.u64(1..=LONGEST_REMOVAL);
-        guest.remove(&(start..guest.pages().min(start + length)))?;
-        removals += 1;
+        let burst = random.u64(1..=LONGEST_BURST);
+        for _ in 0..burst {
+            let length = random.u64(1..=LONGEST_REMOVAL);
+            // Half of them around a page that somebody may be waiting for: that is where servers go wrong.
+            let start = if random.bool() {
+                random.u64(0..guest.pages())
+            } else {
+                let reader = &race.visiting[random.usize(0..race.visiting.len())];
+                reader.load(Ordering::Relaxed).saturating_sub(random.u64(0..length))
+            };
+            guest.remove(&(start..guest.pages().min(start + length)))?;
+        }
+        removals += burst;
+        let enough = race.visits.load(Ordering::Relaxed) + random.u64(1..=LONGEST_BURST);
+        while race.visits.load(Ordering::Relaxed) < enough {
+            std::thread::park();
+        }
     }
     Ok(removals)
 }

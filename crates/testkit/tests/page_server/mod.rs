@@ -24,6 +24,9 @@ pub(crate) enum Flaw {
     },
     /// Answers faults on removed pages with what the template has.
     ForgetRemovals,
+    /// Looks at what is removed when it reads a fault, not when it answers it. The kernel may hand out a fault before an
+    /// older removal.
+    DecideEarly,
     /// Takes every write to an absent page for one to a removed page.
     ZerosForWrites,
     /// Answers nothing.
@@ -63,7 +66,14 @@ struct Session {
     flaw: Flaw,
     removed: BTreeSet<u64>,
     /// Faults the kernel did not let us answer yet.
-    parked: Vec<PageFault>,
+    parked: Vec<Fault>,
+}
+
+#[derive(Clone, Copy)]
+struct Fault {
+    fault: PageFault,
+    /// Whether its page had been removed when it was read.
+    removed_before: bool,
 }
 
 #[derive(serde::Deserialize)]
@@ -213,13 +223,16 @@ fn receive_handshake(connection: &UnixStream) -> (Vec<ServedRegion>, OwnedFd) {
 
 impl Session {
     /// Reads all there is, applies removals, and returns the faults.
-    fn read_events(&mut self) -> Vec<PageFault> {
+    fn read_events(&mut self) -> Vec<Fault> {
         let mut events = Vec::new();
         while self.uffd.read_events(&mut events).unwrap() == pagecast_uffd::Drained::NotYet {}
         let mut faults = Vec::new();
         for event in events {
             match event {
-                Event::PageFault(fault) => faults.push(fault),
+                Event::PageFault(fault) => faults.push(Fault {
+                    fault,
+                    removed_before: self.removed.contains(&self.page_of(fault)),
+                }),
                 Event::Remove(range) => {
                     let page_size = usize::try_from(self.regions[0].page_size_kib).unwrap();
                     let pages = (range.start().get()..range.end().get()).step_by(page_size);
@@ -231,9 +244,16 @@ impl Session {
         faults
     }
 
-    fn answer(&mut self, fault: PageFault) -> Option<Ending> {
+    /// The address of the page of a fault. All regions have pages of one size.
+    fn page_of(&self, fault: PageFault) -> u64 {
         let page_size = self.regions[0].page_size_kib;
-        let address = fault.address.get() / page_size * page_size;
+        fault.address.get() / page_size * page_size
+    }
+
+    fn answer(&mut self, pending: Fault) -> Option<Ending> {
+        let Fault { fault, removed_before } = pending;
+        let page_size = self.regions[0].page_size_kib;
+        let address = self.page_of(fault);
         let Some(region) = self
             .regions
             .iter()
@@ -242,7 +262,11 @@ impl Session {
             return Some(Ending::FaultOutside);
         };
         let offset = address - region.base_host_virt_addr + region.offset;
-        let removed = self.removed.contains(&address) && self.flaw != Flaw::ForgetRemovals;
+        let removed = match self.flaw {
+            Flaw::ForgetRemovals => false,
+            Flaw::DecideEarly => removed_before,
+            _ => self.removed.contains(&address),
+        };
         let mistaken = self.flaw == Flaw::ZerosForWrites && fault.flags.contains(FaultFlags::WRITE);
         let mut page = vec![0; usize::try_from(page_size).unwrap()];
         if !removed && !mistaken {
@@ -261,7 +285,7 @@ impl Session {
                 .uffd
                 .wake(HostRange::new(to, ByteLen::new(page_size)).unwrap())
                 .unwrap(),
-            Outcome::Retry { .. } => self.parked.push(fault),
+            Outcome::Retry { .. } => self.parked.push(pending),
             other => panic!("an install came to {other:?}"),
         }
         None
