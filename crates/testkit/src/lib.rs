@@ -1,3 +1,26 @@
-//! Tools to test pagecast.
+//! Tools to test pagecast, or any other page server.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`sim_vmm`] | a process that does what Firecracker does, and checks every byte it is given |
+//! | [`peer`] | peers that do what Firecracker never does |
+//! | [`firecracker`] | the real Firecracker, with a tiny guest that checks its memory |
+//! | [`template_file`] | mem-files that know what is in them |
+//! | [`pattern`] | bytes that tell where they belong |
+//! | [`process`] | what a process holds |
+//! | [`hugepages`] | hugepages for the time of a test |
+//! | [`skip`] | tests that cannot run here, and say so |
+#![deny(unsafe_code)]
 
 pub mod firecracker;
+pub mod hugepages;
+pub mod pattern;
+pub mod peer;
+pub mod process;
+pub mod sim_vmm;
+pub mod skip;
+pub mod template_file;
+
+mod memory;
+
+pub use memory::PageSize;

@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use std::thread;
 
 use anyhow::Result;
-use pagecast_testkit::firecracker::{
-    GuestRange, HugePages, MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm,
-};
+use pagecast_testkit::firecracker::{GuestRange, MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm};
+use pagecast_testkit::hugepages::HugePages;
 
 const PAGE: usize = 4096;
 const WORDS_OF_A_PAGE: u64 = 512;
@@ -64,10 +63,7 @@ fn the_guest_notices_wrong_bytes_wrong_pages_and_pages_that_are_not_zero() -> Re
     let snapshot = Snapshot::create(&options, folder.path())?;
     let offset = |mib: u64, page: u64| (mib << 20) + page * PAGE as u64;
 
-    let mem_file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&snapshot.mem_path)?;
+    let mem_file = OpenOptions::new().read(true).write(true).open(&snapshot.mem_path)?;
     let mut page = [0; PAGE];
     mem_file.read_exact_at(&mut page, offset(2, 7))?;
     // One bit of the first MiB, a page of the second in the place of another, a zero page that is none in the fifth.
@@ -93,10 +89,7 @@ fn the_guest_notices_wrong_bytes_wrong_pages_and_pages_that_are_not_zero() -> Re
         let verified = verify(start_mib)?;
         assert_eq!(verified.mismatches, mismatches, "{verified:?}");
         assert!(
-            verified
-                .first_bad
-                .unwrap_or_default()
-                .starts_with(first_bad),
+            verified.first_bad.unwrap_or_default().starts_with(first_bad),
             "MiB {start_mib}"
         );
     }
@@ -134,11 +127,7 @@ fn memory_that_is_lost_together_with_the_guests_notes_on_it_is_noticed() -> Resu
             start_mib,
             count_mib: 1,
         }) {
-            Ok(verified) => assert_eq!(
-                verified.mismatches,
-                256 * WORDS_OF_A_PAGE,
-                "MiB {start_mib}"
-            ),
+            Ok(verified) => assert_eq!(verified.mismatches, 256 * WORDS_OF_A_PAGE, "MiB {start_mib}"),
             Err(error) if error.to_string().contains("notes") => without_notes += 1,
             Err(error) => return Err(error),
         }
@@ -177,7 +166,7 @@ fn twenty_forks_restored_at_once_share_what_they_only_read() -> Result<()> {
     for fork in &forks {
         let memory = fork.memory()?;
         assert!(
-            memory.shared >= filled && memory.private < filled / 4,
+            memory.shared_bytes >= filled && memory.private_bytes < filled / 4,
             "{memory:?}"
         );
     }
@@ -215,14 +204,8 @@ fn a_command_that_fails_says_what_the_guest_and_firecracker_said() -> Result<()>
         start_mib: 31,
         count_mib: 2,
     };
-    let error = vm
-        .verify(outside)
-        .expect_err("the guest has 32 MiB")
-        .to_string();
-    assert!(
-        error.contains("err range outside the memory under test"),
-        "{error}"
-    );
+    let error = vm.verify(outside).expect_err("the guest has 32 MiB").to_string();
+    assert!(error.contains("err range outside the memory under test"), "{error}");
     assert!(error.contains("Running Firecracker"), "{error}");
 
     vm.kill()?;
@@ -250,8 +233,7 @@ fn a_snapshot_of_a_guest_with_2_mib_pages_is_complete() -> Result<()> {
     assert_eq!(snapshot.mem_path.metadata()?.len(), 32 << 20);
 
     // A restore with 2 MiB pages needs a page server: Firecracker itself refuses the `File` backend.
-    let error = MicroVm::restore(&snapshot, &MemBackend::File(snapshot.mem_path.clone()))
-        .expect_err("it is refused");
+    let error = MicroVm::restore(&snapshot, &MemBackend::File(snapshot.mem_path.clone())).expect_err("it is refused");
     assert!(error.to_string().contains("hugetlbfs"), "{error}");
     Ok(())
 }

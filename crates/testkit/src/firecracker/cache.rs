@@ -9,11 +9,9 @@ use anyhow::{Context as _, Result};
 pub(crate) fn folder() -> Result<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     // A relative CARGO_TARGET_DIR is relative to where cargo ran, which for this workspace is its root.
-    let target =
-        workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()));
+    let target = workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()));
     let folder = target.join("pagecast");
-    fs::create_dir_all(&folder)
-        .with_context(|| format!("failed to create {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
     folder
         .canonicalize()
         .with_context(|| format!("failed to resolve {}", folder.display()))
@@ -22,8 +20,7 @@ pub(crate) fn folder() -> Result<PathBuf> {
 /// Keeps other processes (and threads) that ask for the same name waiting for as long as the file lives.
 pub(crate) fn lock(name: &str) -> Result<File> {
     let path = folder()?.join(format!("{name}.lock"));
-    let file =
-        File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
+    let file = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
     file.lock()
         .with_context(|| format!("failed to lock {}", path.display()))?;
     Ok(file)

@@ -69,8 +69,7 @@ impl Console {
     }
 
     pub(crate) fn send(&mut self, line: &str) -> Result<()> {
-        writeln!(self.input, "{line}")
-            .with_context(|| format!("failed to send {line:?} to the guest"))
+        writeln!(self.input, "{line}").with_context(|| format!("failed to send {line:?} to the guest"))
     }
 
     pub(crate) fn reply(&mut self, command: &str, timeout: Duration) -> Result<Reply> {
@@ -115,12 +114,7 @@ impl Reply {
         self.fields
             .get(name)
             .and_then(|value| value.parse().ok())
-            .with_context(|| {
-                format!(
-                    "the guest's answer {:?} has no usable field {name:?}",
-                    self.line
-                )
-            })
+            .with_context(|| format!("the guest's answer {:?} has no usable field {name:?}", self.line))
     }
 
     pub(crate) fn into_written(self, elapsed: Duration) -> Result<Written> {
@@ -136,11 +130,8 @@ impl Reply {
         let first_bad = if mismatches == 0 {
             None
         } else {
-            let [address, expected, found]: [String; 3] = [
-                self.field("first_bad")?,
-                self.field("expected")?,
-                self.field("found")?,
-            ];
+            let [address, expected, found]: [String; 3] =
+                [self.field("first_bad")?, self.field("expected")?, self.field("found")?];
             Some(format!("{address}: expected {expected}, found {found}"))
         };
         Ok(Verified {
@@ -167,8 +158,7 @@ mod tests {
 
     #[test]
     fn the_first_bad_word_is_told_in_full() -> Result<()> {
-        let line =
-            "ok verify pages=2 mismatches=512 first_bad=0x201000 expected=0x1f found=0x0 ticks=77";
+        let line = "ok verify pages=2 mismatches=512 first_bad=0x201000 expected=0x1f found=0x0 ticks=77";
         let verified = Reply::parse(line, "verify 2 1")?.into_verified(Duration::ZERO)?;
         let expected = Verified {
             pages: 2,

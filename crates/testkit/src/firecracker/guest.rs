@@ -35,13 +35,8 @@ fn ensure_target_is_installed(package: &Path) -> Result<()> {
     if Path::new(folder.trim_end()).is_dir() {
         return Ok(());
     }
-    run(
-        Command::new("rustup").args(["target", "add", TARGET]),
-        package,
-    )
-    .with_context(|| {
-        format!("the tiny guest needs the Rust target {TARGET}: install it for this toolchain")
-    })?;
+    run(Command::new("rustup").args(["target", "add", TARGET]), package)
+        .with_context(|| format!("the tiny guest needs the Rust target {TARGET}: install it for this toolchain"))?;
     Ok(())
 }
 
@@ -58,12 +53,7 @@ fn run(command: &mut Command, package: &Path) -> Result<String> {
 /// Whether a variable would make cargo build something else than the guest's own configuration says. Tests run with
 /// those of the workspace's build: its flags and target, the wrappers of clippy and of coverage tools.
 fn is_about_another_build(name: &str) -> bool {
-    let kept = [
-        "CARGO_HOME",
-        "CARGO_HTTP_",
-        "CARGO_NET_",
-        "CARGO_REGISTRIES_",
-    ];
+    let kept = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_"];
     (name.starts_with("CARGO_") && !kept.iter().any(|prefix| name.starts_with(prefix)))
         || [
             "RUSTFLAGS",

@@ -22,7 +22,7 @@ impl Kvm {
         match self {
             Self::Usable => false,
             Self::Missing(why) => {
-                println!("skipped: {why}");
+                crate::skip::skip(why);
                 true
             }
         }
@@ -36,9 +36,7 @@ impl Kvm {
 /// If there is a KVM device that cannot be opened: a machine that could run Firecracker must not pass by skipping.
 pub fn kvm() -> Result<Kvm> {
     if !cfg!(target_arch = "x86_64") {
-        return Ok(Kvm::Missing(
-            "the tiny guest needs an x86-64 host".to_owned(),
-        ));
+        return Ok(Kvm::Missing("the tiny guest needs an x86-64 host".to_owned()));
     }
     match OpenOptions::new().read(true).write(true).open(DEVICE) {
         Ok(_) => Ok(Kvm::Usable),

@@ -11,7 +11,8 @@ use super::api::Api;
 use super::console::{Console, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::process::Process;
-use super::{GuestRange, Memory, Snapshot, guest};
+use super::{GuestRange, Snapshot, guest};
+use crate::process::MemoryUse;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -103,8 +104,8 @@ impl MicroVm {
 
     fn spawn(patterns: Patterns) -> Result<Self> {
         let (mut process, input, output) = Process::spawn()?;
-        let api = Api::connect(process.api_socket(), || process.ensure_alive())
-            .map_err(|error| process.explain(&error))?;
+        let api =
+            Api::connect(process.api_socket(), || process.ensure_alive()).map_err(|error| process.explain(&error))?;
         Ok(Self {
             process,
             api,
@@ -129,8 +130,8 @@ impl MicroVm {
     /// # Errors
     ///
     /// If Firecracker has ended.
-    pub fn memory(&self) -> Result<Memory> {
-        Memory::of(self.pid()).map_err(|error| self.process.explain(&error))
+    pub fn memory(&self) -> Result<MemoryUse> {
+        MemoryUse::of(self.pid()).map_err(|error| self.process.explain(&error))
     }
 
     /// Pauses the guest; how long that took.
@@ -164,9 +165,7 @@ impl MicroVm {
     }
 
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<()> {
-        self.api
-            .put(path, body)
-            .map_err(|error| self.process.explain(&error))
+        self.api.put(path, body).map_err(|error| self.process.explain(&error))
     }
 
     /// Asks whether the guest is there; how long the answer took.
@@ -187,10 +186,7 @@ impl MicroVm {
     ///
     /// If the range is not the guest's, or there is no answer in time.
     pub fn write(&mut self, range: GuestRange, every: u32, pattern: u8) -> Result<Written> {
-        let written = self.command(
-            &format!("write {range} {every} {pattern}"),
-            Reply::into_written,
-        )?;
+        let written = self.command(&format!("write {range} {every} {pattern}"), Reply::into_written)?;
         self.patterns.write(range, every, pattern);
         Ok(written)
     }
@@ -204,15 +200,10 @@ impl MicroVm {
     /// Mismatches are not an error.
     pub fn verify(&mut self, range: GuestRange) -> Result<Verified> {
         let (digest, verified) = self.command(&format!("verify {range}"), |reply, elapsed| {
-            Ok((
-                reply.field::<u64>("patterns")?,
-                reply.into_verified(elapsed)?,
-            ))
+            Ok((reply.field::<u64>("patterns")?, reply.into_verified(elapsed)?))
         })?;
         if digest != self.patterns.digest(range)? {
-            let error = anyhow!(
-                "the guest's notes on what it wrote are not what it was told to write ({verified:?})"
-            );
+            let error = anyhow!("the guest's notes on what it wrote are not what it was told to write ({verified:?})");
             return Err(self.process.explain(&error));
         }
         Ok(verified)
@@ -260,15 +251,9 @@ impl MicroVm {
         self.process.kill()
     }
 
-    fn command<T>(
-        &mut self,
-        line: &str,
-        read: impl FnOnce(Reply, Duration) -> Result<T>,
-    ) -> Result<T> {
+    fn command<T>(&mut self, line: &str, read: impl FnOnce(Reply, Duration) -> Result<T>) -> Result<T> {
         let started = Instant::now();
-        self.console
-            .send(line)
-            .map_err(|error| self.process.explain(&error))?;
+        self.console.send(line).map_err(|error| self.process.explain(&error))?;
         self.reply(line, |reply| read(reply, started.elapsed()))
     }
 

@@ -34,15 +34,10 @@ impl Patterns {
     /// FNV-1a of the numbers in the range.
     pub(crate) fn digest(&self, range: GuestRange) -> Result<u64> {
         let (start, end) = bounds(range);
-        let numbers = self
-            .0
-            .get(start..end)
-            .context("range outside the guest's memory")?;
-        Ok(numbers
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325, |digest, &number| {
-                (digest ^ u64::from(number)).wrapping_mul(0x100_0000_01b3)
-            }))
+        let numbers = self.0.get(start..end).context("range outside the guest's memory")?;
+        Ok(numbers.iter().fold(0xcbf2_9ce4_8422_2325, |digest, &number| {
+            (digest ^ u64::from(number)).wrapping_mul(0x100_0000_01b3)
+        }))
     }
 }
 
@@ -56,19 +51,14 @@ mod tests {
     use super::*;
 
     fn mib(start_mib: u32, count_mib: u32) -> GuestRange {
-        GuestRange {
-            start_mib,
-            count_mib,
-        }
+        GuestRange { start_mib, count_mib }
     }
 
     #[test]
     fn every_nth_page_is_counted_from_address_zero() {
         let mut patterns = Patterns::zeros(4);
         patterns.write(mib(2, 1), 7, 3);
-        let written: Vec<usize> = (0..4 * PAGES_PER_MIB)
-            .filter(|&page| patterns.0[page] == 3)
-            .collect();
+        let written: Vec<usize> = (0..4 * PAGES_PER_MIB).filter(|&page| patterns.0[page] == 3).collect();
         let expected: Vec<usize> = (512..768).filter(|page| page % 7 == 0).collect();
         assert_eq!(written, expected);
     }

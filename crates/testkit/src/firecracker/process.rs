@@ -34,18 +34,10 @@ impl Process {
             .context("failed to create a folder for Firecracker")?;
         // Firecracker wants its log file to exist.
         File::create(folder.path().join(LOG)).context("failed to create Firecracker's log")?;
-        let stderr = File::create(folder.path().join(STDERR))
-            .context("failed to create Firecracker's stderr")?;
+        let stderr = File::create(folder.path().join(STDERR)).context("failed to create Firecracker's stderr")?;
         let mut child = Command::new(&binary)
             .current_dir(folder.path())
-            .args([
-                "--level",
-                "Info",
-                "--log-path",
-                LOG,
-                "--api-sock",
-                API_SOCKET,
-            ])
+            .args(["--level", "Info", "--log-path", LOG, "--api-sock", API_SOCKET])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(stderr)
@@ -65,11 +57,7 @@ impl Process {
     }
 
     pub(crate) fn ensure_alive(&mut self) -> Result<()> {
-        match self
-            .child
-            .try_wait()
-            .context("failed to look after Firecracker")?
-        {
+        match self.child.try_wait().context("failed to look after Firecracker")? {
             None => Ok(()),
             Some(status) => bail!("Firecracker ended ({status})"),
         }
@@ -83,21 +71,12 @@ impl Process {
     /// Waits until it has ended by itself.
     pub(crate) fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         // Reaped already: there is no process to wait for, and its number may be another's.
-        if let Some(status) = self
-            .child
-            .try_wait()
-            .context("failed to look after Firecracker")?
-        {
+        if let Some(status) = self.child.try_wait().context("failed to look after Firecracker")? {
             return Ok(status);
         }
-        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
-            .context("failed to open a pidfd")?;
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).context("failed to open a pidfd")?;
         let timeout_spec = Timespec::try_from(timeout).context("timeout out of range")?;
-        let ended = poll(
-            &mut [PollFd::new(&pidfd, PollFlags::IN)],
-            Some(&timeout_spec),
-        )
-        .context("failed to poll")?;
+        let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout_spec)).context("failed to poll")?;
         ensure!(ended > 0, "Firecracker still runs after {timeout:?}");
         self.child.wait().context("failed to reap Firecracker")
     }
@@ -108,9 +87,7 @@ impl Process {
             let text = fs::read(self.folder.path().join(name)).unwrap_or_default();
             tail(&String::from_utf8_lossy(&text))
         });
-        anyhow!(
-            "{error:#}\nFirecracker's log ends with:\n{log}\nits standard error with:\n{stderr}"
-        )
+        anyhow!("{error:#}\nFirecracker's log ends with:\n{log}\nits standard error with:\n{stderr}")
     }
 }
 
@@ -139,19 +116,13 @@ mod tests {
 
     #[test]
     fn a_tail_is_the_last_lines_in_their_order() {
-        let text = (0..20)
-            .map(|line| format!("line {line}"))
-            .collect::<Vec<_>>()
-            .join(
-                "
+        let text = (0..20).map(|line| format!("line {line}")).collect::<Vec<_>>().join(
+            "
 ",
-            );
+        );
         let tail = tail(&text);
         assert_eq!(tail.lines().count(), TAIL_LINES);
-        assert!(
-            tail.starts_with("  line 5\n") && tail.ends_with("  line 19"),
-            "{tail}"
-        );
+        assert!(tail.starts_with("  line 5\n") && tail.ends_with("  line 19"), "{tail}");
     }
 
     #[test]

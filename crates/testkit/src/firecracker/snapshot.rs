@@ -18,7 +18,7 @@ pub struct SnapshotOptions {
     /// The pattern's number, 1 to 255. Templates that are to be told apart have different patterns.
     pub pattern: u8,
     /// Back the guest with 2 MiB pages of hugetlbfs, which must be reserved for as long as the snapshot is created and
-    /// for each fork (see [`HugePages`](super::HugePages)).
+    /// for each fork (see [`HugePages`](crate::hugepages::HugePages)).
     pub huge_pages: bool,
 }
 

@@ -5,6 +5,8 @@ use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
 
 use anyhow::{Context as _, Result};
 
+use crate::skip::skip;
+
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 /// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
@@ -31,25 +33,22 @@ impl HugePages {
             Err(error)
                 if matches!(
                     error.kind(),
-                    ErrorKind::NotFound
-                        | ErrorKind::PermissionDenied
-                        | ErrorKind::ReadOnlyFilesystem
+                    ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
                 ) =>
             {
-                println!("skipped: cannot reserve 2 MiB pages: {POOL}: {error}");
+                skip(&format!("cannot reserve 2 MiB pages: {POOL}: {error}"));
                 return Ok(None);
             }
             Err(error) => return Err(error).with_context(|| format!("failed to open {POOL}")),
         };
-        pool.lock()
-            .with_context(|| format!("failed to lock {POOL}"))?;
+        pool.lock().with_context(|| format!("failed to lock {POOL}"))?;
         let before = size(&pool)?;
         let reserved = Self { pool, before };
         resize(&reserved.pool, before + pages)?;
         // The kernel reserves what it can find, and says nothing.
         let added = size(&reserved.pool)?.saturating_sub(before);
         if added < pages {
-            println!("skipped: needs {pages} free pages of 2 MiB, the system found {added}");
+            skip(&format!("needs {pages} free pages of 2 MiB, the system found {added}"));
             return Ok(None);
         }
         Ok(Some(reserved))
@@ -61,9 +60,7 @@ fn size(mut pool: &File) -> Result<u64> {
     pool.rewind()
         .and_then(|()| pool.read_to_string(&mut text))
         .with_context(|| format!("failed to read {POOL}"))?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{POOL} holds {text:?}"))
+    text.trim().parse().with_context(|| format!("{POOL} holds {text:?}"))
 }
 
 fn resize(mut pool: &File, pages: u64) -> Result<()> {

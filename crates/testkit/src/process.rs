@@ -1,0 +1,120 @@
+//! What a process holds, to find leaks and to see what it shares.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use procfs::process::Process;
+
+/// What a process holds at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessUse {
+    /// Open file descriptors.
+    pub fds: usize,
+    /// Threads.
+    pub threads: u64,
+    /// Resident memory in bytes.
+    pub rss_bytes: u64,
+    /// CPU time used so far, in user and kernel mode, to the clock tick.
+    pub cpu_time: Duration,
+}
+
+impl ProcessUse {
+    /// What the process `pid` holds now.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or it is not ours to look at.
+    pub fn of(pid: u32) -> Result<Self> {
+        let process = process(pid)?;
+        let stat = process.stat()?;
+        Ok(Self {
+            fds: process.fd_count()?,
+            threads: stat.num_threads.try_into()?,
+            rss_bytes: stat.rss * procfs::page_size(),
+            cpu_time: Duration::from_millis((stat.utime + stat.stime) * 1000 / procfs::ticks_per_second()),
+        })
+    }
+}
+
+/// The memory of a process as its share of the host's (`smaps_rollup`), in bytes. Hugepages are counted apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// All that is resident.
+    pub rss_bytes: u64,
+    /// The same, with what is shared divided by the number of processes that share it.
+    pub pss_bytes: u64,
+    /// What no other process maps.
+    pub private_bytes: u64,
+    /// What others map too.
+    pub shared_bytes: u64,
+    /// Hugepages, private and shared.
+    pub hugetlb_bytes: u64,
+}
+
+impl MemoryUse {
+    /// The memory of the process `pid` now.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or it is not ours to look at.
+    pub fn of(pid: u32) -> Result<Self> {
+        let rollup = process(pid)?.smaps_rollup()?.memory_map_rollup;
+        let map = rollup
+            .into_iter()
+            .next()
+            .context("smaps_rollup is empty")?
+            .extension
+            .map;
+        let sum = |names: &[&str]| names.iter().filter_map(|name| map.get(*name)).sum();
+        Ok(Self {
+            rss_bytes: sum(&["Rss"]),
+            pss_bytes: sum(&["Pss"]),
+            private_bytes: sum(&["Private_Clean", "Private_Dirty"]),
+            shared_bytes: sum(&["Shared_Clean", "Shared_Dirty"]),
+            hugetlb_bytes: sum(&["Private_Hugetlb", "Shared_Hugetlb"]),
+        })
+    }
+}
+
+/// The open file descriptors of this process and what each refers to, for the message of a leak test.
+///
+/// # Errors
+///
+/// `/proc` is not there.
+pub fn own_fds() -> Result<BTreeMap<i32, String>> {
+    let mut fds = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        // The one that lists the directory is gone by the time anybody looks.
+        if let Ok(target) = std::fs::read_link(entry.path()) {
+            let number = entry.file_name().to_string_lossy().parse()?;
+            fds.insert(number, target.to_string_lossy().into_owned());
+        }
+    }
+    fds.retain(|number, _| std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok());
+    Ok(fds)
+}
+
+fn process(pid: u32) -> Result<Process> {
+    Process::new(pid.try_into()?).with_context(|| format!("no process {pid}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_file_and_touched_memory_show() {
+        let pid = std::process::id();
+        let before = ProcessUse::of(pid).unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let memory = std::hint::black_box(vec![1_u8; 32 << 20]);
+        let after = ProcessUse::of(pid).unwrap();
+        assert!(after.fds > before.fds);
+        assert!(after.rss_bytes >= before.rss_bytes + (30 << 20));
+        assert!(MemoryUse::of(pid).unwrap().private_bytes >= 30 << 20);
+        assert!(own_fds().unwrap().values().any(|target| target == "/dev/null"));
+        drop((file, memory));
+    }
+}

@@ -1,0 +1,177 @@
+//! The process side: reads requests, becomes a guest, answers.
+
+use std::io::{BufRead, Write as _};
+use std::os::fd::AsFd;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use pagecast_uffd::{Features, Uffd, UffdOptions, fd_passing};
+use rustix::fs::OFlags;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::guest::{Guest, GuestRegion};
+use super::protocol::{Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, Request};
+use super::work;
+use crate::memory::GuestMemory;
+use crate::peer::{self, micros};
+
+/// Runs a simulated VMM on stdin and stdout until stdin ends.
+///
+/// This thread never touches guest memory, so it can always hear that its test has gone.
+///
+/// # Errors
+///
+/// A line that is no request, or stdin cannot be read.
+pub fn run() -> Result<()> {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        // A thread that died alone would leave the test waiting for its answer.
+        std::process::abort();
+    }));
+    let machine = Arc::new(Machine::default());
+    for line in std::io::stdin().lock().lines() {
+        let request: Request = serde_json::from_str(&line?).context("not a request")?;
+        let machine = Arc::clone(&machine);
+        std::thread::Builder::new()
+            .name(request.command.name().to_owned())
+            .spawn(move || {
+                let result = machine.execute(request.command).map_err(|error| format!("{error:#}"));
+                answer(&Answer { id: request.id, result });
+            })?;
+    }
+    Ok(())
+}
+
+fn answer(answer: &Answer) {
+    let mut line = serde_json::to_string(answer).expect("an answer has string keys only");
+    line.push('\n');
+    let mut stdout = std::io::stdout().lock();
+    // Nobody to answer to: the test has gone, and this process goes with stdin.
+    let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
+}
+
+#[derive(Default)]
+struct Machine {
+    guest: OnceLock<Guest>,
+}
+
+/// A region in a handshake (`GuestRegionUffdMapping` in Firecracker's `persist.rs`).
+#[derive(Serialize)]
+struct Mapping {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page_size: Option<u64>,
+    page_size_kib: u64,
+}
+
+impl Machine {
+    fn execute(&self, command: Command) -> Result<Value> {
+        match command {
+            Command::Connect(connect) => value(self.connect(&connect)?),
+            Command::AwaitClose(wait) => value(self.await_close(wait)?),
+            Command::Read(read) => value(work::read(self.guest()?, &read)?),
+            Command::Write(write) => value(work::write(self.guest()?, &write)?),
+            Command::Remove(remove) => {
+                let guest = self.guest()?;
+                remove.ranges.iter().try_for_each(|range| guest.remove(range))?;
+                value(())
+            }
+            Command::RemoveRace(race) => value(work::remove_race(self.guest()?, &race)?),
+            Command::Latency(latency) => value(work::latency(self.guest()?, &latency)?),
+            Command::Touch(touch) => value(work::touch(self.guest()?, &touch)?),
+            Command::TouchOutside(_) => value(work::touch_outside(self.guest()?)?),
+            Command::ClearNonblock(_) => {
+                let uffd = self.guest()?.uffd.as_ref().context("the userfaultfd was closed")?;
+                rustix::fs::fcntl_setfl(uffd, OFlags::empty())?;
+                value(())
+            }
+            Command::RawHandshake(handshake) => value(peer::play(&handshake)?),
+            Command::Exit(code) => std::process::exit(code),
+            Command::Abort => std::process::abort(),
+        }
+    }
+
+    fn guest(&self) -> Result<&Guest> {
+        self.guest.get().context("not connected yet")
+    }
+
+    /// What Firecracker does to restore memory from a `Uffd` backend (`guest_memory_from_uffd` and
+    /// `send_uffd_handshake` in its `persist.rs`), in that order.
+    fn connect(&self, connect: &Connect) -> Result<Connected> {
+        ensure!(self.guest.get().is_none(), "connected already");
+        let page_size = connect.page_size.bytes();
+        let mut regions = Vec::new();
+        let mut first_page = 0;
+        for region in &connect.regions {
+            let memory = GuestMemory::map(region.size, connect.page_size)
+                .with_context(|| format!("failed to map {} bytes", region.size))?;
+            regions.push(GuestRegion::new(memory, region.offset, first_page, page_size));
+            first_page += region.size / page_size;
+        }
+        let uffd = Uffd::create(UffdOptions {
+            features: Features::from_bits_retain(connect.feature_bits),
+            nonblocking: true,
+        })?;
+        for region in &regions {
+            region.memory.register(&uffd).context("failed to register a region")?;
+        }
+        let bases = regions.iter().map(|region| region.memory.range().start().get());
+        let base_host_virt_addrs: Vec<u64> = bases.collect();
+        let message = handshake(connect, &base_host_virt_addrs)?;
+        let mut socket = peer::connect(&connect.socket)?;
+        let sent = fd_passing::send(socket.as_fd(), message.as_bytes(), &[uffd.as_fd()])?;
+        socket.write_all(&message.as_bytes()[sent..])?;
+        let guest = Guest {
+            regions,
+            page_size,
+            template: connect.template.clone(),
+            uffd: connect.keep_uffd.then_some(uffd),
+            socket: connect.keep_socket.then_some(socket),
+        };
+        ensure!(self.guest.set(guest).is_ok(), "connected twice at once");
+        Ok(Connected { base_host_virt_addrs })
+    }
+
+    fn await_close(&self, wait: AwaitClose) -> Result<Closed> {
+        let socket = self
+            .guest()?
+            .socket
+            .as_ref()
+            .context("the socket was closed by this side")?;
+        let started = Instant::now();
+        let closed = peer::await_close(socket, started + Duration::from_millis(wait.within_ms))?;
+        Ok(Closed {
+            after_us: closed.then(|| micros(started.elapsed())),
+        })
+    }
+}
+
+fn handshake(connect: &Connect, bases: &[u64]) -> serde_json::Result<String> {
+    let page_size = connect.page_size.bytes();
+    let mappings: Vec<_> = connect
+        .regions
+        .iter()
+        .zip(bases)
+        .map(|(region, base)| Mapping {
+            base_host_virt_addr: *base,
+            size: region.size,
+            offset: region.offset,
+            page_size: (connect.form != HandshakeForm::ArrayPageSizeKib).then_some(page_size),
+            // In bytes, whatever its name says: so does Firecracker.
+            page_size_kib: page_size,
+        })
+        .collect();
+    match connect.form {
+        HandshakeForm::Array | HandshakeForm::ArrayPageSizeKib => serde_json::to_string(&mappings),
+        HandshakeForm::Object => serde_json::to_string(&serde_json::json!({ "mappings": mappings })),
+    }
+}
+
+fn value(report: impl Serialize) -> Result<Value> {
+    Ok(serde_json::to_value(report)?)
+}

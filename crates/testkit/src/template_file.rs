@@ -1,0 +1,286 @@
+//! Mem-files that know what is in them.
+
+use std::fs::File;
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use crate::pattern::{Pattern, first_wrong_word};
+
+/// The size of the pages a [`Layout`] counts in, in bytes; also where guests have larger ones.
+pub const LAYOUT_PAGE: u64 = LAYOUT_PAGE_LEN as u64;
+
+/// The same, for lengths in memory.
+pub(crate) const LAYOUT_PAGE_LEN: usize = 4096;
+
+/// Read and written at once.
+const CHUNK: usize = 1 << 20;
+
+/// What every word of a template is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateModel {
+    /// Its size in bytes, a multiple of [`LAYOUT_PAGE`].
+    pub size: u64,
+    /// Which pattern its data has; another for every template of a test, so that one is never taken for the other.
+    pub seed: u64,
+    /// Where it has no data.
+    pub layout: Layout,
+}
+
+/// Where a template has zeros. Pages are counted in [`LAYOUT_PAGE`]s; what is not mentioned is data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Of every so many pages the last one is written as zeros.
+    pub zero_every: Option<NonZeroU64>,
+    /// Ranges of pages that are holes of the file.
+    pub holes: Vec<Range<u64>>,
+}
+
+/// What a page of a template holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// The words of this pattern.
+    Pattern(Pattern),
+    /// Zeros, be it in a hole or written out.
+    Zero,
+}
+
+impl Expected {
+    /// The word at `offset` bytes from the start of the template, a multiple of eight.
+    pub const fn word(self, offset: u64) -> u64 {
+        match self {
+            Self::Pattern(pattern) => pattern.word(offset),
+            Self::Zero => 0,
+        }
+    }
+}
+
+impl TemplateModel {
+    /// A template of `size` bytes of data, no zeros in it.
+    pub fn of_data(size: u64, seed: u64) -> Self {
+        Self {
+            size,
+            seed,
+            layout: Layout::default(),
+        }
+    }
+
+    /// What the page around `offset` holds.
+    pub fn expected(&self, offset: u64) -> Expected {
+        let page = offset / LAYOUT_PAGE;
+        let zero = self
+            .layout
+            .zero_every
+            .is_some_and(|every| page % every == every.get() - 1);
+        if zero || self.is_hole(page) {
+            Expected::Zero
+        } else {
+            Expected::Pattern(Pattern::of_template(self.seed))
+        }
+    }
+
+    fn is_hole(&self, page: u64) -> bool {
+        self.layout.holes.iter().any(|hole| hole.contains(&page))
+    }
+}
+
+/// A mem-file on disk and what should be in it.
+#[derive(Debug)]
+pub struct TemplateFile {
+    path: PathBuf,
+    model: TemplateModel,
+    identity: Identity,
+    /// Removed with the fixture, where it was made for it.
+    _directory: Option<TempDir>,
+}
+
+/// What of a file's metadata changes when somebody replaces, truncates or writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl TemplateFile {
+    /// Makes the mem-file in a directory of its own, which goes when this is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The size is not whole pages, or the file cannot be written.
+    pub fn create(model: TemplateModel) -> Result<Self> {
+        let directory = tempfile::tempdir().context("failed to make a directory for a template")?;
+        let path = directory.path().join("template.mem");
+        Ok(Self {
+            _directory: Some(directory),
+            ..Self::create_at(&path, model)?
+        })
+    }
+
+    /// Makes the mem-file at `path`, where nothing may be yet. It stays when this is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The size is not whole pages, something is there, or the file cannot be written.
+    pub fn create_at(path: &Path, model: TemplateModel) -> Result<Self> {
+        ensure!(
+            model.size.is_multiple_of(LAYOUT_PAGE),
+            "a template of {} bytes is not whole pages",
+            model.size
+        );
+        let identity = write_model(path, &model).with_context(|| format!("failed to write {}", path.display()))?;
+        Ok(Self {
+            path: path.to_owned(),
+            model,
+            identity,
+            _directory: None,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What should be in it.
+    pub fn model(&self) -> &TemplateModel {
+        &self.model
+    }
+
+    /// Makes sure that the file is the one that was made, of the same size, never written since, and that every byte is
+    /// what it was.
+    ///
+    /// # Errors
+    ///
+    /// What has changed, or why the file cannot be read.
+    pub fn check_untouched(&self) -> Result<()> {
+        let file = File::open(&self.path).with_context(|| format!("failed to open {}", self.path.display()))?;
+        let identity = Identity::of(&file)?;
+        ensure!(
+            identity == self.identity,
+            "the template was touched: it was {:?} and is {identity:?}",
+            self.identity
+        );
+        let mut buffer = vec![0; CHUNK];
+        let mut offset = 0;
+        while offset < self.model.size {
+            let length = buffer.len().min(usize::try_from(self.model.size - offset)?);
+            let chunk = &mut buffer[..length];
+            file.read_exact_at(chunk, offset)?;
+            for (page, offset) in chunk.chunks(LAYOUT_PAGE_LEN).zip((offset..).step_by(LAYOUT_PAGE_LEN)) {
+                let expected = self.model.expected(offset);
+                let wrong = first_wrong_word(offset, page, |offset| expected.word(offset));
+                ensure!(wrong.is_none(), "the template was touched: {wrong:x?}");
+            }
+            offset += u64::try_from(length)?;
+        }
+        Ok(())
+    }
+}
+
+impl Identity {
+    fn of(file: &File) -> Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
+fn write_model(path: &Path, model: &TemplateModel) -> Result<Identity> {
+    let file = File::create_new(path)?;
+    file.set_len(model.size)?;
+    let mut pending = Vec::with_capacity(CHUNK);
+    let mut pending_at = 0;
+    for offset in (0..model.size).step_by(LAYOUT_PAGE_LEN) {
+        let is_hole = model.is_hole(offset / LAYOUT_PAGE);
+        if is_hole || pending.len() == CHUNK {
+            file.write_all_at(&pending, pending_at)?;
+            pending.clear();
+        }
+        if is_hole {
+            continue;
+        }
+        if pending.is_empty() {
+            pending_at = offset;
+        }
+        let start = pending.len();
+        pending.resize(start + LAYOUT_PAGE_LEN, 0);
+        if let Expected::Pattern(pattern) = model.expected(offset) {
+            pattern.fill(offset, &mut pending[start..]);
+        }
+    }
+    file.write_all_at(&pending, pending_at)?;
+    Identity::of(&file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mixed() -> TemplateFile {
+        TemplateFile::create(TemplateModel {
+            size: 600 * LAYOUT_PAGE,
+            seed: 3,
+            layout: Layout {
+                zero_every: NonZeroU64::new(5),
+                holes: vec![10..20, 599..600],
+            },
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn the_file_is_what_its_model_says() {
+        let template = mixed();
+        template.check_untouched().unwrap();
+        let bytes = std::fs::read(template.path()).unwrap();
+        let page = |page: usize| &bytes[page * 4096..(page + 1) * 4096];
+        assert!(page(4).iter().all(|byte| *byte == 0), "a page of zeros");
+        assert!(page(12).iter().all(|byte| *byte == 0), "a hole");
+        assert_eq!(Pattern::of_template(3).first_wrong_word(300 * 4096, page(300)), None);
+        let file = File::open(template.path()).unwrap();
+        let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(0)).unwrap();
+        assert_eq!(hole, 10 * LAYOUT_PAGE, "the first hole is where the layout has it");
+    }
+
+    #[test]
+    fn a_written_template_is_noticed() {
+        let template = mixed();
+        let file = File::options().write(true).open(template.path()).unwrap();
+        file.write_all_at(&[1], 12 * LAYOUT_PAGE).unwrap();
+        // Whoever restores the time still has to answer for the bytes.
+        let modified = rustix::fs::Timespec {
+            tv_sec: template.identity.modified.0,
+            tv_nsec: template.identity.modified.1,
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: modified,
+            last_modification: modified,
+        };
+        rustix::fs::futimens(&file, &times).unwrap();
+        let error = template.check_untouched().unwrap_err();
+        assert!(error.to_string().contains("expected: 0"), "{error}");
+    }
+
+    #[test]
+    fn a_truncated_template_is_noticed() {
+        let template = mixed();
+        File::options()
+            .write(true)
+            .open(template.path())
+            .unwrap()
+            .set_len(4096)
+            .unwrap();
+        assert!(template.check_untouched().is_err());
+    }
+}
