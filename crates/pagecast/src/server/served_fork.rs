@@ -189,7 +189,7 @@ impl ServedFork {
             Page::Bytes(bytes) => {
                 // After reading, before anybody sees it: what was read is the template's.
                 self.template.source().check_unchanged()?;
-                self.uffd.copy(install.to.start(), bytes)
+                self.copy(install.to, bytes)
             }
             Page::Zero => {
                 self.template.source().check_unchanged()?;
@@ -199,13 +199,27 @@ impl ServedFork {
         self.finish(install, outcome, since, scratch.fault_deadline)
     }
 
+    /// Copies bytes of the template.
+    fn copy(&self, to: HostRange, bytes: &[u8]) -> Outcome {
+        let outcome = self.uffd.copy(to.start(), bytes);
+        self.record.counters.installed_bytes.add(match outcome {
+            Outcome::Installed => to.len().get(),
+            Outcome::Retry { installed } => installed.get(),
+            _ => 0,
+        });
+        outcome
+    }
+
     fn install_zeros(&self, install: &Install, zeros: &[u8]) -> Outcome {
-        self.record.counters.zero.add(1);
-        match install.page_size {
+        let outcome = match install.page_size {
             PageSize::Small => self.uffd.zeropage(install.to),
             // hugetlbfs has no zero page to share.
             PageSize::Huge => self.uffd.copy(install.to.start(), zeros),
+        };
+        if outcome == Outcome::Installed {
+            self.record.counters.zero.add(1);
         }
+        outcome
     }
 
     /// Does what the outcome of an install asks for.
@@ -215,9 +229,6 @@ impl ServedFork {
             match install.purpose {
                 Purpose::Demand => counters.record_latency(since.elapsed()),
                 Purpose::Fill => counters.prefaulted.add(install.pages as u64),
-            }
-            if matches!(install.content, Content::Template(_)) {
-                counters.installed_bytes.add(install.bytes() as u64);
             }
         }
         match self.session.on_outcome(install, outcome) {
@@ -302,7 +313,7 @@ impl ServedFork {
                     let outcome = if zeros {
                         self.install_zeros(&install, &scratch.zeros)
                     } else {
-                        self.uffd.copy(install.to.start(), bytes)
+                        self.copy(install.to, bytes)
                     };
                     self.finish(&install, outcome, since, scratch.fault_deadline)
                 }
@@ -414,7 +425,7 @@ impl ServedFork {
                 continue;
             }
             let bytes = bytes.get(..part.bytes()).unwrap_or_default();
-            let outcome = self.uffd.copy(part.to.start(), bytes);
+            let outcome = self.copy(part.to, bytes);
             self.finish(&part, outcome, Instant::now(), deadline)?;
         }
         Ok(())

@@ -305,7 +305,7 @@ mod tests {
     fn a_replaced_path_is_noticed_but_the_file_is_held() {
         let (dir, mem_file) = mem_file();
         let other = dir.path().join("other");
-        File::create(&other).unwrap().write_all(&[1; 5 * PAGE]).unwrap();
+        File::create(&other).unwrap().write_all(&vec![1; 5 * PAGE]).unwrap();
         std::fs::rename(&other, mem_file.path()).unwrap();
         assert!(matches!(mem_file.check_path(), Err(SourceError::Changed { .. })));
         mem_file.check_unchanged().unwrap();

@@ -1,0 +1,7 @@
+//! The page server against the real kernel: VMMs are processes of their own that check every byte they are given.
+//!
+//! Each module shows one thing that a page server has to get right; the numbers of bugs that others shipped are named where
+//! a test shows that one of them is not here.
+
+mod fixture;
+mod serving;

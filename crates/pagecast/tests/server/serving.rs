@@ -1,0 +1,56 @@
+//! Forks get the right bytes: the real kernel, VMMs in processes of their own.
+
+use crate::fixture::{Fixture, PATIENCE};
+use pagecast::server::ForkState;
+use pagecast_testkit::sim_vmm::{Order, Read, Share};
+
+#[test]
+fn one_fork_reads_what_the_template_holds() {
+    let fixture = Fixture::new();
+    let (fork, vmm) = fixture.fork("one");
+    let read = Read {
+        threads: 4,
+        order: Order::Random(7),
+        share: Share::Everything,
+        ..Read::default()
+    };
+    let report = vmm.run(read).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    let status = fork.status();
+    println!("{status:#?}");
+    assert!(status.stats.faults.demand >= 2048, "{status:?}");
+    vmm.kill().unwrap();
+    let status = fork.wait(PATIENCE, ForkState::is_end);
+    assert_eq!(status.state, ForkState::Exited, "{status:?}");
+    fixture.file.check_untouched().unwrap();
+}
+
+#[test]
+fn twenty_forks_read_what_the_template_holds_at_once() {
+    let fixture = Fixture::new();
+    let forks: Vec<_> = (0..20).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
+    let jobs: Vec<_> = forks
+        .iter()
+        .enumerate()
+        .map(|(n, (_, vmm))| {
+            vmm.start(Read {
+                threads: 4,
+                order: Order::Random(n as u64),
+                share: Share::Everything,
+                ..Read::default()
+            })
+            .unwrap()
+        })
+        .collect();
+    for job in jobs {
+        let report = job.join().unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    }
+    fixture.server.close(PATIENCE).unwrap();
+    for (fork, vmm) in &forks {
+        assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
+        let report = vmm.run(Read::default()).unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    }
+    fixture.file.check_untouched().unwrap();
+}
