@@ -204,6 +204,14 @@ impl Kernel {
         Outcome::Installed
     }
 
+    /// Somebody else puts the page in place and wakes nobody.
+    fn install_by_another(&mut self, page: usize) {
+        if self.memory[page] == Memory::Absent && self.registered && !self.is_changing() {
+            let zeros = self.may_be_zeros(page);
+            self.memory[page] = if zeros { Memory::Zeros } else { Memory::Template };
+        }
+    }
+
     fn wake(&mut self, page: usize) {
         for thread in 0..THREADS {
             if self.waiting[thread] == Some(page) {
@@ -227,6 +235,7 @@ enum Act {
     Touch(usize, usize),
     Remove(usize, usize),
     RunRemover(usize),
+    InstallByAnother(usize),
     Read,
     Step,
     Release,
@@ -241,6 +250,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         6 => (0..THREADS, 0..PAGES).prop_map(|(thread, page)| Act::Touch(thread, page)),
         2 => (0..PAGES, 1..8usize).prop_map(|(first, count)| Act::Remove(first, count)),
         4 => (0..2usize).prop_map(Act::RunRemover),
+        1 => (0..PAGES).prop_map(Act::InstallByAnother),
         4 => Just(Act::Read),
         6 => Just(Act::Step),
         2 => Just(Act::Release),
@@ -267,6 +277,7 @@ impl Driver {
             Act::Touch(thread, page) => self.kernel.touch(thread, page),
             Act::Remove(first, count) => self.kernel.remove(first, count),
             Act::RunRemover(which) => self.kernel.run_remover(which),
+            Act::InstallByAnother(page) => self.kernel.install_by_another(page),
             Act::Read => self.read(),
             Act::Step => {
                 let step = self.session.next_step().unwrap();
@@ -371,7 +382,7 @@ impl Driver {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(4000))]
 
     /// Never a stale byte, never a byte from elsewhere, never a thread that waits for ever; and once complete, a fork that
     /// needs nobody.
