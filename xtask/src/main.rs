@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod cargo;
+mod demo;
+mod interrupt;
 mod lint;
 mod test;
 
@@ -13,13 +15,15 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(bin_name = "cargo xtask")]
 enum Task {
-    Lint,
+    Demo(demo::Demo),
+    Lint(lint::Lint),
     Test(test::Test),
 }
 
 fn main() -> ExitCode {
     let outcome = match Task::parse() {
-        Task::Lint => lint::run(),
+        Task::Demo(demo) => demo.run(),
+        Task::Lint(lint) => lint.run(),
         Task::Test(test) => test.run(),
     };
     outcome.unwrap_or_else(|error| {
