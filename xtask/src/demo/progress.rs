@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use console::style;
+use console::{StyledObject, style};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 /// Says it on a line of its own. That nobody reads stderr any more is no reason to stop.
@@ -30,7 +30,7 @@ impl Progress {
         Self::with_bar(
             what,
             bar,
-            "{spinner:.cyan} {msg} {bar:30.cyan/dim} {pos}/{len} MiB {elapsed:.dim}",
+            "{spinner:.cyan} {msg} {wide_bar:.cyan/dim} {pos}/{len} MiB {elapsed:.dim}",
         )
     }
 
@@ -59,13 +59,18 @@ impl Progress {
 
     /// It is over, and this came of it.
     pub(super) fn done(self, outcome: &str) {
+        self.end(style("ok").green(), outcome);
+    }
+
+    /// It is over, and this came of it, which should not be.
+    pub(super) fn failed(self, outcome: &str) {
+        self.end(style("FAILED").red().bold(), outcome);
+    }
+
+    fn end(self, verdict: StyledObject<&str>, outcome: &str) {
         self.bar.finish_and_clear();
         let seconds = format!("{:.1} s", self.started.elapsed().as_secs_f64());
-        let ok = style("ok").green().for_stderr();
-        say(&format!(
-            "{ok} {}: {outcome} {}",
-            self.what,
-            style(seconds).dim().for_stderr()
-        ));
+        let seconds = style(seconds).dim().for_stderr();
+        say(&format!("{} {}: {outcome} {seconds}", verdict.for_stderr(), self.what));
     }
 }

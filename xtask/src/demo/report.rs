@@ -187,8 +187,8 @@ impl ForkReport {
         Self {
             fork: fork.number,
             pid: fork.pid,
-            resumed_ms: fork.resumed_in.as_secs_f64() * 1e3,
-            all_read_ms: fork.all_read_in.as_secs_f64() * 1e3,
+            resumed_ms: milliseconds(fork.resumed_in),
+            all_read_ms: milliseconds(fork.all_read_in),
             demand_faults: fork.session.faults.demand,
             installed_bytes: fork.session.installed_bytes,
             mismatches: fork.mismatches.count,
@@ -198,6 +198,11 @@ impl ForkReport {
             shared_bytes: fork.memory.shared_bytes,
         }
     }
+}
+
+/// To the microsecond.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 fn median(mut values: Vec<u64>) -> u64 {

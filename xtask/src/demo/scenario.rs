@@ -92,10 +92,7 @@ impl Scenario<'_> {
     }
 
     fn restore_and_read(&self, socket: &Path) -> Result<Vec<Fork>> {
-        let what = format!(
-            "restoring {} forks at once, each reads and checks all its memory",
-            self.forks
-        );
+        let what = format!("restoring {} forks at once, each checks all it reads", self.forks);
         let progress = Progress::of_mib(&what, self.all_mib());
         let forks = at_once((1..=self.forks).collect(), |number| {
             let restored = self.template.restore(number, socket);
@@ -112,27 +109,27 @@ impl Scenario<'_> {
             fork.all_read_in = resumed_in + started.elapsed();
             Ok(fork)
         })?;
-        progress.done(&told(found(&forks)));
+        end(progress, found(&forks));
         Ok(forks)
     }
 
     fn write_and_read(&self, forks: &mut [Fork]) -> Result<()> {
         let before = found(forks);
-        let progress = Progress::of_mib("each writes to 1/8 of its pages and checks all again", self.all_mib());
+        let progress = Progress::of_mib("each writes to 1/8 of its pages and checks again", self.all_mib());
         at_once(forks.iter_mut().collect(), |fork| {
             let written = fork.vmm.write(self.template.checked_mib());
             written.with_context(|| format!("fork {} failed to write", fork.number))?;
             self.verify(fork, &progress)
         })?;
-        progress.done(&told(found(forks) - before));
+        end(progress, found(forks) - before);
         Ok(())
     }
 
     fn read_without_server(&self, forks: &mut [Fork]) -> Result<()> {
         let before = found(forks);
-        let progress = Progress::of_mib("with the server gone, each checks all once more", self.all_mib());
+        let progress = Progress::of_mib("each checks once more, with pagecast gone", self.all_mib());
         at_once(forks.iter_mut().collect(), |fork| self.verify(fork, &progress))?;
-        progress.done(&told(found(forks) - before));
+        end(progress, found(forks) - before);
         Ok(())
     }
 
@@ -160,8 +157,11 @@ fn found(forks: &[Fork]) -> u64 {
     forks.iter().map(|fork| fork.mismatches.count).sum()
 }
 
-fn told(mismatches: u64) -> String {
-    format!("{mismatches} mismatches")
+fn end(progress: Progress, mismatches: u64) {
+    match mismatches {
+        0 => progress.done("0 mismatches"),
+        _ => progress.failed(&format!("{mismatches} mismatches")),
+    }
 }
 
 /// Works on all items at the same time, a thread each. The first error, once all are done.

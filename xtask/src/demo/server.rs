@@ -144,6 +144,9 @@ impl Server {
 
     /// Ends it, and adds to the error what it has said of what went wrong.
     pub(super) fn explain(&mut self, error: &anyhow::Error) -> anyhow::Error {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            self.complaints.push(format!("has ended ({status})"));
+        }
         // It fails only for a process that has ended, which is what is wanted.
         let _ = self.child.kill();
         while let Ok(Some(_)) = self.next_event() {}
