@@ -1,2 +1,26 @@
-//! The one door to every task of this project.
-fn main() {}
+//! The one door to every task of this project: `cargo xtask TASK`.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod cargo;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The tasks of this project
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Task {
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Task::parse() {
+        Task::Bench(bench) => bench.run(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
