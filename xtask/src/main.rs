@@ -3,6 +3,10 @@
 
 mod bench;
 mod cargo;
+mod demo;
+mod interrupt;
+mod lint;
+mod test;
 
 use std::process::ExitCode;
 
@@ -13,11 +17,17 @@ use clap::Parser;
 #[command(bin_name = "cargo xtask")]
 enum Task {
     Bench(bench::Bench),
+    Demo(demo::Demo),
+    Lint(lint::Lint),
+    Test(test::Test),
 }
 
 fn main() -> ExitCode {
     let outcome = match Task::parse() {
         Task::Bench(bench) => bench.run(),
+        Task::Demo(demo) => demo.run(),
+        Task::Lint(lint) => lint.run(),
+        Task::Test(test) => test.run(),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
