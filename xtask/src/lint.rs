@@ -83,6 +83,7 @@ fn checks() -> Vec<Check> {
                 "--locked",
                 "--workspace",
                 "--all-targets",
+                "--keep-going",
                 "--",
                 "-D",
                 "warnings",
