@@ -76,9 +76,9 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let Ok(_guard) = lock_directory(&self.path) else {
-            return;
-        };
+        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still listen,
+        // so no server replaces it.
+        let _guard = lock_directory(&self.path);
         let ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours {
