@@ -165,6 +165,12 @@ impl Acceptor {
     }
 
     fn open(&mut self, door: Door) {
+        if let Guests::One { record, .. } = &door.guests
+            && record.state().is_end()
+        {
+            // Forgotten before it came here.
+            return;
+        }
         let flags = if self.is_accepting() {
             EventFlags::IN
         } else {
@@ -201,7 +207,10 @@ impl Acceptor {
         for slot in slots {
             self.remove(slot);
         }
-        self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+        // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
+        if record.state() == ForkState::Waiting {
+            self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+        }
     }
 
     fn close_all(&mut self) {
