@@ -35,7 +35,7 @@ impl Fixture {
             seed: 1,
             layout: Layout {
                 zero_every: NonZeroU64::new(7),
-                holes: Vec::from([100..200]),
+                holes: std::iter::once(100..200).collect(),
             },
         })
         .unwrap();

@@ -5,5 +5,6 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod bad_input;
+mod ends;
 mod fixture;
 mod serving;
