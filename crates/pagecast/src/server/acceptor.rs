@@ -27,8 +27,8 @@ use crate::template::Template;
 const EPOLL_EVENTS: usize = 64;
 const INBOX: u64 = u64::MAX;
 
-/// How many VMMs may shake hands at once that came through one door; others wait in the socket's queue, and no other door
-/// is any the worse for it.
+/// How many VMMs that came through one door may shake hands at once; others wait in the socket's queue, and at no other
+/// door does anybody notice.
 const MOST_HANDSHAKES: usize = 128;
 
 /// How long to accept nobody when there is no file descriptor left for it.

@@ -76,8 +76,8 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still listen,
-        // so no server replaces it.
+        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still
+        // listen, so no server replaces it.
         let _guard = lock_directory(&self.path);
         let ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
@@ -131,8 +131,8 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Finds out whether somebody has the socket at `path`, without being noticed: a page server would take a connection for
-/// the one VMM that it waits for. A datagram socket cannot connect to a stream socket, but the kernel only says so
+/// Finds out whether somebody has the socket at `path`, without being noticed: a page server would take a connection
+/// for the one VMM that it waits for. A datagram socket cannot connect to a stream socket, but the kernel only says so
 /// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
 fn probe(path: &Path) -> rustix::io::Result<()> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};

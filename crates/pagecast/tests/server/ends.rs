@@ -344,8 +344,8 @@ fn a_fork_that_failed_can_be_forgotten_and_its_failure_still_counts() {
     assert_eq!(fixture.server.failures().get("message_framing"), Some(&1));
 }
 
-/// The thread that VMMs meet is kept busy while one connects and somebody forgets its fork: whichever comes first, the fork
-/// is either closed or served, not both.
+/// The thread that VMMs meet is kept busy while one connects and somebody forgets its fork: whichever comes first, the
+/// fork is either closed or served, not both.
 #[test]
 fn a_fork_whose_vmm_connects_while_it_is_forgotten_is_served() {
     let (busy, is_busy) = mpsc::channel();

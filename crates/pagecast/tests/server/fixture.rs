@@ -134,8 +134,8 @@ pub(crate) fn cpu_time_over(window: Duration) -> Duration {
     used().saturating_sub(before)
 }
 
-/// How many open file descriptors of each kind this process has, and so the server in it: sockets, userfaultfds, pidfds and
-/// all else but pipes, which are ours to speak with VMMs.
+/// How many open file descriptors of each kind this process has, and so the server in it: sockets, userfaultfds, pidfds
+/// and all else but pipes, which are ours to speak with VMMs.
 pub(crate) fn open_fds() -> BTreeMap<String, usize> {
     let mut kinds = BTreeMap::new();
     for target in own_fds().unwrap().into_values() {
