@@ -177,6 +177,7 @@ impl Server {
                 template: template.clone(),
                 prefix: prefix.to_string(),
                 next: 0,
+                handshakes: 0,
             },
         }));
         Ok(())
