@@ -5,4 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod fixture;
+mod removal;
+mod scripted_source;
 mod serving;
+mod vmm_process;
