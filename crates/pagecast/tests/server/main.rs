@@ -4,6 +4,7 @@
 //! a test shows that one of them is not here.
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
+mod close;
 mod fixture;
 mod removal;
 mod scripted_source;
