@@ -357,22 +357,26 @@ impl ServedFork {
     }
 
     /// Serves the fork as before, where it is not all but complete.
+    ///
+    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
     pub(super) fn abandon_completion(&mut self) {
         if !self.unregistered {
-            self.stop_completing(None);
+            self.stop_completing();
         }
     }
 
     fn give_up_completion(&mut self, reason: FailReason) {
         let reason = Arc::new(reason);
         self.given_up = Some(Arc::clone(&reason));
-        self.stop_completing(Some(reason));
+        self.stop_completing();
+        self.record.give_up_completion(reason);
     }
 
-    fn stop_completing(&mut self, reason: Option<Arc<FailReason>>) {
+    fn stop_completing(&mut self) {
         self.session.abandon_completion();
         self.fill_pause = None;
-        self.record.give_up_completion(reason);
+        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for them.
+        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 
     /// Why a completion has just been given up, once.
