@@ -332,8 +332,14 @@ impl ServedFork {
     /// Does what is due by now.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let deadline = scratch.fault_deadline;
-        if self.reads.iter().any(|read| read.since + deadline <= now) {
-            return Err(End::Failed(FailReason::ReadDeadline { deadline }));
+        let mut overdue = self.reads.iter().filter(|read| read.since + deadline <= now).peekable();
+        if overdue.peek().is_some() {
+            let reason = FailReason::ReadDeadline { deadline };
+            if overdue.any(|read| matches!(read.awaited, Awaited::Fault(_))) {
+                return Err(End::Failed(reason));
+            }
+            // Nobody waits for what a completion reads, so nobody has to die for it.
+            self.give_up_completion(reason);
         }
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;

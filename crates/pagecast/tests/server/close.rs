@@ -344,6 +344,8 @@ fn a_close_that_cannot_read_the_template_kills_no_vmm_that_does_not_need_it() {
     not_complete(fixture.server.close(Duration::from_secs(2)));
     let status = fork.wait(fault * 2, ForkState::is_end);
     assert_eq!(status.state, ForkState::Serving, "{status:?}");
+    let reason = status.reason.map(|reason| reason.code());
+    assert_eq!(reason, Some("read_deadline"), "why it could not be completed");
     assert_reads_right(&vmm, read_range(0, 1024));
     script.open_gate();
     fixture.server.close(PATIENCE).unwrap();
