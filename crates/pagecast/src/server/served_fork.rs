@@ -451,18 +451,10 @@ impl ServedFork {
         if !self.unregistered {
             let mut regions = self.session.regions().iter();
             let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
-            if let Some(errno) = refused {
-                if self.peer.pidfd.has_exited() {
-                    return Err(End::PeerGone);
-                }
-                drop(regions);
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region",
-                    errno,
-                });
-                return Ok(());
-            }
             drop(regions);
+            if let Some(errno) = refused {
+                return self.on_refused_unregister(errno);
+            }
             self.unregistered = true;
         }
         self.serve(scratch)?;
@@ -481,6 +473,32 @@ impl ServedFork {
                 self.give_up_completion(FailReason::Kernel {
                     operation: "unregister a region for good: the VMM registered it again",
                     errno: Errno::new(0),
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone, and a
+    /// large VMM is gone for long before its process has exited. Only an install tells them apart. This one does nothing
+    /// where the address space is there: guest memory is private, and has nothing to continue with.
+    fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
+        let first = self
+            .session
+            .regions()
+            .iter()
+            .next()
+            .map(|(_, region)| region.first_page());
+        match first.map(|page| self.uffd.continue_range(page)) {
+            Some(Outcome::PeerGone) => Err(End::PeerGone),
+            Some(Outcome::Retry { .. }) => {
+                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                Ok(())
+            }
+            _ => {
+                self.give_up_completion(FailReason::Kernel {
+                    operation: "unregister a region",
+                    errno,
                 });
                 Ok(())
             }

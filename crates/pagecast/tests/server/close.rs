@@ -175,9 +175,7 @@ fn closing_twice_and_from_two_threads_at_once_is_closing_once() {
     let (fork, vmm) = fixture.fork("a");
     let read = vmm.start(read_everything(1)).unwrap();
     std::thread::scope(|scope| {
-        let closers: Vec<_> = (0..2)
-            .map(|_| scope.spawn(|| fixture.server.close(PATIENCE)))
-            .collect();
+        let closers: Vec<_> = (0..2).map(|_| scope.spawn(|| fixture.server.close(PATIENCE))).collect();
         for closer in closers {
             closer.join().unwrap().unwrap();
         }
@@ -216,9 +214,7 @@ fn closing_while_memory_is_given_back_leaves_nobody_behind() {
         };
         let races: Vec<_> = forks.iter().map(|(_, vmm)| vmm.start(race).unwrap()).collect();
         eventually("removals", || {
-            forks
-                .iter()
-                .all(|(fork, _)| fork.status().stats.faults.removed > 100)
+            forks.iter().all(|(fork, _)| fork.status().stats.faults.removed > 100)
         });
         fixture.server.close(PATIENCE).unwrap();
         assert!(races.iter().all(|race| !race.is_done()), "nothing raced with the close");
@@ -356,8 +352,8 @@ fn a_close_that_cannot_read_the_template_kills_no_vmm_that_does_not_need_it() {
 /// that cannot be completed.
 #[test]
 fn a_vmm_that_is_just_dying_does_not_spoil_the_close() {
-    let big = TemplateModel::of_data(256 << 20, 1);
-    for _ in 0..3 {
+    let big = TemplateModel::of_data(128 << 20, 1);
+    for _ in 0..2 {
         let fixture = Fixture::new();
         let (dying_fork, dying) = big_fork(&fixture, &big);
         let (_, other) = fixture.fork("other");

@@ -236,13 +236,11 @@ fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
 /// One processor for the test and one for the VMM, of those that this process may use.
 fn two_processors() -> Option<(CpuSet, CpuSet)> {
     let allowed = rustix::thread::sched_getaffinity(None).unwrap();
-    let mut single = (0..CpuSet::MAX_CPU)
-        .filter(|cpu| allowed.is_set(*cpu))
-        .map(|cpu| {
-            let mut set = CpuSet::new();
-            set.set(cpu);
-            set
-        });
+    let mut single = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).map(|cpu| {
+        let mut set = CpuSet::new();
+        set.set(cpu);
+        set
+    });
     Some((single.next()?, single.next()?))
 }
 
@@ -265,8 +263,7 @@ impl Hog {
         let mut refused = false;
         eventually("the hog has its processor", || {
             refused = hog.0.try_wait().unwrap().is_some();
-            let at_work =
-                ProcessUse::of(hog.0.id()).is_ok_and(|used| used.cpu_time >= Duration::from_millis(20));
+            let at_work = ProcessUse::of(hog.0.id()).is_ok_and(|used| used.cpu_time >= Duration::from_millis(20));
             refused || at_work
         });
         (!refused).then_some(hog)
