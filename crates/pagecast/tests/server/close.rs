@@ -443,7 +443,7 @@ fn a_close_that_would_exhaust_the_cgroup_of_a_vmm_is_refused_until_there_is_room
     let fixture = Fixture::new();
     let (fork, vmm) = fixture.fork("a");
     cgroup.take(&vmm);
-    cgroup.limit(6 << 20);
+    cgroup.limit(5 << 20);
     let refused = place(fixture.server.close(PATIENCE));
     assert!(refused.contains(cgroup.name()), "{refused}");
     assert_reads_right(&vmm, read_range(0, 200));
@@ -511,18 +511,7 @@ fn kill_leaves_no_vmm_and_says_so() {
 
 #[test]
 fn dropping_a_server_completes_its_forks() {
-    let Fixture {
-        server,
-        template,
-        file,
-        folder,
-    } = Fixture::new();
-    let fixture = Fixture {
-        server,
-        template,
-        file,
-        folder,
-    };
+    let fixture = Fixture::new();
     let (fork, vmm) = fixture.fork("a");
     let read = vmm.start(read_everything(1)).unwrap();
     let Fixture { server, .. } = fixture;

@@ -83,7 +83,7 @@ pub(crate) fn model(size: u64) -> TemplateModel {
         seed: 1,
         layout: Layout {
             zero_every: NonZeroU64::new(7),
-            holes: vec![100..200],
+            holes: vec![100..200, 1000..1024],
         },
     }
 }

@@ -6,7 +6,11 @@
 
 mod close;
 mod fixture;
+mod hugepages;
+mod kills;
 mod removal;
 mod scripted_source;
 mod serving;
+mod slow_template;
+mod template_changes;
 mod vmm_process;

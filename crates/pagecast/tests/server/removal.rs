@@ -12,7 +12,7 @@ use rustix::thread::CpuSet;
 
 use crate::fixture::{Fixture, PATIENCE, model};
 use crate::scripted_source::{Access, Script};
-use crate::vmm_process::{self, alone, eventually, in_page_fault, in_removal, own_cpu_time};
+use crate::vmm_process::{self, alone, cpu_time_of, eventually, in_page_fault, in_removal};
 
 fn assert_right(report: &RaceReport) {
     assert_eq!((report.checked.mismatches, report.checked.stale), (0, 0), "{report:?}");
@@ -147,9 +147,7 @@ fn a_vmm_stopped_in_the_middle_of_a_race_costs_nothing_and_goes_on_right() {
     let mut used = Duration::ZERO;
     for stop in 0..u64::from(STOPS) {
         vmm_process::stop(&racing);
-        let before = own_cpu_time();
-        std::thread::sleep(WINDOW);
-        used += own_cpu_time() - before;
+        used += cpu_time_of(|| std::thread::sleep(WINDOW));
         // Who has nothing to do with it does not notice.
         let report = other
             .run(Read {
@@ -205,10 +203,10 @@ fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
             script.open_gate();
             return skip("cannot take a processor for itself (chrt, CAP_SYS_NICE)");
         };
-        let before = own_cpu_time();
-        script.open_gate();
-        std::thread::sleep(WINDOW);
-        let used = own_cpu_time() - before;
+        let used = cpu_time_of(|| {
+            script.open_gate();
+            std::thread::sleep(WINDOW);
+        });
         let retried = fork.status().stats.faults.retried;
         let parked = [held.is_done(), waiting.is_done(), removal.is_done()] == [false; 3];
         drop(hog);

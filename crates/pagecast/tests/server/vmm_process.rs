@@ -27,10 +27,15 @@ pub(crate) fn alone() -> bool {
     alone
 }
 
-/// The processor time that this process has used.
-pub(crate) fn own_cpu_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    time.try_into().unwrap()
+/// The processor time that this process uses while `what` is done.
+pub(crate) fn cpu_time_of(what: impl FnOnce()) -> Duration {
+    let now = || -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        time.try_into().unwrap()
+    };
+    let before = now();
+    what();
+    now().saturating_sub(before)
 }
 
 /// Stops a VMM, and waits until all its threads have.
