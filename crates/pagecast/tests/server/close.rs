@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal};
 
 use crate::fixture::{Fixture, PATIENCE, model};
 use crate::scripted_source::{Access, Script, ScriptedSource};
-use crate::vmm_process::{self, eventually, in_page_fault};
+use crate::vmm_process::{self, eventually, in_page_fault, in_removal};
 
 /// Set for the process that is the server of a test: the folder where it finds its template and makes its sockets.
 const SERVE_IN: &str = "PAGECAST_TEST_SERVE_IN";
@@ -519,6 +519,44 @@ fn dropping_a_server_completes_its_forks() {
     assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
     assert_right(read);
     assert_lives_on(&vmm);
+}
+
+/// A thread that gives memory back waits until its event is read. Here it begins to wait when all of its fork is installed,
+/// and the one worker there is looks after another fork: the next that this worker does is to unregister.
+#[test]
+fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
+    const LAST: u64 = SIZE / 4096 - 1;
+    let going_script = Script::new(&model(SIZE), |page| match page {
+        LAST => Access::HoldsWorker,
+        _ => Access::Ready,
+    });
+    let (mut fixture, going_script) = Fixture::scripted(going_script, |builder| builder.workers(1));
+    let (going_fork, going) = fixture.fork("going");
+    // It has no more to install for now, so it is never its turn.
+    let other_script = Arc::new(Script::new(&model(SIZE), |page| match page {
+        100 => Access::HoldsWorker,
+        _ => Access::Gated,
+    }));
+    fixture.template = Template::from_source(ScriptedSource(Arc::clone(&other_script)));
+    let (_, other) = fixture.fork("other");
+
+    std::thread::scope(|scope| {
+        let close = scope.spawn(|| fixture.server.close(PATIENCE));
+        eventually("the last page is read", || going_script.holds() == 1);
+        let read = other.start(read_range(100, 101)).unwrap();
+        eventually("a fault", || in_page_fault(&other) == 1);
+        going_script.open_gate();
+        eventually("the worker is held", || other_script.holds() == 1);
+        let removal = going.start(Remove::range(10..20)).unwrap();
+        eventually("a removal", || in_removal(&going) == 1);
+        other_script.open_gate();
+        removal.join_within(PATIENCE).unwrap();
+        assert_right(read);
+        close.join().unwrap().unwrap();
+    });
+    assert_eq!(going_fork.status().state, ForkState::Complete);
+    assert_lives_on(&going);
+    assert_lives_on(&other);
 }
 
 /// A memory cgroup for VMMs, beneath the one that the test is in.

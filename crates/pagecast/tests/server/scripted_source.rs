@@ -34,6 +34,7 @@ pub(crate) struct Script {
     /// Whether looking for zeros takes until the gate is open.
     pub(crate) zeros_gated: bool,
     reads: AtomicU64,
+    holds: AtomicU64,
 }
 
 impl Script {
@@ -45,6 +46,7 @@ impl Script {
             opened: Condvar::new(),
             zeros_gated: false,
             reads: AtomicU64::new(0),
+            holds: AtomicU64::new(0),
         }
     }
 
@@ -57,6 +59,11 @@ impl Script {
     /// How many slow reads have begun.
     pub(crate) fn reads(&self) -> u64 {
         self.reads.load(Ordering::Relaxed)
+    }
+
+    /// How often a worker was held, or would have been were the gate not open.
+    pub(crate) fn holds(&self) -> u64 {
+        self.holds.load(Ordering::Relaxed)
     }
 
     fn wait_at_gate(&self) {
@@ -92,6 +99,7 @@ impl PageSource for ScriptedSource {
     fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
         let accesses: Vec<Access> = self.0.accesses(at, buffer).collect();
         if accesses.contains(&Access::HoldsWorker) {
+            self.0.holds.fetch_add(1, Ordering::Relaxed);
             self.0.wait_at_gate();
         }
         if accesses
