@@ -224,14 +224,14 @@ impl Server {
         if self.is_closed() {
             return Ok(());
         }
-        memory::check_room(&self.serving())?;
+        let until = Instant::now() + patience;
+        memory::check_room(&self.serving(), until)?;
         self.stop_accepting();
         let forks = self.serving();
         for fork in &forks {
             fork.set_completing();
         }
         self.tell_workers(|| Message::CompleteAll);
-        let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_completed(until);
         }

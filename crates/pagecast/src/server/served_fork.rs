@@ -332,8 +332,14 @@ impl ServedFork {
     /// Does what is due by now.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let deadline = scratch.fault_deadline;
-        if self.reads.iter().any(|read| read.since + deadline <= now) {
-            return Err(End::Failed(FailReason::ReadDeadline { deadline }));
+        let mut overdue = self.reads.iter().filter(|read| read.since + deadline <= now).peekable();
+        if overdue.peek().is_some() {
+            let reason = FailReason::ReadDeadline { deadline };
+            if overdue.any(|read| matches!(read.awaited, Awaited::Fault(_))) {
+                return Err(End::Failed(reason));
+            }
+            // Nobody waits for what a completion reads, so nobody has to die for it.
+            self.give_up_completion(reason);
         }
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;
@@ -357,22 +363,26 @@ impl ServedFork {
     }
 
     /// Serves the fork as before, where it is not all but complete.
+    ///
+    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
     pub(super) fn abandon_completion(&mut self) {
         if !self.unregistered {
-            self.stop_completing(None);
+            self.stop_completing();
         }
     }
 
     fn give_up_completion(&mut self, reason: FailReason) {
         let reason = Arc::new(reason);
         self.given_up = Some(Arc::clone(&reason));
-        self.stop_completing(Some(reason));
+        self.stop_completing();
+        self.record.give_up_completion(reason);
     }
 
-    fn stop_completing(&mut self, reason: Option<Arc<FailReason>>) {
+    fn stop_completing(&mut self) {
         self.session.abandon_completion();
         self.fill_pause = None;
-        self.record.give_up_completion(reason);
+        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for them.
+        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 
     /// Why a completion has just been given up, once.
@@ -441,18 +451,10 @@ impl ServedFork {
         if !self.unregistered {
             let mut regions = self.session.regions().iter();
             let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
-            if let Some(errno) = refused {
-                if self.peer.pidfd.has_exited() {
-                    return Err(End::PeerGone);
-                }
-                drop(regions);
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region",
-                    errno,
-                });
-                return Ok(());
-            }
             drop(regions);
+            if let Some(errno) = refused {
+                return self.on_refused_unregister(errno);
+            }
             self.unregistered = true;
         }
         self.serve(scratch)?;
@@ -471,6 +473,32 @@ impl ServedFork {
                 self.give_up_completion(FailReason::Kernel {
                     operation: "unregister a region for good: the VMM registered it again",
                     errno: Errno::new(0),
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone, and a
+    /// large VMM is gone for long before its process has exited. Only an install tells them apart. This one does nothing
+    /// where the address space is there: guest memory is private, and has nothing to continue with.
+    fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
+        let first = self
+            .session
+            .regions()
+            .iter()
+            .next()
+            .map(|(_, region)| region.first_page());
+        match first.map(|page| self.uffd.continue_range(page)) {
+            Some(Outcome::PeerGone) => Err(End::PeerGone),
+            Some(Outcome::Retry { .. }) => {
+                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                Ok(())
+            }
+            _ => {
+                self.give_up_completion(FailReason::Kernel {
+                    operation: "unregister a region",
+                    errno,
                 });
                 Ok(())
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast::Template;
@@ -10,6 +11,8 @@ use pagecast_testkit::process::own_fds;
 use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 use rustix::time::{ClockId, clock_gettime};
+
+use crate::scripted_source::{Script, ScriptedSource};
 
 /// Long enough for anything that works, on a busy machine; reached only where something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,15 +33,7 @@ impl Fixture {
     }
 
     pub(crate) fn with(size: u64, set_up: impl FnOnce(Builder) -> Builder) -> Self {
-        let file = TemplateFile::create(TemplateModel {
-            size,
-            seed: 1,
-            layout: Layout {
-                zero_every: NonZeroU64::new(7),
-                holes: std::iter::once(100..200).collect(),
-            },
-        })
-        .unwrap();
+        let file = TemplateFile::create(model(size)).unwrap();
         let template = Template::open(file.path()).unwrap();
         let server = set_up(Server::builder().workers(2)).start().unwrap();
         Self {
@@ -47,6 +42,16 @@ impl Fixture {
             file,
             folder: tempfile::tempdir().unwrap(),
         }
+    }
+
+    /// The same file and server, but the template's bytes come as `script` says.
+    pub(crate) fn scripted(script: Script, set_up: impl FnOnce(Builder) -> Builder) -> (Self, Arc<Script>) {
+        let script = Arc::new(script);
+        let fixture = Self {
+            template: Template::from_source(ScriptedSource(Arc::clone(&script))),
+            ..Self::with(8 << 20, set_up)
+        };
+        (fixture, script)
     }
 
     /// Registers a fork.
@@ -59,12 +64,30 @@ impl Fixture {
 
     /// Registers a fork and connects a simulated VMM to it, as Firecracker does.
     pub(crate) fn fork(&self, id: &str) -> (Fork, SimVmm) {
+        self.fork_with(id, |connect| connect)
+    }
+
+    /// The same, with a VMM that does something other than usual.
+    pub(crate) fn fork_with(&self, id: &str, change: impl FnOnce(Connect) -> Connect) -> (Fork, SimVmm) {
         let fork = self.register(id);
         let vmm = SimVmm::spawn().unwrap();
-        vmm.run(Connect::new(fork.socket_path(), self.file.model())).unwrap();
+        vmm.run(change(Connect::new(fork.socket_path(), self.file.model())))
+            .unwrap();
         let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
         assert_eq!(status.state, ForkState::Serving, "{status:?}");
         (fork, vmm)
+    }
+}
+
+/// What the fixture's template holds, where it has so many bytes.
+pub(crate) fn model(size: u64) -> TemplateModel {
+    TemplateModel {
+        size,
+        seed: 1,
+        layout: Layout {
+            zero_every: NonZeroU64::new(7),
+            holes: vec![100..200, 1000..1024],
+        },
     }
 }
 
