@@ -467,7 +467,7 @@ fn deadline(entry: &Entry) -> Option<Instant> {
     }
 }
 
-/// A new fork with the next free name; `None` where the prefix makes no name.
+/// A new fork with the next free name. `None` never: `Server::listen` saw that the prefix leaves room for any number.
 fn new_fork(registry: &Registry, template: &Template, prefix: &str, next: &mut u64) -> Option<Arc<ForkRecord>> {
     loop {
         *next += 1;

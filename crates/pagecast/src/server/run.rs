@@ -162,8 +162,11 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    /// [`Error::Prefix`] where it leaves no room for a number; [`Error::Template`] where it has changed; the socket's errors;
+    /// [`Error::Closed`].
     pub fn listen(&self, prefix: &ForkId, template: &Template, options: &ForkOptions) -> Result<(), Error> {
+        let longest = format!("{prefix}-{}", u64::MAX);
+        longest.parse::<ForkId>().map_err(Error::Prefix)?;
         let life = self.life();
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
