@@ -1,2 +1,36 @@
-//! The one door to every task of this project.
-fn main() {}
+//! The one door to every task of this project: `cargo xtask TASK`.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod cargo;
+mod demo;
+mod interrupt;
+mod lint;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The tasks of this project
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Task {
+    Bench(bench::Bench),
+    Demo(demo::Demo),
+    Lint(lint::Lint),
+    Test(test::Test),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Task::parse() {
+        Task::Bench(bench) => bench.run(),
+        Task::Demo(demo) => demo.run(),
+        Task::Lint(lint) => lint.run(),
+        Task::Test(test) => test.run(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -34,6 +34,7 @@ mod tool;
 
 pub use binary::binary;
 pub use console::{Touched, Verified, Written};
+pub use guest::{build_guest, guest_command};
 pub use kvm::{Kvm, kvm};
 pub use microvm::{MemBackend, MicroVm};
 pub use range::GuestRange;

@@ -177,6 +177,7 @@ impl Server {
                 template: template.clone(),
                 prefix: prefix.to_string(),
                 next: 0,
+                handshakes: 0,
             },
         }));
         Ok(())
@@ -220,13 +221,12 @@ impl Server {
     /// [`CloseError::NotEnoughMemory`] where that would drive the host out of memory: everything goes on as before.
     /// [`CloseError::NotComplete`] where it took longer than `patience`: no new forks are taken, the old ones are served.
     pub fn close(&self, patience: Duration) -> Result<(), CloseError> {
-        let mut life = self.life();
-        if matches!(*life, Life::Closed) {
+        if self.is_closed() {
             return Ok(());
         }
         let until = Instant::now() + patience;
         memory::check_room(&self.serving(), until)?;
-        self.stop_accepting(&mut life);
+        self.stop_accepting();
         let forks = self.serving();
         for fork in &forks {
             fork.set_completing();
@@ -235,33 +235,32 @@ impl Server {
         for fork in &forks {
             fork.wait_completed(until);
         }
-        if let Err(error) = Self::all_ended(&forks) {
+        if let Err(error) = all_ended(&forks) {
             self.tell_workers(|| Message::AbandonAll);
             return Err(error);
         }
-        self.stop(&mut life);
+        self.stop();
         Ok(())
     }
 
-    /// Kills the VMMs of all forks and closes the server.
+    /// Kills the VMMs of all forks and closes the server. Also while another thread waits for it to close.
     ///
     /// # Errors
     ///
     /// [`CloseError::NotComplete`] where some have not died within `patience`.
     pub fn kill(&self, patience: Duration) -> Result<(), CloseError> {
-        let mut life = self.life();
-        if matches!(*life, Life::Closed) {
+        if self.is_closed() {
             return Ok(());
         }
-        self.stop_accepting(&mut life);
+        self.stop_accepting();
         let forks = self.serving();
         self.tell_workers(|| Message::KillAll);
         let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_state(until, ForkState::is_end);
         }
-        Self::all_ended(&forks)?;
-        self.stop(&mut life);
+        all_ended(&forks)?;
+        self.stop();
         Ok(())
     }
 
@@ -276,26 +275,19 @@ impl Server {
         forks
     }
 
-    fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
-        let left: Vec<ForkId> = forks
-            .iter()
-            .filter(|fork| !fork.state().is_end())
-            .map(|fork| fork.id.clone())
-            .collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        Err(CloseError::NotComplete { forks: left })
-    }
-
     fn tell_workers(&self, message: impl Fn() -> Message) {
         for worker in &*self.workers {
             worker.inbox.send(message());
         }
     }
 
-    fn stop_accepting(&self, life: &mut Life) {
-        match std::mem::replace(life, Life::Closed) {
+    fn is_closed(&self) -> bool {
+        matches!(*self.life(), Life::Closed)
+    }
+
+    fn stop_accepting(&self) {
+        let mut life = self.life();
+        match std::mem::replace(&mut *life, Life::Closed) {
             Life::Open(threads) => {
                 self.acceptor.send(Request::Stop);
                 // It never waits for anybody, so it comes to this at once.
@@ -306,8 +298,10 @@ impl Server {
         }
     }
 
-    fn stop(&self, life: &mut Life) {
-        if let Life::Closing(workers) = std::mem::replace(life, Life::Closed) {
+    /// Stops the workers, which have no fork any more.
+    fn stop(&self) {
+        let mut life = self.life();
+        if let Life::Closing(workers) = std::mem::replace(&mut *life, Life::Closed) {
             self.tell_workers(|| Message::Stop);
             for worker in workers {
                 let _ = worker.join();
@@ -323,6 +317,18 @@ impl Drop for Server {
             let _ = self.kill(DROP_PATIENCE);
         }
     }
+}
+
+fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
+    let left: Vec<ForkId> = forks
+        .iter()
+        .filter(|fork| !fork.state().is_end())
+        .map(|fork| fork.id.clone())
+        .collect();
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(CloseError::NotComplete { forks: left })
 }
 
 fn expected_user(options: &ForkOptions) -> u32 {

@@ -76,9 +76,9 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let Ok(_guard) = lock_directory(&self.path) else {
-            return;
-        };
+        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still
+        // listen, so no server replaces it.
+        let _guard = lock_directory(&self.path);
         let ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours {
@@ -122,20 +122,22 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
-    match connect_without_waiting(path) {
-        // Nobody listens.
+    match probe(path) {
+        // Nobody has it open.
         Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed),
         Err(rustix::io::Errno::NOENT) => Ok(()),
-        // Connected, or its queue is full: either way somebody is there.
+        // EPROTOTYPE, or it cannot be told: take it that somebody is there.
         _ => Err(Error::SocketInUse { path: path.to_owned() }),
     }
 }
 
-fn connect_without_waiting(path: &Path) -> rustix::io::Result<()> {
+/// Finds out whether somebody has the socket at `path`, without being noticed: a page server would take a connection
+/// for the one VMM that it waits for. A datagram socket cannot connect to a stream socket, but the kernel only says so
+/// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
+fn probe(path: &Path) -> rustix::io::Result<()> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 

@@ -1,1 +1,504 @@
+//! The session against a model of the kernel, whatever the order of events.
 
+use std::collections::VecDeque;
+
+use pagecast_uffd::{ByteLen, FaultFlags, HostAddr};
+use proptest::prelude::*;
+
+use super::*;
+
+const PAGES: usize = 24;
+const THREADS: usize = 4;
+const BASE: u64 = 0x7000_0000;
+const PAGE: u64 = PageSize::SMALLEST;
+/// Two regions, apart in memory and the other way round in the template, so that nothing fits by chance.
+const FIRST_REGION: usize = 10;
+const GAP: u64 = 7 * PAGE;
+
+/// Which of the model's pages lies there, and where it is in the template.
+fn address(page: usize) -> u64 {
+    BASE + page as u64 * PAGE + if page < FIRST_REGION { 0 } else { GAP }
+}
+
+fn offset(page: usize) -> u64 {
+    let moved = if page < FIRST_REGION {
+        page + PAGES - FIRST_REGION
+    } else {
+        page - FIRST_REGION
+    };
+    moved as u64 * PAGE
+}
+
+fn page_of(address: HostAddr) -> usize {
+    (0..PAGES)
+        .find(|page| self::address(*page) == address.get())
+        .expect("the address of a page")
+}
+
+fn regions() -> RegionMap {
+    let region = |first: usize, end: usize| {
+        let memory = HostRange::new(HostAddr::new(address(first)), ByteLen::new((end - first) as u64 * PAGE)).unwrap();
+        Region::new(memory, TemplateOffset::new(offset(first)), PageSize::Small)
+    };
+    RegionMap::new(vec![region(FIRST_REGION, PAGES), region(0, FIRST_REGION)])
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    Absent,
+    Template,
+    Zeros,
+}
+
+/// A thread that gives a run of pages back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remover {
+    /// Its event is unread.
+    Queued,
+    /// Its event was read, but it has not run since: the kernel still refuses installs.
+    Read,
+    /// It has run, and is about to drop the pages.
+    Running,
+}
+
+/// What the kernel does, as far as a page server can see (`fs/userfaultfd.c`).
+struct Kernel {
+    memory: [Memory; PAGES],
+    /// Pages that were dropped at least once: the template's bytes there are stale.
+    dropped: [bool; PAGES],
+    waiting: [Option<usize>; THREADS],
+    faults: VecDeque<usize>,
+    removers: Vec<(Remover, usize, usize)>,
+    registered: bool,
+    /// Pages that are zeros in the template.
+    zeros: [bool; PAGES],
+}
+
+impl Kernel {
+    fn new(zeros: [bool; PAGES]) -> Self {
+        Self {
+            memory: [Memory::Absent; PAGES],
+            dropped: [false; PAGES],
+            waiting: [None; THREADS],
+            faults: VecDeque::new(),
+            removers: Vec::new(),
+            registered: true,
+            zeros,
+        }
+    }
+
+    fn touch(&mut self, thread: usize, page: usize) {
+        if self.waiting[thread].is_some() {
+            return;
+        }
+        match self.memory[page] {
+            Memory::Absent if self.registered => {
+                self.waiting[thread] = Some(page);
+                self.faults.push_back(page);
+            }
+            Memory::Absent => assert!(
+                self.may_be_zeros(page),
+                "page {page} reads as zeros for want of an install"
+            ),
+            Memory::Template => assert!(!self.dropped[page], "page {page} is stale"),
+            Memory::Zeros => assert!(self.may_be_zeros(page), "page {page} lost its bytes"),
+        }
+    }
+
+    /// Also while it is being removed: the thread that does so cannot tell when.
+    fn may_be_zeros(&self, page: usize) -> bool {
+        let mut removers = self.removers.iter();
+        let being_removed = removers.any(|(_, first, count)| (*first..first + count).contains(&page));
+        self.dropped[page] || self.zeros[page] || being_removed
+    }
+
+    fn is_changing(&self) -> bool {
+        self.removers.iter().any(|(state, ..)| *state != Remover::Running)
+    }
+
+    fn remove(&mut self, first: usize, count: usize) {
+        let end = (first + count).min(PAGES);
+        if self.registered && self.removers.len() < 2 {
+            self.removers.push((Remover::Queued, first, end - first));
+        }
+    }
+
+    /// Lets a remover run on.
+    fn run_remover(&mut self, which: usize) {
+        if self.removers.is_empty() {
+            return;
+        }
+        let which = which % self.removers.len();
+        let (state, first, count) = self.removers[which];
+        match state {
+            Remover::Queued => {}
+            Remover::Read => self.removers[which].0 = Remover::Running,
+            Remover::Running => {
+                for page in first..first + count {
+                    self.memory[page] = Memory::Absent;
+                    self.dropped[page] = true;
+                }
+                self.removers.remove(which);
+            }
+        }
+    }
+
+    /// One `read`: faults before removals, as the kernel does.
+    fn read(&mut self) -> Vec<Event> {
+        let mut events: Vec<Event> = self
+            .faults
+            .drain(..)
+            .map(|page| {
+                Event::PageFault(PageFault {
+                    address: HostAddr::new(address(page)),
+                    flags: FaultFlags::empty(),
+                    thread: None,
+                })
+            })
+            .collect();
+        for (state, first, count) in &mut self.removers {
+            if *state == Remover::Queued {
+                *state = Remover::Read;
+                // One event, though it may span both regions and the gap between.
+                let end = HostAddr::new(address(*first + *count - 1) + PAGE);
+                let range = HostRange::between(HostAddr::new(address(*first)), end).unwrap();
+                events.push(Event::Remove(range));
+            }
+        }
+        events
+    }
+
+    fn install(&mut self, first: usize, count: usize, what: Memory) -> Outcome {
+        if self.is_changing() {
+            return Outcome::Retry {
+                installed: ByteLen::ZERO,
+            };
+        }
+        for done in 0..count {
+            let page = first + done;
+            if self.memory[page] != Memory::Absent {
+                return if done == 0 {
+                    Outcome::AlreadyPresent
+                } else {
+                    Outcome::Retry {
+                        installed: ByteLen::new(done as u64 * PAGE),
+                    }
+                };
+            }
+            let what = if what == Memory::Template && self.zeros[page] {
+                Memory::Zeros
+            } else {
+                what
+            };
+            if what == Memory::Template {
+                assert!(!self.dropped[page], "stale bytes for page {page}");
+                let being_dropped = self
+                    .removers
+                    .iter()
+                    .any(|(state, first, count)| *state == Remover::Running && (*first..first + count).contains(&page));
+                assert!(!being_dropped, "bytes for page {page}, whose removal was read");
+            }
+            self.memory[page] = what;
+            self.wake(page);
+        }
+        Outcome::Installed
+    }
+
+    /// Somebody else puts the page in place and wakes nobody.
+    fn install_by_another(&mut self, page: usize) {
+        if self.memory[page] == Memory::Absent && self.registered && !self.is_changing() {
+            let zeros = self.may_be_zeros(page);
+            self.memory[page] = if zeros { Memory::Zeros } else { Memory::Template };
+        }
+    }
+
+    fn wake(&mut self, page: usize) {
+        for thread in 0..THREADS {
+            if self.waiting[thread] == Some(page) {
+                self.waiting[thread] = None;
+                // It tries again, and faults again if the page is not there.
+                self.touch(thread, page);
+            }
+        }
+    }
+
+    fn unregister(&mut self) {
+        self.registered = false;
+        for page in 0..PAGES {
+            self.wake(page);
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Touch(usize, usize),
+    Remove(usize, usize),
+    RunRemover(usize),
+    InstallByAnother(usize),
+    Read,
+    Step,
+    Release,
+    BytesArrive(usize),
+    Complete,
+    Abandon,
+    Fill,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        6 => (0..THREADS, 0..PAGES).prop_map(|(thread, page)| Act::Touch(thread, page)),
+        2 => (0..PAGES, 1..8usize).prop_map(|(first, count)| Act::Remove(first, count)),
+        4 => (0..2usize).prop_map(Act::RunRemover),
+        1 => (0..PAGES).prop_map(Act::InstallByAnother),
+        4 => Just(Act::Read),
+        6 => Just(Act::Step),
+        2 => Just(Act::Release),
+        2 => (0..8usize).prop_map(Act::BytesArrive),
+        1 => Just(Act::Complete),
+        1 => Just(Act::Abandon),
+        3 => Just(Act::Fill),
+    ];
+    proptest::collection::vec(act, 0..300)
+}
+
+/// What drives the session, as the server does.
+struct Driver {
+    kernel: Kernel,
+    session: Session,
+    /// Whether a page's bytes are not there when first asked for.
+    slow: [bool; PAGES],
+    awaited: Vec<Install>,
+}
+
+impl Driver {
+    fn act(&mut self, act: &Act) {
+        match *act {
+            Act::Touch(thread, page) => self.kernel.touch(thread, page),
+            Act::Remove(first, count) => self.kernel.remove(first, count),
+            Act::RunRemover(which) => self.kernel.run_remover(which),
+            Act::InstallByAnother(page) => self.kernel.install_by_another(page),
+            Act::Read => self.read(),
+            Act::Step => {
+                let step = self.session.next_step().unwrap();
+                self.carry_out(step, true);
+            }
+            Act::Release => self.session.release_parked(),
+            Act::BytesArrive(which) => {
+                if !self.awaited.is_empty() {
+                    let install = self.awaited.swap_remove(which % self.awaited.len());
+                    let step = self.session.bytes_ready(install.at).unwrap();
+                    self.carry_out(step, false);
+                }
+            }
+            Act::Complete => self.session.begin_completion(),
+            Act::Abandon if self.kernel.registered => self.session.abandon_completion(),
+            Act::Abandon => {}
+            Act::Fill => self.fill(),
+        }
+    }
+
+    fn read(&mut self) {
+        for event in self.kernel.read() {
+            self.session.on_event(&event).unwrap();
+        }
+    }
+
+    fn carry_out(&mut self, step: Option<Step>, may_wait: bool) {
+        let install = match step {
+            None => return,
+            Some(Step::Wake(range)) => return self.kernel.wake(page_of(range.start())),
+            Some(Step::Install(install)) => install,
+        };
+        let page = page_of(install.to.start());
+        let what = match install.content {
+            Content::Zeros => Memory::Zeros,
+            Content::Template(from) => {
+                assert_eq!(from.get(), offset(page), "bytes from the wrong place");
+                if may_wait && self.slow[page] {
+                    self.session.await_bytes(&install);
+                    self.awaited.push(install);
+                    return;
+                }
+                Memory::Template
+            }
+        };
+        let outcome = self.kernel.install(page, 1, what);
+        if let After::Wake(range) = self.session.on_outcome(&install, outcome) {
+            self.kernel.wake(page_of(range.start()));
+        }
+    }
+
+    fn fill(&mut self) {
+        let Some(run) = self.session.next_fill() else {
+            if self.session.is_completing() {
+                self.kernel.unregister();
+            }
+            return;
+        };
+        while let Some(part) = self.session.fill_part(&run) {
+            let first = page_of(part.to.start());
+            let Content::Template(from) = part.content else {
+                panic!("a fill of zeros");
+            };
+            assert_eq!(from.get(), offset(first));
+            if self.kernel.zeros[first] {
+                self.session.skip_fill(&part.truncated(1));
+                continue;
+            }
+            let pages = (first..first + part.pages)
+                .take_while(|page| !self.kernel.zeros[*page])
+                .count();
+            let part = part.truncated(pages);
+            let outcome = self.kernel.install(first, pages, Memory::Template);
+            match self.session.on_outcome(&part, outcome) {
+                After::Done => {}
+                After::Parked => return,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Goes on until nobody waits for anything.
+    fn settle(&mut self) {
+        for _ in 0..1000 {
+            if self.kernel.waiting.iter().all(Option::is_none) && self.kernel.removers.is_empty() {
+                return;
+            }
+            self.read();
+            self.kernel.run_remover(0);
+            self.act(&Act::BytesArrive(0));
+            self.session.release_parked();
+            while self.session.unanswered() > self.awaited.len() + usize::from(self.session.has_parked()) {
+                let before = self.session.unanswered();
+                self.act(&Act::Step);
+                if self.session.has_parked() || self.session.unanswered() == before {
+                    break;
+                }
+            }
+        }
+        panic!("threads wait for ever: {:?}, {:?}", self.kernel.waiting, self.session);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    /// Never a stale byte, never a byte from elsewhere, never a thread that waits for ever; and once complete, a fork that
+    /// needs nobody.
+    #[test]
+    fn whatever_happens_every_fault_is_answered_and_no_byte_is_wrong(
+        acts in acts(),
+        zeros in any::<[bool; PAGES]>(),
+        slow in any::<[bool; PAGES]>(),
+        completes in any::<bool>(),
+    ) {
+        let mut driver = Driver {
+            kernel: Kernel::new(zeros),
+            session: Session::new(regions()),
+            slow,
+            awaited: Vec::new(),
+        };
+        for act in &acts {
+            driver.act(act);
+        }
+        driver.settle();
+        if completes {
+            driver.session.begin_completion();
+            for _ in 0..100 {
+                driver.fill();
+            }
+            prop_assert!(!driver.kernel.registered, "never complete");
+        }
+        // Every page can be read, and `touch` checks what is there.
+        for page in 0..PAGES {
+            driver.kernel.touch(page % THREADS, page);
+            driver.settle();
+        }
+    }
+}
+
+fn fault(page: usize) -> Event {
+    Event::PageFault(PageFault {
+        address: HostAddr::new(address(page)),
+        flags: FaultFlags::WRITE,
+        thread: None,
+    })
+}
+
+#[test]
+fn a_fault_outside_every_region_is_a_violation() {
+    let mut session = Session::new(regions());
+    let outside = Event::PageFault(PageFault {
+        address: HostAddr::new(address(FIRST_REGION) - PAGE),
+        flags: FaultFlags::empty(),
+        thread: None,
+    });
+    assert!(matches!(
+        session.on_event(&outside),
+        Err(Violation::FaultOutside { .. })
+    ));
+}
+
+#[test]
+fn a_fault_that_is_not_a_missing_page_is_a_violation() {
+    let mut session = Session::new(regions());
+    for flags in [
+        FaultFlags::WRITE_PROTECT,
+        FaultFlags::MINOR,
+        FaultFlags::from_bits_retain(1 << 40),
+    ] {
+        let event = Event::PageFault(PageFault {
+            address: HostAddr::new(address(0)),
+            flags,
+            thread: None,
+        });
+        assert!(
+            matches!(session.on_event(&event), Err(Violation::NotMissing { .. })),
+            "{flags:?}"
+        );
+    }
+}
+
+#[test]
+fn a_page_that_keeps_faulting_though_installed_is_given_up_and_not_spun_on() {
+    let mut session = Session::new(regions());
+    session.on_event(&fault(3)).unwrap();
+    let Some(Step::Install(install)) = session.next_step().unwrap() else {
+        panic!("no install");
+    };
+    assert_eq!(session.on_outcome(&install, Outcome::Installed), After::Done);
+    for _ in 0..MOST_REPEATS {
+        session.on_event(&fault(3)).unwrap();
+        assert_eq!(session.next_step(), Ok(Some(Step::Wake(install.to))));
+    }
+    session.on_event(&fault(3)).unwrap();
+    assert!(matches!(session.next_step(), Err(Violation::PageLost { .. })));
+}
+
+#[test]
+fn a_thread_hit_by_signals_does_not_fill_our_queues() {
+    let mut session = Session::new(regions());
+    assert_eq!(session.on_event(&fault(3)), Ok(Noted::Fault));
+    for _ in 0..1000 {
+        assert_eq!(session.on_event(&fault(3)), Ok(Noted::SameFault));
+    }
+    assert_eq!(session.unanswered(), 1);
+}
+
+#[test]
+fn a_run_that_spans_two_mappings_is_filled_page_by_page() {
+    let mut session = Session::new(regions());
+    session.begin_completion();
+    let run = session.next_fill().unwrap();
+    let whole = session.fill_part(&run).unwrap();
+    assert_eq!(whole.pages, FIRST_REGION);
+    assert_eq!(session.on_outcome(&whole, Outcome::NotRegistered), After::Done);
+    for page in 0..FIRST_REGION {
+        let part = session.fill_part(&run).unwrap();
+        assert_eq!((part.pages, page_of(part.to.start())), (1, page));
+        assert_eq!(session.on_outcome(&part, Outcome::Installed), After::Done);
+    }
+    assert_eq!(session.fill_part(&run), None);
+    assert_eq!(session.next_fill().map(|run| run.pages), Some(PAGES - FIRST_REGION));
+}

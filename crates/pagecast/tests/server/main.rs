@@ -4,7 +4,9 @@
 //! a test shows that one of them is not here.
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
+mod bad_input;
 mod close;
+mod ends;
 mod fixture;
 mod hugepages;
 mod kills;

@@ -64,11 +64,7 @@ impl Exchange {
                     return Err("every 0 pages");
                 }
                 let done = memory::write(pages, every, pattern);
-                writeln!(
-                    self.reply,
-                    "ok write pages={} ticks={}",
-                    done.pages, done.ticks
-                )
+                writeln!(self.reply, "ok write pages={} ticks={}", done.pages, done.ticks)
             }
             Some("verify") => {
                 let done = memory::verify(self.pages(&mut words)?);
@@ -107,10 +103,7 @@ impl Exchange {
 
 pub(crate) extern "C" fn greet(exchange: &mut Exchange) {
     let mib = exchange.ram_end / MIB;
-    let _ = writeln!(
-        exchange.reply,
-        "ok ready mem_mib={mib} first_mib={FIRST_MIB}"
-    );
+    let _ = writeln!(exchange.reply, "ok ready mem_mib={mib} first_mib={FIRST_MIB}");
 }
 
 pub(crate) extern "C" fn run(exchange: &mut Exchange) {

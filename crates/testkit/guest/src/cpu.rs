@@ -89,8 +89,7 @@ pub(crate) fn set_up() {
         TASK.0[2] = low_half(stack >> 32);
         TASK.0[25] = 104 << 16; // no I/O bitmap
         let task = &raw const TASK as u64;
-        SEGMENTS[5] =
-            0x67 | ((task & 0xff_ffff) << 16) | (0x89 << 40) | (((task >> 24) & 0xff) << 56);
+        SEGMENTS[5] = 0x67 | ((task & 0xff_ffff) << 16) | (0x89 << 40) | (((task >> 24) & 0xff) << 56);
         SEGMENTS[6] = task >> 32;
 
         for vector in 0..32 {
@@ -98,8 +97,7 @@ pub(crate) fn set_up() {
         }
         INTERRUPTS.0[6] = gate(invalid_opcode as *const () as u64);
         for irq in [SERIAL_IRQ, SPURIOUS_IRQ] {
-            INTERRUPTS.0[(FIRST_IRQ_VECTOR + irq) as usize] =
-                gate(serial_interrupt as *const () as u64);
+            INTERRUPTS.0[(FIRST_IRQ_VECTOR + irq) as usize] = gate(serial_interrupt as *const () as u64);
         }
 
         let segments = TablePointer {
@@ -138,17 +136,11 @@ pub(crate) fn set_up() {
 
 /// An interrupt gate of ring 0.
 fn gate(handler: u64) -> [u64; 2] {
-    let low = (handler & 0xffff)
-        | (u64::from(RING0_CODE) << 16)
-        | (0x8e00 << 32)
-        | ((handler >> 16 & 0xffff) << 48);
+    let low = (handler & 0xffff) | (u64::from(RING0_CODE) << 16) | (0x8e00 << 32) | ((handler >> 16 & 0xffff) << 48);
     [low, handler >> 32]
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the lower half is what is wanted"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "the lower half is what is wanted")]
 fn low_half(value: u64) -> u32 {
     value as u32
 }

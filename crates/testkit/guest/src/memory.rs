@@ -103,8 +103,7 @@ pub(crate) fn verify(pages: Range<usize>) -> Verified {
     };
     for page in pages {
         let pattern = Pattern(PATTERNS[page].load(Ordering::Relaxed));
-        verified.patterns =
-            (verified.patterns ^ u64::from(pattern.0)).wrapping_mul(0x100_0000_01b3);
+        verified.patterns = (verified.patterns ^ u64::from(pattern.0)).wrapping_mul(0x100_0000_01b3);
         let (mut expected, step) = pattern.first_and_step(page);
         for address in words_of(page) {
             let found = read(address);

@@ -1,5 +1,6 @@
 //! Builds the tiny guest.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,44 +11,48 @@ use super::{cache, tool};
 const TARGET: &str = "x86_64-unknown-none";
 const NAME: &str = "pagecast-guest";
 
-/// Builds the guest if it is not up to date; the path of its ELF file.
-pub(crate) fn build() -> Result<PathBuf> {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest");
+/// Builds the tiny guest if it is not up to date; the path of its ELF file. Whoever boots it need not ask for this, but
+/// may want the download of its Rust target, where that is missing, to happen before some time is measured.
+///
+/// # Errors
+///
+/// If its Rust target is missing and cannot be added, or it does not build.
+pub fn build_guest() -> Result<PathBuf> {
     let target_folder = cache::folder()?.join("guest");
     let _lock = cache::lock("guest")?;
-    ensure_target_is_installed(&package)?;
+    ensure_target_is_installed()?;
 
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo);
+    let mut build = guest_command(cargo);
     build
         .args(["build", "--release", "--locked", "--target-dir"])
         .arg(&target_folder);
-    run(&mut build, &package).context("failed to build the tiny guest")?;
+    tool::run(&mut build).context("failed to build the tiny guest")?;
     Ok(target_folder.join(TARGET).join("release").join(NAME))
 }
 
-fn ensure_target_is_installed(package: &Path) -> Result<()> {
-    let folder = run(
-        Command::new("rustc").args(["--print", "target-libdir", "--target", TARGET]),
-        package,
-    )
-    .context("failed to ask rustc for its targets")?;
+fn ensure_target_is_installed() -> Result<()> {
+    let folder = tool::run(guest_command("rustc").args(["--print", "target-libdir", "--target", TARGET]))
+        .context("failed to ask rustc for its targets")?;
     if Path::new(folder.trim_end()).is_dir() {
         return Ok(());
     }
-    run(Command::new("rustup").args(["target", "add", TARGET]), package)
+    tool::run(guest_command("rustup").args(["target", "add", TARGET]))
         .with_context(|| format!("the tiny guest needs the Rust target {TARGET}: install it for this toolchain"))?;
     Ok(())
 }
 
-/// Runs a tool in the guest's folder, where the guest's own `.cargo/config.toml` holds.
-fn run(command: &mut Command, package: &Path) -> Result<String> {
+/// A tool in the guest's folder, where the guest's own `.cargo/config.toml` holds, and nothing that is set for the
+/// build of the workspace.
+pub fn guest_command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("guest"));
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(is_about_another_build) {
             command.env_remove(name);
         }
     }
-    tool::run(command.current_dir(package))
+    command
 }
 
 /// Whether a variable would make cargo build something else than the guest's own configuration says. Tests run with

@@ -11,7 +11,7 @@ use super::api::Api;
 use super::console::{Console, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::process::Process;
-use super::{GuestRange, Snapshot, guest};
+use super::{GuestRange, Snapshot, build_guest};
 use crate::process::MemoryUse;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
@@ -55,7 +55,7 @@ impl MicroVm {
     ///
     /// If Firecracker or the guest cannot be had, or the guest does not come up.
     pub fn boot(mem_mib: u32, huge_pages: bool) -> Result<Self> {
-        let kernel = guest::build()?;
+        let kernel = build_guest()?;
         let mut vm = Self::spawn(Patterns::zeros(mem_mib))?;
         let huge_pages = if huge_pages { "2M" } else { "None" };
         vm.put(

@@ -1,0 +1,165 @@
+//! What a serving command says, a line at a time, on stderr.
+
+use std::fmt::{self, Display};
+use std::io::Write;
+use std::path::Path;
+
+use indicatif::BinaryBytes;
+use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, chain};
+use serde::{Serialize, Serializer};
+
+/// How lines look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Format {
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Writes lines to stderr.
+pub(crate) struct Reporter {
+    format: Format,
+}
+
+/// One thing to say.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Line<'a> {
+    Listening {
+        socket: &'a Path,
+        mem_file: &'a Path,
+        size_bytes: u64,
+    },
+    Serving {
+        id: &'a ForkId,
+        pid: i32,
+        memory_bytes: u64,
+        regions: usize,
+    },
+    Ended(&'a ForkStatus),
+    NotCompleted {
+        id: &'a ForkId,
+        error: &'a FailReason,
+    },
+    Closing {
+        forks: usize,
+    },
+    Staying {
+        #[serde(rename = "error", serialize_with = "as_text")]
+        why: &'a CloseError,
+    },
+    Killing {
+        forks: usize,
+    },
+    Closed,
+}
+
+fn as_text<S: Serializer>(error: &CloseError, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&chain(error))
+}
+
+impl Reporter {
+    pub(crate) fn new(format: Format) -> Self {
+        Self { format }
+    }
+
+    /// Says what became of a fork.
+    pub(crate) fn fork(&self, event: &ForkEvent) {
+        match event {
+            ForkEvent::Serving {
+                id,
+                pid,
+                memory_bytes,
+                regions,
+            } => self.report(&Line::Serving {
+                id,
+                pid: *pid,
+                memory_bytes: *memory_bytes,
+                regions: *regions,
+            }),
+            ForkEvent::Ended(status) => self.report(&Line::Ended(status)),
+            ForkEvent::NotCompleted { id, reason } => self.report(&Line::NotCompleted { id, error: reason }),
+            // What a newer library has to tell waits for a newer command.
+            _ => {}
+        }
+    }
+
+    /// Says it. That nobody reads stderr any more is no reason to stop serving.
+    pub(crate) fn report(&self, line: &Line<'_>) {
+        let text = match self.format {
+            Format::Human => format!("pagecast: {line}\n"),
+            Format::Json => match serde_json::to_string(line) {
+                Ok(json) => json + "\n",
+                Err(error) => format!("pagecast: cannot write a line of JSON: {error}\n"),
+            },
+        };
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+}
+
+impl Display for Line<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listening {
+                socket,
+                mem_file,
+                size_bytes,
+            } => write!(
+                f,
+                "listening at {}, template {} ({})",
+                socket.display(),
+                mem_file.display(),
+                BinaryBytes(*size_bytes)
+            ),
+            Self::Serving {
+                id,
+                pid,
+                memory_bytes,
+                regions,
+            } => {
+                let plural = if *regions == 1 { "" } else { "s" };
+                let memory = BinaryBytes(*memory_bytes);
+                write!(f, "{id}: serving pid {pid}: {memory} in {regions} region{plural}")
+            }
+            Self::Ended(status) => write_ended(f, status),
+            Self::NotCompleted { id, error } => {
+                write!(f, "{id}: cannot be completed, is served on: {}", chain(*error))
+            }
+            Self::Closing { forks } => {
+                write!(f, "closing: completing {forks} forks; a second signal kills their VMMs")
+            }
+            Self::Staying { why } => write!(f, "cannot close, serving on: {}", chain(*why)),
+            Self::Killing { forks } => write!(f, "second signal: killing the VMMs of {forks} forks"),
+            Self::Closed => f.write_str("closed"),
+        }
+    }
+}
+
+fn write_ended(f: &mut fmt::Formatter<'_>, status: &ForkStatus) -> fmt::Result {
+    write!(f, "{}: ", status.id)?;
+    match (status.state, &status.reason) {
+        (ForkState::Failed, Some(reason)) => match &**reason {
+            FailReason::Refused(refusal) => {
+                let pid = status.pid.map(|pid| format!(" pid {pid}")).unwrap_or_default();
+                // It never had a page: no numbers.
+                return write!(f, "refused{pid}: {}", chain(refusal));
+            }
+            reason => write!(f, "failed: {}", chain(reason))?,
+        },
+        (state, _) => write!(f, "{state}")?,
+    }
+    let (faults, latency) = (&status.stats.faults, &status.stats.fault_latency_us);
+    write!(
+        f,
+        ": {} faults (p50 {} us, p99 {} us, max {} us), {} copied, {} zero pages, {} removed, {} prefaulted",
+        faults.demand,
+        latency.p50,
+        latency.p99,
+        latency.max,
+        BinaryBytes(status.stats.installed_bytes),
+        faults.zero,
+        faults.removed,
+        faults.prefaulted
+    )
+}

@@ -1,0 +1,176 @@
+//! `pagecast handle` with simulated VMMs: signals, exit codes, what it says.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
+use pagecast_testkit::PageSize;
+use pagecast_testkit::hugepages::HugePages;
+use pagecast_testkit::peer::RawHandshake;
+use pagecast_testkit::process::ProcessUse;
+use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
+use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use rustix::process::Signal;
+
+use crate::command::Handle;
+
+const SIZE: u64 = 4 << 20;
+
+fn vmm(handle: &Handle, template: &TemplateFile) -> SimVmm {
+    let vmm = SimVmm::spawn().unwrap();
+    vmm.run(Connect::new(&handle.socket, template.model())).unwrap();
+    vmm
+}
+
+fn reads_right(vmm: &SimVmm) {
+    let report = vmm.run(Read::default()).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+}
+
+#[test]
+fn any_number_of_vmms_is_served_and_each_is_accounted_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    let vmms: Vec<_> = (0..3).map(|_| vmm(&handle, &template)).collect();
+    let serving = handle.await_events("serving", 3);
+    assert!(
+        serving
+            .iter()
+            .all(|line| line["memory_bytes"] == SIZE && line["regions"] == 1),
+        "{serving:#?}"
+    );
+    vmms.iter().for_each(reads_right);
+    for vmm in vmms {
+        let pid = vmm.pid();
+        vmm.kill().unwrap();
+        let ended = handle.await_event("ended");
+        assert_eq!(ended["state"], "exited");
+        assert_eq!(ended["pid"], pid);
+        assert_eq!(ended["installed_bytes"], SIZE);
+        assert_eq!(ended["faults"]["demand"], SIZE / 4096);
+    }
+}
+
+#[test]
+fn who_is_refused_is_told_why_and_the_others_do_not_notice() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    let good = vmm(&handle, &template);
+    let bad = SimVmm::spawn().unwrap();
+    let report = bad
+        .run(RawHandshake::new(&handle.socket, "GET / HTTP/1.1", &[]))
+        .unwrap();
+    assert!(report.closed_after_us.is_some(), "{report:?}");
+    let ended = handle.await_event("ended");
+    assert_eq!(ended["state"], "failed");
+    assert_eq!(ended["error"]["code"], "message_framing", "{ended:#?}");
+    reads_right(&good);
+}
+
+#[test]
+fn sigterm_completes_all_forks_and_exits_with_0() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut handle = Handle::start(folder.path(), template.path());
+        let vmms: Vec<_> = (0..3).map(|_| vmm(&handle, &template)).collect();
+        handle.await_events("serving", 3);
+        handle.signal(signal);
+        assert!(handle.wait().success());
+        assert!(!handle.socket.exists());
+        vmms.iter().for_each(reads_right);
+    }
+}
+
+#[test]
+fn where_completing_does_not_fit_it_stays_and_a_second_signal_kills_and_exits_with_3() {
+    // In the pool of hugepages, whose size a test can choose.
+    let Some(_pages) = HugePages::reserve(SIZE >> 21).unwrap() else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    let victim = SimVmm::spawn().unwrap();
+    let connect = Connect {
+        page_size: PageSize::Huge,
+        ..Connect::new(&handle.socket, template.model())
+    };
+    victim.run(connect).unwrap();
+    handle.await_event("serving");
+    // The reservation gives the old size back.
+    std::fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
+
+    handle.signal(Signal::TERM);
+    let staying = handle.await_event("staying");
+    let why = staying["error"].as_str().unwrap();
+    assert!(why.contains("in the pool of hugepages"), "{why}");
+
+    handle.signal(Signal::TERM);
+    let ended = handle.await_event("ended");
+    assert_eq!(
+        (&ended["state"], &ended["error"]["code"]),
+        (&"failed".into(), &"killed".into())
+    );
+    assert_eq!(handle.wait().code(), Some(3));
+    assert_eq!(victim.wait().unwrap().signal(), Some(9));
+}
+
+#[test]
+fn a_live_socket_is_refused_and_a_stale_one_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let handle = Handle::start(folder.path(), template.path());
+    let second = Command::new(env!("CARGO_BIN_EXE_pagecast"))
+        .args(["handle", "--socket"])
+        .arg(&handle.socket)
+        .arg("--mem-file")
+        .arg(template.path())
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(said.contains("somebody listens at"), "{said}");
+    assert!(second.stdout.is_empty());
+    let socket = handle.socket.clone();
+    // Killed, so it leaves its socket file.
+    drop(handle);
+    assert!(socket.exists());
+    let handle = Handle::start(folder.path(), template.path());
+    reads_right(&vmm(&handle, &template));
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_a_missing_mem_file_with_1() {
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_pagecast"))
+            .args(arguments)
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(run(&["handle"]).0, Some(2));
+    let (code, said) = run(&["handle", "--socket", "/nonexistent/s", "--mem-file", "/nonexistent/m"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        said.starts_with("pagecast: cannot open the mem-file /nonexistent/m: "),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_idle_server_uses_no_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    let vmms: Vec<_> = (0..5).map(|_| vmm(&handle, &template)).collect();
+    handle.await_events("serving", 5);
+    vmms.iter().for_each(reads_right);
+    let before = ProcessUse::of(handle.pid()).unwrap().cpu_time;
+    // Not to wait for something, but to see that nothing happens.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let used = ProcessUse::of(handle.pid()).unwrap().cpu_time.saturating_sub(before);
+    // One tick of the clock that CPU time is counted in.
+    assert!(used <= std::time::Duration::from_millis(10), "{used:?}");
+}

@@ -1,0 +1,101 @@
+//! Forks in simulated VMMs, for machines without KVM.
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::ops::Range;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm, Write};
+use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
+
+use super::vmm::{self, DATA_MIB, MEM_MIB, Mismatches, Vmm, WRITE_EVERY};
+
+const MIB: u64 = 1 << 20;
+const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
+
+/// A mem-file that is like the one of the tiny guest.
+pub(super) struct Template {
+    file: TemplateFile,
+}
+
+impl Template {
+    /// Writes it into the folder.
+    pub(super) fn create(folder: &Path) -> Result<Self> {
+        let pages = |mib: u32| u64::from(mib) * PAGES_PER_MIB;
+        let mut layout = Layout::default();
+        layout.holes.push(pages(DATA_MIB)..pages(MEM_MIB));
+        let model = TemplateModel {
+            size: u64::from(MEM_MIB) * MIB,
+            seed: 1,
+            layout,
+        };
+        let file = TemplateFile::create_at(&folder.join("mem"), model).context("failed to write the template")?;
+        Ok(Self { file })
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{MEM_MIB} MiB, of which {DATA_MIB} MiB data")
+    }
+}
+
+impl vmm::Template for Template {
+    fn mem_file(&self) -> &Path {
+        self.file.path()
+    }
+
+    fn checked_mib(&self) -> Range<u32> {
+        0..MEM_MIB
+    }
+
+    fn restore(&self, number: u32, socket: &Path) -> Result<(Box<dyn Vmm>, Duration)> {
+        let vmm = SimVmm::spawn()?;
+        let started = Instant::now();
+        vmm.run(Connect::new(socket, self.file.model()))?;
+        let fork = Fork {
+            vmm,
+            generation: NonZeroU32::new(number).context("forks are counted from 1 on")?,
+        };
+        Ok((Box::new(fork), started.elapsed()))
+    }
+}
+
+struct Fork {
+    vmm: SimVmm,
+    generation: NonZeroU32,
+}
+
+impl Vmm for Fork {
+    fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    fn verify(&mut self, mib: Range<u32>) -> Result<Mismatches> {
+        let read = Read {
+            pages: pages(&mib),
+            ..Read::default()
+        };
+        let checked = self.vmm.run(read)?.checked;
+        Ok(Mismatches {
+            count: checked.mismatches,
+            first: checked.first_mismatch.map(|first| format!("{first:x?}")),
+        })
+    }
+
+    fn write(&mut self, mib: Range<u32>) -> Result<()> {
+        let every = NonZeroU32::new(WRITE_EVERY).context("some pages are written")?;
+        self.vmm.run(Write {
+            pages: pages(&mib).every(every),
+            generation: self.generation,
+            threads: 1,
+        })?;
+        Ok(())
+    }
+}
+
+fn pages(mib: &Range<u32>) -> Pages {
+    Pages::range(u64::from(mib.start) * PAGES_PER_MIB..u64::from(mib.end) * PAGES_PER_MIB)
+}

@@ -1,0 +1,77 @@
+//! Ending early and leaving nothing behind.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use procfs::process::{Process, all_processes};
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// How long to wait for the next process that was about to be started.
+const PACE: Duration = Duration::from_millis(20);
+
+/// Whether a signal asks us to end. Clones are about the same.
+///
+/// From that signal on, every process that we start is killed, so that whoever waits for one fails, returns, and cleans
+/// up on the way, as after any error.
+#[derive(Debug, Clone)]
+pub(crate) struct Interrupt {
+    /// The signal; 0 before there was one.
+    signal: Arc<AtomicI32>,
+}
+
+impl Interrupt {
+    /// Watches from now on until we end, instead of ending at once.
+    pub(crate) fn watch() -> Result<Self> {
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("failed to watch for signals")?;
+        let signal = Arc::new(AtomicI32::new(0));
+        let seen = Arc::clone(&signal);
+        thread::spawn(move || {
+            for signal in signals.forever().take(1) {
+                seen.store(signal, Ordering::Relaxed);
+            }
+            loop {
+                kill_children();
+                thread::sleep(PACE);
+            }
+        });
+        Ok(Self { signal })
+    }
+
+    /// The signal, if there was one.
+    pub(crate) fn signal(&self) -> Option<i32> {
+        Some(self.signal.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+    }
+
+    /// An error if there was a signal.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.signal() {
+            None => Ok(()),
+            Some(signal) => bail!("interrupted by signal {signal}"),
+        }
+    }
+}
+
+/// What goes wrong here has ended meanwhile, or is tried again.
+fn kill_children() {
+    for child in all_processes().into_iter().flatten().flatten() {
+        if is_ours(&child)
+            && let Some(pid) = Pid::from_raw(child.pid)
+            && let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty())
+            // Its number may have become another process's before there was a pidfd.
+            && Process::new(child.pid).is_ok_and(|child| is_ours(&child))
+        {
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    }
+}
+
+fn is_ours(process: &Process) -> bool {
+    process
+        .stat()
+        .is_ok_and(|stat| stat.ppid == getpid().as_raw_nonzero().get())
+}

@@ -1,0 +1,170 @@
+//! `cargo xtask lint`: everything that can be said about the code without running it.
+
+mod arrows;
+mod files;
+mod links;
+mod target;
+mod tool;
+mod unsafe_code;
+
+use std::io::Write as _;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use console::style;
+use indicatif::ProgressBar;
+use pagecast_testkit::firecracker::{build_guest, guest_command};
+
+use crate::cargo::{cargo, cargo_path, metadata};
+
+/// Platforms for which the library must compile, beside the one we are on.
+const OTHER_PLATFORMS: [&str; 3] = [
+    "aarch64-apple-darwin",
+    "x86_64-pc-windows-gnu",
+    "aarch64-unknown-linux-gnu",
+];
+
+/// Something that must hold. An error says why it does not.
+struct Check {
+    name: String,
+    run: Box<dyn Fn() -> Result<()>>,
+}
+
+impl Check {
+    fn new(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
+        Self {
+            name: name.into(),
+            run: Box::new(run),
+        }
+    }
+}
+
+/// Check everything that can be said about the code without running it
+///
+/// All checks are run, also where some fail.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Lint {}
+
+impl Lint {
+    #[expect(
+        clippy::unused_self,
+        reason = "a task is run by its arguments, and this one has none"
+    )]
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        let checks = checks();
+        let failed = checks.iter().filter(|check| !holds(check)).count();
+        ensure!(failed == 0, "{failed} of {} checks failed", checks.len());
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn checks() -> Vec<Check> {
+    let mut checks = vec![
+        Check::new("lock files are up to date", lock_files),
+        Check::new("dependency arrows point one way", || {
+            holds_no(&arrows::wrong_arrows(&metadata()?))
+        }),
+        Check::new("dependencies are explained", || {
+            holds_no(&arrows::unexplained_dependencies(&metadata()?)?)
+        }),
+        Check::new(
+            "unsafe code is where it may be",
+            || holds_no(&unsafe_code::misplaced()?),
+        ),
+        Check::new("links of the documentation resolve", || holds_no(&links::broken()?)),
+        Check::new("formatting", || formatting(cargo("fmt").arg("--all"))),
+        Check::new("formatting of the guest", || {
+            formatting(guest_command(cargo_path()).arg("fmt"))
+        }),
+        Check::new("clippy", || {
+            tool::run(cargo("clippy").args([
+                "--quiet",
+                "--locked",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ]))
+        }),
+        Check::new("clippy of the guest", clippy_of_the_guest),
+        Check::new("rustdoc", || {
+            tool::run(
+                cargo("doc")
+                    .args(["--quiet", "--locked", "--workspace", "--no-deps"])
+                    .env("RUSTDOCFLAGS", "-D warnings"),
+            )
+        }),
+    ];
+    checks.extend(OTHER_PLATFORMS.map(|platform| {
+        Check::new(format!("clippy of pagecast for {platform}"), move || {
+            target::ensure_installed(platform)?;
+            // Its tests need the simulated VMM, which needs Linux.
+            let library = [
+                "--quiet",
+                "--locked",
+                "--package",
+                "pagecast",
+                "--lib",
+                "--target",
+                platform,
+            ];
+            tool::run(cargo("clippy").args(library).args(["--", "-D", "warnings"]))
+        })
+    }));
+    checks
+}
+
+/// Runs the check and prints a line about it, and what is wrong.
+fn holds(check: &Check) -> bool {
+    let started = Instant::now();
+    let spinner = ProgressBar::new_spinner().with_message(check.name.clone());
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let outcome = (check.run)();
+    spinner.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let verdict = match outcome {
+        Ok(()) => style("ok    ").green(),
+        Err(_) => style("FAILED").red().bold(),
+    };
+    let problems = match &outcome {
+        Ok(()) => String::new(),
+        Err(error) => format!("{error:#}\n\n"),
+    };
+    // That nobody reads on is no reason to stop.
+    let _ = write!(
+        std::io::stdout(),
+        "{verdict} {:<48} {seconds:6.1} s\n{problems}",
+        check.name
+    );
+    outcome.is_ok()
+}
+
+/// An error of a line for each problem, where there are any.
+fn holds_no(problems: &[String]) -> Result<()> {
+    ensure!(problems.is_empty(), "{}", problems.join("\n"));
+    Ok(())
+}
+
+fn formatting(fmt: &mut Command) -> Result<()> {
+    tool::run(fmt.args(["--check", "--", "--color", tool::colour()]))
+}
+
+fn lock_files() -> Result<()> {
+    metadata()?;
+    let metadata_of_guest = ["metadata", "--locked", "--format-version", "1"];
+    tool::run(guest_command(cargo_path()).args(metadata_of_guest)).context("the lock file of the guest")
+}
+
+fn clippy_of_the_guest() -> Result<()> {
+    // Adds the guest's Rust target where it is missing.
+    build_guest()?;
+    let target_folder = metadata()?.target_directory.join("pagecast/guest");
+    tool::run(
+        guest_command(cargo_path())
+            .args(["clippy", "--quiet", "--release", "--locked", "--target-dir"])
+            .arg(target_folder)
+            .args(["--", "-D", "warnings"]),
+    )
+}

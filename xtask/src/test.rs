@@ -1,0 +1,168 @@
+//! `cargo xtask test`: everything that tests need, then all of them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use indicatif::ProgressBar;
+use pagecast_testkit::firecracker::{self, Kvm, kvm};
+
+use crate::cargo::{cargo, metadata};
+
+/// Run all tests, with cargo-nextest where it is installed
+///
+/// Gets what the tests need first: the simulated VMM, the tiny guest and its Rust target, Firecracker. In the end it
+/// says which tests were skipped on this machine, and why.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Test {
+    /// Given to the test runner, such as the names of some tests; doc tests are left out then
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+impl Test {
+    /// The exit code of the test runner.
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        let skipped = SkippedTests::none_yet()?;
+        // Tests find `sim-vmm` and `pagecast` beside themselves.
+        let build = status(cargo("build").args(["--locked", "--workspace", "--bins"]))?;
+        ensure!(build.success(), "the workspace does not build");
+        prepare_firecracker()?;
+
+        // First, so that the closing line of the runner is the last.
+        let doc_tests = if self.args.is_empty() {
+            exit_code(status(cargo("test").args(["--locked", "--workspace", "--doc"]))?)
+        } else {
+            ExitCode::SUCCESS
+        };
+        let tests = exit_code(status(self.runner().env(SkippedTests::VARIABLE, &skipped.path))?);
+        eprint!("{}", skipped.report()?);
+        Ok(if tests == ExitCode::SUCCESS { doc_tests } else { tests })
+    }
+
+    fn runner(&self) -> Command {
+        let mut runner = if has_nextest() {
+            let mut nextest = cargo("nextest");
+            nextest.arg("run");
+            nextest
+        } else {
+            eprintln!("cargo-nextest is not installed: running `cargo test`, which takes longer");
+            let mut test = cargo("test");
+            // Doc tests have run.
+            test.args(["--no-fail-fast", "--lib", "--bins", "--tests"]);
+            test
+        };
+        runner.args(["--locked", "--workspace"]).args(&self.args);
+        runner
+    }
+}
+
+/// Downloads and builds what the tests on real Firecracker need, so that it does not happen in a test's time.
+fn prepare_firecracker() -> Result<()> {
+    if let Kvm::Missing(why) = kvm()? {
+        eprintln!("tests on real Firecracker are skipped: {why}");
+        return Ok(());
+    }
+    visibly("getting the tiny guest", firecracker::build_guest)?;
+    visibly("getting Firecracker", firecracker::binary)
+}
+
+/// Says what is being got while it takes its time, and then where it is.
+fn visibly(what: &'static str, get: fn() -> Result<PathBuf>) -> Result<()> {
+    let spinner = ProgressBar::new_spinner().with_message(what);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    if spinner.is_hidden() {
+        eprintln!("{what}");
+    }
+    let path = get();
+    spinner.finish_and_clear();
+    eprintln!("{what}: {}", path?.display());
+    Ok(())
+}
+
+fn has_nextest() -> bool {
+    cargo("nextest")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn status(command: &mut Command) -> Result<ExitStatus> {
+    command.status().with_context(|| format!("failed to start {command:?}"))
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    // None where a signal ended it.
+    code.map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+/// The file in which tests note that they were skipped: runners hide what tests print that pass.
+struct SkippedTests {
+    path: PathBuf,
+}
+
+impl SkippedTests {
+    /// See `pagecast_testkit::skip`.
+    const VARIABLE: &str = "PAGECAST_SKIPPED";
+
+    fn none_yet() -> Result<Self> {
+        let path: PathBuf = metadata()?.target_directory.join("skipped-tests").into();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("failed to remove {}", path.display()))
+            }
+            _ => Ok(Self { path }),
+        }
+    }
+
+    fn report(&self) -> Result<String> {
+        Ok(report_of_skipped(&read_if_there(&self.path)?))
+    }
+}
+
+fn read_if_there(path: &Path) -> Result<String> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        text => text.with_context(|| format!("failed to read {}", path.display())),
+    }
+}
+
+/// `notes` are lines of "test: reason".
+fn report_of_skipped(notes: &str) -> String {
+    let notes: BTreeSet<&str> = notes.lines().collect();
+    if notes.is_empty() {
+        return "nothing was skipped\n".to_owned();
+    }
+    let mut report = format!("skipped on this machine: {}\n", notes.len());
+    for note in notes {
+        report.push_str("  ");
+        report.push_str(note);
+        report.push('\n');
+    }
+    report
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_skipped_is_said() {
+        assert_eq!(report_of_skipped(""), "nothing was skipped\n");
+    }
+
+    #[test]
+    fn each_skipped_test_is_told_once_with_its_reason() {
+        assert_eq!(
+            report_of_skipped("b: no /dev/kvm\na: no hugepages\nb: no /dev/kvm\n"),
+            "skipped on this machine: 2\n  a: no hugepages\n  b: no /dev/kvm\n"
+        );
+    }
+}
