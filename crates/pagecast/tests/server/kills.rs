@@ -200,8 +200,8 @@ fn vmms_killed_while_the_server_closes_hold_up_nothing_and_leave_nothing() {
     }
     eventually("no file descriptor is left", || own_use().fds <= before.fds);
     eventually("no thread is left", || own_use().threads <= before.threads);
-    // The allocator keeps some 10 MiB of what the threads of 60 servers had, however many there were; what a server works
-    // with, kept for each of them, would be 30 MiB.
+    // The allocator keeps some 10 MiB of what the threads of 60 servers had, however many there were; what a server
+    // works with, kept for each of them, would be 30 MiB.
     let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 20 << 20, "grew by {grown} bytes");
 }
