@@ -26,9 +26,9 @@ struct Needed {
     huge_pages: u64,
 }
 
-/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool of
-/// hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first, as long as there
-/// is time.
+/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool
+/// of hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first, as long as
+/// there is time.
 pub(super) fn check_room(forks: &[Arc<ForkRecord>], until: Instant) -> Result<(), CloseError> {
     if check_known(forks).is_ok() {
         return Ok(());
@@ -45,7 +45,8 @@ pub(super) fn check_room(forks: &[Arc<ForkRecord>], until: Instant) -> Result<()
     check_known(forks)
 }
 
-/// Looks for the zeros of a template, on a thread of its own: the template may hang, and whoever closes a server must not.
+/// Looks for the zeros of a template, on a thread of its own: the template may hang, and whoever closes a server must
+/// not.
 fn find_zeros(template: &Template, until: Instant) {
     let (done, wait) = mpsc::channel();
     let template = template.clone();
@@ -103,9 +104,9 @@ fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     Ok(())
 }
 
-/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of the
-/// template is installed once at most). Removed pages are counted though they are not installed, so this errs on the safe
-/// side.
+/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of
+/// the template is installed once at most). Removed pages are counted though they are not installed, so this errs on
+/// the safe side.
 fn needed(fork: &ForkRecord) -> Needed {
     let mut needed = Needed::default();
     let source = fork.template.source();

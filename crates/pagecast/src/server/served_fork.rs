@@ -18,8 +18,8 @@ use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_
 const FIRST_PAUSE: Duration = Duration::from_micros(50);
 /// The longest pause before a retry: a VMM that is frozen while it gives memory back costs 100 wakes a second.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
-/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a page
-/// be installed while a removal is unread, so stopping early is safe.
+/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a
+/// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
 
 /// What the forks of one worker share: room to work in.
@@ -381,7 +381,8 @@ impl ServedFork {
     fn stop_completing(&mut self) {
         self.session.abandon_completion();
         self.fill_pause = None;
-        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for them.
+        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for
+        // them.
         self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 
@@ -443,10 +444,10 @@ impl ServedFork {
 
     /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
     ///
-    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that thread
-    /// waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
-    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at a
-    /// place where nothing is registered, tells when it is over.
+    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that
+    /// thread waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
+    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at
+    /// a place where nothing is registered, tells when it is over.
     fn unregister(&mut self, scratch: &mut Scratch) -> Result<(), End> {
         if !self.unregistered {
             let mut regions = self.session.regions().iter();
@@ -479,9 +480,9 @@ impl ServedFork {
         }
     }
 
-    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone, and a
-    /// large VMM is gone for long before its process has exited. Only an install tells them apart. This one does nothing
-    /// where the address space is there: guest memory is private, and has nothing to continue with.
+    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone,
+    /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
+    /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
     fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
         let first = self
             .session
@@ -510,8 +511,8 @@ fn kernel(operation: &'static str, errno: Errno) -> End {
     End::Failed(FailReason::Kernel { operation, errno })
 }
 
-/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so it
-/// never does on the fault path).
+/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so
+/// it never does on the fault path).
 fn room(bytes: &mut Vec<u8>, length: usize) -> &mut [u8] {
     if bytes.len() < length {
         bytes.resize(length, 0);

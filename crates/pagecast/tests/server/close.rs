@@ -348,8 +348,8 @@ fn a_close_that_cannot_read_the_template_kills_no_vmm_that_does_not_need_it() {
     assert_lives_on(&vmm);
 }
 
-/// Between the end of its address space and the end of the process, a large VMM takes a while: it must not look like one
-/// that cannot be completed.
+/// Between the end of its address space and the end of the process, a large VMM takes a while: it must not look like
+/// one that cannot be completed.
 #[test]
 fn a_vmm_that_is_just_dying_does_not_spoil_the_close() {
     let big = TemplateModel::of_data(128 << 20, 1);
@@ -521,8 +521,8 @@ fn dropping_a_server_completes_its_forks() {
     assert_lives_on(&vmm);
 }
 
-/// A thread that gives memory back waits until its event is read. Here it begins to wait when all of its fork is installed,
-/// and the one worker there is looks after another fork: the next that this worker does is to unregister.
+/// A thread that gives memory back waits until its event is read. Here it begins to wait when all of its fork is
+/// installed, and the one worker there is looks after another fork: the next that this worker does is to unregister.
 #[test]
 fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
     const LAST: u64 = SIZE / 4096 - 1;

@@ -93,10 +93,12 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     let fixture = Fixture::new();
     let steady: Vec<_> = (0..2).map(|n| fixture.fork(&format!("steady-{n}"))).collect();
     let mut random = fastrand::Rng::with_seed(1);
-    let mut before = None;
+    let (before, fds_before) = (own_use(), own_fds().unwrap());
+    // Later: allocators and stacks settle with the first VMMs.
+    let mut rss_before = 0;
     for (n, moment) in (0..WARM_UP + KILLS).zip(MOMENTS.iter().cycle()) {
         if n == WARM_UP {
-            before = Some((own_use(), own_fds().unwrap()));
+            rss_before = own_use().rss_bytes;
         }
         kill_one(&fixture, &format!("killed-{n}"), *moment, &mut random);
         // The others are served all the while: pages that they have not touched yet.
@@ -111,18 +113,10 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
         let report = read.join_within(PATIENCE).unwrap();
         assert_eq!(report.checked.mismatches, 0, "{report:?}");
     }
-    let (before, fds_before) = before.unwrap();
-    eventually("no file descriptor is left", || own_use().fds <= before.fds);
-    // Those that read for the test end with the pipes of the VMMs.
+    // The threads that read for the test end soon after their VMMs.
     eventually("no thread is left", || own_use().threads <= before.threads);
-    let after = own_use();
-    assert_eq!(
-        own_fds().unwrap().len(),
-        fds_before.len(),
-        "{fds_before:?}, {:?}",
-        own_fds()
-    );
-    let grown = after.rss_bytes.saturating_sub(before.rss_bytes);
+    assert_eq!(own_fds().unwrap(), fds_before);
+    let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 4 << 20, "grew by {grown} bytes");
     let sockets = std::fs::read_dir(fixture.folder.path()).unwrap();
     assert_eq!(sockets.count(), 0, "socket files");
@@ -163,10 +157,12 @@ fn vmms_killed_while_the_server_closes_hold_up_nothing_and_leave_nothing() {
         return;
     }
     let mut random = fastrand::Rng::with_seed(2);
-    let mut before = None;
+    let before = own_use();
+    // Later: allocators and stacks settle with the first servers.
+    let mut rss_before = 0;
     for round in 0..ROUNDS {
         if round == 5 {
-            before = Some(own_use());
+            rss_before = own_use().rss_bytes;
         }
         let fixture = Fixture::new();
         let forks: Vec<_> = (0..FORKS).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
@@ -202,11 +198,10 @@ fn vmms_killed_while_the_server_closes_hold_up_nothing_and_leave_nothing() {
             assert_eq!(vmm.run(Read::default()).unwrap().checked.mismatches, 0);
         }
     }
-    let before = before.unwrap();
     eventually("no file descriptor is left", || own_use().fds <= before.fds);
     eventually("no thread is left", || own_use().threads <= before.threads);
-    // The allocator keeps some 10 MiB of what the threads of 60 servers had, however many there were; what a server works
-    // with, kept for each of them, would be 30 MiB.
-    let grown = own_use().rss_bytes.saturating_sub(before.rss_bytes);
+    // The allocator keeps some 10 MiB of what the threads of 60 servers had, however many there were; what a server
+    // works with, kept for each of them, would be 30 MiB.
+    let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 20 << 20, "grew by {grown} bytes");
 }

@@ -19,8 +19,8 @@ fn assert_reads_right(vmm: &SimVmm, read: Read) {
     assert_eq!(report.checked.mismatches, 0, "{report:?}");
 }
 
-/// Changes the template under two forks that run, one of which is at it just then. Both have to be killed rather than to
-/// get a byte that is not the old template's; a fork of another template has to notice nothing.
+/// Changes the template under two forks that run, one of which is at it just then. Both have to be killed rather than
+/// to get a byte that is not the old template's; a fork of another template has to notice nothing.
 fn assert_killed_when(change: impl FnOnce(&Fixture)) {
     let fixture = Fixture::new();
     let (idle_fork, idle) = fixture.fork("idle");
@@ -53,7 +53,8 @@ fn assert_killed_when(change: impl FnOnce(&Fixture)) {
     // Some pages, and many to go.
     crate::vmm_process::eventually("faults", || busy_fork.status().stats.faults.demand > 100);
     change(&fixture);
-    // One fault, so that none can be answered before the change is noticed at another. Data, in what is left of the file.
+    // One fault, so that none can be answered before the change is noticed at another. Data, in what is left of the
+    // file.
     let late = idle
         .start(Read {
             pages: Pages::range(1024 + 1..1024 + 2),

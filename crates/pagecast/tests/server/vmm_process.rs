@@ -17,8 +17,8 @@ pub(crate) fn eventually(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// Whether this test has a process of its own, as `cargo nextest` gives it: what the process holds and uses is the test's
-/// then. Says that the test is skipped where not.
+/// Whether this test has a process of its own, as `cargo nextest` gives it: what the process holds and uses is the
+/// test's then. Says that the test is skipped where not.
 pub(crate) fn alone() -> bool {
     let alone = std::env::var("NEXTEST_EXECUTION_MODE").is_ok_and(|mode| mode == "process-per-test");
     if !alone {
