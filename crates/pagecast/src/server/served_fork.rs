@@ -296,12 +296,22 @@ impl ServedFork {
         });
     }
 
-    /// Bytes that were read elsewhere have come.
-    pub(super) fn on_bytes(&mut self, awaited: Awaited, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
+    /// Bytes that were read elsewhere have come, or cannot.
+    pub(super) fn on_bytes(
+        &mut self,
+        awaited: Awaited,
+        bytes: Result<Vec<u8>, SourceError>,
+        scratch: &mut Scratch,
+    ) -> Result<(), End> {
         let Some(position) = self.reads.iter().position(|read| read.awaited == awaited) else {
             return Ok(());
         };
         let since = self.reads.swap_remove(position).since;
+        let bytes = match (bytes, awaited) {
+            (Ok(bytes), _) => bytes,
+            (Err(error), Awaited::Fault(_)) => return Err(error.into()),
+            (Err(error), Awaited::Fill(_)) => return self.on_unreadable_fill(error),
+        };
         self.template.source().check_unchanged()?;
         match awaited {
             Awaited::Fault(at) => match self.session.bytes_ready(at)? {
@@ -309,16 +319,16 @@ impl ServedFork {
                 Some(Step::Wake(range)) => self.wake(range),
                 Some(Step::Install(install)) => {
                     let zeros =
-                        matches!(install.content, Content::Zeros) || leading_zero_pages(bytes, install.page_size).0;
+                        matches!(install.content, Content::Zeros) || leading_zero_pages(&bytes, install.page_size).0;
                     let outcome = if zeros {
                         self.install_zeros(&install, &scratch.zeros)
                     } else {
-                        self.copy(install.to, bytes)
+                        self.copy(install.to, &bytes)
                     };
                     self.finish(&install, outcome, since, scratch.fault_deadline)
                 }
             },
-            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(bytes), scratch.fault_deadline),
+            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(&bytes), scratch.fault_deadline),
         }
     }
 
@@ -408,15 +418,29 @@ impl ServedFork {
             };
         };
         let template = self.template.clone();
-        let page = template
-            .source()
-            .try_read(run.from, room(&mut scratch.bytes, run.bytes()))?;
+        let buffer = room(&mut scratch.bytes, run.bytes());
+        let page = match template.source().try_read(run.from, buffer) {
+            Ok(page) => page,
+            Err(error) => return self.on_unreadable_fill(error),
+        };
         if page == Page::NotReady {
             self.read_later(Awaited::Fill(run), run.from, run.bytes(), &scratch.inbox);
             return Ok(());
         }
         template.source().check_unchanged()?;
         self.fill_run(&run, page, scratch.fault_deadline)
+    }
+
+    /// Nobody waits for what a completion reads, so where it merely cannot be read nobody has to die for it.
+    fn on_unreadable_fill(&mut self, error: SourceError) -> Result<(), End> {
+        match error {
+            SourceError::Io { .. } => {
+                self.give_up_completion(FailReason::Template(error));
+                Ok(())
+            }
+            // A template that is not what it was has no more bytes for anybody.
+            SourceError::Changed { .. } | SourceError::Truncated { .. } => Err(error.into()),
+        }
     }
 
     fn fill_run(&mut self, run: &FillRun, page: Page<'_>, deadline: Duration) -> Result<(), End> {

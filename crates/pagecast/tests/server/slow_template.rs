@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{Deadlines, ForkState};
+use pagecast::server::{CloseError, Deadlines, ForkState};
 use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, SimVmm, Touch};
 use pagecast_testkit::skip::skip;
 
@@ -189,6 +189,23 @@ fn a_template_that_cannot_be_read_costs_who_needs_it_and_nobody_else() {
     assert!(read.join_within(PATIENCE).is_err());
     assert!(!vmm.wait().unwrap().success());
     assert_reads_right(&other, read_range(0, 1024));
+    fixture.server.kill(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_completion_that_cannot_read_is_given_up_and_kills_nobody() {
+    let script = Script::new(&model(SIZE), |page| match page {
+        1024.. => Access::Broken,
+        _ => Access::Ready,
+    });
+    let (fixture, _) = Fixture::scripted(script, |builder| builder.workers(1));
+    let (fork, vmm) = fixture.fork("a");
+    let closed = fixture.server.close(PATIENCE);
+    assert!(matches!(closed, Err(CloseError::NotComplete { .. })), "{closed:?}");
+    let status = fork.status();
+    assert_eq!(status.state, ForkState::Serving);
+    assert_eq!(status.reason.unwrap().code(), "template_unreadable");
+    assert_reads_right(&vmm, read_range(0, 1024));
     fixture.server.kill(PATIENCE).unwrap();
 }
 
