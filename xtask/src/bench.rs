@@ -326,7 +326,7 @@ fn table(rows: &[Row]) -> Table {
     table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header(["", "floor", "pagecast", "ratio", "goal", ""]);
     for row in rows {
-        let digits = if row.floor.median > 1000.0 { 0 } else { 1 };
+        let digits = usize::from(row.floor.median < 1000.0);
         let spread = |spread: Spread, digits: usize| {
             let Spread { min, median, max } = spread;
             Cell::new(format!("{median:.digits$} ({min:.digits$} to {max:.digits$})"))

@@ -11,9 +11,12 @@ use anyhow::{Context as _, Result, ensure};
 use indicatif::ProgressBar;
 use pagecast_testkit::firecracker::{self, Kvm, kvm};
 
-use crate::cargo::{cargo, metadata};
+use crate::cargo::{cargo, metadata, workspace_root};
 
-/// Run all tests, with cargo-nextest where it is installed
+/// The version of cargo-nextest that is installed where there is none.
+const NEXTEST: &str = "0.9.143";
+
+/// Run all tests, with cargo-nextest, which is installed for it where it is missing
 ///
 /// Gets what the tests need first: the simulated VMM, the tiny guest and its Rust target, Firecracker. In the end it
 /// says which tests were skipped on this machine, and why.
@@ -39,25 +42,23 @@ impl Test {
         } else {
             ExitCode::SUCCESS
         };
-        let tests = exit_code(status(self.runner().env(SkippedTests::VARIABLE, &skipped.path))?);
+        let tests = exit_code(status(self.runner()?.env(SkippedTests::VARIABLE, &skipped.path))?);
         eprint!("{}", skipped.report()?);
         Ok(if tests == ExitCode::SUCCESS { doc_tests } else { tests })
     }
 
-    fn runner(&self) -> Command {
+    /// cargo-nextest, which gives each test a process of its own. Many count what their process holds, limit it, or watch
+    /// its CPU time, so `cargo test` would not do.
+    fn runner(&self) -> Result<Command> {
         let mut runner = if has_nextest() {
-            let mut nextest = cargo("nextest");
-            nextest.arg("run");
-            nextest
+            cargo("nextest")
         } else {
-            eprintln!("cargo-nextest is not installed: running `cargo test`, which takes longer");
-            let mut test = cargo("test");
-            // Doc tests have run.
-            test.args(["--no-fail-fast", "--lib", "--bins", "--tests"]);
-            test
+            let mut runner = Command::new(install_nextest()?);
+            runner.current_dir(workspace_root()).arg("nextest");
+            runner
         };
-        runner.args(["--locked", "--workspace"]).args(&self.args);
-        runner
+        runner.args(["run", "--locked", "--workspace"]).args(&self.args);
+        Ok(runner)
     }
 }
 
@@ -91,6 +92,24 @@ fn has_nextest() -> bool {
         .stderr(Stdio::null())
         .status()
         .is_ok_and(|status| status.success())
+}
+
+/// Builds cargo-nextest into a folder under `target`, and says where it is.
+fn install_nextest() -> Result<PathBuf> {
+    let root = metadata()?.target_directory.join("pagecast/tools");
+    let program: PathBuf = root.join("bin/cargo-nextest").into();
+    if !program.exists() {
+        eprintln!("cargo-nextest is not installed: building it, once, which takes some minutes");
+        let mut install = cargo("install");
+        install
+            .args(["--locked", "cargo-nextest", "--version", NEXTEST, "--root"])
+            .arg(&root);
+        ensure!(
+            status(&mut install)?.success(),
+            "cargo-nextest cannot be installed; try `cargo install --locked cargo-nextest`"
+        );
+    }
+    Ok(program)
 }
 
 fn status(command: &mut Command) -> Result<ExitStatus> {

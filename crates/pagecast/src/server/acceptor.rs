@@ -27,7 +27,8 @@ use crate::template::Template;
 const EPOLL_EVENTS: usize = 64;
 const INBOX: u64 = u64::MAX;
 
-/// How many VMMs may shake hands at once; others wait in the sockets' queues, at most for a handshake's deadline.
+/// How many VMMs that came through one door may shake hands at once; others wait in the socket's queue, and at no other
+/// door does anybody notice.
 const MOST_HANDSHAKES: usize = 128;
 
 /// How long to accept nobody when there is no file descriptor left for it.
@@ -59,12 +60,18 @@ pub(super) enum Guests {
         template: Template,
         prefix: String,
         next: u64,
+        /// How many are shaking hands.
+        handshakes: usize,
     },
 }
 
 enum Entry {
     Door(Door),
-    Handshaking(Box<Handshaking>),
+    Handshaking {
+        handshaking: Box<Handshaking>,
+        /// Through which door it came, where that is still open.
+        door: Option<usize>,
+    },
 }
 
 /// What of an [`Entry`] has to be known while it is not borrowed.
@@ -80,7 +87,6 @@ pub(super) struct Acceptor {
     workers: Arc<[WorkerHandle]>,
     deadlines: Deadlines,
     entries: Slab<Entry>,
-    handshakes: usize,
     /// Doors are not listened at until then.
     paused: Option<Instant>,
     next_serial: u64,
@@ -104,7 +110,6 @@ impl Acceptor {
             workers,
             deadlines,
             entries: Slab::new(),
-            handshakes: 0,
             paused: None,
             next_serial: 0,
             stopping: false,
@@ -149,7 +154,7 @@ impl Acceptor {
     fn kind(&self, slot: usize) -> Option<Kind> {
         self.entries.get(slot).map(|entry| match entry {
             Entry::Door(_) => Kind::Door,
-            Entry::Handshaking(_) => Kind::Handshaking,
+            Entry::Handshaking { .. } => Kind::Handshaking,
         })
     }
 
@@ -165,11 +170,13 @@ impl Acceptor {
     }
 
     fn open(&mut self, door: Door) {
-        let flags = if self.is_accepting() {
-            EventFlags::IN
-        } else {
-            EventFlags::empty()
-        };
+        if let Guests::One { record, .. } = &door.guests
+            && record.state().is_end()
+        {
+            // Forgotten before it came here.
+            return;
+        }
+        let flags = self.door_flags(&door);
         let entry = self.entries.vacant_entry();
         let data = EventData::new_u64(entry.key() as u64);
         match epoll::add(&self.epoll, &door.socket, data, flags) {
@@ -195,13 +202,16 @@ impl Acceptor {
                 ..
             }) => Arc::ptr_eq(own, record),
             Entry::Door(_) => false,
-            Entry::Handshaking(handshaking) => Arc::ptr_eq(&handshaking.record, record),
+            Entry::Handshaking { handshaking, .. } => Arc::ptr_eq(&handshaking.record, record),
         };
         let slots: Vec<usize> = self.slots(of_fork);
         for slot in slots {
             self.remove(slot);
         }
-        self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+        // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
+        if record.state() == ForkState::Waiting {
+            self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+        }
     }
 
     fn close_all(&mut self) {
@@ -214,7 +224,7 @@ impl Acceptor {
                         self.registry.end(&record, ForkState::Failed, Some(FailReason::Closed));
                     }
                 }
-                Some(Entry::Handshaking(handshaking)) => {
+                Some(Entry::Handshaking { handshaking, .. }) => {
                     let record = Arc::clone(&handshaking.record);
                     drop(handshaking);
                     self.refuse(&record, Refusal::Closing);
@@ -232,37 +242,68 @@ impl Acceptor {
     fn remove(&mut self, slot: usize) -> Option<Entry> {
         let entry = self.entries.try_remove(slot)?;
         // Closing would do where nobody else has a copy, and nobody has; being sure costs nothing.
-        let _ = match &entry {
-            Entry::Door(door) => epoll::delete(&self.epoll, &door.socket),
-            Entry::Handshaking(handshaking) => {
-                self.handshakes -= 1;
-                epoll::delete(&self.epoll, &**handshaking)
+        match &entry {
+            Entry::Door(door) => {
+                let _ = epoll::delete(&self.epoll, &door.socket);
             }
-        };
-        self.update_doors();
+            Entry::Handshaking { handshaking, door } => {
+                let _ = epoll::delete(&self.epoll, &**handshaking);
+                self.count_handshake(*door, |count| count.saturating_sub(1));
+            }
+        }
         Some(entry)
     }
 
-    fn is_accepting(&self) -> bool {
-        self.paused.is_none() && self.handshakes < MOST_HANDSHAKES
+    /// Whether anybody is let in at a door now.
+    fn is_open(&self, door: &Door) -> bool {
+        let has_room = match door.guests {
+            Guests::One { .. } => true,
+            Guests::Any { handshakes, .. } => handshakes < MOST_HANDSHAKES,
+        };
+        has_room && self.paused.is_none()
     }
 
-    /// Listens at all doors, or at none while there is no room for more.
-    fn update_doors(&self) {
-        let flags = if self.is_accepting() {
+    fn door_flags(&self, door: &Door) -> EventFlags {
+        if self.is_open(door) {
             EventFlags::IN
         } else {
             EventFlags::empty()
+        }
+    }
+
+    /// Listens at a door if anybody is let in there.
+    fn watch_door(&self, slot: usize) {
+        if let Some(Entry::Door(door)) = self.entries.get(slot) {
+            let data = EventData::new_u64(slot as u64);
+            let _ = epoll::modify(&self.epoll, &door.socket, data, self.door_flags(door));
+        }
+    }
+
+    fn pause(&mut self, until: Option<Instant>) {
+        self.paused = until;
+        for slot in self.slots(|entry| matches!(entry, Entry::Door(_))) {
+            self.watch_door(slot);
+        }
+    }
+
+    fn count_handshake(&mut self, door: Option<usize>, change: impl FnOnce(usize) -> usize) {
+        let Some(slot) = door else { return };
+        let Some(Entry::Door(Door {
+            guests: Guests::Any { handshakes, .. },
+            ..
+        })) = self.entries.get_mut(slot)
+        else {
+            return;
         };
-        for (slot, entry) in &self.entries {
-            if let Entry::Door(door) = entry {
-                let _ = epoll::modify(&self.epoll, &door.socket, EventData::new_u64(slot as u64), flags);
-            }
+        let before = *handshakes;
+        *handshakes = change(before);
+        if (before < MOST_HANDSHAKES) != (*handshakes < MOST_HANDSHAKES) {
+            self.watch_door(slot);
         }
     }
 
     fn accept(&mut self, slot: usize) {
-        if !self.is_accepting() {
+        if self.paused.is_some() {
             return;
         }
         let Some(Entry::Door(door)) = self.entries.get_mut(slot) else {
@@ -273,30 +314,31 @@ impl Acceptor {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
             // Gone before we got to it, or no file descriptor left: it stays in the queue and would wake us at once.
             Err(_) => {
-                self.paused = Some(Instant::now() + ACCEPT_PAUSE);
-                self.update_doors();
+                self.pause(Some(Instant::now() + ACCEPT_PAUSE));
                 return;
             }
         };
         let user = door.user;
-        let record = match &mut door.guests {
+        let (record, door) = match &mut door.guests {
             Guests::One { record, .. } => {
                 let record = Arc::clone(record);
                 // Accept once: the socket and its file go now.
                 self.remove(slot);
-                record
+                (record, None)
             }
-            Guests::Any { template, prefix, next } => {
+            Guests::Any {
+                template, prefix, next, ..
+            } => {
                 let Some(record) = new_fork(&self.registry, template, prefix, next) else {
                     return;
                 };
-                record
+                (record, Some(slot))
             }
         };
-        self.greet(stream, &record, user);
+        self.greet(stream, &record, user, door);
     }
 
-    fn greet(&mut self, stream: UnixStream, record: &Arc<ForkRecord>, user: u32) {
+    fn greet(&mut self, stream: UnixStream, record: &Arc<ForkRecord>, user: u32, door: Option<usize>) {
         let deadline = Instant::now() + self.deadlines.handshake;
         let handshaking = match Handshaking::new(stream, Arc::clone(record), user, deadline) {
             Ok(handshaking) => Box::new(handshaking),
@@ -311,11 +353,8 @@ impl Acceptor {
             EventFlags::IN,
         ) {
             Ok(()) => {
-                entry.insert(Entry::Handshaking(handshaking));
-                self.handshakes += 1;
-                if !self.is_accepting() {
-                    self.update_doors();
-                }
+                entry.insert(Entry::Handshaking { handshaking, door });
+                self.count_handshake(door, |count| count + 1);
                 // Firecracker has sent its message by now, more often than not.
                 self.receive(slot);
             }
@@ -327,7 +366,7 @@ impl Acceptor {
     }
 
     fn receive(&mut self, slot: usize) {
-        let Some(Entry::Handshaking(handshaking)) = self.entries.get_mut(slot) else {
+        let Some(Entry::Handshaking { handshaking, .. }) = self.entries.get_mut(slot) else {
             return;
         };
         let record = Arc::clone(&handshaking.record);
@@ -335,7 +374,7 @@ impl Acceptor {
         if matches!(received, Ok(false)) {
             return;
         }
-        let Some(Entry::Handshaking(handshaking)) = self.remove(slot) else {
+        let Some(Entry::Handshaking { handshaking, .. }) = self.remove(slot) else {
             return;
         };
         let concluded = match received {
@@ -391,12 +430,11 @@ impl Acceptor {
     fn run_timers(&mut self) {
         let now = Instant::now();
         if self.paused.is_some_and(|until| until <= now) {
-            self.paused = None;
-            self.update_doors();
+            self.pause(None);
         }
         for slot in self.slots(|entry| deadline(entry).is_some_and(|deadline| deadline <= now)) {
             let (record, reason) = match self.remove(slot) {
-                Some(Entry::Handshaking(handshaking)) => (
+                Some(Entry::Handshaking { handshaking, .. }) => (
                     Arc::clone(&handshaking.record),
                     FailReason::Refused(Refusal::Deadline {
                         deadline: self.deadlines.handshake,
@@ -420,7 +458,7 @@ impl Acceptor {
 
 fn deadline(entry: &Entry) -> Option<Instant> {
     match entry {
-        Entry::Handshaking(handshaking) => Some(handshaking.deadline),
+        Entry::Handshaking { handshaking, .. } => Some(handshaking.deadline),
         Entry::Door(Door {
             guests: Guests::One { deadline, .. },
             ..
@@ -429,7 +467,7 @@ fn deadline(entry: &Entry) -> Option<Instant> {
     }
 }
 
-/// A new fork with the next free name; `None` where the prefix makes no name.
+/// A new fork with the next free name. `None` never: `Server::listen` saw that the prefix leaves room for any number.
 fn new_fork(registry: &Registry, template: &Template, prefix: &str, next: &mut u64) -> Option<Arc<ForkRecord>> {
     loop {
         *next += 1;

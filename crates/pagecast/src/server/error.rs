@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::fork::ForkId;
+use super::fork::{ForkId, InvalidForkId};
 use crate::template::SourceError;
 
 /// Why a call of the server failed.
@@ -24,6 +24,9 @@ pub enum Error {
     /// A fork of this name exists.
     #[error("a fork named {0} exists")]
     ForkExists(ForkId),
+    /// The prefix of names leaves no room for a number.
+    #[error("the prefix of fork names is too long")]
+    Prefix(#[source] InvalidForkId),
     /// No fork of this name exists.
     #[error("no fork is named {0}")]
     ForkNotFound(ForkId),

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use procfs::Current;
 use procfs::process::{MountInfos, Process};
@@ -12,7 +14,7 @@ use super::hugepages;
 use super::record::ForkRecord;
 use crate::page::PageSize;
 use crate::session::Region;
-use crate::template::{PageSource, TemplateOffset};
+use crate::template::{PageSource, Template, TemplateOffset};
 
 /// What is never used up: this part of what is available stays for everybody else.
 const SPARE_PART: u64 = 16;
@@ -24,20 +26,42 @@ struct Needed {
     huge_pages: u64,
 }
 
-/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool of
-/// hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first.
-pub(super) fn check_room(forks: &[std::sync::Arc<ForkRecord>]) -> Result<(), CloseError> {
+/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool
+/// of hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first, as long as
+/// there is time.
+pub(super) fn check_room(forks: &[Arc<ForkRecord>], until: Instant) -> Result<(), CloseError> {
     if check_known(forks).is_ok() {
         return Ok(());
     }
+    let mut templates: Vec<&Template> = Vec::new();
     for fork in forks {
-        // What cannot be read is counted as needed; completing the fork will say why.
-        let _ = fork.template.source().find_zeros();
+        if !templates.iter().any(|known| known.is_same(&fork.template)) {
+            templates.push(&fork.template);
+        }
+    }
+    for template in templates {
+        find_zeros(template, until);
     }
     check_known(forks)
 }
 
-fn check_known(forks: &[std::sync::Arc<ForkRecord>]) -> Result<(), CloseError> {
+/// Looks for the zeros of a template, on a thread of its own: the template may hang, and whoever closes a server must
+/// not.
+fn find_zeros(template: &Template, until: Instant) {
+    let (done, wait) = mpsc::channel();
+    let template = template.clone();
+    let thread = std::thread::Builder::new().name("pagecast-zeros".to_owned());
+    // Without the thread, `done` is gone and there is nothing to wait for.
+    let _ = thread.spawn(move || {
+        // What cannot be read is counted as needed; completing the fork will say why.
+        let _ = template.source().find_zeros();
+        // Nobody may be waiting any more.
+        let _ = done.send(());
+    });
+    let _ = wait.recv_timeout(until.saturating_duration_since(Instant::now()));
+}
+
+fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     let mut all = Needed::default();
     let mut by_cgroup: BTreeMap<PathBuf, u64> = BTreeMap::new();
     for fork in forks {
@@ -80,9 +104,9 @@ fn check_known(forks: &[std::sync::Arc<ForkRecord>]) -> Result<(), CloseError> {
     Ok(())
 }
 
-/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of the
-/// template is installed once at most). Removed pages are counted though they are not installed, so this errs on the safe
-/// side.
+/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of
+/// the template is installed once at most). Removed pages are counted though they are not installed, so this errs on
+/// the safe side.
 fn needed(fork: &ForkRecord) -> Needed {
     let mut needed = Needed::default();
     let source = fork.template.source();

@@ -101,14 +101,19 @@ impl ForkRecord {
     }
 
     pub(super) fn set_completing(&self) {
-        self.life().completing = true;
+        let mut life = self.life();
+        if !life.state.is_end() {
+            life.completing = true;
+            // Of an earlier try.
+            life.reason = None;
+        }
     }
 
     /// It could not be completed and is served as before.
-    pub(super) fn give_up_completion(&self, reason: Option<Arc<FailReason>>) {
+    pub(super) fn give_up_completion(&self, reason: Arc<FailReason>) {
         let mut life = self.life();
         life.completing = false;
-        life.reason = reason;
+        life.reason = Some(reason);
         drop(life);
         self.changed.notify_all();
     }

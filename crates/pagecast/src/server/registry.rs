@@ -69,17 +69,15 @@ impl Registry {
     pub(super) fn end(&self, record: &Arc<ForkRecord>, state: ForkState, reason: Option<FailReason>) {
         let reason = reason.map(Arc::new);
         let code = reason.as_ref().map(|reason| reason.code());
+        // Held from before anybody can see that it has failed: who has seen it finds it counted.
+        let mut failures = self.lock_failures();
         if !record.end(state, reason) {
             return;
         }
         if let Some(code) = code {
-            *self
-                .failures
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .entry(code)
-                .or_default() += 1;
+            *failures.entry(code).or_default() += 1;
         }
+        drop(failures);
         if record.anonymous {
             self.remove(record);
         }
@@ -88,6 +86,11 @@ impl Registry {
 
     /// How many forks failed, by the code of the reason.
     pub(super) fn failures(&self) -> BTreeMap<&'static str, u64> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock_failures().clone()
+    }
+
+    fn lock_failures(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
+        // No code that can panic runs under this lock.
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

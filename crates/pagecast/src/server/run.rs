@@ -162,8 +162,11 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    /// [`Error::Prefix`] where it leaves no room for a number; [`Error::Template`] where it has changed; the socket's errors;
+    /// [`Error::Closed`].
     pub fn listen(&self, prefix: &ForkId, template: &Template, options: &ForkOptions) -> Result<(), Error> {
+        let longest = format!("{prefix}-{}", u64::MAX);
+        longest.parse::<ForkId>().map_err(Error::Prefix)?;
         let life = self.life();
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
@@ -177,6 +180,7 @@ impl Server {
                 template: template.clone(),
                 prefix: prefix.to_string(),
                 next: 0,
+                handshakes: 0,
             },
         }));
         Ok(())
@@ -223,14 +227,14 @@ impl Server {
         if self.is_closed() {
             return Ok(());
         }
-        memory::check_room(&self.serving())?;
+        let until = Instant::now() + patience;
+        memory::check_room(&self.serving(), until)?;
         self.stop_accepting();
         let forks = self.serving();
         for fork in &forks {
             fork.set_completing();
         }
         self.tell_workers(|| Message::CompleteAll);
-        let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_completed(until);
         }

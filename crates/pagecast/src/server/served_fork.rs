@@ -18,8 +18,8 @@ use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_
 const FIRST_PAUSE: Duration = Duration::from_micros(50);
 /// The longest pause before a retry: a VMM that is frozen while it gives memory back costs 100 wakes a second.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
-/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a page
-/// be installed while a removal is unread, so stopping early is safe.
+/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a
+/// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
 
 /// What the forks of one worker share: room to work in.
@@ -296,12 +296,22 @@ impl ServedFork {
         });
     }
 
-    /// Bytes that were read elsewhere have come.
-    pub(super) fn on_bytes(&mut self, awaited: Awaited, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
+    /// Bytes that were read elsewhere have come, or cannot.
+    pub(super) fn on_bytes(
+        &mut self,
+        awaited: Awaited,
+        bytes: Result<Vec<u8>, SourceError>,
+        scratch: &mut Scratch,
+    ) -> Result<(), End> {
         let Some(position) = self.reads.iter().position(|read| read.awaited == awaited) else {
             return Ok(());
         };
         let since = self.reads.swap_remove(position).since;
+        let bytes = match (bytes, awaited) {
+            (Ok(bytes), _) => bytes,
+            (Err(error), Awaited::Fault(_)) => return Err(error.into()),
+            (Err(error), Awaited::Fill(_)) => return self.on_unreadable_fill(error),
+        };
         self.template.source().check_unchanged()?;
         match awaited {
             Awaited::Fault(at) => match self.session.bytes_ready(at)? {
@@ -309,16 +319,16 @@ impl ServedFork {
                 Some(Step::Wake(range)) => self.wake(range),
                 Some(Step::Install(install)) => {
                     let zeros =
-                        matches!(install.content, Content::Zeros) || leading_zero_pages(bytes, install.page_size).0;
+                        matches!(install.content, Content::Zeros) || leading_zero_pages(&bytes, install.page_size).0;
                     let outcome = if zeros {
                         self.install_zeros(&install, &scratch.zeros)
                     } else {
-                        self.copy(install.to, bytes)
+                        self.copy(install.to, &bytes)
                     };
                     self.finish(&install, outcome, since, scratch.fault_deadline)
                 }
             },
-            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(bytes), scratch.fault_deadline),
+            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(&bytes), scratch.fault_deadline),
         }
     }
 
@@ -332,8 +342,14 @@ impl ServedFork {
     /// Does what is due by now.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let deadline = scratch.fault_deadline;
-        if self.reads.iter().any(|read| read.since + deadline <= now) {
-            return Err(End::Failed(FailReason::ReadDeadline { deadline }));
+        let mut overdue = self.reads.iter().filter(|read| read.since + deadline <= now).peekable();
+        if overdue.peek().is_some() {
+            let reason = FailReason::ReadDeadline { deadline };
+            if overdue.any(|read| matches!(read.awaited, Awaited::Fault(_))) {
+                return Err(End::Failed(reason));
+            }
+            // Nobody waits for what a completion reads, so nobody has to die for it.
+            self.give_up_completion(reason);
         }
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;
@@ -357,22 +373,27 @@ impl ServedFork {
     }
 
     /// Serves the fork as before, where it is not all but complete.
+    ///
+    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
     pub(super) fn abandon_completion(&mut self) {
         if !self.unregistered {
-            self.stop_completing(None);
+            self.stop_completing();
         }
     }
 
     fn give_up_completion(&mut self, reason: FailReason) {
         let reason = Arc::new(reason);
         self.given_up = Some(Arc::clone(&reason));
-        self.stop_completing(Some(reason));
+        self.stop_completing();
+        self.record.give_up_completion(reason);
     }
 
-    fn stop_completing(&mut self, reason: Option<Arc<FailReason>>) {
+    fn stop_completing(&mut self) {
         self.session.abandon_completion();
         self.fill_pause = None;
-        self.record.give_up_completion(reason);
+        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for
+        // them.
+        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 
     /// Why a completion has just been given up, once.
@@ -397,15 +418,29 @@ impl ServedFork {
             };
         };
         let template = self.template.clone();
-        let page = template
-            .source()
-            .try_read(run.from, room(&mut scratch.bytes, run.bytes()))?;
+        let buffer = room(&mut scratch.bytes, run.bytes());
+        let page = match template.source().try_read(run.from, buffer) {
+            Ok(page) => page,
+            Err(error) => return self.on_unreadable_fill(error),
+        };
         if page == Page::NotReady {
             self.read_later(Awaited::Fill(run), run.from, run.bytes(), &scratch.inbox);
             return Ok(());
         }
         template.source().check_unchanged()?;
         self.fill_run(&run, page, scratch.fault_deadline)
+    }
+
+    /// Nobody waits for what a completion reads, so where it merely cannot be read nobody has to die for it.
+    fn on_unreadable_fill(&mut self, error: SourceError) -> Result<(), End> {
+        match error {
+            SourceError::Io { .. } => {
+                self.give_up_completion(FailReason::Template(error));
+                Ok(())
+            }
+            // A template that is not what it was has no more bytes for anybody.
+            SourceError::Changed { .. } | SourceError::Truncated { .. } => Err(error.into()),
+        }
     }
 
     fn fill_run(&mut self, run: &FillRun, page: Page<'_>, deadline: Duration) -> Result<(), End> {
@@ -433,26 +468,18 @@ impl ServedFork {
 
     /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
     ///
-    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that thread
-    /// waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
-    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at a
-    /// place where nothing is registered, tells when it is over.
+    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that
+    /// thread waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
+    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at
+    /// a place where nothing is registered, tells when it is over.
     fn unregister(&mut self, scratch: &mut Scratch) -> Result<(), End> {
         if !self.unregistered {
             let mut regions = self.session.regions().iter();
             let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
-            if let Some(errno) = refused {
-                if self.peer.pidfd.has_exited() {
-                    return Err(End::PeerGone);
-                }
-                drop(regions);
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region",
-                    errno,
-                });
-                return Ok(());
-            }
             drop(regions);
+            if let Some(errno) = refused {
+                return self.on_refused_unregister(errno);
+            }
             self.unregistered = true;
         }
         self.serve(scratch)?;
@@ -476,14 +503,40 @@ impl ServedFork {
             }
         }
     }
+
+    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone,
+    /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
+    /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
+    fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
+        let first = self
+            .session
+            .regions()
+            .iter()
+            .next()
+            .map(|(_, region)| region.first_page());
+        match first.map(|page| self.uffd.continue_range(page)) {
+            Some(Outcome::PeerGone) => Err(End::PeerGone),
+            Some(Outcome::Retry { .. }) => {
+                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                Ok(())
+            }
+            _ => {
+                self.give_up_completion(FailReason::Kernel {
+                    operation: "unregister a region",
+                    errno,
+                });
+                Ok(())
+            }
+        }
+    }
 }
 
 fn kernel(operation: &'static str, errno: Errno) -> End {
     End::Failed(FailReason::Kernel { operation, errno })
 }
 
-/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so it
-/// never does on the fault path).
+/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so
+/// it never does on the fault path).
 fn room(bytes: &mut Vec<u8>, length: usize) -> &mut [u8] {
     if bytes.len() < length {
         bytes.resize(length, 0);

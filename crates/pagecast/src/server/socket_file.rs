@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,9 @@ use super::error::Error;
 
 /// The longest path of a unix socket in bytes (`sun_path` of `unix(7)`, less its final zero).
 const LONGEST_PATH: usize = 107;
+
+/// How many connections wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
 
 /// A socket that listens at a path, which it made and takes away again.
 #[derive(Debug)]
@@ -38,13 +41,11 @@ impl SocketFile {
         };
         let _guard = lock_directory(path).map_err(failed)?;
         clear_stale(path)?;
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        let listener = listen(path).map_err(failed)?;
         let set_up = || -> io::Result<(u64, u64)> {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
             if user.is_some() || group.is_some() {
                 std::os::unix::fs::chown(path, user, group)?;
             }
-            listener.set_nonblocking(true)?;
             let metadata = std::fs::symlink_metadata(path)?;
             Ok((metadata.dev(), metadata.ino()))
         };
@@ -76,15 +77,28 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let Ok(_guard) = lock_directory(&self.path) else {
-            return;
-        };
+        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still
+        // listen, so no server replaces it.
+        let _guard = lock_directory(&self.path);
         let ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// A socket that listens at `path`, which nobody but its owner can ever connect to: Linux takes the mode of the file from
+/// the socket, so it is set before there is a file.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Looking at a path, removing it and binding it are three calls: this lock on its directory makes them one among all
@@ -122,20 +136,22 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
-    match connect_without_waiting(path) {
-        // Nobody listens.
+    match probe(path) {
+        // Nobody has it open.
         Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed),
         Err(rustix::io::Errno::NOENT) => Ok(()),
-        // Connected, or its queue is full: either way somebody is there.
+        // EPROTOTYPE, or it cannot be told: take it that somebody is there.
         _ => Err(Error::SocketInUse { path: path.to_owned() }),
     }
 }
 
-fn connect_without_waiting(path: &Path) -> rustix::io::Result<()> {
+/// Finds out whether somebody has the socket at `path`, without being noticed: a page server would take a connection
+/// for the one VMM that it waits for. A datagram socket cannot connect to a stream socket, but the kernel only says so
+/// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
+fn probe(path: &Path) -> rustix::io::Result<()> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
@@ -192,9 +208,10 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_is_for_its_owner_only() {
+    fn the_socket_is_for_its_owner_only_whatever_the_umask() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
+        let _ = rustix::process::umask(Mode::empty());
         let _socket = SocketFile::bind(&path, None, None).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
     }

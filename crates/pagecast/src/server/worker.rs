@@ -303,7 +303,7 @@ impl Worker {
                     let Some((slot, _)) = forks.find(|(_, served)| served.fork.serial == serial) else {
                         continue;
                     };
-                    self.step(slot, |fork, scratch| fork.on_bytes(awaited, &bytes?, scratch));
+                    self.step(slot, |fork, scratch| fork.on_bytes(awaited, bytes, scratch));
                 }
                 Message::CompleteAll => self.step_all(ServedFork::begin_completion),
                 Message::AbandonAll => self.step_all(ServedFork::abandon_completion),

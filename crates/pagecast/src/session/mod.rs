@@ -421,10 +421,12 @@ impl Session {
     }
 
     /// What of `run` is still to be installed, from where the last part ended. `None` at its end, or where the completion
-    /// has been given up.
+    /// has been given up, or begun again and not come to `run` yet.
     pub fn fill_part(&mut self, run: &FillRun) -> Option<Install> {
         let end = run.first.get() + run.pages;
-        let completion = self.completion.as_mut().filter(|at| at.region == run.region)?;
+        // A run that an earlier completion asked for may lie ahead of this one, and its bytes belong nowhere else.
+        let here = |at: &&mut Completion| at.region == run.region && at.page >= run.first;
+        let completion = self.completion.as_mut().filter(here)?;
         let left = end.checked_sub(completion.page.get()).filter(|left| *left > 0);
         let most = if completion.single_pages { 1 } else { run.pages };
         let states = self.states.get(run.region.get())?;

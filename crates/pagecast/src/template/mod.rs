@@ -76,6 +76,12 @@ impl Template {
         self.source().is_empty()
     }
 
+    /// Whether `other` is a clone of this one.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Where its pages come from.
     pub fn source(&self) -> &dyn PageSource {
         &*self.inner.source

@@ -1,12 +1,18 @@
 //! What every test of the server needs: a template, a server, forks of it.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use pagecast::Template;
-use pagecast::server::{Builder, Deadlines, Fork, ForkOptions, ForkState, Server};
-use pagecast_testkit::sim_vmm::{Connect, SimVmm};
+use pagecast::server::{Builder, Deadlines, Fork, ForkOptions, ForkState, ForkStatus, Server};
+use pagecast_testkit::process::own_fds;
+use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::scripted_source::{Script, ScriptedSource};
 
 /// Long enough for anything that works, on a busy machine; reached only where something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -27,15 +33,7 @@ impl Fixture {
     }
 
     pub(crate) fn with(size: u64, set_up: impl FnOnce(Builder) -> Builder) -> Self {
-        let file = TemplateFile::create(TemplateModel {
-            size,
-            seed: 1,
-            layout: Layout {
-                zero_every: NonZeroU64::new(7),
-                holes: vec![100..200],
-            },
-        })
-        .unwrap();
+        let file = TemplateFile::create(model(size)).unwrap();
         let template = Template::open(file.path()).unwrap();
         let server = set_up(Server::builder().workers(2)).start().unwrap();
         Self {
@@ -44,6 +42,16 @@ impl Fixture {
             file,
             folder: tempfile::tempdir().unwrap(),
         }
+    }
+
+    /// The same file and server, but the template's bytes come as `script` says.
+    pub(crate) fn scripted(script: Script, set_up: impl FnOnce(Builder) -> Builder) -> (Self, Arc<Script>) {
+        let script = Arc::new(script);
+        let fixture = Self {
+            template: Template::from_source(ScriptedSource(Arc::clone(&script))),
+            ..Self::with(8 << 20, set_up)
+        };
+        (fixture, script)
     }
 
     /// Registers a fork.
@@ -56,20 +64,109 @@ impl Fixture {
 
     /// Registers a fork and connects a simulated VMM to it, as Firecracker does.
     pub(crate) fn fork(&self, id: &str) -> (Fork, SimVmm) {
+        self.fork_with(id, |connect| connect)
+    }
+
+    /// The same, with a VMM that does something other than usual.
+    pub(crate) fn fork_with(&self, id: &str, change: impl FnOnce(Connect) -> Connect) -> (Fork, SimVmm) {
         let fork = self.register(id);
         let vmm = SimVmm::spawn().unwrap();
-        vmm.run(Connect::new(fork.socket_path(), self.file.model())).unwrap();
+        vmm.run(change(Connect::new(fork.socket_path(), self.file.model())))
+            .unwrap();
         let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
         assert_eq!(status.state, ForkState::Serving, "{status:?}");
         (fork, vmm)
     }
 }
 
+/// What the fixture's template holds, where it has so many bytes.
+pub(crate) fn model(size: u64) -> TemplateModel {
+    TemplateModel {
+        size,
+        seed: 1,
+        layout: Layout {
+            zero_every: NonZeroU64::new(7),
+            holes: vec![100..200, 1000..1024],
+        },
+    }
+}
+
 /// Deadlines for tests that wait for them.
 pub(crate) fn short_deadlines() -> Deadlines {
     Deadlines {
-        connect: Duration::from_millis(300),
-        handshake: Duration::from_millis(300),
+        // Well-behaved VMMs still meet them, also on a busy machine.
+        connect: Duration::from_secs(2),
+        handshake: Duration::from_secs(1),
         ..Deadlines::default()
     }
+}
+
+/// What a server under attack has to hold on to: a fork that is served well while another is refused or killed.
+pub(crate) struct Bystander {
+    fork: Fork,
+    vmm: SimVmm,
+}
+
+impl Bystander {
+    /// A fork that has read a part of its memory.
+    pub(crate) fn new(fixture: &Fixture) -> Self {
+        let (fork, vmm) = fixture.fork("bystander");
+        let bystander = Self { fork, vmm };
+        bystander.read(Pages::range(0..64));
+        bystander
+    }
+
+    /// Has it read all its memory, most of it for the first time.
+    pub(crate) fn check_unharmed(&self) {
+        self.read(Pages::ALL);
+        let status = self.fork.status();
+        assert_eq!(status.state, ForkState::Serving, "{status:?}");
+    }
+
+    fn read(&self, pages: Pages) {
+        let read = Read {
+            pages,
+            ..Read::default()
+        };
+        let report = self.vmm.run(read).unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    }
+}
+
+/// The code of the reason why a fork failed.
+pub(crate) fn failed_with(status: &ForkStatus) -> &'static str {
+    assert_eq!(status.state, ForkState::Failed, "{status:?}");
+    status.reason.as_ref().unwrap().code()
+}
+
+/// Waits for something that nobody reports.
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < until, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The processor time that this process, and so the server in it, uses while nothing happens for so long.
+pub(crate) fn cpu_time_over(window: Duration) -> Duration {
+    // Opens no file, because some tests leave none to open.
+    let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap();
+    let before = used();
+    std::thread::sleep(window);
+    used().saturating_sub(before)
+}
+
+/// How many open file descriptors of each kind this process has, and so the server in it: sockets, userfaultfds, pidfds
+/// and all else but pipes, which are ours to speak with VMMs.
+pub(crate) fn open_fds() -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for target in own_fds().unwrap().into_values() {
+        // What follows is a number of its own: `socket:[4711]`.
+        let kind = target.split_once(":[").map_or(&*target, |(kind, _)| kind);
+        if kind != "pipe" {
+            *kinds.entry(kind.to_owned()).or_default() += 1;
+        }
+    }
+    kinds
 }

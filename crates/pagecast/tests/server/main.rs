@@ -4,5 +4,15 @@
 //! a test shows that one of them is not here.
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
+mod bad_input;
+mod close;
+mod ends;
 mod fixture;
+mod hugepages;
+mod kills;
+mod removal;
+mod scripted_source;
 mod serving;
+mod slow_template;
+mod template_changes;
+mod vmm_process;

@@ -124,8 +124,11 @@ impl Machine {
         let base_host_virt_addrs: Vec<u64> = bases.collect();
         let message = handshake(connect, &base_host_virt_addrs)?;
         let mut socket = peer::connect(&connect.socket)?;
-        let sent = fd_passing::send(socket.as_fd(), message.as_bytes(), &[uffd.as_fd()])?;
-        socket.write_all(&message.as_bytes()[sent..])?;
+        let piece = if connect.byte_by_byte { 1 } else { message.len() };
+        let sent = fd_passing::send(socket.as_fd(), &message.as_bytes()[..piece], &[uffd.as_fd()])?;
+        for piece in message.as_bytes()[sent..].chunks(piece) {
+            socket.write_all(piece)?;
+        }
         let guest = Guest {
             regions,
             page_size,

@@ -133,6 +133,8 @@ pub struct Connect {
     pub keep_uffd: bool,
     /// The features asked of the userfaultfd ([`Features`]); Firecracker's are `EVENT_REMOVE`.
     pub feature_bits: u64,
+    /// Whether the message is sent byte by byte, the userfaultfd with the first one, instead of at once.
+    pub byte_by_byte: bool,
 }
 
 impl Connect {
@@ -150,6 +152,7 @@ impl Connect {
             keep_socket: true,
             keep_uffd: true,
             feature_bits: Features::EVENT_REMOVE.bits(),
+            byte_by_byte: false,
         }
     }
 }

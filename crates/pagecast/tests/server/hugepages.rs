@@ -1,0 +1,174 @@
+//! Guests with pages of 2 MiB: the same, and never a page that the pool does not have.
+
+use std::num::NonZeroU32;
+
+use pagecast::server::{Fork, ForkState};
+use pagecast_testkit::PageSize;
+use pagecast_testkit::hugepages::HugePages;
+use pagecast_testkit::process::MemoryUse;
+use pagecast_testkit::sim_vmm::{AwaitClose, Connect, Order, Pages, Read, Remove, Share, SimVmm, Write};
+use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
+
+use crate::fixture::{Fixture, PATIENCE};
+use crate::vmm_process::eventually;
+
+const HUGE: u64 = 2 << 20;
+/// How many huge pages a fork has.
+const PAGES: u64 = 8;
+
+/// A template with a page that is a hole, one that is a hole in part, and zeros here and there.
+fn fixture() -> Fixture {
+    let file = TemplateFile::create(TemplateModel {
+        size: PAGES * HUGE,
+        seed: 3,
+        layout: Layout {
+            zero_every: std::num::NonZeroU64::new(7),
+            holes: vec![512..1024, 1700..1800],
+        },
+    })
+    .unwrap();
+    Fixture {
+        template: pagecast::Template::open(file.path()).unwrap(),
+        file,
+        ..Fixture::new()
+    }
+}
+
+fn huge(connect: Connect) -> Connect {
+    Connect {
+        page_size: PageSize::Huge,
+        ..connect
+    }
+}
+
+fn read_everything() -> Read {
+    Read {
+        threads: 4,
+        order: Order::Random(1),
+        share: Share::Everything,
+        ..Read::default()
+    }
+}
+
+fn assert_reads_right(vmm: &SimVmm, read: Read) {
+    let report = vmm.run(read).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+}
+
+/// How many pages of the pool are free. Nobody else takes any while this test holds its reservation.
+fn free() -> u64 {
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap();
+    free.trim().parse().unwrap()
+}
+
+/// Registers a fork and connects a VMM that should be refused for lack of hugepages.
+fn assert_refused(fixture: &Fixture, id: &str) {
+    let fork = fixture.register(id);
+    let vmm = SimVmm::spawn().unwrap();
+    let connect = Connect::new(fork.socket_path(), fixture.file.model());
+    vmm.run(huge(connect)).unwrap();
+    let status = fork.wait(PATIENCE, ForkState::is_end);
+    let code = status.reason.as_ref().map(|reason| reason.code());
+    assert_eq!(code, Some("not_enough_hugepages"), "{status:?}");
+    assert_eq!(status.stats.faults.demand, 0, "{status:?}");
+    let closed = vmm.run(AwaitClose { within_ms: 10_000 }).unwrap();
+    assert!(closed.after_us.is_some(), "the VMM was not told");
+}
+
+#[test]
+fn forks_with_huge_pages_read_right_remove_and_are_completed() {
+    let Some(_reserved) = HugePages::reserve(2 * PAGES).unwrap() else {
+        return;
+    };
+    let fixture = fixture();
+    let (reading_fork, reading) = fixture.fork_with("reading", huge);
+    let (idle_fork, idle) = fixture.fork_with("idle", huge);
+    assert_reads_right(&reading, read_everything());
+    let faults = reading_fork.status().stats.faults;
+    assert!(faults.demand >= PAGES && faults.zero == 1, "{faults:?}");
+    assert_eq!(
+        MemoryUse::of(reading.pid()).unwrap().hugetlb_bytes,
+        PAGES * HUGE,
+        "not huge pages at all"
+    );
+
+    // Touched and removed; removed and never touched; written after it was removed.
+    reading.run(Remove::range(2..5)).unwrap();
+    idle.run(Remove::range(6..8)).unwrap();
+    let pages = Pages::range(3..4);
+    let generation = NonZeroU32::MIN;
+    reading
+        .run(Write {
+            pages,
+            generation,
+            threads: 1,
+        })
+        .unwrap();
+    assert_reads_right(&reading, read_everything());
+    assert_reads_right(
+        &idle,
+        Read {
+            pages: Pages::range(6..7),
+            ..Read::default()
+        },
+    );
+    assert_eq!(reading_fork.status().stats.faults.removed, 3);
+
+    fixture.server.close(PATIENCE).unwrap();
+    for (fork, vmm) in [(&reading_fork, &reading), (&idle_fork, &idle)] {
+        assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
+        assert_reads_right(vmm, read_everything());
+    }
+    fixture.file.check_untouched().unwrap();
+}
+
+#[test]
+fn a_fork_for_which_the_pool_is_too_small_is_refused_before_it_gets_a_page() {
+    let Some(_reserved) = HugePages::reserve(1).unwrap() else {
+        return;
+    };
+    let mut fixture = fixture();
+    // One page more than there is, wherever that is; all of it a hole but what nobody will read.
+    let size = (free() + 1) * HUGE;
+    let model = TemplateModel {
+        size,
+        seed: 3,
+        layout: Layout {
+            zero_every: None,
+            holes: vec![1..2, 2..size / 4096],
+        },
+    };
+    fixture.file = TemplateFile::create(model).unwrap();
+    fixture.template = pagecast::Template::open(fixture.file.path()).unwrap();
+    assert_refused(&fixture, "a");
+}
+
+#[test]
+fn of_two_forks_with_room_for_one_the_second_is_refused_until_the_first_is_gone() {
+    let Some(_reserved) = HugePages::reserve(PAGES).unwrap() else {
+        return;
+    };
+    if free() >= 2 * PAGES {
+        return pagecast_testkit::skip::skip("the pool had room for two already");
+    }
+    let fixture = fixture();
+    let connect = |id: &str| -> (Fork, SimVmm) { fixture.fork_with(id, huge) };
+    let (first_fork, first) = connect("first");
+    // It has not touched a page, so all are free; but they are promised to it.
+    assert_refused(&fixture, "second");
+    assert_reads_right(
+        &first,
+        Read {
+            pages: Pages::range(0..3),
+            ..Read::default()
+        },
+    );
+    assert_refused(&fixture, "third");
+    assert_reads_right(&first, read_everything());
+    first.kill().unwrap();
+    let status = first_fork.wait(PATIENCE, ForkState::is_end);
+    assert_eq!(status.state, ForkState::Exited, "{status:?}");
+    eventually("the pages are free again", || free() >= PAGES);
+    let (_, fourth) = connect("fourth");
+    assert_reads_right(&fourth, read_everything());
+}

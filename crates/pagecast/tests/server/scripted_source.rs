@@ -1,0 +1,146 @@
+//! A template that is slow, stuck or broken where a test wants it to be.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use pagecast::template::{Page, PageSource, SourceError, TemplateOffset};
+use pagecast_testkit::template_file::{Expected, LAYOUT_PAGE, TemplateModel};
+use pagecast_uffd::ByteLen;
+
+/// How a page of 4 KiB is to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// At once.
+    Ready,
+    /// Never at once; reading it takes this long, every time.
+    Slow(Duration),
+    /// Never at once; reading it takes until the [gate](Script::open_gate) is open.
+    Gated,
+    /// Never at once, and reading it fails.
+    Broken,
+    /// At once, but "at once" takes until the gate is open. No source may do this; it holds a worker where a test wants
+    /// it to be.
+    HoldsWorker,
+}
+
+/// What a [`ScriptedSource`] does. Shared between the test and the template.
+pub(crate) struct Script {
+    model: TemplateModel,
+    /// By the number of the page.
+    access: Box<dyn Fn(u64) -> Access + Send + Sync>,
+    gate: Mutex<bool>,
+    opened: Condvar,
+    /// Whether looking for zeros takes until the gate is open.
+    pub(crate) zeros_gated: bool,
+    reads: AtomicU64,
+    holds: AtomicU64,
+}
+
+impl Script {
+    pub(crate) fn new(model: &TemplateModel, access: impl Fn(u64) -> Access + Send + Sync + 'static) -> Self {
+        Self {
+            model: model.clone(),
+            access: Box::new(access),
+            gate: Mutex::new(false),
+            opened: Condvar::new(),
+            zeros_gated: false,
+            reads: AtomicU64::new(0),
+            holds: AtomicU64::new(0),
+        }
+    }
+
+    /// Lets go whatever waits at the gate, now and later.
+    pub(crate) fn open_gate(&self) {
+        *self.gate.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    /// How many slow reads have begun.
+    pub(crate) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    /// How often a worker was held, or would have been were the gate not open.
+    pub(crate) fn holds(&self) -> u64 {
+        self.holds.load(Ordering::Relaxed)
+    }
+
+    fn wait_at_gate(&self) {
+        let gate = self.gate.lock().unwrap();
+        drop(self.opened.wait_while(gate, |open| !*open).unwrap());
+    }
+
+    fn accesses(&self, at: TemplateOffset, buffer: &[u8]) -> impl Iterator<Item = Access> {
+        let first = at.get() / LAYOUT_PAGE;
+        let pages = buffer.len() as u64 / LAYOUT_PAGE;
+        (first..first + pages).map(|page| (self.access)(page))
+    }
+
+    fn fill(&self, at: TemplateOffset, buffer: &mut [u8]) {
+        let offsets = (at.get()..).step_by(usize::try_from(LAYOUT_PAGE).unwrap());
+        for (page, offset) in buffer.chunks_mut(usize::try_from(LAYOUT_PAGE).unwrap()).zip(offsets) {
+            match self.model.expected(offset) {
+                Expected::Pattern(pattern) => pattern.fill(offset, page),
+                Expected::Zero => page.fill(0),
+            }
+        }
+    }
+}
+
+/// The template that a [`Script`] tells of.
+pub(crate) struct ScriptedSource(pub(crate) Arc<Script>);
+
+impl PageSource for ScriptedSource {
+    fn len(&self) -> ByteLen {
+        ByteLen::new(self.0.model.size)
+    }
+
+    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+        let accesses: Vec<Access> = self.0.accesses(at, buffer).collect();
+        if accesses.contains(&Access::HoldsWorker) {
+            self.0.holds.fetch_add(1, Ordering::Relaxed);
+            self.0.wait_at_gate();
+        }
+        if accesses
+            .iter()
+            .any(|access| !matches!(access, Access::Ready | Access::HoldsWorker))
+        {
+            return Ok(Page::NotReady);
+        }
+        self.0.fill(at, buffer);
+        Ok(Page::Bytes(buffer))
+    }
+
+    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        self.0.reads.fetch_add(1, Ordering::Relaxed);
+        for access in self.0.accesses(at, buffer).collect::<Vec<_>>() {
+            match access {
+                Access::Ready => {}
+                Access::Slow(time) => std::thread::sleep(time),
+                Access::Gated | Access::HoldsWorker => self.0.wait_at_gate(),
+                Access::Broken => {
+                    let source = std::io::Error::other("scripted to fail");
+                    return Err(SourceError::Io { at, source });
+                }
+            }
+        }
+        self.0.fill(at, buffer);
+        Ok(())
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn is_known_zero(&self, _at: TemplateOffset, _len: ByteLen) -> bool {
+        false
+    }
+
+    fn find_zeros(&self) -> Result<(), SourceError> {
+        if self.0.zeros_gated {
+            self.0.wait_at_gate();
+        }
+        Ok(())
+    }
+}
