@@ -1,6 +1,7 @@
 //! The one door to every task of this project: `cargo xtask TASK`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cargo;
 mod demo;
 mod interrupt;
@@ -15,6 +16,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(bin_name = "cargo xtask")]
 enum Task {
+    Bench(bench::Bench),
     Demo(demo::Demo),
     Lint(lint::Lint),
     Test(test::Test),
@@ -22,6 +24,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let outcome = match Task::parse() {
+        Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
         Task::Lint(lint) => lint.run(),
         Task::Test(test) => test.run(),

@@ -6,6 +6,29 @@
 //! | [`session`] | the state machine of one fork: events in, steps out | no |
 //! | [`template`] | where pages come from | files |
 //! | [`server`] | sockets, workers, the life of forks | Linux |
+//!
+//! # Example
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use pagecast::server::{ForkOptions, ForkState};
+//! use pagecast::{Server, Template};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let template = Template::open("snapshot.mem".as_ref())?;
+//! let server = Server::builder().start()?;
+//! let fork = server.register("fork-1".parse()?, &template, &ForkOptions::new("/run/fork-1.sock"))?;
+//!
+//! // Give `fork.socket_path()` to Firecracker as the `backend_path` of a `mem_backend` of type `Uffd` …
+//! let status = fork.wait(Duration::from_secs(10), |state| state != ForkState::Waiting);
+//! println!("{}: {}", status.id, status.state);
+//!
+//! // Completes every fork, so that their VMMs run on without a server.
+//! server.close(Duration::from_mins(1))?;
+//! # Ok(())
+//! # }
+//! ```
 
 #![cfg_attr(
     not(target_os = "linux"),

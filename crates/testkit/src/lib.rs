@@ -8,11 +8,13 @@
 //! | [`template_file`] | mem-files that know what is in them |
 //! | [`pattern`] | bytes that tell where they belong |
 //! | [`process`] | what a process holds |
+//! | [`floor`] | the smallest page server, to measure others against |
 //! | [`hugepages`] | hugepages for the time of a test |
 //! | [`skip`] | tests that cannot run here, and say so |
 #![deny(unsafe_code)]
 
 pub mod firecracker;
+pub mod floor;
 pub mod hugepages;
 pub mod pattern;
 pub mod peer;

@@ -89,11 +89,17 @@ struct Served {
     killed: Option<FailReason>,
     /// The kernel would not tell us of its end, so it has to be looked at again and again. It is killed, so not for long.
     unwatched: bool,
+    /// It is in [`Worker::restless`].
+    restless: bool,
 }
 
 impl Served {
     fn wants_to_fill(&self) -> bool {
         self.killed.is_none() && self.fork.wants_to_fill()
+    }
+
+    fn is_restless(&self, fault_deadline: Duration) -> bool {
+        self.wants_to_fill() || self.next_turn(fault_deadline).is_some()
     }
 
     /// When it wants a turn though nothing happens.
@@ -114,6 +120,9 @@ pub(super) struct Worker {
     count: Arc<AtomicUsize>,
     forks: Slab<Served>,
     scratch: Scratch,
+    /// Forks that want a turn though nothing happens: a retry, a read, a fill is outstanding. Mostly none, and then a fault
+    /// costs the same however many forks there are.
+    restless: Vec<usize>,
     /// Where the next round of fills begins, so that all get their turn.
     next_to_fill: usize,
     stopping: bool,
@@ -136,6 +145,7 @@ impl Worker {
             count: Arc::clone(&forks),
             forks: Slab::new(),
             scratch: Scratch::new(Arc::clone(&inbox), fault_deadline),
+            restless: Vec::new(),
             next_to_fill: 0,
             stopping: false,
         };
@@ -171,24 +181,55 @@ impl Worker {
             if mail {
                 self.read_mail();
             }
-            self.run_timers();
-            self.fill_one();
+            self.serve_restless();
         }
     }
 
     /// How long to sleep at most; `None` for as long as nothing happens.
     fn timeout(&self) -> Option<Timespec> {
-        if self.forks.iter().any(|(_, served)| served.wants_to_fill()) {
+        let deadline = self.scratch.fault_deadline;
+        let restless = || self.restless.iter().filter_map(|slot| self.forks.get(*slot));
+        if restless().any(Served::wants_to_fill) {
             return Some(Timespec::default());
         }
-        let deadline = self.scratch.fault_deadline;
-        let next = self
-            .forks
-            .iter()
-            .filter_map(|(_, served)| served.next_turn(deadline))
-            .min()?;
+        let next = restless().filter_map(|served| served.next_turn(deadline)).min()?;
         let left = next.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
+    }
+
+    /// Notes that a fork may want a turn though nothing happens.
+    fn note_restless(&mut self, slot: usize) {
+        let deadline = self.scratch.fault_deadline;
+        if let Some(served) = self.forks.get_mut(slot)
+            && !served.restless
+            && served.is_restless(deadline)
+        {
+            served.restless = true;
+            self.restless.push(slot);
+        }
+    }
+
+    /// Gives those that want it a turn.
+    fn serve_restless(&mut self) {
+        if self.restless.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        for slot in self.restless.clone() {
+            self.step(slot, |fork, scratch| fork.on_timer(now, scratch));
+            if self.forks.get(slot).is_some_and(|served| served.unwatched) {
+                self.check_process(slot);
+            }
+        }
+        self.fill_one();
+        let deadline = self.scratch.fault_deadline;
+        let forks = &mut self.forks;
+        self.restless.retain(|slot| {
+            forks.get_mut(*slot).is_some_and(|served| {
+                served.restless = served.is_restless(deadline);
+                served.restless
+            })
+        });
     }
 
     /// Lets a fork do something, and ends it where that is what came of it.
@@ -203,12 +244,11 @@ impl Worker {
                 reason,
             });
         }
-        if let Err(end) = result {
-            match end {
-                End::PeerGone => self.finish(slot, ForkState::Exited, None),
-                End::Complete => self.finish(slot, ForkState::Complete, None),
-                End::Failed(reason) => self.kill(slot, reason),
-            }
+        match result {
+            Ok(()) => self.note_restless(slot),
+            Err(End::PeerGone) => self.finish(slot, ForkState::Exited, None),
+            Err(End::Complete) => self.finish(slot, ForkState::Complete, None),
+            Err(End::Failed(reason)) => self.kill(slot, reason),
         }
     }
 
@@ -265,14 +305,8 @@ impl Worker {
                     };
                     self.step(slot, |fork, scratch| fork.on_bytes(awaited, &bytes?, scratch));
                 }
-                Message::CompleteAll => self
-                    .forks
-                    .iter_mut()
-                    .for_each(|(_, served)| served.fork.begin_completion()),
-                Message::AbandonAll => self
-                    .forks
-                    .iter_mut()
-                    .for_each(|(_, served)| served.fork.abandon_completion()),
+                Message::CompleteAll => self.step_all(ServedFork::begin_completion),
+                Message::AbandonAll => self.step_all(ServedFork::abandon_completion),
                 Message::KillAll => {
                     for slot in self.slots() {
                         if self.forks.get(slot).is_some_and(|served| served.killed.is_none()) {
@@ -285,6 +319,15 @@ impl Worker {
         }
     }
 
+    fn step_all(&mut self, act: impl Fn(&mut ServedFork)) {
+        for slot in self.slots() {
+            self.step(slot, |fork, _| {
+                act(fork);
+                Ok(())
+            });
+        }
+    }
+
     fn slots(&self) -> Vec<usize> {
         self.forks.iter().map(|(slot, _)| slot).collect()
     }
@@ -294,6 +337,7 @@ impl Worker {
             fork,
             killed: None,
             unwatched: false,
+            restless: false,
         });
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
@@ -321,6 +365,7 @@ impl Worker {
             if let Some(served) = self.forks.get_mut(slot) {
                 served.unwatched = true;
             }
+            self.note_restless(slot);
             return;
         }
         let record = Arc::clone(&fork.record);
@@ -332,32 +377,14 @@ impl Worker {
         });
     }
 
-    fn run_timers(&mut self) {
-        let deadline = self.scratch.fault_deadline;
-        if !self
-            .forks
-            .iter()
-            .any(|(_, served)| served.next_turn(deadline).is_some())
-        {
-            return;
-        }
-        let now = Instant::now();
-        for slot in self.slots() {
-            self.step(slot, |fork, scratch| fork.on_timer(now, scratch));
-            if self.forks.get(slot).is_some_and(|served| served.unwatched) {
-                self.check_process(slot);
-            }
-        }
-    }
-
     /// One bounded step of one completion: faults come first, and the next look at them is never far.
     fn fill_one(&mut self) {
-        let wants = |served: &Served| served.wants_to_fill();
-        let after = self
-            .forks
-            .iter()
-            .find(|(slot, served)| *slot >= self.next_to_fill && wants(served));
-        let Some((slot, _)) = after.or_else(|| self.forks.iter().find(|(_, served)| wants(served))) else {
+        let filling = || {
+            let wants = |slot: &usize| self.forks.get(*slot).is_some_and(Served::wants_to_fill);
+            self.restless.iter().copied().filter(wants)
+        };
+        let next = filling().filter(|slot| *slot >= self.next_to_fill).min();
+        let Some(slot) = next.or_else(|| filling().min()) else {
             return;
         };
         self.next_to_fill = slot + 1;

@@ -28,6 +28,19 @@ impl Identity {
         }
     }
 
+    /// The identity that `fstat(2)` tells of.
+    #[cfg(target_os = "linux")]
+    pub(super) fn of_stat(stat: &rustix::fs::Stat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            // Neither is negative: no file has fewer than no bytes, nor fewer than no nanoseconds.
+            size: stat.st_size.unsigned_abs(),
+            modified_s: stat.st_mtime,
+            modified_ns: i64::try_from(stat.st_mtime_nsec).unwrap_or_default(),
+        }
+    }
+
     /// Device and inode number.
     pub fn inode(&self) -> (u64, u64) {
         (self.device, self.inode)

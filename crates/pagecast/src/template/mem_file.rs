@@ -162,8 +162,10 @@ impl PageSource for MemFile {
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {
-        let now = self.file.metadata().map_err(Self::io_error(TemplateOffset::new(0)))?;
-        match self.identity.difference(&Identity::of(&now)) {
+        // Once for each fault: `fstat` takes 0.1 us less than the `statx` of the standard library.
+        let now =
+            rustix::fs::fstat(&self.file).map_err(|errno| Self::io_error(TemplateOffset::new(0))(errno.into()))?;
+        match self.identity.difference(&Identity::of_stat(&now)) {
             Some(how) => Err(SourceError::Changed { how }),
             None => Ok(()),
         }
