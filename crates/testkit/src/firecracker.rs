@@ -33,7 +33,7 @@ mod snapshot;
 mod tool;
 
 pub use binary::binary;
-pub use console::{Touched, Verified, Written};
+pub use console::{Inflated, Touched, Verified, Written};
 pub use guest::{build_guest, guest_command};
 pub use kvm::{Kvm, kvm};
 pub use microvm::{MemBackend, MicroVm};

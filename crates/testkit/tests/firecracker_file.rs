@@ -199,7 +199,7 @@ fn a_command_that_fails_says_what_the_guest_and_firecracker_said() -> Result<()>
     if kvm()?.skips() {
         return Ok(());
     }
-    let mut vm = MicroVm::boot(32, false)?;
+    let mut vm = MicroVm::boot(32, false, false)?;
     let outside = GuestRange {
         start_mib: 31,
         count_mib: 2,
@@ -207,6 +207,13 @@ fn a_command_that_fails_says_what_the_guest_and_firecracker_said() -> Result<()>
     let error = vm.verify(outside).expect_err("the guest has 32 MiB").to_string();
     assert!(error.contains("err range outside the memory under test"), "{error}");
     assert!(error.contains("Running Firecracker"), "{error}");
+
+    let inside = GuestRange {
+        start_mib: 2,
+        count_mib: 1,
+    };
+    let error = vm.inflate(inside).expect_err("it has no balloon").to_string();
+    assert!(error.contains("err there is no balloon"), "{error}");
 
     vm.kill()?;
     let error = vm.ping().expect_err("it was killed").to_string();

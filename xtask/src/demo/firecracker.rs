@@ -24,7 +24,7 @@ impl Template {
             mem_mib: MEM_MIB,
             fill_mib: DATA_MIB,
             pattern: TEMPLATE_PATTERN,
-            huge_pages: false,
+            ..SnapshotOptions::default()
         };
         let snapshot = Snapshot::create(&options, folder).context("failed to snapshot the guest")?;
         Ok(Self { snapshot })

@@ -4,7 +4,8 @@ use core::fmt::{self, Write as _};
 use core::ops::Range;
 use core::str::SplitAsciiWhitespace;
 
-use crate::memory::{self, FIRST_MIB, PAGE, Pattern};
+use crate::memory::{self, FIRST_MIB, PAGES_PER_MIB, Pattern};
+use crate::{balloon, cpu};
 
 const MIB: usize = 1 << 20;
 
@@ -16,16 +17,18 @@ pub(crate) struct Exchange {
     pub(crate) halts: bool,
     reply: Text,
     ram_end: usize,
+    command_line: usize,
 }
 
 impl Exchange {
-    pub(crate) fn new(ram_end: usize) -> Self {
+    pub(crate) fn new(ram_end: usize, command_line: usize) -> Self {
         Self {
             line: [0; 128],
             line_len: 0,
             halts: false,
             reply: Text::new(),
             ram_end,
+            command_line,
         }
     }
 
@@ -43,7 +46,7 @@ impl Exchange {
         if start < FIRST_MIB || end > self.ram_end / MIB {
             return Err("range outside the memory under test");
         }
-        Ok(start * MIB / PAGE..end * MIB / PAGE)
+        Ok(start * PAGES_PER_MIB..end * PAGES_PER_MIB)
     }
 
     fn answer(&mut self) -> Result<(), &'static str> {
@@ -91,6 +94,13 @@ impl Exchange {
                     done.pages, done.sum, done.ticks
                 )
             }
+            Some("inflate") => {
+                let pages = self.pages(&mut words)?;
+                let count = pages.len();
+                let started = cpu::ticks();
+                balloon::inflate(pages)?;
+                writeln!(self.reply, "ok inflate pages={count} ticks={}", cpu::ticks() - started)
+            }
             Some("halt") => {
                 self.halts = true;
                 writeln!(self.reply, "ok halt")
@@ -103,7 +113,10 @@ impl Exchange {
 
 pub(crate) extern "C" fn greet(exchange: &mut Exchange) {
     let mib = exchange.ram_end / MIB;
-    let _ = writeln!(exchange.reply, "ok ready mem_mib={mib} first_mib={FIRST_MIB}");
+    let _ = match balloon::set_up(exchange.command_line) {
+        Ok(()) => writeln!(exchange.reply, "ok ready mem_mib={mib} first_mib={FIRST_MIB}"),
+        Err(reason) => writeln!(exchange.reply, "err {reason}"),
+    };
 }
 
 pub(crate) extern "C" fn run(exchange: &mut Exchange) {

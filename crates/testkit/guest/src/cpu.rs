@@ -18,8 +18,10 @@ unsafe extern "C" {
     static trap_stack_top: u8;
 }
 
-/// Memory that can be mapped: Firecracker puts RAM below 3 GiB at its own address, the devices above.
-pub(crate) const MAPPED_GIB: usize = 3;
+/// Memory that can be used: Firecracker puts RAM below 3 GiB at its own address.
+pub(crate) const RAM_GIB: usize = 3;
+/// Devices are in the GiB above.
+const MAPPED_GIB: usize = RAM_GIB + 1;
 
 const PRESENT_WRITABLE_USER: u64 = 0b111;
 const LARGE: u64 = 1 << 7;
@@ -61,7 +63,7 @@ static mut INTERRUPTS: InterruptTable = InterruptTable([[0; 2]; 64]);
 static mut TOP: PageTable = PageTable([0; 512]);
 static mut GIBS: PageTable = PageTable([0; 512]);
 /// One page table per GiB. Filled at compile time, as loops in ring 0 can be slow (see the crate's documentation).
-static MIBS: [PageTable; MAPPED_GIB] = [identity(0), identity(1), identity(2)];
+static MIBS: [PageTable; MAPPED_GIB] = [identity(0), identity(1), identity(2), identity(3)];
 
 const fn identity(gib: u64) -> PageTable {
     let mut table = PageTable([0; 512]);
@@ -145,7 +147,7 @@ fn low_half(value: u64) -> u32 {
     value as u32
 }
 
-/// Where usable memory ends, according to the memory map (e820) in the boot parameters; at most [`MAPPED_GIB`].
+/// Where usable memory ends, according to the memory map (e820) in the boot parameters; at most [`RAM_GIB`].
 pub(crate) fn ram_end(boot_params: *const u8) -> usize {
     const COUNT: usize = 0x1e8;
     const TABLE: usize = 0x2d0;
@@ -167,10 +169,19 @@ pub(crate) fn ram_end(boot_params: *const u8) -> usize {
     };
     entries
         .iter()
-        .filter(|entry| entry.kind == USABLE && entry.base < MAPPED_GIB << 30)
-        .map(|entry| (entry.base + entry.size).min(MAPPED_GIB << 30))
+        .filter(|entry| entry.kind == USABLE && entry.base < RAM_GIB << 30)
+        .map(|entry| (entry.base + entry.size).min(RAM_GIB << 30))
         .max()
         .unwrap_or(0)
+}
+
+/// Where the command line is, according to the boot parameters: a text that ends with a zero.
+pub(crate) fn command_line(boot_params: *const u8) -> usize {
+    const POINTER: usize = 0x228;
+
+    // SAFETY: as in `ram_end`.
+    let address = unsafe { boot_params.add(POINTER).cast::<u32>().read_unaligned() };
+    address as usize
 }
 
 /// Runs a function in ring 3 and waits for it.

@@ -11,10 +11,11 @@
 //! | `write START COUNT EVERY PATTERN` | `ok write pages=N ticks=T`: gave every `EVERY`th page (page number divisible by `EVERY`) pattern 0 to 255; 0 is zeros |
 //! | `verify START COUNT` | `ok verify pages=N patterns=D mismatches=N first_bad=A expected=W found=W ticks=T`: read every word; `A` and both `W` are `-` where nothing mismatches |
 //! | `touch START COUNT` | `ok touch pages=N sum=W ticks=T`: read one word of every page |
+//! | `inflate START COUNT` | `ok inflate pages=N ticks=T`: gave the pages back to the host through Firecracker's balloon, a request for each MiB, and waited until the host had dropped them. They may be written again |
 //! | `halt` | `ok halt`, then the guest resets and Firecracker exits |
 //!
 //! Anything else gets `err` and a reason. The guest remembers in its own memory which pattern each page must hold (so
-//! a snapshot carries it); pages never written must read as zeros. `D` is a digest of these notes for the range
+//! a snapshot carries it); pages never written, or given back since, must read as zeros. `D` is a digest of these notes for the range
 //! (FNV-1a of one byte a page), so that the host notices if the notes themselves were lost. `T` is in ticks of the time
 //! stamp counter.
 //!
@@ -30,6 +31,7 @@
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod command;
 mod cpu;
 mod memory;
@@ -44,7 +46,7 @@ use command::Exchange;
 extern "C" fn start(boot_params: *const u8) -> ! {
     cpu::set_up();
     serial::set_up();
-    let mut exchange = Exchange::new(cpu::ram_end(boot_params));
+    let mut exchange = Exchange::new(cpu::ram_end(boot_params), cpu::command_line(boot_params));
     cpu::run_in_ring3(command::greet, &mut exchange);
     loop {
         serial::write(exchange.reply());

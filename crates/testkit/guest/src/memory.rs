@@ -5,9 +5,10 @@ use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicU8, Ordering};
 
-use crate::cpu::{MAPPED_GIB, ticks};
+use crate::cpu::{RAM_GIB, ticks};
 
 pub(crate) const PAGE: usize = 4096;
+pub(crate) const PAGES_PER_MIB: usize = (1 << 20) / PAGE;
 /// The guest itself lives below: its image ends under 2 MiB (see guest.ld).
 pub(crate) const FIRST_MIB: usize = 2;
 
@@ -15,8 +16,8 @@ const WORD: usize = 8;
 /// Odd, so that the words of a pattern are all different, and far from any small difference of two addresses.
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
-const PAGES: usize = (MAPPED_GIB << 30) / PAGE;
-/// The pattern each page must hold; 0, zeros, is what a page that was never written must hold.
+const PAGES: usize = (RAM_GIB << 30) / PAGE;
+/// The pattern each page must hold; 0, zeros, is what a page that was never written, or given back since, must hold.
 static PATTERNS: [AtomicU8; PAGES] = [const { AtomicU8::new(0) }; PAGES];
 
 /// What a page holds: zeros, or words that each depend on their physical address and on the pattern's number. A page
@@ -89,6 +90,13 @@ pub(crate) fn write(pages: Range<usize>, every: usize, pattern: Pattern) -> Writ
     Written {
         pages: written,
         ticks: ticks() - started,
+    }
+}
+
+/// These pages were given back: zeros from now on.
+pub(crate) fn forget(pages: Range<usize>) {
+    for pattern in &PATTERNS[pages] {
+        pattern.store(0, Ordering::Relaxed);
     }
 }
 

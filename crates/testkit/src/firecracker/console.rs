@@ -47,6 +47,17 @@ pub struct Touched {
     pub elapsed: Duration,
 }
 
+/// What `inflate` did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inflated {
+    /// Pages of 4 KiB.
+    pub pages: u64,
+    /// How long the guest took, in ticks of its time stamp counter.
+    pub ticks: u64,
+    /// How long it took for us.
+    pub elapsed: Duration,
+}
+
 #[derive(Debug)]
 pub(crate) struct Console {
     input: ChildStdin,
@@ -145,6 +156,14 @@ impl Reply {
 
     pub(crate) fn into_touched(self, elapsed: Duration) -> Result<Touched> {
         Ok(Touched {
+            pages: self.field("pages")?,
+            ticks: self.field("ticks")?,
+            elapsed,
+        })
+    }
+
+    pub(crate) fn into_inflated(self, elapsed: Duration) -> Result<Inflated> {
+        Ok(Inflated {
             pages: self.field("pages")?,
             ticks: self.field("ticks")?,
             elapsed,

@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use super::api::Api;
-use super::console::{Console, Reply, Touched, Verified, Written};
+use super::console::{Console, Inflated, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::process::Process;
 use super::{GuestRange, Snapshot, build_guest};
@@ -54,7 +54,7 @@ impl MicroVm {
     /// # Errors
     ///
     /// If Firecracker or the guest cannot be had, or the guest does not come up.
-    pub fn boot(mem_mib: u32, huge_pages: bool) -> Result<Self> {
+    pub fn boot(mem_mib: u32, huge_pages: bool, balloon: bool) -> Result<Self> {
         let kernel = build_guest()?;
         let mut vm = Self::spawn(Patterns::zeros(mem_mib))?;
         let huge_pages = if huge_pages { "2M" } else { "None" };
@@ -62,6 +62,10 @@ impl MicroVm {
             "/machine-config",
             &json!({ "vcpu_count": 1, "mem_size_mib": mem_mib, "huge_pages": huge_pages }),
         )?;
+        if balloon {
+            // The guest gives back what it is told to give: there is no size that Firecracker has to want first.
+            vm.put("/balloon", &json!({ "amount_mib": 0, "deflate_on_oom": false }))?;
+        }
         vm.put("/boot-source", &json!({ "kernel_image_path": kernel }))?;
         vm.put("/actions", &json!({ "action_type": "InstanceStart" }))?;
         let found: u32 = vm.reply("ready", |reply| reply.field("mem_mib"))?;
@@ -192,7 +196,7 @@ impl MicroVm {
     }
 
     /// Has the guest read every word of the range and compare it with what it wrote there last, or with zero where it
-    /// never wrote.
+    /// never wrote or has given the memory back since.
     ///
     /// # Errors
     ///
@@ -216,6 +220,19 @@ impl MicroVm {
     /// If the range is not the guest's, or there is no answer in time.
     pub fn touch(&mut self, range: GuestRange) -> Result<Touched> {
         self.command(&format!("touch {range}"), Reply::into_touched)
+    }
+
+    /// Has the guest give the range back to the host through its balloon, which must have been asked for before it was
+    /// booted, and waits until Firecracker has dropped the pages. They must read as zeros from then on, and may be
+    /// written again.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not the guest's, or it has no balloon, or there is no answer in time.
+    pub fn inflate(&mut self, range: GuestRange) -> Result<Inflated> {
+        let inflated = self.command(&format!("inflate {range}"), Reply::into_inflated)?;
+        self.patterns.write(range, 1, 0);
+        Ok(inflated)
     }
 
     /// Starts a `verify` and does not wait for it. Nothing else can be asked of the guest afterwards, so this is for

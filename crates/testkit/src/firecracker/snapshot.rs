@@ -20,6 +20,8 @@ pub struct SnapshotOptions {
     /// Back the guest with 2 MiB pages of hugetlbfs, which must be reserved for as long as the snapshot is created and
     /// for each fork (see [`HugePages`](crate::hugepages::HugePages)).
     pub huge_pages: bool,
+    /// Give the guest a balloon, so that it can give memory back (see [`MicroVm::inflate`]).
+    pub balloon: bool,
 }
 
 impl Default for SnapshotOptions {
@@ -29,6 +31,7 @@ impl Default for SnapshotOptions {
             fill_mib: 64,
             pattern: 1,
             huge_pages: false,
+            balloon: false,
         }
     }
 }
@@ -76,7 +79,7 @@ impl Snapshot {
         let mem_path = folder.join("mem");
         let vmstate_path = folder.join("vmstate");
 
-        let mut vm = MicroVm::boot(options.mem_mib, options.huge_pages)?;
+        let mut vm = MicroVm::boot(options.mem_mib, options.huge_pages, options.balloon)?;
         if options.fill_mib > 0 {
             vm.write(filled, 1, options.pattern)?;
         }
