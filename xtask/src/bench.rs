@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pagecast::Template;
 use pagecast::server::{ForkOptions, ForkState, Server};
 use pagecast_testkit::floor::Floor;
+use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use serde::Serialize;
@@ -61,15 +62,17 @@ enum Measure {
     TwentyForksP50,
     TwentyForksP99,
     TwentyForksFaultsPerSecond,
+    ServerCpuPerFault,
 }
 
 impl Measure {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::OneForkP50,
         Self::OneForkP99,
         Self::TwentyForksP50,
         Self::TwentyForksP99,
         Self::TwentyForksFaultsPerSecond,
+        Self::ServerCpuPerFault,
     ];
 
     fn title(self) -> &'static str {
@@ -79,6 +82,7 @@ impl Measure {
             Self::TwentyForksP50 => "20 forks at once: p50, us",
             Self::TwentyForksP99 => "20 forks at once: p99, us",
             Self::TwentyForksFaultsPerSecond => "20 forks at once: faults per second",
+            Self::ServerCpuPerFault => "20 forks at once: CPU of the server per fault, us",
         }
     }
 
@@ -226,7 +230,8 @@ impl Bench {
                 .map(pagecast_testkit::sim_vmm::Job::join)
                 .collect::<Result<Vec<_>>>()
         })?;
-        let faults_per_second = self.forks(system, file, FORKS, |vmms| {
+        let (faults_per_second, cpu_per_fault) = self.forks(system, file, FORKS, |vmms| {
+            let cpu_before = ProcessUse::of(std::process::id())?.cpu_time;
             let started = Instant::now();
             let jobs = start_all(vmms, |fork| Touch {
                 pages: Pages::range(0..PAGES_EACH),
@@ -235,7 +240,10 @@ impl Bench {
             })?;
             let touched = jobs.into_iter().map(|job| Ok(job.join()?.pages)).sum::<Result<u64>>()?;
             let elapsed = started.elapsed();
-            Ok(to_f64(touched) / elapsed.as_secs_f64())
+            // Floor and server run in this process, and nothing else does meanwhile.
+            let cpu = ProcessUse::of(std::process::id())?.cpu_time.saturating_sub(cpu_before);
+            let faults = to_f64(touched);
+            Ok((faults / elapsed.as_secs_f64(), cpu.as_secs_f64() * 1e6 / faults))
         })?;
         // The forks' own figures differ little; the one in the middle stands for all.
         let mut middle = |key: fn(&pagecast_testkit::sim_vmm::LatencyReport) -> u64| {
@@ -248,6 +256,7 @@ impl Bench {
             micros(middle(|report| report.p50_ns)),
             micros(middle(|report| report.p99_ns)),
             faults_per_second,
+            cpu_per_fault,
         ])
     }
 
@@ -368,8 +377,8 @@ mod tests {
 
     #[test]
     fn ratios_are_taken_round_by_round() {
-        let floor = [[1.0; 5], [10.0; 5], [100.0; 5]];
-        let pagecast = [[1.2; 5], [9.0; 5], [130.0; 5]];
+        let floor = [[1.0; 6], [10.0; 6], [100.0; 6]];
+        let pagecast = [[1.2; 6], [9.0; 6], [130.0; 6]];
         let rows = rows(&floor, &pagecast);
         assert!((rows[0].ratio.median - 1.2).abs() < 1e-9);
         assert_eq!(rows[0].met, Some(true));
