@@ -30,13 +30,15 @@ pub struct Builder {
 impl Builder {
     fn new() -> Self {
         Self {
-            workers: std::thread::available_parallelism().map_or(1, usize::from).min(4),
+            workers: std::thread::available_parallelism().map_or(2, |processors| (2 * processors.get()).min(8)),
             deadlines: Deadlines::default(),
             observer: Box::new(|_| {}),
         }
     }
 
-    /// How many threads answer faults; by default one a processor, but no more than 4. At least one.
+    /// How many threads answer faults; by default two a processor, but no more than 8. At least one.
+    ///
+    /// More than processors, because a worker that waits for a processor holds up all of its forks.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers.max(1);

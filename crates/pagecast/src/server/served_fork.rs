@@ -102,6 +102,8 @@ pub(super) struct ServedFork {
     template: Template,
     /// Tells this fork from others that had the same place in their worker.
     pub(super) serial: u64,
+    /// The last turn ended before all events were read. The worker is told of new ones only.
+    unread: bool,
     reads: Vec<Read>,
     retry: Option<Retry>,
     fill_pause: Option<Instant>,
@@ -127,6 +129,7 @@ impl ServedFork {
             socket: Some(socket),
             session,
             serial,
+            unread: false,
             reads: Vec::new(),
             retry: None,
             fill_pause: None,
@@ -144,6 +147,7 @@ impl ServedFork {
     /// Reads events until there are none, or for one turn. Returns when the first read was done.
     fn take_events(&mut self, scratch: &mut Scratch) -> Result<Instant, End> {
         let mut first_read = None;
+        self.unread = true;
         for _ in 0..READS_PER_TURN {
             let drained = self
                 .uffd
@@ -157,6 +161,7 @@ impl ServedFork {
                 }
             }
             if drained == Drained::Yes {
+                self.unread = false;
                 break;
             }
         }
@@ -336,7 +341,8 @@ impl ServedFork {
     pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
         let reads = self.reads.iter().map(|read| read.since + fault_deadline);
         let retry = self.retry.as_ref().map(|retry| retry.at);
-        reads.chain(retry).chain(self.fill_pause).min()
+        let unread = self.unread.then(Instant::now);
+        reads.chain(retry).chain(self.fill_pause).chain(unread).min()
     }
 
     /// Does what is due by now.
@@ -353,6 +359,9 @@ impl ServedFork {
         }
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;
+        }
+        if self.unread {
+            self.serve(scratch)?;
         }
         if let Some(retry) = self.retry.as_ref().filter(|retry| retry.at <= now) {
             let since = retry.since;

@@ -342,15 +342,16 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
-        let mut watched =
-            epoll::add(&self.epoll, &fork.uffd, Token::Uffd(slot).encode(), EventFlags::IN).and_then(|()| {
-                epoll::add(
-                    &self.epoll,
-                    &fork.peer.pidfd,
-                    Token::Process(slot).encode(),
-                    EventFlags::IN,
-                )
-            });
+        // Told of each new event once: all are read whenever there is one, and the kernel need not look again.
+        let on_new_events = EventFlags::IN | EventFlags::ET;
+        let uffd = epoll::add(&self.epoll, &fork.uffd, Token::Uffd(slot).encode(), on_new_events);
+        let pidfd = epoll::add(
+            &self.epoll,
+            &fork.peer.pidfd,
+            Token::Process(slot).encode(),
+            EventFlags::IN,
+        );
+        let mut watched = uffd.and(pidfd);
         if let Some(socket) = &fork.socket {
             // Nothing it says is of interest, only that it ends.
             watched =
