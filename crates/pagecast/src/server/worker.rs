@@ -116,6 +116,7 @@ impl Served {
 
 pub(super) struct Worker {
     epoll: OwnedFd,
+    inbox: Arc<Inbox<Message>>,
     registry: Arc<Registry>,
     count: Arc<AtomicUsize>,
     forks: Slab<Served>,
@@ -139,12 +140,17 @@ impl Worker {
         let forks = Arc::new(AtomicUsize::new(0));
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
+        let deliver = {
+            let inbox = Arc::clone(&inbox);
+            Arc::new(move |serial, awaited, bytes| inbox.send(Message::Bytes { serial, awaited, bytes }))
+        };
         let worker = Self {
             epoll,
             registry,
             count: Arc::clone(&forks),
             forks: Slab::new(),
-            scratch: Scratch::new(Arc::clone(&inbox), fault_deadline),
+            inbox: Arc::clone(&inbox),
+            scratch: Scratch::new(deliver, fault_deadline),
             restless: Vec::new(),
             next_to_fill: 0,
             stopping: false,
@@ -294,7 +300,7 @@ impl Worker {
     }
 
     fn read_mail(&mut self) {
-        let inbox = Arc::clone(&self.scratch.inbox);
+        let inbox = Arc::clone(&self.inbox);
         for message in inbox.take() {
             match message {
                 Message::Adopt(fork) => self.adopt(*fork),

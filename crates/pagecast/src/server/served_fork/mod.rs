@@ -1,5 +1,7 @@
 //! One fork being served: carries out what its session decides.
 
+mod completion;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,9 +9,7 @@ use std::time::{Duration, Instant};
 use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
 
 use super::failure::FailReason;
-use super::inbox::Inbox;
 use super::record::ForkRecord;
-use super::worker::Message;
 use crate::page::PageSize;
 use crate::session::{After, Content, FillRun, Install, Noted, PageRef, Purpose, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
@@ -22,6 +22,9 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
 
+/// Where bytes go that were read elsewhere: of which fork (its serial), for what, and the bytes. Called on reading threads.
+pub(super) type Deliver = Arc<dyn Fn(u64, Awaited, Result<Vec<u8>, SourceError>) + Send + Sync>;
+
 /// What the forks of one worker share: room to work in.
 pub(super) struct Scratch {
     events: Vec<Event>,
@@ -29,19 +32,18 @@ pub(super) struct Scratch {
     bytes: Vec<u8>,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
     zeros: Vec<u8>,
-    /// Where bytes that were read elsewhere are to be sent.
-    pub(super) inbox: Arc<Inbox<Message>>,
+    deliver: Deliver,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
 }
 
 impl Scratch {
-    pub(super) fn new(inbox: Arc<Inbox<Message>>, fault_deadline: Duration) -> Self {
+    pub(super) fn new(deliver: Deliver, fault_deadline: Duration) -> Self {
         Self {
             events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: vec![0; PageSize::Huge.as_usize()],
-            inbox,
+            deliver,
             fault_deadline,
         }
     }
@@ -188,7 +190,7 @@ impl ServedFork {
             Page::NotReady => {
                 self.session.await_bytes(install);
                 self.record.counters.slow.add(1);
-                self.read_later(Awaited::Fault(install.at), from, install.bytes(), &scratch.inbox);
+                self.read_later(Awaited::Fault(install.at), from, install.bytes(), &scratch.deliver);
                 return Ok(());
             }
             Page::Bytes(bytes) => {
@@ -290,14 +292,14 @@ impl ServedFork {
         Ok(())
     }
 
-    fn read_later(&mut self, awaited: Awaited, from: TemplateOffset, length: usize, inbox: &Arc<Inbox<Message>>) {
+    fn read_later(&mut self, awaited: Awaited, from: TemplateOffset, length: usize, deliver: &Deliver) {
         self.reads.push(Read {
             awaited,
             since: Instant::now(),
         });
-        let (inbox, serial) = (Arc::clone(inbox), self.serial);
+        let (deliver, serial) = (Arc::clone(deliver), self.serial);
         self.template.read_later(from, length, move |bytes| {
-            inbox.send(Message::Bytes { serial, awaited, bytes });
+            deliver(serial, awaited, bytes);
         });
     }
 
@@ -374,169 +376,6 @@ impl ServedFork {
             }
         }
         Ok(())
-    }
-
-    /// From now on installs everything that is left, whenever [`fill`](Self::fill) gets a turn.
-    pub(super) fn begin_completion(&mut self) {
-        self.session.begin_completion();
-    }
-
-    /// Serves the fork as before, where it is not all but complete.
-    ///
-    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
-    pub(super) fn abandon_completion(&mut self) {
-        if !self.unregistered {
-            self.stop_completing();
-        }
-    }
-
-    fn give_up_completion(&mut self, reason: FailReason) {
-        let reason = Arc::new(reason);
-        self.given_up = Some(Arc::clone(&reason));
-        self.stop_completing();
-        self.record.give_up_completion(reason);
-    }
-
-    fn stop_completing(&mut self) {
-        self.session.abandon_completion();
-        self.fill_pause = None;
-        // Their bytes are not for the completion that may follow, which begins elsewhere; nor does anybody wait for
-        // them.
-        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
-    }
-
-    /// Why a completion has just been given up, once.
-    pub(super) fn take_given_up(&mut self) -> Option<Arc<FailReason>> {
-        self.given_up.take()
-    }
-
-    /// Whether [`fill`](Self::fill) has something to do.
-    pub(super) fn wants_to_fill(&self) -> bool {
-        self.session.is_completing()
-            && self.fill_pause.is_none()
-            && !self.reads.iter().any(|read| matches!(read.awaited, Awaited::Fill(_)))
-    }
-
-    /// The next bounded step of a completion.
-    pub(super) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
-        let Some(run) = self.session.next_fill() else {
-            return if self.session.is_completing() {
-                self.unregister(scratch)
-            } else {
-                Ok(())
-            };
-        };
-        let template = self.template.clone();
-        let buffer = room(&mut scratch.bytes, run.bytes());
-        let page = match template.source().try_read(run.from, buffer) {
-            Ok(page) => page,
-            Err(error) => return self.on_unreadable_fill(error),
-        };
-        if page == Page::NotReady {
-            self.read_later(Awaited::Fill(run), run.from, run.bytes(), &scratch.inbox);
-            return Ok(());
-        }
-        template.source().check_unchanged()?;
-        self.fill_run(&run, page, scratch.fault_deadline)
-    }
-
-    /// Nobody waits for what a completion reads, so where it merely cannot be read nobody has to die for it.
-    fn on_unreadable_fill(&mut self, error: SourceError) -> Result<(), End> {
-        match error {
-            SourceError::Io { .. } => {
-                self.give_up_completion(FailReason::Template(error));
-                Ok(())
-            }
-            // A template that is not what it was has no more bytes for anybody.
-            SourceError::Changed { .. } | SourceError::Truncated { .. } => Err(error.into()),
-        }
-    }
-
-    fn fill_run(&mut self, run: &FillRun, page: Page<'_>, deadline: Duration) -> Result<(), End> {
-        while self.fill_pause.is_none()
-            && let Some(part) = self.session.fill_part(run)
-        {
-            let Page::Bytes(bytes) = page else {
-                self.session.skip_fill(&part);
-                continue;
-            };
-            let start = run.position_of(&part);
-            let bytes = bytes.get(start..start + part.bytes()).unwrap_or_default();
-            let (zeros, pages) = leading_zero_pages(bytes, part.page_size);
-            let part = part.truncated(pages);
-            if zeros {
-                self.session.skip_fill(&part);
-                continue;
-            }
-            let bytes = bytes.get(..part.bytes()).unwrap_or_default();
-            let outcome = self.copy(part.to, bytes);
-            self.finish(&part, outcome, Instant::now(), deadline)?;
-        }
-        Ok(())
-    }
-
-    /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
-    ///
-    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that
-    /// thread waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
-    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at
-    /// a place where nothing is registered, tells when it is over.
-    fn unregister(&mut self, scratch: &mut Scratch) -> Result<(), End> {
-        if !self.unregistered {
-            let mut regions = self.session.regions().iter();
-            let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
-            drop(regions);
-            if let Some(errno) = refused {
-                return self.on_refused_unregister(errno);
-            }
-            self.unregistered = true;
-        }
-        self.serve(scratch)?;
-        let Some((_, region)) = self.session.regions().iter().next() else {
-            return Err(End::Complete);
-        };
-        match self.uffd.zeropage(region.first_page()) {
-            Outcome::NotRegistered => Err(End::Complete),
-            Outcome::Retry { .. } => {
-                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
-                Ok(())
-            }
-            Outcome::PeerGone => Err(End::PeerGone),
-            _ => {
-                self.unregistered = false;
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region for good: the VMM registered it again",
-                    errno: Errno::new(0),
-                });
-                Ok(())
-            }
-        }
-    }
-
-    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone,
-    /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
-    /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
-    fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
-        let first = self
-            .session
-            .regions()
-            .iter()
-            .next()
-            .map(|(_, region)| region.first_page());
-        match first.map(|page| self.uffd.continue_range(page)) {
-            Some(Outcome::PeerGone) => Err(End::PeerGone),
-            Some(Outcome::Retry { .. }) => {
-                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
-                Ok(())
-            }
-            _ => {
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region",
-                    errno,
-                });
-                Ok(())
-            }
-        }
     }
 }
 
