@@ -127,10 +127,13 @@ impl Display for Line<'_> {
                 write!(f, "{id}: cannot be completed, is served on: {}", chain(*error))
             }
             Self::Closing { forks } => {
-                write!(f, "closing: completing {forks} forks; a second signal kills their VMMs")
+                write!(
+                    f,
+                    "closing: forks to complete: {forks}; a second signal kills their VMMs"
+                )
             }
             Self::Staying { why } => write!(f, "cannot close, serving on: {}", chain(*why)),
-            Self::Killing { forks } => write!(f, "second signal: killing the VMMs of {forks} forks"),
+            Self::Killing { forks } => write!(f, "second signal: VMMs to kill: {forks}"),
             Self::Closed => f.write_str("closed"),
         }
     }

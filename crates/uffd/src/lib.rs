@@ -16,7 +16,7 @@
 
 pub mod address;
 #[cfg_attr(
-    not(target_os = "linux"),
+    not(any(target_os = "linux", test)),
     expect(dead_code, reason = "events are parsed where they are read")
 )]
 pub mod event;

@@ -58,7 +58,7 @@ pub enum Purpose {
 }
 
 /// A run of pages to fill. Some of them may be installed or removed by the time their bytes are there, so what is really
-/// installed comes from [`Session::fill_part`].
+/// installed comes from [`Session::fill_part`](super::Session::fill_part).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FillRun {
     pub(super) region: RegionIndex,

@@ -2,6 +2,7 @@
 //!
 //! Each module shows one thing that a page server has to get right; the numbers of bugs that others shipped are named where
 //! a test shows that one of them is not here.
+#![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod bad_input;
