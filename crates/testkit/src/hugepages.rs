@@ -2,12 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::skip::skip;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
+const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 
 /// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
 ///
@@ -51,7 +53,26 @@ impl HugePages {
             skip(&format!("needs {pages} free pages of 2 MiB, the system found {added}"));
             return Ok(None);
         }
+        wait_until_free(pages)?;
         Ok(Some(reserved))
+    }
+}
+
+/// Waits for pages of processes that have just died: the kernel gives them back some time after their end, and until then
+/// they count among those that were added.
+fn wait_until_free(pages: u64) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let text = std::fs::read_to_string(FREE).with_context(|| format!("failed to read {FREE}"))?;
+        let free: u64 = text.trim().parse().with_context(|| format!("{FREE} holds {text:?}"))?;
+        if free >= pages {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "of the pages of 2 MiB that were added, {free} are free and {pages} are needed: who uses the others?"
+        );
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

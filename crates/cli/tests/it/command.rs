@@ -97,5 +97,9 @@ impl Drop for Handle {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            let rest: Vec<String> = self.lines.iter().collect();
+            eprintln!("pagecast handle said {:#?} and {rest:#?}", self.said);
+        }
     }
 }
