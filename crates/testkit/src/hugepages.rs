@@ -10,6 +10,7 @@ use crate::skip::skip;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const SURPLUS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/surplus_hugepages";
 
 /// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
 ///
@@ -63,8 +64,7 @@ impl HugePages {
 fn wait_until_free(pages: u64) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let text = std::fs::read_to_string(FREE).with_context(|| format!("failed to read {FREE}"))?;
-        let free: u64 = text.trim().parse().with_context(|| format!("{FREE} holds {text:?}"))?;
+        let free = read_number(FREE)?;
         if free >= pages {
             return Ok(());
         }
@@ -76,12 +76,20 @@ fn wait_until_free(pages: u64) -> Result<()> {
     }
 }
 
+/// The pages that the pool is to have. Not those beyond that, which go when whoever still holds them does: taken for a part
+/// of it, they would stay for good when the old size is given back.
 fn size(mut pool: &File) -> Result<u64> {
     let mut text = String::new();
     pool.rewind()
         .and_then(|()| pool.read_to_string(&mut text))
         .with_context(|| format!("failed to read {POOL}"))?;
-    text.trim().parse().with_context(|| format!("{POOL} holds {text:?}"))
+    let all: u64 = text.trim().parse().with_context(|| format!("{POOL} holds {text:?}"))?;
+    Ok(all.saturating_sub(read_number(SURPLUS)?))
+}
+
+fn read_number(path: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
+    text.trim().parse().with_context(|| format!("{path} holds {text:?}"))
 }
 
 fn resize(mut pool: &File, pages: u64) -> Result<()> {
