@@ -8,12 +8,23 @@ use cargo_metadata::{DependencyKind, Metadata};
 use crate::cargo::workspace_root;
 
 /// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
-const MAY_USE: [(&str, &[&str]); 5] = [
+const MAY_USE: [(&str, &[&str]); 7] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
-    ("pagecast-cli", &["pagecast"]),
+    ("pagecast-client", &[]),
+    ("pagecast-daemon", &["pagecast", "pagecast-client", "pagecast-uffd"]),
+    ("pagecast-cli", &["pagecast", "pagecast-client", "pagecast-daemon"]),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
-    ("xtask", &["pagecast-uffd", "pagecast", "pagecast-testkit"]),
+    (
+        "xtask",
+        &[
+            "pagecast-uffd",
+            "pagecast",
+            "pagecast-client",
+            "pagecast-daemon",
+            "pagecast-testkit",
+        ],
+    ),
 ];
 /// What the tests and benches of each of them may use too.
 const TESTKIT: &str = "pagecast-testkit";

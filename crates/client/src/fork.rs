@@ -1,0 +1,247 @@
+//! Forks, as they are asked for and as they are described.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A fork to make: the body of `POST /v1/forks`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CreateFork {
+    /// The name of the template.
+    pub template: String,
+    /// The id of the fork, `[a-z0-9][a-z0-9._-]{0,63}`; by default the daemon makes one up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Which backend; by default what the daemon's configuration says, which by default is `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<Backend>,
+    /// `uffd`: where the socket is to be, absolute, at most 107 bytes; by default in the run dir.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub socket_path: Option<PathBuf>,
+    /// `file`: where the memory file is to be put, absolute, for a VMM that sees only a part of the file system: a hard
+    /// link or else a bind mount, never a copy. By default a place in the run dir.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub path: Option<PathBuf>,
+    /// The user that the VMM runs as; by default the daemon's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// The group of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+    /// What is installed before it is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefault: Option<Prefault>,
+    /// The page size of the guest in bytes, 4096 or 2097152; by default the template's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_size: Option<u64>,
+    /// `file`: the VMM, which never shakes hands with pagecast; without it, the fork's life and memory stay unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+}
+
+impl CreateFork {
+    /// A fork of `template`, all else by default.
+    pub fn of(template: impl Into<String>) -> Self {
+        Self {
+            template: template.into(),
+            ..Self::default()
+        }
+    }
+}
+
+/// Where the memory of a fork comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// The best of the others for the template and the guest.
+    #[default]
+    Auto,
+    /// pagecast answers page faults: lazy, for 4 KiB and 2 MiB pages; shares zero pages only.
+    Uffd,
+    /// Firecracker maps the memory file: shares every page not written; for 4 KiB pages.
+    File,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// What is installed before it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefault {
+    /// Nothing.
+    None,
+    /// The working set. Not available yet.
+    WorkingSet,
+    /// Everything. Not available yet.
+    All,
+}
+
+/// Firecracker's `mem_backend`, to paste into `PUT /snapshot/load`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct MemBackend {
+    /// `Uffd` or `File`.
+    pub backend_type: BackendType,
+    /// The socket, or the memory file.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub backend_path: PathBuf,
+}
+
+/// Firecracker's name of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub enum BackendType {
+    /// A socket.
+    Uffd,
+    /// A memory file.
+    File,
+}
+
+/// A fork that was made: the answer of `POST /v1/forks`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CreatedFork {
+    /// Its id.
+    pub id: String,
+    /// The name of its template.
+    pub template: String,
+    /// `uffd` or `file`, never `auto`.
+    pub backend: Backend,
+    /// Why this backend.
+    pub reason: String,
+    /// What to tell Firecracker.
+    pub mem_backend: MemBackend,
+}
+
+/// Where a fork is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum ForkState {
+    /// `uffd`: no VMM has connected. `file`: no VMM is known.
+    Waiting,
+    /// Its VMM lives and needs the template.
+    Serving,
+    /// It no longer needs the server.
+    Complete,
+    /// Its VMM has exited.
+    Exited,
+    /// It could not be served; `error` says why.
+    Failed,
+}
+
+impl ForkState {
+    /// Every state.
+    pub const ALL: [Self; 5] = [Self::Waiting, Self::Serving, Self::Complete, Self::Exited, Self::Failed];
+
+    /// Whether nothing will change any more.
+    pub fn is_end(self) -> bool {
+        matches!(self, Self::Complete | Self::Exited | Self::Failed)
+    }
+}
+
+impl fmt::Display for ForkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// A fork: `GET /v1/forks/{id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Fork {
+    /// Its id.
+    pub id: String,
+    /// The name of its template.
+    pub template: String,
+    /// `uffd` or `file`.
+    pub backend: Backend,
+    /// Why this backend.
+    pub reason: String,
+    /// What to tell Firecracker.
+    pub mem_backend: MemBackend,
+    /// Where it is in its life.
+    pub state: ForkState,
+    /// Its VMM, once known.
+    pub pid: Option<i32>,
+    /// Why it failed, or could not be completed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ForkError>,
+    /// The size of its guest's memory in bytes; `null` until its VMM has said it, which one with `file` never does.
+    pub memory_bytes: Option<u64>,
+    /// Its faults; `null` with `file`, whose faults the kernel answers.
+    pub faults: Option<Faults>,
+    /// How long its faults took; `null` with `file`.
+    pub fault_latency_us: Option<Latency>,
+    /// Bytes of the template copied into it.
+    pub installed_bytes: u64,
+    /// What it costs; `null` where its VMM is not known, has exited, or was not asked for.
+    pub memory: Option<ForkMemory>,
+}
+
+/// Why a fork failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ForkError {
+    /// For machines; see the documentation of metrics for a list.
+    pub code: String,
+    /// For people.
+    pub message: String,
+}
+
+/// Faults and pages of a fork, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Faults {
+    /// Page faults that were answered.
+    pub demand: u64,
+    /// Those of them that were answered with zeros.
+    pub zero: u64,
+    /// Pages that the guest gave back.
+    pub removed: u64,
+    /// Pages installed that nobody waited for.
+    pub prefaulted: u64,
+    /// Installs that the kernel asked to retry.
+    pub retried: u64,
+    /// Faults that waited for the template to be read from disk.
+    pub slow: u64,
+}
+
+/// Times in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Latency {
+    /// Half were as fast.
+    pub p50: u64,
+    /// 99 of 100 were as fast.
+    pub p99: u64,
+    /// The slowest.
+    pub max: u64,
+}
+
+/// What a fork's VMM costs, in bytes, from `/proc/PID/smaps_rollup`, hugepages included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ForkMemory {
+    /// All that is resident.
+    pub rss: u64,
+    /// The same, with what is shared divided by the number of processes that share it.
+    pub pss: u64,
+    /// What no other process maps.
+    pub private: u64,
+    /// What others map too.
+    pub shared: u64,
+    /// What was swapped out.
+    pub swap: u64,
+}

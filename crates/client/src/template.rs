@@ -1,0 +1,129 @@
+//! Templates, as they are added and as they are described.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A template to add: the body of `PUT /v1/templates/{name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct AddTemplate {
+    /// The memory file of the snapshot; an absolute path.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub mem_path: PathBuf,
+    /// The state file of the snapshot; an absolute path. pagecast only remembers it, for those who restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub vmstate_path: Option<PathBuf>,
+    /// The page size of the guests in bytes, 4096 (default) or 2097152, where a fork does not say otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_size: Option<u64>,
+    /// How the memory file is protected; the daemon's configuration says where this does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protect: Option<Protection>,
+}
+
+impl AddTemplate {
+    /// A template with only a memory file.
+    pub fn new(mem_path: impl Into<PathBuf>) -> Self {
+        Self {
+            mem_path: mem_path.into(),
+            vmstate_path: None,
+            page_size: None,
+            protect: None,
+        }
+    }
+}
+
+/// How the memory file of a template is protected while it is a template. Removing the template undoes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Protection {
+    /// Not at all: changes are only noticed.
+    #[default]
+    None,
+    /// Its write permissions are taken away. Root can write all the same.
+    Readonly,
+    /// It gets the immutable flag, where the filesystem has one: nobody can write, truncate, rename or delete it.
+    Immutable,
+}
+
+/// A template: `GET /v1/templates/{name}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Template {
+    /// Its name: `[a-z0-9][a-z0-9._-]{0,63}`.
+    pub name: String,
+    /// The memory file.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub mem_path: PathBuf,
+    /// The state file, if known.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub vmstate_path: Option<PathBuf>,
+    /// Whether it can be forked.
+    pub state: TemplateState,
+    /// In what it has changed, where it has.
+    pub changed: Option<String>,
+    /// Its length in bytes.
+    pub size_bytes: u64,
+    /// How much of it is known to be zeros, in bytes. Grows while the file is looked through.
+    pub zero_bytes: u64,
+    /// The page size of its guests in bytes, where a fork does not say otherwise.
+    pub page_size: u64,
+    /// How its memory file is protected.
+    pub protect: Protection,
+    /// How changes are noticed.
+    pub guard: Guard,
+    /// How many of its forks wait or are alive.
+    pub forks: u64,
+    /// What is known of its working set: nothing yet.
+    pub working_set: Option<WorkingSet>,
+    /// What its living forks cost together; `null` where it was not asked for, or not one could be measured.
+    pub memory: Option<TemplateMemory>,
+}
+
+/// The pages that forks touch soon after resume. There is none yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WorkingSet {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// Whether a template can be forked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateState {
+    /// It can.
+    Ready,
+    /// It is not what it was when it was added. Remove it and add it again.
+    Changed,
+}
+
+/// How changes of a template are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Guard {
+    /// By a lease: whoever wants to write waits until every fork that could read it has stopped.
+    Lease,
+    /// By watching and comparing: a write is noticed once it has happened.
+    Watch,
+}
+
+/// What the living forks of a template cost together, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TemplateMemory {
+    /// How many forks were measured: those whose pid is known.
+    pub measured: u64,
+    /// What they cost: their proportional shares.
+    pub pss: u64,
+    /// What would be free without them: what they share with nobody.
+    pub private: u64,
+    /// What they would cost without sharing: everything resident, counted for each.
+    pub unshared: u64,
+}
