@@ -62,6 +62,7 @@ impl ForkRecord {
             id: self.id.clone(),
             state: life.state,
             pid: life.pid,
+            memory_bytes: self.memory_bytes(),
             reason: life.reason.clone(),
             stats: self.counters.stats(),
         }

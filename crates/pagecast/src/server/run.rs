@@ -208,6 +208,11 @@ impl Server {
         Ok(())
     }
 
+    /// What is known of a fork; `None` where there is none of this name.
+    pub fn fork(&self, id: &ForkId) -> Option<ForkStatus> {
+        self.registry.get(id).map(|record| record.status())
+    }
+
     /// What is known of all forks, by name.
     pub fn forks(&self) -> Vec<ForkStatus> {
         self.registry.all().iter().map(|record| record.status()).collect()

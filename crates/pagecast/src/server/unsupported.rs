@@ -77,6 +77,11 @@ impl Server {
     }
 
     /// There is no server to ask.
+    pub fn fork(&self, _id: &ForkId) -> Option<ForkStatus> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
     pub fn forks(&self) -> Vec<ForkStatus> {
         match *self {}
     }

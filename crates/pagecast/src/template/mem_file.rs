@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -118,6 +119,13 @@ impl MemFile {
     }
 }
 
+impl AsFd for MemFile {
+    /// The file that is held, wherever its path leads by now: to link or to look at exactly this one.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl PageSource for MemFile {
     fn len(&self) -> ByteLen {
         ByteLen::new(self.identity.size())
@@ -222,6 +230,7 @@ fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     use super::*;
 
@@ -314,6 +323,27 @@ mod tests {
         let mut buffer = [0; PAGE];
         mem_file.read(page(0), &mut buffer).unwrap();
         assert_eq!(buffer, [7; PAGE]);
+    }
+
+    #[test]
+    fn what_is_held_can_be_linked_though_its_path_was_replaced() {
+        let (dir, mem_file) = mem_file();
+        let (other, link) = (dir.path().join("other"), dir.path().join("link"));
+        // A link of its own, because a file without any can get none (`linkat(2)`).
+        std::fs::hard_link(mem_file.path(), dir.path().join("kept")).unwrap();
+        std::fs::write(&other, [1; PAGE]).unwrap();
+        std::fs::rename(&other, mem_file.path()).unwrap();
+        let held = format!("/proc/self/fd/{}", mem_file.as_fd().as_raw_fd());
+        rustix::fs::linkat(
+            rustix::fs::CWD,
+            held,
+            rustix::fs::CWD,
+            &link,
+            rustix::fs::AtFlags::SYMLINK_FOLLOW,
+        )
+        .unwrap();
+        let linked = Identity::of(&std::fs::metadata(&link).unwrap());
+        assert_eq!(mem_file.identity().difference(&linked), None);
     }
 
     #[test]

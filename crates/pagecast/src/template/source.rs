@@ -1,6 +1,7 @@
 //! The one small trait that pages come through.
 
 use std::fmt;
+use std::sync::Arc;
 
 use pagecast_uffd::ByteLen;
 
@@ -90,6 +91,37 @@ pub trait PageSource: Send + Sync + 'static {
     ///
     /// [`SourceError`]; what was found until then stays known.
     fn find_zeros(&self) -> Result<(), SourceError>;
+}
+
+/// For callers who keep a handle on the source of their template.
+impl<T: PageSource + ?Sized> PageSource for Arc<T> {
+    fn len(&self) -> ByteLen {
+        (**self).len()
+    }
+
+    fn is_empty(&self) -> bool {
+        (**self).is_empty()
+    }
+
+    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+        (**self).try_read(at, buffer)
+    }
+
+    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        (**self).read(at, buffer)
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        (**self).check_unchanged()
+    }
+
+    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
+        (**self).is_known_zero(at, len)
+    }
+
+    fn find_zeros(&self) -> Result<(), SourceError> {
+        (**self).find_zeros()
+    }
 }
 
 /// Why a template could not be read. None of these is ever answered by guessing.
