@@ -39,7 +39,7 @@ mod socket_file;
 #[cfg(target_os = "linux")]
 mod worker;
 
-pub use error::{CloseError, Error};
+pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};
 pub use fork::{
     Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId, Latency,

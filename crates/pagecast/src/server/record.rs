@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use histogram::AtomicHistogram32;
@@ -30,7 +31,30 @@ struct Life {
     state: ForkState,
     pid: Option<i32>,
     reason: Option<Arc<FailReason>>,
-    completing: bool,
+    /// Who wants it complete; nobody where it is only served.
+    askers: Vec<Asker>,
+    /// Why its VMM has to be killed.
+    doom: Option<FailReason>,
+}
+
+/// Who wants a fork complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// Somebody who asked for just this fork, and does not wait.
+    Request,
+    /// A thread that closes the server, and wants it no longer once it has lost patience.
+    Closer(ThreadId),
+}
+
+/// What is to be done with a fork.
+#[derive(Debug)]
+pub(super) enum Wish {
+    /// Answer its faults.
+    Serve,
+    /// Complete it, and answer its faults meanwhile.
+    Complete,
+    /// Kill its VMM. Whoever is told of this has to do it: nobody else is.
+    Kill(FailReason),
 }
 
 impl ForkRecord {
@@ -45,7 +69,8 @@ impl ForkRecord {
                 state: ForkState::Waiting,
                 pid: None,
                 reason: None,
-                completing: false,
+                askers: Vec::new(),
+                doom: None,
             }),
             changed: Condvar::new(),
         }
@@ -95,33 +120,71 @@ impl ForkRecord {
         if reason.is_some() {
             life.reason = reason;
         }
-        life.completing = false;
+        life.askers.clear();
+        life.doom = None;
         drop(life);
         self.changed.notify_all();
         true
     }
 
-    pub(super) fn set_completing(&self) {
+    /// What is to be done with it now.
+    pub(super) fn wish(&self) -> Wish {
         let mut life = self.life();
-        if !life.state.is_end() {
-            life.completing = true;
+        match life.doom.take() {
+            Some(reason) => Wish::Kill(reason),
+            None if life.askers.is_empty() => Wish::Serve,
+            None => Wish::Complete,
+        }
+    }
+
+    /// Wants its VMM killed. `false` where it has ended.
+    pub(super) fn doom(&self, reason: FailReason) -> bool {
+        let mut life = self.life();
+        if life.state.is_end() {
+            return false;
+        }
+        life.doom.get_or_insert(reason);
+        true
+    }
+
+    /// Why it has to end though no VMM has connected, once.
+    pub(super) fn take_doom(&self) -> Option<FailReason> {
+        self.life().doom.take()
+    }
+
+    /// Whether somebody wants it complete, and it is not yet.
+    pub(super) fn is_completing(&self) -> bool {
+        !self.life().askers.is_empty()
+    }
+
+    /// Wants it complete, where it is served. Its state.
+    pub(super) fn ask_completion(&self, asker: Asker) -> ForkState {
+        let mut life = self.life();
+        if life.state == ForkState::Serving && !life.askers.contains(&asker) {
+            life.askers.push(asker);
             // Of an earlier try.
             life.reason = None;
         }
+        life.state
+    }
+
+    /// Wants that no longer; others may.
+    pub(super) fn withdraw_completion(&self, asker: Asker) {
+        self.life().askers.retain(|other| *other != asker);
     }
 
     /// It could not be completed and is served as before.
     pub(super) fn give_up_completion(&self, reason: Arc<FailReason>) {
         let mut life = self.life();
-        life.completing = false;
+        life.askers.clear();
         life.reason = Some(reason);
         drop(life);
         self.changed.notify_all();
     }
 
-    /// Waits until it has ended or is not being completed any more.
-    pub(super) fn wait_completed(&self, until: Instant) {
-        self.wait(until, |life| life.state.is_end() || !life.completing);
+    /// Waits until it has ended or its completion was given up, for somebody who has asked for it.
+    pub(super) fn wait_completed(&self, asker: Asker, until: Instant) {
+        self.wait(until, |life| life.state.is_end() || !life.askers.contains(&asker));
     }
 
     /// Waits until its state is as wanted.
@@ -282,7 +345,11 @@ mod tests {
             fn is_known_zero(&self, _: crate::template::TemplateOffset, _: pagecast_uffd::ByteLen) -> bool {
                 false
             }
-            fn find_zeros(&self) -> Result<(), crate::template::SourceError> {
+            fn find_zeros(
+                &self,
+                _: crate::template::TemplateOffset,
+                _: pagecast_uffd::ByteLen,
+            ) -> Result<(), crate::template::SourceError> {
                 Ok(())
             }
         }

@@ -7,11 +7,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Door, Guests, Request};
-use super::error::{CloseError, Error};
+use super::error::{CloseError, Error, NotEnoughMemory};
+use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
 use super::inbox::Inbox;
 use super::memory;
-use super::record::ForkRecord;
+use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
 use super::worker::{Message, Worker, WorkerHandle};
@@ -19,6 +20,9 @@ use crate::template::Template;
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long completing one fork looks for zeros where memory is short without them.
+const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a server is to be.
 pub struct Builder {
@@ -86,6 +90,7 @@ impl Builder {
             workers,
             acceptor,
             deadlines: self.deadlines,
+            admission: Mutex::new(()),
             life: Mutex::new(Life::Open(Threads {
                 acceptor: thread,
                 workers: threads,
@@ -103,6 +108,8 @@ pub struct Server {
     workers: Arc<[WorkerHandle]>,
     acceptor: Arc<Inbox<Request>>,
     deadlines: Deadlines,
+    /// Held between finding room for a completion and asking for it, so that no two are given the same room.
+    admission: Mutex<()>,
     life: Mutex<Life>,
 }
 
@@ -188,13 +195,75 @@ impl Server {
         Ok(())
     }
 
+    /// Begins to complete a fork and returns at once: installs what is left of its memory, then unregisters it. Its state
+    /// says when that is done ([`ForkState::Complete`]); where it cannot be, it is served on, and both
+    /// [`ForkEvent::NotCompleted`] and the [reason](ForkStatus::reason) in its status say why. Completing what is complete,
+    /// or about to be, changes nothing.
+    ///
+    /// Where the memory would not suffice by what is known of the template's zeros, they are looked for first, for half a
+    /// second at most.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkNotFound`]; [`Error::ForkWaiting`]; [`Error::ForkEnded`] where its VMM has exited or it has failed;
+    /// [`Error::NotEnoughMemory`] where completing it, beside the others that are being completed, would drive the host
+    /// out of memory: try again later.
+    pub fn complete(&self, id: &ForkId) -> Result<(), Error> {
+        let record = self.record(id)?;
+        let mut forks = Vec::new();
+        let state = self.ask_where_room(&record, &mut forks).or_else(|_| {
+            memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
+            self.ask_where_room(&record, &mut forks)
+        })?;
+        match state {
+            ForkState::Serving | ForkState::Complete => Ok(()),
+            ForkState::Waiting => Err(Error::ForkWaiting(id.clone())),
+            state @ (ForkState::Exited | ForkState::Failed) => Err(Error::ForkEnded { id: id.clone(), state }),
+        }
+    }
+
+    /// Asks for the completion of a fork that is served if there is room for it and the others that are being completed:
+    /// `forks` becomes all of them. The fork's state, which tells whether it was asked for.
+    fn ask_where_room(
+        &self,
+        record: &Arc<ForkRecord>,
+        forks: &mut Vec<Arc<ForkRecord>>,
+    ) -> Result<ForkState, NotEnoughMemory> {
+        let admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        *forks = self.serving();
+        forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.is_completing());
+        if record.state() == ForkState::Serving && !record.is_completing() {
+            memory::check_room(forks)?;
+        }
+        let state = record.ask_completion(Asker::Request);
+        drop(admission);
+        self.tell_workers(|| Message::Review);
+        Ok(state)
+    }
+
+    /// Kills the VMM of a fork and returns at once; its state says when it is dead. A fork that waits for its VMM is
+    /// closed instead; one that has ended stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkNotFound`].
+    pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
+        let record = self.record(id)?;
+        if record.doom(FailReason::Killed) {
+            // One of them has it.
+            self.acceptor.send(Request::Close(record));
+            self.tell_workers(|| Message::Review);
+        }
+        Ok(())
+    }
+
     /// Forgets a fork. One that still waits for its VMM is closed.
     ///
     /// # Errors
     ///
     /// [`Error::ForkNotFound`]; [`Error::ForkInUse`] while its VMM needs it.
     pub fn unregister(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))?;
+        let record = self.record(id)?;
         if record.state() == ForkState::Waiting {
             self.acceptor.send(Request::Close(Arc::clone(&record)));
             // The acceptor ends it, or is just about to find that its VMM has connected.
@@ -235,18 +304,26 @@ impl Server {
             return Ok(());
         }
         let until = Instant::now() + patience;
-        memory::check_room(&self.serving(), until)?;
+        let forks = self.serving();
+        if memory::check_room(&forks).is_err() {
+            memory::find_zeros(&forks, until);
+            memory::check_room(&forks)?;
+        }
         self.stop_accepting();
         let forks = self.serving();
+        let asker = Asker::Closer(std::thread::current().id());
         for fork in &forks {
-            fork.set_completing();
+            fork.ask_completion(asker);
         }
-        self.tell_workers(|| Message::CompleteAll);
+        self.tell_workers(|| Message::Review);
         for fork in &forks {
-            fork.wait_completed(until);
+            fork.wait_completed(asker, until);
         }
         if let Err(error) = all_ended(&forks) {
-            self.tell_workers(|| Message::AbandonAll);
+            for fork in &forks {
+                fork.withdraw_completion(asker);
+            }
+            self.tell_workers(|| Message::Review);
             return Err(error);
         }
         self.stop();
@@ -264,7 +341,10 @@ impl Server {
         }
         self.stop_accepting();
         let forks = self.serving();
-        self.tell_workers(|| Message::KillAll);
+        for fork in &forks {
+            fork.doom(FailReason::Killed);
+        }
+        self.tell_workers(|| Message::Review);
         let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_state(until, ForkState::is_end);
@@ -277,6 +357,10 @@ impl Server {
     fn life(&self) -> MutexGuard<'_, Life> {
         // A panic under this lock leaves a state that is true all the same.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, id: &ForkId) -> Result<Arc<ForkRecord>, Error> {
+        self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))
     }
 
     fn serving(&self) -> Vec<Arc<ForkRecord>> {

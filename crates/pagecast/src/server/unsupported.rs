@@ -72,6 +72,24 @@ impl Server {
     /// # Errors
     ///
     /// None: it cannot be called.
+    pub fn complete(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn kill_fork(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
     pub fn unregister(&self, _id: &ForkId) -> Result<(), Error> {
         match *self {}
     }

@@ -183,11 +183,12 @@ impl PageSource for MemFile {
         self.zeros.covers(at, len)
     }
 
-    fn find_zeros(&self) -> Result<(), SourceError> {
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        let end = at.get().saturating_add(len.get()).min(self.identity.size());
         let mut buffer = vec![0; SCAN_BYTES];
-        let mut at = 0;
-        while at < self.identity.size() {
-            let len = (self.identity.size() - at).min(SCAN_BYTES as u64);
+        let mut at = at.get();
+        while at < end {
+            let len = (end - at).min(SCAN_BYTES as u64);
             let chunk = buffer
                 .get_mut(..usize::try_from(len).unwrap_or(SCAN_BYTES))
                 .unwrap_or_default();
@@ -269,7 +270,7 @@ mod tests {
     #[test]
     fn all_zeros_are_found_when_asked_for() {
         let (_dir, mem_file) = mem_file();
-        mem_file.find_zeros().unwrap();
+        mem_file.find_zeros(page(0), mem_file.len()).unwrap();
         assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
     }
 

@@ -11,10 +11,12 @@ mod open;
 mod slow_reads;
 mod source;
 mod zero_map;
+mod zero_search;
 
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
 
@@ -28,6 +30,7 @@ pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
+use zero_search::ZeroSearch;
 
 /// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
 #[derive(Clone)]
@@ -38,6 +41,7 @@ pub struct Template {
 struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
+    zero_search: ZeroSearch,
 }
 
 impl Template {
@@ -62,6 +66,7 @@ impl Template {
             inner: Arc::new(Inner {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
+                zero_search: ZeroSearch::default(),
             }),
         }
     }
@@ -96,6 +101,12 @@ impl Template {
         done: impl FnOnce(Result<Vec<u8>, SourceError>) + Send + 'static,
     ) {
         SlowReads::submit(&self.inner, at, length, Box::new(done));
+    }
+
+    /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
+    /// `until`.
+    pub(crate) fn find_zeros(&self, until: Instant) {
+        ZeroSearch::run(&self.inner, until);
     }
 }
 

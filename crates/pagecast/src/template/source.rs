@@ -85,12 +85,13 @@ pub trait PageSource: Send + Sync + 'static {
     /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
 
-    /// Finds out which pages are zeros, for [`is_known_zero`](Self::is_known_zero). May read the whole template.
+    /// Finds out which of the pages in `len` bytes from `at` on are zeros, for [`is_known_zero`](Self::is_known_zero). May
+    /// read them all, which takes as long as it takes.
     ///
     /// # Errors
     ///
     /// [`SourceError`]; what was found until then stays known.
-    fn find_zeros(&self) -> Result<(), SourceError>;
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError>;
 }
 
 /// For callers who keep a handle on the source of their template.
@@ -119,8 +120,8 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
         (**self).is_known_zero(at, len)
     }
 
-    fn find_zeros(&self) -> Result<(), SourceError> {
-        (**self).find_zeros()
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        (**self).find_zeros(at, len)
     }
 }
 

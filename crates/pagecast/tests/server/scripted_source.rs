@@ -137,7 +137,7 @@ impl PageSource for ScriptedSource {
         false
     }
 
-    fn find_zeros(&self) -> Result<(), SourceError> {
+    fn find_zeros(&self, _at: TemplateOffset, _len: ByteLen) -> Result<(), SourceError> {
         if self.0.zeros_gated {
             self.0.wait_at_gate();
         }

@@ -4,26 +4,14 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use pagecast::server::{CloseError, Deadlines, ForkState};
-use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, SimVmm, Touch};
+use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, Touch};
 use pagecast_testkit::skip::skip;
 
-use crate::fixture::{Fixture, PATIENCE, model};
+use crate::fixture::{Fixture, PATIENCE, assert_reads_right, eventually, model, read_range};
 use crate::scripted_source::{Access, Script};
-use crate::vmm_process::{eventually, in_page_fault};
+use crate::vmm_process::in_page_fault;
 
 const SIZE: u64 = 8 << 20;
-
-fn read_range(first: u64, end: u64) -> Read {
-    Read {
-        pages: Pages::range(first..end),
-        ..Read::default()
-    }
-}
-
-fn assert_reads_right(vmm: &SimVmm, read: Read) {
-    let report = vmm.run(read).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
 
 fn median(values: impl Iterator<Item = u64>) -> Duration {
     let mut values: Vec<u64> = values.collect();

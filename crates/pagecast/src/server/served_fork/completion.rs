@@ -16,11 +16,9 @@ impl ServedFork {
         self.session.begin_completion();
     }
 
-    /// Serves the fork as before, where it is not all but complete.
-    ///
-    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
+    /// Nobody wants it complete any more: serves the fork as before, where it is not all but complete.
     pub(in crate::server) fn abandon_completion(&mut self) {
-        if !self.unregistered {
+        if self.session.is_completing() && !self.unregistered {
             self.stop_completing();
         }
     }
