@@ -1,0 +1,179 @@
+//! What happens when a template changes: nobody gets a wrong byte.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pagecast::server::{ForkState as ServedState, chain};
+use pagecast::template::PageSource;
+use pagecast_client::ForkState;
+use pagecast_client::fork::ForkError;
+use tracing::{error, info, warn};
+
+use super::Service;
+use crate::fork::{Fork, Kind};
+use crate::template::{Template, TemplateName};
+use crate::vmm_process;
+
+/// How often templates are compared that have no lease, while forks of them live.
+const WATCH_PACE: Duration = Duration::from_secs(1);
+
+/// How long forks may take to complete while somebody waits to write their template, at most.
+const COMPLETE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long killed VMMs may take to die.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the kernel holds up whoever breaks a lease, where it does not say.
+const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
+
+impl Service {
+    /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
+    pub(super) fn lease_broken(self: Arc<Self>, name: TemplateName) {
+        let Some(template) = self.state().templates.get(&name).cloned() else {
+            return;
+        };
+        let runtime = self.runtime.clone();
+        runtime.spawn_blocking(move || {
+            let how = "somebody opens it for writing".to_owned();
+            warn!(template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            template.set_changed(how.clone());
+            if !template.set_withdrawn() {
+                return;
+            }
+            // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
+            self.complete_forks_of(&template);
+            self.withdraw(&template, &how);
+            template.release_lease();
+        });
+    }
+
+    /// Completes what can be completed in good time.
+    fn complete_forks_of(&self, template: &Arc<Template>) {
+        let until = Instant::now() + COMPLETE_PATIENCE.min(lease_break_time() / 2);
+        let forks = self.living_forks_of(template);
+        for fork in &forks {
+            if let Kind::Uffd(_) = fork.kind
+                && fork.state() == ForkState::Serving
+                && let Err(error) = self.server.complete(&fork.id)
+            {
+                warn!(fork = %fork.id, error = chain(&error), "cannot be completed");
+            }
+        }
+        for fork in &forks {
+            if let Kind::Uffd(uffd) = &fork.kind
+                && fork.state() == ForkState::Serving
+            {
+                uffd.served
+                    .wait(until.saturating_duration_since(Instant::now()), ServedState::is_end);
+            }
+        }
+    }
+
+    /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
+    fn withdraw(&self, template: &Arc<Template>, how: &str) {
+        let withdrawn = self.server.withdraw(&template.pages, how, KILL_PATIENCE);
+        let error = ForkError {
+            code: "template_changed".to_owned(),
+            message: format!("the template has changed: {how}"),
+        };
+        let forks: Vec<Arc<Fork>> = self
+            .living_forks_of(template)
+            .into_iter()
+            .filter(|fork| matches!(fork.kind, Kind::File(_)))
+            .collect();
+        self.find_vmms();
+        let mut killed = Vec::new();
+        for fork in &forks {
+            let Kind::File(file) = &fork.kind else { continue };
+            file.fail_when_dead(error.clone());
+            match file.vmm() {
+                Some(vmm) => {
+                    if let Err(error) = vmm.kill() {
+                        error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
+                    }
+                    killed.push((fork, vmm));
+                }
+                None => self.file_fork_ended(fork, ForkState::Failed),
+            }
+        }
+        let until = Instant::now() + KILL_PATIENCE;
+        for (fork, vmm) in killed {
+            if vmm.wait_exited(until.saturating_duration_since(Instant::now())) {
+                self.file_fork_ended(fork, ForkState::Failed);
+            } else {
+                error!(fork = %fork.id, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
+            }
+        }
+        self.end_strangers(template);
+        info!(template = %template.name, uffd = ?withdrawn, file = forks.len(), "no fork reads the template any more");
+    }
+
+    /// VMMs that nobody told us of, but that map the file where only forks find it: they are forks.
+    fn end_strangers(&self, template: &Template) {
+        let (device, inode) = template.file.identity().inode();
+        let ours = template.placement.as_ref().map(|placement| placement.path().to_owned());
+        for holder in vmm_process::holders(device, inode) {
+            if ours.is_some() && holder.paths.iter().any(|path| Some(path) == ours.as_ref()) {
+                match holder.process.kill() {
+                    Ok(()) => warn!(template = %template.name, pid = holder.process.pid(), "killed a VMM that was not known to be a fork"),
+                    Err(error) => error!(template = %template.name, pid = holder.process.pid(), %error, "maps the template and cannot be killed"),
+                }
+                holder.process.wait_exited(KILL_PATIENCE);
+            } else {
+                warn!(template = %template.name, pid = holder.process.pid(), "maps the template by a path that is not ours, and may read wrong bytes");
+            }
+        }
+    }
+
+    fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
+        let mut forks = self.forks();
+        forks.retain(|fork| Arc::ptr_eq(&fork.template, template) && !fork.state().is_end());
+        forks
+    }
+
+    /// Compares templates without a lease with what they were, for as long as forks of them live.
+    pub(crate) async fn watch_templates(self: Arc<Self>) {
+        loop {
+            let service = Arc::clone(&self);
+            let watched = tokio::task::spawn_blocking(move || service.compare_templates()).await;
+            match watched {
+                Ok(true) => tokio::time::sleep(WATCH_PACE).await,
+                // Nothing to watch until a fork is made.
+                Ok(false) => self.fork_made.notified().await,
+                Err(error) => {
+                    error!(%error, "the watch over templates has failed");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Whether there is anything to watch.
+    fn compare_templates(&self) -> bool {
+        let mut watched = false;
+        for template in self.templates() {
+            let unwatched = template.guard() == pagecast_client::template::Guard::Lease || template.is_withdrawn();
+            if unwatched || self.living_forks_of(&template).is_empty() {
+                continue;
+            }
+            watched = true;
+            if let Err(error) = template.file.check_unchanged()
+                && template.set_withdrawn()
+            {
+                let how = chain(&error);
+                error!(template = %template.name, how, "the template has changed while forks live");
+                template.set_changed(how.clone());
+                self.withdraw(&template, &how);
+            }
+        }
+        watched
+    }
+}
+
+/// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.
+fn lease_break_time() -> Duration {
+    std::fs::read_to_string("/proc/sys/fs/lease-break-time")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .map_or(LEASE_BREAK_TIME, Duration::from_secs)
+}

@@ -1,0 +1,160 @@
+//! What is found in the run dir at the start: templates are added again, forks found again.
+
+use std::os::unix::fs::FileTypeExt;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pagecast::server::{Deadlines, ForkEvent, Server, chain};
+use pagecast::template::{LeaseWatch, MemFile};
+use pagecast_client::{Backend, ForkState};
+use tracing::{error, info, warn};
+
+use super::{Entry, Service, State};
+use crate::config::Config;
+use crate::error::StartError;
+use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::run_dir::{Kind, RunDir};
+use crate::template::{SavedTemplate, Template, TemplateName};
+use crate::vmm_process::VmmProcess;
+
+/// How long a VMM may take to die whose daemon has died before it.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Service {
+    /// Starts the page server, and goes on where the last daemon of this run dir has stopped. `observer` is told of
+    /// every turn in the life of forks with `uffd`, and must not block.
+    pub(crate) fn start_up(
+        config: Config,
+        run_dir: RunDir,
+        runtime: tokio::runtime::Handle,
+        observer: impl Fn(ForkEvent) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, StartError> {
+        let mut builder = Server::builder().observer(observer).deadlines(Deadlines {
+            connect: config.connect_deadline,
+            handshake: config.handshake_deadline,
+            ..Deadlines::default()
+        });
+        if let Some(workers) = config.workers {
+            builder = builder.workers(workers);
+        }
+        let service = Arc::new(Self {
+            server: builder.start().map_err(StartError::Server)?,
+            leases: LeaseWatch::start().map_err(|source| StartError::Thread { source })?,
+            config,
+            run_dir,
+            state: Mutex::new(State::default()),
+            closing: AtomicBool::new(false),
+            next_fork: AtomicU64::new(1),
+            fork_made: tokio::sync::Notify::new(),
+            started: Instant::now(),
+            runtime,
+        });
+        service.find_templates().map_err(|source| StartError::State { source })?;
+        service.find_forks().map_err(|source| StartError::State { source })?;
+        service.clear_sockets();
+        Ok(service)
+    }
+
+    fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
+        for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Kind::Template)? {
+            let added = saved
+                .map_err(|error| error.to_string())
+                .and_then(|saved| self.find_template(&name, saved));
+            match added {
+                Ok(template) => {
+                    info!(template = name, "template found again");
+                    self.look_for_zeros(&template);
+                    self.state().templates.insert(template.name.clone(), template);
+                }
+                // Its state stays, so that nothing is lost that somebody may want to undo by hand.
+                Err(why) => error!(template = name, why, "template lost"),
+            }
+        }
+        Ok(())
+    }
+
+    fn find_template(self: &Arc<Self>, name: &str, saved: SavedTemplate) -> Result<Arc<Template>, String> {
+        let name: TemplateName = name.parse()?;
+        let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
+        let file = Arc::new(file);
+        let changed = saved.identity.difference(file.identity());
+        let lease = self.lease(&name, &file).map_err(|error| error.message)?;
+        let placement = match saved.placement {
+            Some(placement) if placement.is_there() => Some(placement),
+            _ if changed.is_some() => None,
+            _ => self.place_template(&name, &file),
+        };
+        let template = Template::new(name, saved.spec, file, saved.protection, placement, lease);
+        if let Some(how) = changed {
+            warn!(template = %template.name, how, "the template has changed while no daemon ran");
+            template.set_changed(how);
+        }
+        Ok(Arc::new(template))
+    }
+
+    fn find_forks(self: &Arc<Self>) -> std::io::Result<()> {
+        for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
+            match saved {
+                Ok(saved) => self.find_fork(&id, saved),
+                Err(error) => warn!(fork = id, %error, "fork lost: its state cannot be read"),
+            }
+        }
+        Ok(())
+    }
+
+    fn find_fork(self: &Arc<Self>, id: &str, saved: SavedFork) {
+        let vmm = saved.vmm.as_ref().and_then(VmmProcess::find).map(Arc::new);
+        let gone = saved.vmm.is_some() && vmm.is_none();
+        match saved.backend {
+            // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever.
+            Backend::Uffd | Backend::Auto => {
+                if let Some(vmm) = vmm {
+                    let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
+                    error!(fork = id, pid = vmm.pid(), killed, "the daemon that served this VMM has died, and it would hang for ever");
+                }
+                self.forget_saved(id);
+            }
+            Backend::File if gone => {
+                info!(fork = id, state = %ForkState::Exited, "ended");
+                if let Some(Err(error)) = saved.placement.as_ref().map(|placement| placement.remove()) {
+                    warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+                }
+                self.forget_saved(id);
+            }
+            Backend::File => {
+                let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
+                    warn!(fork = id, template = saved.template, "fork lost: its template is");
+                    return;
+                };
+                info!(fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+                let fork = Arc::new(Fork {
+                    id,
+                    template,
+                    reason: saved.reason,
+                    mem_backend: saved.mem_backend,
+                    kind: ForkKind::File(FileFork::new(saved.placement, vmm)),
+                });
+                self.state().forks.insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
+                self.start(&fork);
+            }
+        }
+    }
+
+    fn forget_saved(&self, id: &str) {
+        if let Err(error) = self.run_dir.forget(Kind::Fork, id) {
+            warn!(fork = id, %error, "cannot forget its state in the run dir");
+        }
+    }
+
+    /// Deletes sockets that a daemon has left behind which was killed.
+    fn clear_sockets(&self) {
+        let forks = self.run_dir.path().join("forks");
+        for entry in std::fs::read_dir(forks).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                // One that stays is replaced when its fork is made again.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+}
