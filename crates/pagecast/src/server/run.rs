@@ -16,7 +16,7 @@ use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
 use super::worker::{Message, Worker, WorkerHandle};
-use crate::template::Template;
+use crate::template::{SourceError, Template};
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
@@ -135,15 +135,19 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::ForkExists`], [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    /// [`Error::ForkExists`], [`Error::Template`] where it has changed or was [withdrawn](Self::withdraw), the socket's errors, [`Error::Closed`].
     pub fn register(&self, id: ForkId, template: &Template, options: &ForkOptions) -> Result<Fork, Error> {
         let life = self.life();
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
-        template.source().check_unchanged().map_err(Error::Template)?;
         let record = self.registry.insert(id, template.clone(), false)?;
-        let socket = match SocketFile::bind(&options.socket_path, options.user, options.group) {
+        // Checked only now: a template that is withdrawn is marked first, and then all its forks are looked for.
+        let bound = template
+            .check()
+            .map_err(Error::Template)
+            .and_then(|()| SocketFile::bind(&options.socket_path, options.user, options.group));
+        let socket = match bound {
             Ok(socket) => socket,
             Err(error) => {
                 self.registry.remove(&record);
@@ -180,7 +184,7 @@ impl Server {
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
-        template.source().check_unchanged().map_err(Error::Template)?;
+        template.check().map_err(Error::Template)?;
         let socket = SocketFile::bind(&options.socket_path, options.user, options.group)?;
         self.acceptor.send(Request::Open(Door {
             socket,
@@ -249,12 +253,34 @@ impl Server {
     /// [`Error::ForkNotFound`].
     pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
         let record = self.record(id)?;
-        if record.doom(FailReason::Killed) {
-            // One of them has it.
-            self.acceptor.send(Request::Close(record));
+        if self.doom(&record, FailReason::Killed) {
             self.tell_workers(|| Message::Review);
         }
         Ok(())
+    }
+
+    /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
+    /// wait for their VMM end as failed; those that are served are killed; the reason of each is that the template has
+    /// changed, `how` says in what way. Nobody can fork it any more, here or with another server. What is complete or has
+    /// ended is left alone, and so are the forks of all other templates.
+    ///
+    /// For a template that is about to be written; wait for [`wait_withdrawn`](Self::wait_withdrawn) before it is.
+    pub fn withdraw(&self, template: &Template, how: &str) -> usize {
+        template.withdraw(how);
+        let forks = self.forks_of(template);
+        let changed = || FailReason::Template(SourceError::Changed { how: how.to_owned() });
+        let concerned = forks.iter().filter(|fork| self.doom(fork, changed())).count();
+        self.tell_workers(|| Message::Review);
+        concerned
+    }
+
+    /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and nothing reads it, but no longer than
+    /// `patience`. After `true`, this server neither reads nor installs a byte of it ever again. `false` where something
+    /// still may: a VMM that cannot die, a read that hangs.
+    pub fn wait_withdrawn(&self, template: &Template, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let forks = self.forks_of(template);
+        forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
     }
 
     /// Forgets a fork. One that still waits for its VMM is closed.
@@ -342,7 +368,7 @@ impl Server {
         self.stop_accepting();
         let forks = self.serving();
         for fork in &forks {
-            fork.doom(FailReason::Killed);
+            self.doom(fork, FailReason::Killed);
         }
         self.tell_workers(|| Message::Review);
         let until = Instant::now() + patience;
@@ -361,6 +387,22 @@ impl Server {
 
     fn record(&self, id: &ForkId) -> Result<Arc<ForkRecord>, Error> {
         self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))
+    }
+
+    fn forks_of(&self, template: &Template) -> Vec<Arc<ForkRecord>> {
+        let mut forks = self.registry.all();
+        forks.retain(|record| record.template.is_same(template));
+        forks
+    }
+
+    /// Wants a fork to end with this reason, and tells the acceptor where it may be there; the workers have to be told
+    /// after that. `false` where it has ended.
+    fn doom(&self, record: &Arc<ForkRecord>, reason: FailReason) -> bool {
+        let doomed = record.doom(reason);
+        if doomed && record.state() == ForkState::Waiting {
+            self.acceptor.send(Request::Close(Arc::clone(record)));
+        }
+        doomed
     }
 
     fn serving(&self) -> Vec<Arc<ForkRecord>> {

@@ -86,6 +86,16 @@ impl Server {
     }
 
     /// There is no server to ask.
+    pub fn withdraw(&self, _template: &Template, _how: &str) -> usize {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn wait_withdrawn(&self, _template: &Template, _patience: Duration) -> bool {
+        match *self {}
+    }
+
+    /// There is no server to ask.
     ///
     /// # Errors
     ///

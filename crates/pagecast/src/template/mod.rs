@@ -15,7 +15,7 @@ mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
@@ -42,6 +42,18 @@ struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
+    /// Why no byte of it may be given to anybody any more.
+    withdrawn: OnceLock<String>,
+}
+
+impl Inner {
+    /// Makes sure that it may be read.
+    fn check_not_withdrawn(&self) -> Result<(), SourceError> {
+        match self.withdrawn.get() {
+            Some(how) => Err(SourceError::Changed { how: how.clone() }),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Template {
@@ -67,6 +79,7 @@ impl Template {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
+                withdrawn: OnceLock::new(),
             }),
         }
     }
@@ -90,6 +103,27 @@ impl Template {
     /// Where its pages come from.
     pub fn source(&self) -> &dyn PageSource {
         &*self.inner.source
+    }
+
+    /// Makes sure that it may be forked: not withdrawn, and what it was when it was opened.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Changed`], or why that cannot be told.
+    pub fn check(&self) -> Result<(), SourceError> {
+        self.inner.check_not_withdrawn()?;
+        self.source().check_unchanged()
+    }
+
+    /// From now on nobody begins to read it, away from the fault path. The first reason stays.
+    pub(crate) fn withdraw(&self, how: &str) {
+        let _ = self.inner.withdrawn.set(how.to_owned());
+    }
+
+    /// Waits until nobody reads it away from the fault path, for a template that was withdrawn. `false` where somebody
+    /// still does.
+    pub(crate) fn wait_unread(&self, until: Instant) -> bool {
+        self.inner.slow_reads.wait(until) && self.inner.zero_search.wait(until)
     }
 
     /// Reads `length` bytes from `at` on, on a thread of this template's own that may wait for them, and hands them to

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Inner;
 use super::source::{SourceError, TemplateOffset};
@@ -22,6 +22,8 @@ type Done = Box<dyn FnOnce(Result<Vec<u8>, SourceError>) + Send>;
 pub(super) struct SlowReads {
     state: Mutex<State>,
     work: Condvar,
+    /// No thread reads.
+    quiet: Condvar,
 }
 
 #[derive(Default)]
@@ -29,6 +31,8 @@ struct State {
     queue: VecDeque<Request>,
     threads: usize,
     idle: usize,
+    /// How many threads are at a request.
+    reading: usize,
 }
 
 struct Request {
@@ -66,6 +70,32 @@ impl SlowReads {
         }
     }
 
+    /// A request that [`next`](Self::next) gave has been read.
+    fn finished(&self) {
+        let mut state = self.lock();
+        state.reading -= 1;
+        if state.reading == 0 {
+            self.quiet.notify_all();
+        }
+    }
+
+    /// Waits until no thread reads; `false` where one still does.
+    pub(super) fn wait(&self, until: Instant) -> bool {
+        let mut state = self.lock();
+        while state.reading > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            let (woken, _) = self
+                .quiet
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+        }
+        true
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -76,6 +106,7 @@ impl SlowReads {
         let mut state = self.lock();
         loop {
             if let Some(request) = state.queue.pop_front() {
+                state.reading += 1;
                 return Some(request);
             }
             state.idle += 1;
@@ -95,7 +126,15 @@ impl SlowReads {
 
 fn serve(template: &Inner) {
     while let Some(Request { at, length, done }) = template.slow_reads.next() {
-        let mut bytes = vec![0; length];
-        done(template.source.read(at, &mut bytes).map(|()| bytes));
+        let bytes = read(template, at, length);
+        template.slow_reads.finished();
+        done(bytes);
     }
+}
+
+fn read(template: &Inner, at: TemplateOffset, length: usize) -> Result<Vec<u8>, SourceError> {
+    template.check_not_withdrawn()?;
+    let mut bytes = vec![0; length];
+    template.source.read(at, &mut bytes)?;
+    Ok(bytes)
 }

@@ -80,6 +80,7 @@ fn look(template: &Inner) -> Result<(), SourceError> {
     let size = template.source.len().get();
     let steps = (0..size.div_ceil(STEP_BYTES)).map(|step| step * STEP_BYTES);
     for at in steps {
+        template.check_not_withdrawn()?;
         let len = STEP_BYTES.min(size - at);
         template.source.find_zeros(TemplateOffset::new(at), ByteLen::new(len))?;
     }

@@ -19,3 +19,4 @@ mod serving;
 mod slow_template;
 mod template_changes;
 mod vmm_process;
+mod withdraw;
