@@ -1,2 +1,7 @@
 //! The long-lived service: control API, registry of templates and forks, metrics, configuration.
 #![forbid(unsafe_code)]
+
+#[cfg(target_os = "linux")]
+pub mod inode;
+#[cfg(target_os = "linux")]
+pub mod placement;
