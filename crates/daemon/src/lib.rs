@@ -5,3 +5,5 @@
 pub mod inode;
 #[cfg(target_os = "linux")]
 pub mod placement;
+#[cfg(target_os = "linux")]
+pub mod protection;
