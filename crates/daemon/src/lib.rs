@@ -24,6 +24,7 @@ pub mod config;
 mod daemon;
 pub mod error;
 mod fork;
+mod inode;
 pub mod logging;
 mod metrics;
 mod placement;
