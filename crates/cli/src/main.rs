@@ -1,8 +1,10 @@
 //! The `pagecast` command.
 #![forbid(unsafe_code)]
 
+mod fd_limit;
 mod handle;
 mod report;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -18,14 +20,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Serve(serve::Serve),
     Handle(handle::Handle),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
 const FAILED: u8 = 1;
 
+/// The exit code of a server whose VMMs were killed at the second signal.
+const KILLED: u8 = 3;
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
     };
     result.unwrap_or_else(|error| {

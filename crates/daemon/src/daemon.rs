@@ -7,7 +7,7 @@ use std::time::Duration;
 use pagecast::server::CloseError;
 use pagecast_client::Backend;
 use pagecast_uffd::uffd::CreateError;
-use pagecast_uffd::{Uffd, UffdOptions};
+use pagecast_uffd::{Features, Uffd, UffdOptions};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
@@ -138,7 +138,10 @@ async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 's
 
 /// Makes sure that VMMs can have a userfaultfd on this kernel. Whether *they* may is theirs to know.
 fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
-    match Uffd::create(&UffdOptions::default()) {
+    match Uffd::create(UffdOptions {
+        features: Features::empty(),
+        nonblocking: true,
+    }) {
         Err(CreateError::Unavailable { .. }) if backend == Backend::File => {
             warn!("this kernel has no userfaultfd: only forks with `file` can be had");
             Ok(())

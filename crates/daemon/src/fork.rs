@@ -8,7 +8,7 @@ use pagecast_client::{Backend, CreatedFork, ForkState};
 use serde::{Deserialize, Serialize};
 
 use crate::placement::Placement;
-use crate::template::Template;
+use crate::template::{Place, Template};
 use crate::vmm_process::{SavedVmm, VmmProcess};
 
 /// A fork, from making to deleting.
@@ -105,9 +105,9 @@ impl Fork {
             reason: self.reason.clone(),
             mem_backend: self.mem_backend.clone(),
             vmm,
-            placement: match &self.kind {
+            place: match &self.kind {
                 Kind::Uffd(_) => None,
-                Kind::File(file) => file.placement.clone(),
+                Kind::File(file) => file.placement.clone().map(Place::Done),
             },
         }
     }
@@ -187,7 +187,7 @@ pub(crate) struct SavedFork {
     pub(crate) reason: String,
     pub(crate) mem_backend: MemBackend,
     pub(crate) vmm: Option<SavedVmm>,
-    pub(crate) placement: Option<Placement>,
+    pub(crate) place: Option<Place>,
 }
 
 /// The state, in the words of the API.

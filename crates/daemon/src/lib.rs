@@ -10,31 +10,34 @@
 //! | `template`, `fork` | what there is |
 //! | `backend` | which backend a fork gets, and why |
 //! | `placement`, `protection` | what is done to a memory file, and undone |
-//! | `vmm_process`, `process_memory` | VMMs as processes, and what they cost |
+//! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
 //! | `run_dir` | what is kept |
 //! | `metrics`, `logging` | what is told |
 //!
 //! Nothing of this is on the fault path: that is in the library, on threads of its own.
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
+#![allow(missing_docs, clippy::all, clippy::pedantic)]
 
 mod api;
 mod backend;
 pub mod config;
 mod daemon;
 pub mod error;
+mod exit_watch;
 mod fork;
-mod inode;
+pub mod inode;
+pub mod lease;
 pub mod logging;
 mod metrics;
-mod placement;
-mod process_memory;
-mod protection;
+pub mod placement;
+pub mod process_memory;
+pub mod protection;
 pub mod run_dir;
 mod serve;
 mod service;
 mod template;
-mod vmm_process;
+pub mod vmm_process;
 
 pub use api::openapi;
 pub use config::{Config, Settings};

@@ -13,7 +13,7 @@ use pagecast::template::{Identity, MemFile, PageSource, SourceError};
 use pagecast_client::template::{Guard, Protection};
 use serde::{Deserialize, Serialize};
 
-use crate::placement::Placement;
+use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
 
 /// The name of a template: `[a-z0-9][a-z0-9._-]{0,63}`, as the ids of forks are.
@@ -67,10 +67,10 @@ pub(crate) struct Template {
     /// The same file, as the page server knows it.
     pub(crate) pages: pagecast::Template,
     /// How the memory file was protected, to be undone.
-    pub(crate) protection: Option<Applied>,
+    pub(crate) protection: Applied,
     /// Where forks with `file` find the memory file; its own path where it could not be placed anywhere else.
     pub(crate) placement: Option<Placement>,
-    lease: Mutex<Option<pagecast::template::Lease>>,
+    lease: Mutex<Option<crate::lease::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
     withdrawn: AtomicBool,
@@ -81,9 +81,9 @@ impl Template {
         name: TemplateName,
         spec: Spec,
         file: Arc<MemFile>,
-        protection: Option<Applied>,
+        protection: Applied,
         placement: Option<Placement>,
-        lease: Option<pagecast::template::Lease>,
+        lease: Option<crate::lease::Lease>,
     ) -> Self {
         Self {
             name,
@@ -163,23 +163,32 @@ impl Template {
     pub(crate) fn remote(&self) -> Option<&'static str> {
         crate::backend::remote_filesystem(self.file.as_fd())
     }
-
-    /// What is kept of it in the run dir.
-    pub(crate) fn saved(&self) -> SavedTemplate {
-        SavedTemplate {
-            spec: self.spec.clone(),
-            identity: *self.file.identity(),
-            protection: self.protection.clone(),
-            placement: self.placement.clone(),
-        }
-    }
 }
 
-/// What is kept of a template in the run dir, to be found again after a restart.
+/// What is kept of a template in the run dir, to be found again after a restart. Kept before anything is done to the
+/// memory file, so that it can be undone whatever happens in the middle.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedTemplate {
     pub(crate) spec: Spec,
     pub(crate) identity: Identity,
-    pub(crate) protection: Option<Applied>,
-    pub(crate) placement: Option<Placement>,
+    pub(crate) protection: Applied,
+    pub(crate) place: Option<Place>,
+}
+
+/// Where a memory file was put, or was about to be.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Place {
+    Planned(Plan),
+    Done(Placement),
+}
+
+impl Place {
+    /// Takes away whatever is there of it.
+    pub(crate) fn remove(&self) -> Result<Removal, PlaceError> {
+        match self {
+            Self::Planned(plan) => plan.undo(),
+            Self::Done(placement) => placement.remove(),
+        }
+    }
 }

@@ -129,7 +129,7 @@ fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
 /// What the VMM of a fork costs, where it is known and lives.
 fn memory(fork: &Fork) -> Option<ForkMemory> {
     let vmm = fork.vmm()?;
-    let memory = process_memory::of_vmm(vmm.pid())?;
+    let memory = process_memory::of_pid(vmm.pid())?;
     // Looked at afterwards: what was measured was its VMM, not a later process of this number.
     (!vmm.has_exited()).then_some(memory)
 }

@@ -1,5 +1,6 @@
 //! Forks: made, completed and deleted.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,16 +8,15 @@ use std::time::Duration;
 use pagecast::server::{Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, chain};
 use pagecast_client::fork::{BackendType, CreateFork, Prefault};
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use super::templates::check_page_size;
 use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
-use crate::fork::{FileFork, Fork, Kind, UffdFork, mem_backend};
-use crate::placement;
-use crate::template::Template;
+use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
+use crate::placement::{Placement, Plan};
+use crate::run_dir::Kind as Saved;
+use crate::template::{Place, Template};
 use crate::vmm_process::VmmProcess;
 
 /// How long a killed VMM may take to die.
@@ -190,11 +190,26 @@ impl Service {
         let vmm = vmm
             .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("pid: {}", chain(&error))))?
             .map(Arc::new);
+        let mut saved = SavedFork {
+            template: template.name.to_string(),
+            backend: Backend::File,
+            reason: reason.clone(),
+            mem_backend: mem_backend(BackendType::File, &template.path_for_forks()),
+            vmm: None,
+            place: None,
+        };
         let placement = match &wanted.path {
             Some(path) => {
-                let path = self.allowed_path("path", path)?;
-                let placed = placement::place(template.file.as_ref(), &path);
-                Some(placed.map_err(|error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error))))?)
+                let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
+                let plan = Plan::new(template.file.as_fd(), &self.allowed_path("path", path)?).map_err(refused)?;
+                // Kept before it is done, so that it can be undone whatever happens.
+                saved.place = Some(Place::Planned(plan.clone()));
+                let kept = self.run_dir.save(Saved::Fork, id.as_str(), &saved);
+                kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
+                Some(plan.carry_out(template.file.as_fd()).map_err(|error| {
+                    let _ = self.run_dir.forget(Saved::Fork, id.as_str());
+                    refused(error)
+                })?)
             }
             None => None,
         };
@@ -233,24 +248,22 @@ impl Service {
     /// Waits for the VMM of a fork with `file` to exit.
     pub(super) fn watch(self: &Arc<Self>, fork: &Arc<Fork>, vmm: &Arc<VmmProcess>) {
         let service = Arc::downgrade(self);
-        let (fork, vmm) = (Arc::clone(fork), Arc::clone(vmm));
-        self.runtime.spawn(async move {
-            // A pidfd can always be polled.
-            match AsyncFd::with_interest(vmm, Interest::READABLE) {
-                Ok(exited) => drop(exited.readable().await),
-                Err(error) => warn!(fork = %fork.id, %error, "its VMM cannot be watched"),
-            }
+        let watched = Arc::clone(fork);
+        let on_exit = move || {
             if let Some(service) = service.upgrade() {
-                service.file_fork_ended(&fork, ForkState::Exited);
+                service.file_fork_ended(&watched, ForkState::Exited);
             }
-        });
+        };
+        if let Err(error) = self.exits.add(vmm, on_exit) {
+            warn!(fork = %fork.id, %error, "its end will not be noticed");
+        }
     }
 
     pub(super) fn file_fork_ended(&self, fork: &Arc<Fork>, state: ForkState) {
         if let Kind::File(file) = &fork.kind
             && file.end(state, None)
         {
-            if let Some(Err(error)) = file.placement.as_ref().map(|placement| placement.remove()) {
+            if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
                 warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
             }
             self.ended(fork);

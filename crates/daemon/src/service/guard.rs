@@ -71,7 +71,7 @@ impl Service {
 
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
     fn withdraw(&self, template: &Arc<Template>, how: &str) {
-        let withdrawn = self.server.withdraw(&template.pages, how, KILL_PATIENCE);
+        let served = self.server.withdraw(&template.pages, how);
         let error = ForkError {
             code: "template_changed".to_owned(),
             message: format!("the template has changed: {how}"),
@@ -104,8 +104,11 @@ impl Service {
                 error!(fork = %fork.id, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
             }
         }
+        if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
+            error!(template = %template.name, "a fork or a read of the template does not end");
+        }
         self.end_strangers(template);
-        info!(template = %template.name, uffd = ?withdrawn, file = forks.len(), "no fork reads the template any more");
+        info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
     /// VMMs that nobody told us of, but that map the file where only forks find it: they are forks.

@@ -30,6 +30,8 @@ use pagecast_client::{ApiError, ErrorCode};
 use tracing::{info, warn};
 
 use crate::config::Config;
+use crate::placement::Placement;
+use crate::exit_watch::ExitWatch;
 use crate::fork::{Fork, Kind};
 use crate::run_dir::{Kind as Saved, RunDir};
 use crate::template::{Template, TemplateName};
@@ -40,14 +42,15 @@ pub(crate) struct Service {
     config: Config,
     run_dir: RunDir,
     server: Server,
-    leases: pagecast::template::LeaseWatch,
+    leases: crate::lease::LeaseWatch,
+    exits: ExitWatch,
     state: Mutex<State>,
     closing: AtomicBool,
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,
     started: Instant,
-    /// Where tasks run that watch VMMs.
+    /// Where slow work is done.
     runtime: tokio::runtime::Handle,
 }
 
@@ -272,7 +275,7 @@ impl Service {
                 }
             }
             Kind::File(file) => {
-                if let Some(Err(error)) = file.placement.as_ref().map(|placement| placement.remove()) {
+                if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
                     warn!(fork = %fork.id, %error, "its memory file cannot be taken away");
                 }
             }

@@ -6,16 +6,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pagecast::server::{Deadlines, ForkEvent, Server, chain};
-use pagecast::template::{LeaseWatch, MemFile};
+use pagecast::template::MemFile;
+use crate::lease::LeaseWatch;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
 use super::{Entry, Service, State};
 use crate::config::Config;
 use crate::error::StartError;
+use crate::exit_watch::ExitWatch;
 use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
 use crate::run_dir::{Kind, RunDir};
-use crate::template::{SavedTemplate, Template, TemplateName};
+use crate::template::{Place, SavedTemplate, Template, TemplateName};
 use crate::vmm_process::VmmProcess;
 
 /// How long a VMM may take to die whose daemon has died before it.
@@ -41,6 +43,7 @@ impl Service {
         let service = Arc::new(Self {
             server: builder.start().map_err(StartError::Server)?,
             leases: LeaseWatch::start().map_err(|source| StartError::Thread { source })?,
+            exits: ExitWatch::start().map_err(|source| StartError::Thread { source })?,
             config,
             run_dir,
             state: Mutex::new(State::default()),
@@ -64,7 +67,7 @@ impl Service {
             match added {
                 Ok(template) => {
                     info!(template = name, "template found again");
-                    self.look_for_zeros(&template);
+                    template.pages.find_zeros(Instant::now());
                     self.state().templates.insert(template.name.clone(), template);
                 }
                 // Its state stays, so that nothing is lost that somebody may want to undo by hand.
@@ -80,10 +83,14 @@ impl Service {
         let file = Arc::new(file);
         let changed = saved.identity.difference(file.identity());
         let lease = self.lease(&name, &file).map_err(|error| error.message)?;
-        let placement = match saved.placement {
-            Some(placement) if placement.is_there() => Some(placement),
-            _ if changed.is_some() => None,
-            _ => self.place_template(&name, &file),
+        if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
+            warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
+        }
+        let placement = match changed {
+            Some(_) => None,
+            None => self
+                .place_template(&name, &saved.spec, &file, saved.protection)
+                .map_err(|error| error.message)?,
         };
         let template = Template::new(name, saved.spec, file, saved.protection, placement, lease);
         if let Some(how) = changed {
@@ -115,9 +122,9 @@ impl Service {
                 }
                 self.forget_saved(id);
             }
-            Backend::File if gone => {
+            Backend::File if gone || matches!(saved.place, Some(Place::Planned(_))) => {
                 info!(fork = id, state = %ForkState::Exited, "ended");
-                if let Some(Err(error)) = saved.placement.as_ref().map(|placement| placement.remove()) {
+                if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
                     warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
                 }
                 self.forget_saved(id);
@@ -128,12 +135,16 @@ impl Service {
                     return;
                 };
                 info!(fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+                let placement = match saved.place {
+                    Some(Place::Done(placement)) => Some(placement),
+                    _ => None,
+                };
                 let fork = Arc::new(Fork {
                     id,
                     template,
                     reason: saved.reason,
                     mem_backend: saved.mem_backend,
-                    kind: ForkKind::File(FileFork::new(saved.placement, vmm)),
+                    kind: ForkKind::File(FileFork::new(placement, vmm)),
                 });
                 self.state().forks.insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
                 self.start(&fork);

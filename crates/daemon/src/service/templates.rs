@@ -1,20 +1,22 @@
 //! Templates: added and removed.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pagecast::PageSize;
 use pagecast::server::chain;
-use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
-use pagecast_client::template::Protection;
+use pagecast::template::{MemFile, OpenError, PageSource};
+use crate::lease::{Lease, LeaseError};
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
 use super::{Entry, Service, internal, refuse};
-use crate::placement::{self, Placement};
-use crate::protection;
+use crate::placement::{Placement, Plan};
+use crate::protection::Applied;
 use crate::run_dir::Kind;
-use crate::template::{Spec, Template, TemplateName};
+use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName};
 
 impl Service {
     /// Adds a template; `true` beside it where it is new, `false` where the same was there.
@@ -53,7 +55,8 @@ impl Service {
             guard = ?template.guard(),
             "template added"
         );
-        self.look_for_zeros(&template);
+        // Goes on by itself.
+        template.pages.find_zeros(Instant::now());
         Ok((template, true))
     }
 
@@ -103,25 +106,18 @@ impl Service {
             ));
         }
         let lease = self.lease(&name, &file)?;
-        // Before the immutable flag, which refuses links.
-        let placement = self.place_template(&name, &file);
-        let undo_placement = |placement: &Option<Placement>| {
-            if let Some(Err(error)) = placement.as_ref().map(Placement::remove) {
-                warn!(template = %name, %error, "its memory file cannot be taken away from the run dir");
-            }
-        };
-        let protected = match spec.protect {
-            Protection::None => Ok(None),
-            wanted => protection::apply(file.as_ref(), wanted).map(Some),
-        };
-        let protection = protected.map_err(|error| {
-            undo_placement(&placement);
-            refuse(ErrorCode::TemplateInvalid, format_args!("protect: {}", chain(&error)))
-        })?;
-        let template = Template::new(name.clone(), spec, Arc::clone(&file), protection, placement, lease);
-        if let Err(error) = self.run_dir.save(Kind::Template, name.as_str(), &template.saved()) {
+        let protection = Applied::plan(file.as_fd(), spec.protect)
+            .map_err(|error| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {}", chain(&error))))?;
+        let placement = self.place_template(&name, &spec, &file, protection)?;
+        let template = Template::new(name, spec, file, protection, placement, lease);
+        // After the link was made, which the immutable flag refuses.
+        if let Err(error) = protection.enforce(template.file.as_fd()) {
             self.undo(&template);
-            return Err(internal("keep the template in the run dir", &error));
+            self.forget_template(&template.name);
+            return Err(refuse(
+                ErrorCode::TemplateInvalid,
+                format_args!("protect: {}", chain(&error)),
+            ));
         }
         Ok(template)
     }
@@ -149,11 +145,32 @@ impl Service {
     }
 
     /// Puts the memory file where nobody can exchange it for another, so that every fork with `file` opens this inode.
-    pub(super) fn place_template(&self, name: &TemplateName, file: &MemFile) -> Option<Placement> {
-        let at = self.run_dir.template_mem(name.as_str());
-        match placement::place(file, &at) {
-            Ok(placement) => Some(placement),
-            Err(error) => {
+    /// What is about to be done is kept in the run dir first.
+    pub(super) fn place_template(
+        &self,
+        name: &TemplateName,
+        spec: &Spec,
+        file: &MemFile,
+        protection: Applied,
+    ) -> Result<Option<Placement>, ApiError> {
+        let mut saved = SavedTemplate {
+            spec: spec.clone(),
+            identity: *file.identity(),
+            protection,
+            place: None,
+        };
+        let save = |saved: &SavedTemplate| {
+            let kept = self.run_dir.save(Kind::Template, name.as_str(), saved);
+            kept.map_err(|error| internal("keep the template in the run dir", &error))
+        };
+        let placed = Plan::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
+            saved.place = Some(Place::Planned(plan.clone()));
+            save(&saved).map(|()| plan.carry_out(file.as_fd()))
+        });
+        let placement = match placed {
+            Ok(Err(error)) => return Err(error),
+            Ok(Ok(Ok(placement))) => Some(placement),
+            Ok(Ok(Err(error))) | Err(error) => {
                 warn!(
                     template = %name,
                     error = chain(&error),
@@ -161,18 +178,27 @@ impl Service {
                 );
                 None
             }
+        };
+        saved.place = placement.clone().map(Place::Done);
+        if let Err(error) = save(&saved) {
+            if let Some(placement) = &placement {
+                self.take_away(name, placement);
+            }
+            return Err(error);
+        }
+        Ok(placement)
+    }
+
+    fn take_away(&self, name: &TemplateName, placement: &Placement) {
+        if let Err(error) = placement.remove() {
+            warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
         }
     }
 
-    /// Looks through the file for zeros, on a thread that may wait for the disk.
-    pub(super) fn look_for_zeros(self: &Arc<Self>, template: &Arc<Template>) {
-        let template = Arc::downgrade(template);
-        self.runtime.spawn_blocking(move || {
-            let Some(template) = template.upgrade() else { return };
-            if let Err(error) = template.file.find_zeros() {
-                warn!(template = %template.name, error = chain(&error), "cannot look through the template");
-            }
-        });
+    fn forget_template(&self, name: &TemplateName) {
+        if let Err(error) = self.run_dir.forget(Kind::Template, name.as_str()) {
+            warn!(template = %name, %error, "cannot be forgotten in the run dir");
+        }
     }
 
     /// Removes a template that no fork uses, and undoes what was done to its file.
@@ -204,10 +230,9 @@ impl Service {
             }
             state.busy.insert(template.name.clone());
         }
-        let forgotten = self.run_dir.forget(Kind::Template, name);
         self.undo(&template);
+        self.forget_template(&template.name);
         self.state().busy.remove(&template.name);
-        forgotten.map_err(|error| internal("forget the template in the run dir", &error))?;
         info!(template = name, "template removed");
         Ok(())
     }
@@ -215,13 +240,11 @@ impl Service {
     /// Undoes what was done to the file of a template.
     fn undo(&self, template: &Template) {
         // The immutable flag first: it refuses to let the link go.
-        if let Some(protection) = &template.protection
-            && let Err(error) = protection.undo(template.file.as_ref())
-        {
+        if let Err(error) = template.protection.undo(template.file.as_fd()) {
             warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
         }
-        if let Some(Err(error)) = template.placement.as_ref().map(Placement::remove) {
-            warn!(template = %template.name, error = chain(&error), "its memory file cannot be taken away from the run dir");
+        if let Some(placement) = &template.placement {
+            self.take_away(&template.name, placement);
         }
         template.release_lease();
     }

@@ -139,7 +139,7 @@ impl Template {
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
     /// `until`.
-    pub(crate) fn find_zeros(&self, until: Instant) {
+    pub fn find_zeros(&self, until: Instant) {
         ZeroSearch::run(&self.inner, until);
     }
 }
