@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::failure::FailReason;
+use super::latency::Latency;
 
 /// The name of a fork: `[a-z0-9][a-z0-9._-]{0,63}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -185,17 +186,6 @@ pub struct FaultCounts {
     pub retried: u64,
     /// Faults that waited for the template to be read from disk.
     pub slow: u64,
-}
-
-/// Times in microseconds, rounded up, to within 7 percent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Latency {
-    /// Half were as fast.
-    pub p50: u64,
-    /// 99 of 100 were as fast.
-    pub p99: u64,
-    /// The slowest.
-    pub max: u64,
 }
 
 /// A turn in the life of a fork, for whoever observes the server.

@@ -3,12 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
-use std::time::{Duration, Instant};
-
-use histogram::AtomicHistogram32;
+use std::time::Instant;
 
 use super::failure::FailReason;
-use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Latency};
+use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus};
+use super::latency::LatencyRecorder;
 use crate::session::Region;
 use crate::template::Template;
 
@@ -247,17 +246,14 @@ pub(super) struct Counters {
     pub(super) retried: Counter,
     pub(super) slow: Counter,
     pub(super) installed_bytes: Counter,
-    /// In nanoseconds.
-    latency: AtomicHistogram32,
+    /// From reading a fault to its page being in place.
+    pub(super) fault_latency: LatencyRecorder,
+    /// What the kernel took for putting a page in place that somebody waited for.
+    pub(super) install_latency: LatencyRecorder,
 }
-
-/// Buckets a sixteenth wide, up to 2^40 ns (18 minutes, far beyond every deadline); 2.3 KiB a fork.
-const LATENCY_GROUPING: u8 = 4;
-const LATENCY_POWER: u8 = 40;
 
 impl Counters {
     fn new() -> Self {
-        let config = histogram::Config::new(LATENCY_GROUPING, LATENCY_POWER).expect("constants that fit each other");
         Self {
             demand: Counter::default(),
             zero: Counter::default(),
@@ -266,23 +262,12 @@ impl Counters {
             retried: Counter::default(),
             slow: Counter::default(),
             installed_bytes: Counter::default(),
-            latency: AtomicHistogram32::with_config(&config),
+            fault_latency: LatencyRecorder::new(),
+            install_latency: LatencyRecorder::new(),
         }
     }
 
-    pub(super) fn record_latency(&self, latency: Duration) {
-        let longest = (1 << LATENCY_POWER) - 1;
-        let nanos = u64::try_from(latency.as_nanos()).map_or(longest, |nanos| nanos.min(longest));
-        // It is in range.
-        let _ = self.latency.increment(nanos);
-    }
-
     fn stats(&self) -> ForkStats {
-        let latency = self.latency.load();
-        let micros = |quantile: f64| {
-            let bucket = latency.quantile_bucket(quantile).ok().flatten();
-            bucket.map_or(0, |bucket| bucket.end().div_ceil(1000))
-        };
         ForkStats {
             faults: FaultCounts {
                 demand: self.demand.get(),
@@ -292,11 +277,7 @@ impl Counters {
                 retried: self.retried.get(),
                 slow: self.slow.get(),
             },
-            fault_latency_us: Latency {
-                p50: micros(0.5),
-                p99: micros(0.99),
-                max: micros(1.0),
-            },
+            fault_latency_us: self.fault_latency.load().summary(),
             installed_bytes: self.installed_bytes.get(),
         }
     }
@@ -305,18 +286,6 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn latencies_come_back_in_microseconds_within_a_sixteenth() {
-        let counters = Counters::new();
-        for _ in 0..99 {
-            counters.record_latency(Duration::from_micros(10));
-        }
-        counters.record_latency(Duration::from_millis(200));
-        let latency = counters.stats().fault_latency_us;
-        assert!((10..=11).contains(&latency.p50), "{latency:?}");
-        assert!((200_000..=213_000).contains(&latency.max), "{latency:?}");
-    }
 
     #[test]
     fn an_end_is_final() {

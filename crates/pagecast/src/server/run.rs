@@ -11,6 +11,7 @@ use super::error::{CloseError, Error, NotEnoughMemory};
 use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
 use super::inbox::Inbox;
+use super::latency::LatencyHistogram;
 use super::memory;
 use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
@@ -492,6 +493,17 @@ impl Fork {
     /// What is known of it.
     pub fn status(&self) -> ForkStatus {
         self.record.status()
+    }
+
+    /// From reading each of its faults to the page being in place.
+    pub fn fault_latency(&self) -> LatencyHistogram {
+        self.record.counters.fault_latency.load()
+    }
+
+    /// What the kernel took for putting in place each page that a vCPU waited for: the part of
+    /// [`fault_latency`](Self::fault_latency) that no page server can do without.
+    pub fn install_latency(&self) -> LatencyHistogram {
+        self.record.counters.install_latency.load()
     }
 
     /// Waits until its state is as `wanted`, but no longer than `patience`; what is known of it then.

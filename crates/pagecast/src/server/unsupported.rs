@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::error::{CloseError, Error};
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+use super::latency::LatencyHistogram;
 use crate::template::Template;
 
 /// How a server would be.
@@ -160,6 +161,16 @@ impl Fork {
 
     /// There is no fork to ask.
     pub fn wait(&self, _patience: Duration, _wanted: impl Fn(ForkState) -> bool) -> ForkStatus {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn fault_latency(&self) -> LatencyHistogram {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn install_latency(&self) -> LatencyHistogram {
         match *self {}
     }
 }

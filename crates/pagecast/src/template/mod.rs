@@ -25,6 +25,7 @@ pub use identity::Identity;
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use zero_map::ZeroMap;
@@ -113,6 +114,11 @@ impl Template {
     pub fn check(&self) -> Result<(), SourceError> {
         self.inner.check_not_withdrawn()?;
         self.source().check_unchanged()
+    }
+
+    /// What was read of it away from the fault path.
+    pub fn slow_reads(&self) -> SlowReadStats {
+        self.inner.slow_reads.stats()
     }
 
     /// From now on nobody begins to read it, away from the fault path. The first reason stays.

@@ -33,6 +33,20 @@ struct State {
     idle: usize,
     /// How many threads are at a request.
     reading: usize,
+    stats: SlowReadStats,
+}
+
+/// What was read of a template away from the fault path, because it was not in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlowReadStats {
+    /// Reads that have ended, well or not.
+    pub reads: u64,
+    /// Those of them that failed.
+    pub failed: u64,
+    /// Bytes that the others gave.
+    pub bytes: u64,
+    /// What all of them took together; several are under way at once.
+    pub time: Duration,
 }
 
 struct Request {
@@ -70,10 +84,14 @@ impl SlowReads {
         }
     }
 
-    /// A request that [`next`](Self::next) gave has been read.
-    fn finished(&self) {
+    /// A request that [`next`](Self::next) gave has been read, and gave so many bytes or failed.
+    fn finished(&self, bytes: Option<usize>, time: Duration) {
         let mut state = self.lock();
         state.reading -= 1;
+        state.stats.reads += 1;
+        state.stats.failed += u64::from(bytes.is_none());
+        state.stats.bytes += bytes.unwrap_or(0) as u64;
+        state.stats.time += time;
         if state.reading == 0 {
             self.quiet.notify_all();
         }
@@ -94,6 +112,10 @@ impl SlowReads {
             state = woken;
         }
         true
+    }
+
+    pub(super) fn stats(&self) -> SlowReadStats {
+        self.lock().stats
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -126,8 +148,11 @@ impl SlowReads {
 
 fn serve(template: &Inner) {
     while let Some(Request { at, length, done }) = template.slow_reads.next() {
+        let begun = Instant::now();
         let bytes = read(template, at, length);
-        template.slow_reads.finished();
+        template
+            .slow_reads
+            .finished(bytes.as_ref().ok().map(Vec::len), begun.elapsed());
         done(bytes);
     }
 }

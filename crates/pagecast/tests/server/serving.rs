@@ -26,6 +26,15 @@ fn one_fork_reads_what_the_template_holds() {
     vmm.kill().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Exited, "{status:?}");
+    // Its numbers stay, and fit each other: every fault was answered by an install, and that is a part of it.
+    let (faults, installs) = (fork.fault_latency(), fork.install_latency());
+    assert_eq!(faults.count(), installs.count());
+    assert!(
+        faults.count() >= 2048 && faults.count() <= status.stats.faults.demand,
+        "{status:?}"
+    );
+    assert!(faults.sum() > installs.sum() && !installs.sum().is_zero());
+    assert_eq!(faults.summary(), status.stats.fault_latency_us);
     fixture.file.check_untouched().unwrap();
 }
 

@@ -102,8 +102,9 @@ impl ServedFork {
                 continue;
             }
             let bytes = bytes.get(..part.bytes()).unwrap_or_default();
-            let outcome = self.copy(part.to, bytes);
-            self.finish(&part, outcome, Instant::now(), deadline)?;
+            let tried = self.copy(part.to, bytes);
+            let since = tried.begun;
+            self.finish(&part, tried, since, deadline)?;
         }
         Ok(())
     }
