@@ -29,6 +29,8 @@ mod fork;
 pub mod inode;
 pub mod lease;
 pub mod logging;
+#[cfg(test)]
+mod mapper;
 mod metrics;
 pub mod placement;
 pub mod process_memory;

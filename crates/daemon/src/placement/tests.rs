@@ -159,6 +159,27 @@ fn who_has_opened_a_mounted_template_keeps_it() {
 }
 
 #[test]
+fn a_mount_that_another_mount_namespace_has_too_is_removed_all_the_same() {
+    if !may_mount() {
+        return;
+    }
+    let files = Files::new();
+    let placement = files.place(&files.far()).unwrap();
+    // As Firecracker's jailer makes one. It says a word once it is in there, and ends when the test does.
+    let mut jailed = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo; read end"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    jailed.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    assert_eq!(placement.remove().unwrap(), Removal::Removed);
+    assert!(!files.far().exists());
+    drop(jailed.stdin.take());
+    jailed.wait().unwrap();
+}
+
+#[test]
 fn a_placed_template_can_still_be_renamed_written_and_deleted() {
     let files = Files::new();
     let mut placements = vec![files.place(&files.near()).unwrap()];
