@@ -57,7 +57,7 @@ pub(crate) fn remote_filesystem(fd: impl std::os::fd::AsFd) -> Option<&'static s
     let magic = rustix::fs::fstatfs(fd).ok()?.f_type;
     REMOTE
         .iter()
-        .find(|(number, _)| *number == i64::from(magic))
+        .find(|(number, _)| *number == magic)
         .map(|(_, name)| *name)
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::placement::Placement;
 use crate::template::{Place, Template};
-use crate::vmm_process::{SavedVmm, VmmProcess};
+use crate::vmm_process::{Saved as SavedVmm, VmmProcess};
 
 /// A fork, from making to deleting.
 pub(crate) struct Fork {

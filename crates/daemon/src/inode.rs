@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 ///
 /// The device may get another number when the host restarts, so what is persisted holds until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct InodeId {
+pub(crate) struct InodeId {
     /// The device, as `st_dev` has it.
-    pub device: u64,
+    pub(crate) device: u64,
     /// The number of the inode on that device.
-    pub inode: u64,
+    pub(crate) inode: u64,
 }
 
 impl InodeId {
@@ -24,7 +24,7 @@ impl InodeId {
     /// # Errors
     ///
     /// `fstat(2)` fails.
-    pub fn of(file: impl AsFd) -> rustix::io::Result<Self> {
+    pub(crate) fn of(file: impl AsFd) -> rustix::io::Result<Self> {
         Ok(Self::of_stat(&rustix::fs::fstat(file)?))
     }
 

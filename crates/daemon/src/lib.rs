@@ -17,7 +17,6 @@
 //! Nothing of this is on the fault path: that is in the library, on threads of its own.
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
-#![allow(missing_docs, clippy::all, clippy::pedantic)]
 
 mod api;
 mod backend;
@@ -26,20 +25,19 @@ mod daemon;
 pub mod error;
 mod exit_watch;
 mod fork;
-pub mod inode;
-pub mod lease;
+mod inode;
 pub mod logging;
 #[cfg(test)]
 mod mapper;
 mod metrics;
-pub mod placement;
-pub mod process_memory;
-pub mod protection;
+mod placement;
+mod process_memory;
+mod protection;
 pub mod run_dir;
 mod serve;
 mod service;
 mod template;
-pub mod vmm_process;
+mod vmm_process;
 
 pub use api::openapi;
 pub use config::{Config, Settings};

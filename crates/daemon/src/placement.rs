@@ -27,7 +27,7 @@ use crate::inode::InodeId;
 /// A file could not be placed, or what was placed could not be taken away.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum PlaceError {
+pub(crate) enum PlaceError {
     /// The path is relative, or ends in no name.
     #[error("{} is not an absolute path of a file", path.display())]
     Path {
@@ -117,7 +117,7 @@ fn why_no_mount(error: &io::Error) -> String {
 /// How a file was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum How {
+pub(crate) enum How {
     /// Another name of the same inode.
     HardLink,
     /// A read-only mount of the inode.
@@ -129,7 +129,7 @@ pub enum How {
 
 /// What became of what was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Removal {
+pub(crate) enum Removal {
     /// It was there, and is gone.
     Removed,
     /// It was gone already.
@@ -140,7 +140,7 @@ pub enum Removal {
 
 /// Where a file is to be placed, and which.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Plan {
+pub(crate) struct Plan {
     path: PathBuf,
     folder: InodeId,
     template: InodeId,
@@ -149,7 +149,7 @@ pub struct Plan {
 /// A file that was placed. Dropping it changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "what was placed stays until it is removed"]
-pub struct Placement {
+pub(crate) struct Placement {
     plan: Plan,
     how: How,
 }
@@ -159,7 +159,7 @@ pub struct Placement {
 /// # Errors
 ///
 /// As for [`Plan::new`] and [`Plan::carry_out`].
-pub fn place(file: BorrowedFd<'_>, at: &Path) -> Result<Placement, PlaceError> {
+pub(crate) fn place(file: BorrowedFd<'_>, at: &Path) -> Result<Placement, PlaceError> {
     Plan::new(file, at)?.carry_out(file)
 }
 
@@ -169,7 +169,7 @@ impl Plan {
     /// # Errors
     ///
     /// The path is none, its folder is not there, or something is there already, be it a symbolic link.
-    pub fn new(file: BorrowedFd<'_>, at: &Path) -> Result<Self, PlaceError> {
+    pub(crate) fn new(file: BorrowedFd<'_>, at: &Path) -> Result<Self, PlaceError> {
         let no_path = || PlaceError::Path { path: at.to_owned() };
         if !at.is_absolute() || at.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return Err(no_path());
@@ -193,7 +193,7 @@ impl Plan {
     /// # Errors
     ///
     /// [`PlaceError`]: something is there by now, or it is not possible.
-    pub fn carry_out(&self, file: BorrowedFd<'_>) -> Result<Placement, PlaceError> {
+    pub(crate) fn carry_out(&self, file: BorrowedFd<'_>) -> Result<Placement, PlaceError> {
         let spot = self.spot()?;
         let given = InodeId::of(file).map_err(|errno| spot.failed("look at", errno))?;
         if given != self.template {
@@ -235,12 +235,12 @@ impl Plan {
     /// # Errors
     ///
     /// It is there and cannot be taken away.
-    pub fn undo(&self) -> Result<Removal, PlaceError> {
+    pub(crate) fn undo(&self) -> Result<Removal, PlaceError> {
         self.take_away(None)
     }
 
     /// The path.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -340,12 +340,12 @@ impl Plan {
 
 impl Placement {
     /// Where the file was placed.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.plan.path
     }
 
     /// How it was placed.
-    pub fn how(&self) -> How {
+    pub(crate) fn how(&self) -> How {
         self.how
     }
 
@@ -354,7 +354,7 @@ impl Placement {
     /// # Errors
     ///
     /// It is there and cannot be taken away.
-    pub fn remove(&self) -> Result<Removal, PlaceError> {
+    pub(crate) fn remove(&self) -> Result<Removal, PlaceError> {
         self.plan.take_away(Some(self.how))
     }
 }

@@ -8,7 +8,7 @@ use procfs::process::{Process, SmapsRollup};
 ///
 /// The kernel walks all page tables of the process, so this takes longer the more small pages are resident: measured on
 /// Linux 6.18, 0.15 ms for a small process, 0.7 ms with 64 MiB and 17 ms with 1 GiB of its own.
-pub fn of_pid(pid: i32) -> Option<ForkMemory> {
+pub(crate) fn of_pid(pid: i32) -> Option<ForkMemory> {
     of_process(&Process::new(pid).ok()?)
 }
 
@@ -32,6 +32,12 @@ fn of_rollup(rollup: SmapsRollup) -> Option<ForkMemory> {
         shared: bytes("Shared_Clean") + bytes("Shared_Dirty") + shared_huge,
         swap: bytes("Swap"),
     })
+}
+
+/// Our own resident memory in bytes; `None` where it cannot be told.
+pub(crate) fn own_rss() -> Option<u64> {
+    let pages = Process::myself().ok()?.statm().ok()?.resident;
+    Some(pages * procfs::page_size())
 }
 
 #[cfg(test)]

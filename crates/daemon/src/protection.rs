@@ -22,7 +22,7 @@ use crate::inode::InodeId;
 /// A file could not be protected, or that could not be undone.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ProtectError {
+pub(crate) enum ProtectError {
     /// The mode of the file is not ours to change.
     #[error(
         "the write permissions of the file cannot be changed: it is immutable, or belongs to somebody else; run as its \
@@ -61,7 +61,7 @@ pub enum ProtectError {
 
 /// What became of a protection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Undone {
+pub(crate) enum Undone {
     /// The file is as it was before.
     Restored,
     /// Somebody has changed the mode since, and that was left alone.
@@ -73,7 +73,7 @@ pub enum Undone {
 /// A protection of one file, with all that it takes to undo it. Dropping it changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "a protection stays until it is undone"]
-pub struct Applied {
+pub(crate) struct Applied {
     file: InodeId,
     change: Change,
 }
@@ -95,7 +95,7 @@ enum Change {
 /// # Errors
 ///
 /// As for [`Applied::plan`] and [`Applied::enforce`].
-pub fn apply(file: BorrowedFd<'_>, protection: Protection) -> Result<Applied, ProtectError> {
+pub(crate) fn apply(file: BorrowedFd<'_>, protection: Protection) -> Result<Applied, ProtectError> {
     let applied = Applied::plan(file, protection)?;
     applied.enforce(file)?;
     Ok(applied)
@@ -107,7 +107,7 @@ impl Applied {
     /// # Errors
     ///
     /// There is no such protection here.
-    pub fn plan(file: BorrowedFd<'_>, protection: Protection) -> Result<Self, ProtectError> {
+    pub(crate) fn plan(file: BorrowedFd<'_>, protection: Protection) -> Result<Self, ProtectError> {
         let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
         let change = match protection {
             Protection::None => Change::None,
@@ -129,7 +129,7 @@ impl Applied {
     /// # Errors
     ///
     /// [`ProtectError`], and then nothing was changed.
-    pub fn enforce(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
+    pub(crate) fn enforce(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
         self.check(file)?;
         match self.change {
             Change::None => Ok(()),
@@ -151,7 +151,7 @@ impl Applied {
     /// # Errors
     ///
     /// It is another file, or cannot be changed.
-    pub fn undo(&self, file: BorrowedFd<'_>) -> Result<Undone, ProtectError> {
+    pub(crate) fn undo(&self, file: BorrowedFd<'_>) -> Result<Undone, ProtectError> {
         self.check(file)?;
         match self.change {
             Change::None => {}
@@ -181,7 +181,7 @@ impl Applied {
     /// # Errors
     ///
     /// As for [`undo`](Self::undo), or the file cannot be opened.
-    pub fn undo_at(&self, path: &Path) -> Result<Undone, ProtectError> {
+    pub(crate) fn undo_at(&self, path: &Path) -> Result<Undone, ProtectError> {
         // What is there may be anything by now, also a fifo.
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = File::options()
@@ -196,7 +196,7 @@ impl Applied {
     }
 
     /// The protection.
-    pub fn protection(&self) -> Protection {
+    pub(crate) fn protection(&self) -> Protection {
         match self.change {
             Change::None => Protection::None,
             Change::Readonly { .. } => Protection::Readonly,

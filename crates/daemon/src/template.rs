@@ -70,7 +70,7 @@ pub(crate) struct Template {
     pub(crate) protection: Applied,
     /// Where forks with `file` find the memory file; its own path where it could not be placed anywhere else.
     pub(crate) placement: Option<Placement>,
-    lease: Mutex<Option<crate::lease::Lease>>,
+    lease: Mutex<Option<pagecast::template::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
     withdrawn: AtomicBool,
@@ -83,7 +83,7 @@ impl Template {
         file: Arc<MemFile>,
         protection: Applied,
         placement: Option<Placement>,
-        lease: Option<crate::lease::Lease>,
+        lease: Option<pagecast::template::Lease>,
     ) -> Self {
         Self {
             name,

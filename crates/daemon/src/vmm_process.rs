@@ -3,12 +3,15 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pagecast_client::fork::ForkMemory;
 use pagecast_uffd::PidFd;
 use procfs::ProcError;
+use rustix::event::{PollFd, PollFlags};
 use procfs::process::{MMapPath, MemoryMap, Process, StatFlags};
 use rustix::io::Errno;
+use rustix::time::Timespec;
 use serde::{Deserialize, Serialize};
 
 use crate::inode::InodeId;
@@ -17,7 +20,7 @@ use crate::process_memory;
 /// A process cannot be taken for a VMM.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum VmmError {
+pub(crate) enum VmmError {
     /// No process has this pid, or it has exited.
     #[error("there is no process {pid}, or it has exited")]
     NoProcess {
@@ -53,18 +56,18 @@ pub enum VmmError {
 
 /// What tells a process from all others that have had its pid: to be persisted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
+pub(crate) struct Saved {
     /// Its pid.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// When it was started, in clock ticks since the host was.
-    pub start_time: u64,
+    pub(crate) start_time: u64,
     /// Which start of the host that is (`/proc/sys/kernel/random/boot_id`).
-    pub boot_id: String,
+    pub(crate) boot_id: String,
 }
 
 /// A VMM that is known by its pid. Holds two file descriptors, so that it is never another process.
 #[derive(Debug)]
-pub struct VmmProcess {
+pub(crate) struct VmmProcess {
     pidfd: PidFd,
     process: Process,
     start_time: u64,
@@ -76,7 +79,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// [`VmmError`]: there is none, it cannot be a VMM, or is not ours to kill.
-    pub fn open(pid: i32) -> Result<Self, VmmError> {
+    pub(crate) fn open(pid: i32) -> Result<Self, VmmError> {
         let no_vmm = |what| VmmError::NoVmm { pid, what };
         if u32::try_from(pid).is_ok_and(|pid| pid == std::process::id()) {
             return Err(no_vmm("pagecast itself"));
@@ -97,7 +100,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// It lives, or may do so, but cannot be looked at or is not ours to kill.
-    pub fn find(saved: &Saved) -> Result<Option<Self>, VmmError> {
+    pub(crate) fn find(saved: &Saved) -> Result<Option<Self>, VmmError> {
         let pid = saved.pid;
         // Start times of another start of the host say nothing, and none of its processes is alive.
         if boot_id().map_err(|source| VmmError::Io { pid, source })? != saved.boot_id {
@@ -174,7 +177,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// The host does not say which of its starts this is.
-    pub fn saved(&self) -> io::Result<Saved> {
+    pub(crate) fn saved(&self) -> io::Result<Saved> {
         Ok(Saved {
             pid: self.pid(),
             start_time: self.start_time,
@@ -183,12 +186,12 @@ impl VmmProcess {
     }
 
     /// Its pid.
-    pub fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.process.pid()
     }
 
     /// Whether it has exited, all its threads included. A zombie has.
-    pub fn has_exited(&self) -> bool {
+    pub(crate) fn has_exited(&self) -> bool {
         self.pidfd.has_exited()
     }
 
@@ -197,14 +200,22 @@ impl VmmProcess {
     /// # Errors
     ///
     /// It is no longer ours to kill.
-    pub fn kill(&self) -> io::Result<()> {
+    pub(crate) fn kill(&self) -> io::Result<()> {
         self.pidfd
             .kill()
             .map_err(|errno| io::Error::from_raw_os_error(errno.get()))
     }
 
+    /// Waits until it has exited, but no longer than `patience`; whether it has.
+    pub(crate) fn wait_exited(&self, patience: Duration) -> bool {
+        // Far beyond the patience of anybody.
+        let patience = Timespec::try_from(patience).unwrap_or_default();
+        let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut poll, Some(&patience)), Ok(ready) if ready > 0)
+    }
+
     /// What its memory costs now; `None` where it has exited, or is not ours to look at.
-    pub fn memory(&self) -> Option<ForkMemory> {
+    pub(crate) fn memory(&self) -> Option<ForkMemory> {
         process_memory::of_process(&self.process)
     }
 
@@ -213,7 +224,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// It has exited, or is not ours to look at.
-    pub fn maps_file(&self, file: InodeId) -> io::Result<bool> {
+    pub(crate) fn maps_file(&self, file: InodeId) -> io::Result<bool> {
         let maps = mapped(&self.process, file)?;
         Ok(!maps.is_empty())
     }
@@ -224,7 +235,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// As for [`maps_file`](Self::maps_file).
-    pub fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
+    pub(crate) fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
         Ok(paths(mapped(&self.process, file)?))
     }
 }
@@ -245,11 +256,11 @@ impl AsRawFd for VmmProcess {
 
 /// A process that maps a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {
+pub(crate) struct Holder {
     /// Its pid.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// By which paths it has opened the file; see [`VmmProcess::mapped_paths`].
-    pub paths: Vec<PathBuf>,
+    pub(crate) paths: Vec<PathBuf>,
 }
 
 /// All processes of this host that map this file, as far as they are ours to look at. Reads `maps` of each process, which
@@ -258,7 +269,7 @@ pub struct Holder {
 /// # Errors
 ///
 /// There is no `/proc`.
-pub fn holders(file: InodeId) -> io::Result<Vec<Holder>> {
+pub(crate) fn holders(file: InodeId) -> io::Result<Vec<Holder>> {
     let mut holders = Vec::new();
     for process in procfs::process::all_processes().map_err(io_error)? {
         // Whoever exits meanwhile maps nothing any more.

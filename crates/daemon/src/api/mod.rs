@@ -26,7 +26,7 @@ use utoipa_axum::routes;
 use self::failure::Failure;
 use crate::service::Service;
 
-/// What the OpenAPI document says of the whole.
+/// What the `OpenAPI` document says of the whole.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -76,7 +76,7 @@ pub(crate) fn metrics_router(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// The OpenAPI document, generated from the code, as JSON.
+/// The `OpenAPI` document, generated from the code, as JSON.
 pub fn openapi() -> String {
     let (_, document) = described();
     // Made of strings and maps only.

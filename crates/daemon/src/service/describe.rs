@@ -8,7 +8,6 @@ use pagecast_client::ApiError;
 
 use super::Service;
 use crate::fork::{Fork, Kind};
-use crate::process_memory;
 use crate::template::Template;
 
 impl Service {
@@ -41,82 +40,82 @@ impl Service {
         }
     }
 
-    /// A fork as the API shows it; with `memory`, what it costs is measured.
-    pub(crate) fn describe_fork(&self, fork: &Fork, memory: bool) -> pagecast_client::Fork {
-        let mut shown = pagecast_client::Fork {
-            id: fork.id.to_string(),
-            template: fork.template.name.to_string(),
-            backend: fork.backend(),
-            reason: fork.reason.clone(),
-            mem_backend: fork.mem_backend.clone(),
-            state: fork.state(),
-            pid: None,
-            error: fork.error(),
-            memory_bytes: None,
-            faults: None,
-            fault_latency_us: None,
-            installed_bytes: 0,
-            memory: if memory { self::memory(fork) } else { None },
-        };
-        match &fork.kind {
-            Kind::Uffd(uffd) => {
-                let status = uffd.served.status();
-                    let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
-                    shown.pid = status.pid;
-                    shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
-                    shown.faults = Some(Faults {
-                        demand: faults.demand,
-                        zero: faults.zero,
-                        removed: faults.removed,
-                        prefaulted: faults.prefaulted,
-                        retried: faults.retried,
-                        slow: faults.slow,
-                    });
-                    shown.fault_latency_us = Some(Latency {
-                        p50: latency.p50,
-                        p99: latency.p99,
-                        max: latency.max,
-                    });
-                    shown.installed_bytes = status.stats.installed_bytes;
-            }
-            Kind::File(file) => {
-                shown.pid = file.vmm().map(|vmm| vmm.pid());
-            }
-        }
-        shown
-    }
-
     /// One template as the API shows it.
-    pub(crate) fn show_template(&self, name: &str) -> Result<pagecast_client::Template, ApiError> {
+    pub(crate) fn show_template(self: &Arc<Self>, name: &str) -> Result<pagecast_client::Template, ApiError> {
         self.find_vmms();
         Ok(self.describe_template(&*self.template(name)?, true))
     }
 
     /// One fork as the API shows it.
-    pub(crate) fn show_fork(&self, id: &str) -> Result<pagecast_client::Fork, ApiError> {
+    pub(crate) fn show_fork(self: &Arc<Self>, id: &str) -> Result<pagecast_client::Fork, ApiError> {
         self.find_vmms();
-        Ok(self.describe_fork(&*self.fork(id)?, true))
+        Ok(describe_fork(&*self.fork(id)?, true))
     }
 
     /// All templates as the API shows them.
-    pub(crate) fn show_templates(&self, memory: bool) -> Vec<pagecast_client::Template> {
+    pub(crate) fn show_templates(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Template> {
         self.find_vmms();
         let templates = self.templates();
         templates.iter().map(|template| self.describe_template(template, memory)).collect()
     }
 
     /// All forks as the API shows them.
-    pub(crate) fn show_forks(&self, memory: bool) -> Vec<pagecast_client::Fork> {
+    pub(crate) fn show_forks(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Fork> {
         self.find_vmms();
-        self.forks().iter().map(|fork| self.describe_fork(fork, memory)).collect()
+        self.forks().iter().map(|fork| describe_fork(fork, memory)).collect()
     }
+}
+
+/// A fork as the API shows it; with `memory`, what it costs is measured.
+fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
+    let mut shown = pagecast_client::Fork {
+        id: fork.id.to_string(),
+        template: fork.template.name.to_string(),
+        backend: fork.backend(),
+        reason: fork.reason.clone(),
+        mem_backend: fork.mem_backend.clone(),
+        state: fork.state(),
+        pid: None,
+        error: fork.error(),
+        memory_bytes: None,
+        faults: None,
+        fault_latency_us: None,
+        installed_bytes: 0,
+        memory: if memory { measure_fork(fork) } else { None },
+    };
+    match &fork.kind {
+        Kind::Uffd(uffd) => {
+            let status = uffd.served.status();
+                let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
+                shown.pid = status.pid;
+                shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
+                shown.faults = Some(Faults {
+                    demand: faults.demand,
+                    zero: faults.zero,
+                    removed: faults.removed,
+                    prefaulted: faults.prefaulted,
+                    retried: faults.retried,
+                    slow: faults.slow,
+                });
+                shown.fault_latency_us = Some(Latency {
+                    p50: latency.p50,
+                    p99: latency.p99,
+                    max: latency.max,
+                });
+                shown.installed_bytes = status.stats.installed_bytes;
+        }
+        Kind::File(file) => {
+            shown.pid = file.vmm().map(|vmm| vmm.pid());
+        }
+    }
+    shown
 }
 
 /// What forks cost together.
 fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
     let total = forks
         .iter()
-        .filter_map(|fork| memory(fork))
+        .filter_map(|fork| measure_fork(fork))
         .fold(TemplateMemory::default(), |total, memory| TemplateMemory {
             measured: total.measured + 1,
             pss: total.pss + memory.pss,
@@ -127,9 +126,6 @@ fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
 }
 
 /// What the VMM of a fork costs, where it is known and lives.
-fn memory(fork: &Fork) -> Option<ForkMemory> {
-    let vmm = fork.vmm()?;
-    let memory = process_memory::of_pid(vmm.pid())?;
-    // Looked at afterwards: what was measured was its VMM, not a later process of this number.
-    (!vmm.has_exited()).then_some(memory)
+fn measure_fork(fork: &Fork) -> Option<ForkMemory> {
+    fork.vmm()?.memory()
 }

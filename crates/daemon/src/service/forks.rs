@@ -1,6 +1,7 @@
 //! Forks: made, completed and deleted.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -14,10 +15,11 @@ use super::templates::check_page_size;
 use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
+use crate::inode::InodeId;
 use crate::placement::{Placement, Plan};
 use crate::run_dir::Kind as Saved;
 use crate::template::{Place, Template};
-use crate::vmm_process::VmmProcess;
+use crate::vmm_process::{self, VmmProcess};
 
 /// How long a killed VMM may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -283,7 +285,7 @@ impl Service {
     }
 
     /// Deletes a fork; with `kill`, its VMM is killed first.
-    pub(crate) fn remove_fork(&self, id: &str, kill: bool) -> Result<(), ApiError> {
+    pub(crate) fn remove_fork(self: &Arc<Self>, id: &str, kill: bool) -> Result<(), ApiError> {
         self.find_vmms();
         let fork = self.fork(id)?;
         if kill {
@@ -353,17 +355,34 @@ impl Service {
         ))
     }
 
-    /// Looks for the VMMs of forks with `file` whose pid was not told: those that map the file where it was put for them.
-    pub(crate) fn find_vmms(&self) {
-        let waiting: Vec<Arc<Fork>> = self
-            .forks()
-            .into_iter()
-            .filter(|fork| match &fork.kind {
-                Kind::File(file) => file.placement.is_some() && file.state() == ForkState::Waiting,
-                Kind::Uffd(_) => false,
-            })
-            .collect();
-        let _ = waiting;
+    /// Looks for the VMMs of forks with `file` whose pid was not told: those that map the file by the path that was made
+    /// for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid has to be told.
+    pub(crate) fn find_vmms(self: &Arc<Self>) {
+        for fork in self.forks() {
+            let Kind::File(file) = &fork.kind else { continue };
+            let Some(placement) = file.placement.as_ref().filter(|_| file.state() == ForkState::Waiting) else {
+                continue;
+            };
+            let inode = InodeId::from(fork.template.file.identity().inode());
+            let is_it = |paths: &[PathBuf]| paths.iter().any(|path| path == placement.path());
+            let holders = match vmm_process::holders(inode) {
+                Ok(holders) => holders,
+                Err(error) => return warn!(%error, "cannot find out who maps a template"),
+            };
+            let vmm = holders
+                .iter()
+                .filter(|holder| is_it(&holder.paths))
+                .filter_map(|holder| VmmProcess::open(holder.pid).ok())
+                // Looked at again, now that it cannot be another process any more.
+                .find(|vmm| vmm.mapped_paths(inode).is_ok_and(|paths| is_it(&paths)));
+            if let Some(vmm) = vmm.map(Arc::new)
+                && file.found(&vmm)
+            {
+                info!(fork = %fork.id, pid = vmm.pid(), "VMM found");
+                self.save_fork(&fork, Some(&vmm));
+                self.watch(&fork, &vmm);
+            }
+        }
     }
 }
 

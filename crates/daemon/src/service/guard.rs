@@ -1,5 +1,6 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,10 @@ use tracing::{error, info, warn};
 
 use super::Service;
 use crate::fork::{Fork, Kind};
+use crate::inode::InodeId;
+use crate::placement::Placement;
 use crate::template::{Template, TemplateName};
-use crate::vmm_process;
+use crate::vmm_process::{self, VmmError, VmmProcess};
 
 /// How often templates are compared that have no lease, while forks of them live.
 const WATCH_PACE: Duration = Duration::from_secs(1);
@@ -70,7 +73,7 @@ impl Service {
     }
 
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
-    fn withdraw(&self, template: &Arc<Template>, how: &str) {
+    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
         let served = self.server.withdraw(&template.pages, how);
         let error = ForkError {
             code: "template_changed".to_owned(),
@@ -107,25 +110,8 @@ impl Service {
         if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        self.end_strangers(template);
+        end_strangers(template);
         info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
-    }
-
-    /// VMMs that nobody told us of, but that map the file where only forks find it: they are forks.
-    fn end_strangers(&self, template: &Template) {
-        let (device, inode) = template.file.identity().inode();
-        let ours = template.placement.as_ref().map(|placement| placement.path().to_owned());
-        for holder in vmm_process::holders(device, inode) {
-            if ours.is_some() && holder.paths.iter().any(|path| Some(path) == ours.as_ref()) {
-                match holder.process.kill() {
-                    Ok(()) => warn!(template = %template.name, pid = holder.process.pid(), "killed a VMM that was not known to be a fork"),
-                    Err(error) => error!(template = %template.name, pid = holder.process.pid(), %error, "maps the template and cannot be killed"),
-                }
-                holder.process.wait_exited(KILL_PATIENCE);
-            } else {
-                warn!(template = %template.name, pid = holder.process.pid(), "maps the template by a path that is not ours, and may read wrong bytes");
-            }
-        }
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
@@ -152,7 +138,7 @@ impl Service {
     }
 
     /// Whether there is anything to watch.
-    fn compare_templates(&self) -> bool {
+    fn compare_templates(self: &Arc<Self>) -> bool {
         let mut watched = false;
         for template in self.templates() {
             let unwatched = template.guard() == pagecast_client::template::Guard::Lease || template.is_withdrawn();
@@ -170,6 +156,37 @@ impl Service {
             }
         }
         watched
+    }
+}
+
+/// Ends VMMs that nobody told us of, but that map the file by the path that only forks are told.
+fn end_strangers(template: &Template) {
+    let file = InodeId::from(template.file.identity().inode());
+    let holders = match vmm_process::holders(file) {
+        Ok(holders) => holders,
+        Err(error) => return error!(template = %template.name, %error, "cannot find out who maps the template"),
+    };
+    for holder in holders {
+        let ours = template.placement.as_ref().map(Placement::path);
+        let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
+        let pid = holder.pid;
+        if !is_fork(&holder.paths) {
+            warn!(template = %template.name, pid, paths = ?holder.paths, "maps the template, is no fork that we know of, and may read other bytes");
+            continue;
+        }
+        match VmmProcess::open(pid) {
+            // Looked at again, now that it cannot be another process any more.
+            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => {
+                warn!(template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
+                if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
+                    error!(template = %template.name, pid, "cannot be killed, and may read wrong bytes");
+                }
+            }
+            Ok(_) | Err(VmmError::NoProcess { .. }) => {}
+            Err(error) => {
+                error!(template = %template.name, pid, error = chain(&error), "cannot be killed, and may read wrong bytes");
+            }
+        }
     }
 }
 

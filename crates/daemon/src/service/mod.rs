@@ -42,7 +42,6 @@ pub(crate) struct Service {
     config: Config,
     run_dir: RunDir,
     server: Server,
-    leases: crate::lease::LeaseWatch,
     exits: ExitWatch,
     state: Mutex<State>,
     closing: AtomicBool,
@@ -286,8 +285,8 @@ impl Service {
     }
 
     fn save_fork(&self, fork: &Fork, vmm: Option<&VmmProcess>) {
-        let saved = fork.saved(vmm.map(VmmProcess::saved));
-        if let Err(error) = self.run_dir.save(Saved::Fork, fork.id.as_str(), &saved) {
+        let saved = vmm.map(VmmProcess::saved).transpose();
+        if let Err(error) = saved.and_then(|vmm| self.run_dir.save(Saved::Fork, fork.id.as_str(), &fork.saved(vmm))) {
             warn!(fork = %fork.id, %error, "will not be found again after a restart");
         }
     }

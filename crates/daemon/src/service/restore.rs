@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use pagecast::server::{Deadlines, ForkEvent, Server, chain};
 use pagecast::template::MemFile;
-use crate::lease::LeaseWatch;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
@@ -42,7 +41,6 @@ impl Service {
         }
         let service = Arc::new(Self {
             server: builder.start().map_err(StartError::Server)?,
-            leases: LeaseWatch::start().map_err(|source| StartError::Thread { source })?,
             exits: ExitWatch::start().map_err(|source| StartError::Thread { source })?,
             config,
             run_dir,
@@ -111,7 +109,13 @@ impl Service {
     }
 
     fn find_fork(self: &Arc<Self>, id: &str, saved: SavedFork) {
-        let vmm = saved.vmm.as_ref().and_then(VmmProcess::find).map(Arc::new);
+        let vmm = match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
+            Ok(vmm) => vmm.flatten().map(Arc::new),
+            Err(error) => {
+                error!(fork = id, error = chain(&error), "its VMM may live, and cannot be found");
+                None
+            }
+        };
         let gone = saved.vmm.is_some() && vmm.is_none();
         match saved.backend {
             // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever.

@@ -7,8 +7,7 @@ use std::time::Instant;
 
 use pagecast::PageSize;
 use pagecast::server::chain;
-use pagecast::template::{MemFile, OpenError, PageSource};
-use crate::lease::{Lease, LeaseError};
+use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
@@ -131,9 +130,9 @@ impl Service {
                 service.lease_broken(broken.clone());
             }
         };
-        match self.leases.lease(file, on_break) {
+        match file.lease(on_break) {
             Ok(lease) => Ok(Some(lease)),
-            Err(error @ LeaseError::OpenForWriting) => Err(refuse(
+            Err(error @ (LeaseError::OpenForWriting | LeaseError::Changed(_))) => Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!("mem_path: {}", chain(&error)),
             )),
@@ -202,7 +201,7 @@ impl Service {
     }
 
     /// Removes a template that no fork uses, and undoes what was done to its file.
-    pub(crate) fn remove_template(&self, name: &str) -> Result<(), ApiError> {
+    pub(crate) fn remove_template(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         let template = self.template(name)?;
         self.find_vmms();
         {
