@@ -5,6 +5,7 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use pagecast_uffd::ByteLen;
 use rustix::fs::{OFlags, SeekFrom};
@@ -33,6 +34,8 @@ pub struct MemFile {
     file: File,
     identity: Identity,
     zeros: ZeroMap,
+    /// There is a [`Lease`](super::Lease) on it.
+    pub(super) leased: AtomicBool,
 }
 
 impl MemFile {
@@ -80,6 +83,7 @@ impl MemFile {
             file,
             identity: Identity::of(&metadata),
             zeros,
+            leased: AtomicBool::new(false),
         })
     }
 

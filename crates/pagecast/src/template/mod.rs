@@ -6,6 +6,8 @@
 #[cfg(unix)]
 mod identity;
 #[cfg(target_os = "linux")]
+mod lease;
+#[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
 mod slow_reads;
@@ -22,6 +24,8 @@ use pagecast_uffd::ByteLen;
 
 #[cfg(unix)]
 pub use identity::Identity;
+#[cfg(target_os = "linux")]
+pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;

@@ -13,6 +13,7 @@ mod ends;
 mod fixture;
 mod hugepages;
 mod kills;
+mod lease;
 mod removal;
 mod scripted_source;
 mod serving;
