@@ -69,9 +69,16 @@ impl Daemon {
         let mode = if shared { 0o666 } else { 0o600 };
         let control = listen::bind(&path, mode).map_err(|source| StartError::Control { path, source })?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(listen::serve_control(control, api::router(Arc::clone(&service)), allowed));
+        tasks.spawn(listen::serve_control(
+            control,
+            api::router(Arc::clone(&service)),
+            allowed,
+        ));
         if let Some(listener) = metrics {
-            tasks.spawn(listen::serve_metrics(listener, api::metrics_router(Arc::clone(&service))));
+            tasks.spawn(listen::serve_metrics(
+                listener,
+                api::metrics_router(Arc::clone(&service)),
+            ));
         }
         tasks.spawn(Arc::clone(&service).watch_templates());
         info!(

@@ -154,15 +154,6 @@ pub(crate) struct Placement {
     how: How,
 }
 
-/// Places `file` at the absolute path `at`, all at once; see [`Plan`] for doing it so that it can be undone at any moment.
-///
-/// # Errors
-///
-/// As for [`Plan::new`] and [`Plan::carry_out`].
-pub(crate) fn place(file: BorrowedFd<'_>, at: &Path) -> Result<Placement, PlaceError> {
-    Plan::new(file, at)?.carry_out(file)
-}
-
 impl Plan {
     /// Looks whether `file` could be placed at the absolute path `at`, and changes nothing.
     ///
@@ -237,11 +228,6 @@ impl Plan {
     /// It is there and cannot be taken away.
     pub(crate) fn undo(&self) -> Result<Removal, PlaceError> {
         self.take_away(None)
-    }
-
-    /// The path.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 
     fn spot(&self) -> Result<Spot<'_>, PlaceError> {

@@ -90,17 +90,6 @@ enum Change {
     Immutable { set_before: bool },
 }
 
-/// Protects `file`, all at once; see [`Applied::plan`] for doing it so that it can be undone at any moment.
-///
-/// # Errors
-///
-/// As for [`Applied::plan`] and [`Applied::enforce`].
-pub(crate) fn apply(file: BorrowedFd<'_>, protection: Protection) -> Result<Applied, ProtectError> {
-    let applied = Applied::plan(file, protection)?;
-    applied.enforce(file)?;
-    Ok(applied)
-}
-
 impl Applied {
     /// Looks at what protecting `file` would change, and changes nothing.
     ///
@@ -195,15 +184,6 @@ impl Applied {
         }
     }
 
-    /// The protection.
-    pub(crate) fn protection(&self) -> Protection {
-        match self.change {
-            Change::None => Protection::None,
-            Change::Readonly { .. } => Protection::Readonly,
-            Change::Immutable { .. } => Protection::Immutable,
-        }
-    }
-
     fn check(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
         let given = InodeId::of(file).map_err(failed("look at"))?;
         if given == self.file {
@@ -266,6 +246,12 @@ mod tests {
     use rustix::thread::CapabilitySet;
 
     use super::*;
+
+    fn apply(file: BorrowedFd<'_>, protection: Protection) -> Result<Applied, ProtectError> {
+        let applied = Applied::plan(file, protection)?;
+        applied.enforce(file)?;
+        Ok(applied)
+    }
 
     struct Template {
         dir: tempfile::TempDir,
@@ -354,7 +340,6 @@ mod tests {
             let template = Template::with_mode(before);
             let modified = template.modified();
             let applied = apply(template.file.as_fd(), Protection::Readonly).unwrap();
-            assert_eq!(applied.protection(), Protection::Readonly);
             assert_eq!(template.mode(), meanwhile, "{before:o}");
             assert_eq!(template.modified(), modified);
             assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);

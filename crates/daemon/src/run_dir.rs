@@ -253,7 +253,10 @@ mod tests {
         run_dir.forget(Kind::Fork, "gone").unwrap();
         std::fs::write(dir.path().join("forks/c.json"), "{").unwrap();
         let values = run_dir.saved_values::<u32>(Kind::Fork).unwrap();
-        let values: Vec<_> = values.iter().map(|(name, value)| (&**name, value.as_ref().ok())).collect();
+        let values: Vec<_> = values
+            .iter()
+            .map(|(name, value)| (&**name, value.as_ref().ok()))
+            .collect();
         assert_eq!(values, [("a", Some(&1)), ("b", Some(&2)), ("c", None)]);
     }
 }

@@ -59,7 +59,10 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
     loop {
         signals.next().await;
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        info!(forks = daemon.serving(), "stopping: forks are completed; a second signal kills their VMMs");
+        info!(
+            forks = daemon.serving(),
+            "stopping: forks are completed; a second signal kills their VMMs"
+        );
         let closed = tokio::select! {
             closed = daemon.close(CLOSE_PATIENCE) => closed,
             () = signals.next() => {

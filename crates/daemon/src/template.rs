@@ -31,7 +31,9 @@ impl FromStr for TemplateName {
 
     fn from_str(name: &str) -> Result<Self, String> {
         name.parse().map(Self).map_err(|_| {
-            format!("{name:?} is no name of a template: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")
+            format!(
+                "{name:?} is no name of a template: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+            )
         })
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use pagecast_client::fork::ForkMemory;
 use pagecast_uffd::PidFd;
 use procfs::ProcError;
-use rustix::event::{PollFd, PollFlags};
 use procfs::process::{MMapPath, MemoryMap, Process, StatFlags};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 use serde::{Deserialize, Serialize};
@@ -190,11 +190,6 @@ impl VmmProcess {
         self.process.pid()
     }
 
-    /// Whether it has exited, all its threads included. A zombie has.
-    pub(crate) fn has_exited(&self) -> bool {
-        self.pidfd.has_exited()
-    }
-
     /// Sends SIGKILL. No error where it has died already.
     ///
     /// # Errors
@@ -219,22 +214,12 @@ impl VmmProcess {
         process_memory::of_process(&self.process)
     }
 
-    /// Whether it maps this file, under whatever name.
-    ///
-    /// # Errors
-    ///
-    /// It has exited, or is not ours to look at.
-    pub(crate) fn maps_file(&self, file: InodeId) -> io::Result<bool> {
-        let maps = mapped(&self.process, file)?;
-        Ok(!maps.is_empty())
-    }
-
     /// By which paths it has opened this file that it maps; empty where it does not. Where it runs in another mount
     /// namespace, as in Firecracker's jailer, a path starts at the root of that. It ends in ` (deleted)` where it is gone.
     ///
     /// # Errors
     ///
-    /// As for [`maps_file`](Self::maps_file).
+    /// It has exited, or is not ours to look at.
     pub(crate) fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
         Ok(paths(mapped(&self.process, file)?))
     }

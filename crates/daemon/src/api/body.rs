@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{FromRequest, Query, Request};
 use axum::extract::rejection::QueryRejection;
+use axum::extract::{FromRequest, Query, Request};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use pagecast_client::ErrorCode;
 use serde::de::DeserializeOwned;
@@ -58,8 +58,12 @@ fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
             _ => Failure::of(ErrorCode::BadRequest, format_args!("the body is not JSON: {error}")),
         }
     })?;
-    json.end()
-        .map_err(|error| Failure::of(ErrorCode::BadRequest, format_args!("the body goes on after its end: {error}")))?;
+    json.end().map_err(|error| {
+        Failure::of(
+            ErrorCode::BadRequest,
+            format_args!("the body goes on after its end: {error}"),
+        )
+    })?;
     Ok(value)
 }
 

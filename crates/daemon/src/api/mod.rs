@@ -61,9 +61,7 @@ fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
 pub(crate) fn router(service: Arc<Service>) -> Router {
     let (router, _) = described();
     router
-        .method_not_allowed_fallback(async || {
-            Failure::of(ErrorCode::MethodNotAllowed, "this path has no such method")
-        })
+        .method_not_allowed_fallback(async || Failure::of(ErrorCode::MethodNotAllowed, "this path has no such method"))
         .fallback(async || Failure::of(ErrorCode::NotFound, "there is no such path; see the OpenAPI document"))
         .with_state(service)
 }
@@ -93,7 +91,10 @@ async fn blocking<T: Send + 'static>(
         Ok(done) => done.map_err(Failure),
         Err(panic) => {
             tracing::error!(%panic, "a call has failed");
-            Err(Failure::of(ErrorCode::Internal, "the call has failed; the log says more"))
+            Err(Failure::of(
+                ErrorCode::Internal,
+                "the call has failed; the log says more",
+            ))
         }
     }
 }

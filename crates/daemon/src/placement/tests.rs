@@ -43,7 +43,7 @@ impl Files {
     }
 
     fn place(&self, at: &Path) -> Result<Placement, PlaceError> {
-        place(self.file.as_fd(), at)
+        Plan::new(self.file.as_fd(), at)?.carry_out(self.file.as_fd())
     }
 
     fn identity(&self) -> Identity {

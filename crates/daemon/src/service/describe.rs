@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use pagecast_client::ApiError;
 use pagecast_client::fork::{Faults, ForkMemory, Latency};
 use pagecast_client::template::{TemplateMemory, TemplateState};
-use pagecast_client::ApiError;
 
 use super::Service;
 use crate::fork::{Fork, Kind};
@@ -56,7 +56,10 @@ impl Service {
     pub(crate) fn show_templates(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Template> {
         self.find_vmms();
         let templates = self.templates();
-        templates.iter().map(|template| self.describe_template(template, memory)).collect()
+        templates
+            .iter()
+            .map(|template| self.describe_template(template, memory))
+            .collect()
     }
 
     /// All forks as the API shows them.
@@ -86,23 +89,23 @@ fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
     match &fork.kind {
         Kind::Uffd(uffd) => {
             let status = uffd.served.status();
-                let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
-                shown.pid = status.pid;
-                shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
-                shown.faults = Some(Faults {
-                    demand: faults.demand,
-                    zero: faults.zero,
-                    removed: faults.removed,
-                    prefaulted: faults.prefaulted,
-                    retried: faults.retried,
-                    slow: faults.slow,
-                });
-                shown.fault_latency_us = Some(Latency {
-                    p50: latency.p50,
-                    p99: latency.p99,
-                    max: latency.max,
-                });
-                shown.installed_bytes = status.stats.installed_bytes;
+            let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
+            shown.pid = status.pid;
+            shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
+            shown.faults = Some(Faults {
+                demand: faults.demand,
+                zero: faults.zero,
+                removed: faults.removed,
+                prefaulted: faults.prefaulted,
+                retried: faults.retried,
+                slow: faults.slow,
+            });
+            shown.fault_latency_us = Some(Latency {
+                p50: latency.p50,
+                p99: latency.p99,
+                max: latency.max,
+            });
+            shown.installed_bytes = status.stats.installed_bytes;
         }
         Kind::File(file) => {
             shown.pid = file.vmm().map(|vmm| vmm.pid());

@@ -2,8 +2,8 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pagecast::server::{Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, chain};
@@ -79,7 +79,9 @@ impl Service {
         if state.forks.len() - state.ended.len().min(state.forks.len()) >= most {
             return Err(refuse(
                 ErrorCode::TooManyForks,
-                format_args!("{most} forks wait or live, which is all that the daemon takes (max_forks): end some first"),
+                format_args!(
+                    "{most} forks wait or live, which is all that the daemon takes (max_forks): end some first"
+                ),
             ));
         }
         let id = match asked {
@@ -126,7 +128,10 @@ impl Service {
         let asked = wanted.backend.unwrap_or(self.config.backend);
         match asked {
             Backend::File if wanted.socket_path.is_some() => {
-                return Err(refuse(ErrorCode::InvalidField, "socket_path: a fork with `file` has no socket; use path"));
+                return Err(refuse(
+                    ErrorCode::InvalidField,
+                    "socket_path: a fork with `file` has no socket; use path",
+                ));
             }
             Backend::Uffd if wanted.path.is_some() => {
                 return Err(refuse(
@@ -293,7 +298,10 @@ impl Service {
         }
         match &fork.kind {
             // One that waits for its VMM is closed by this.
-            Kind::Uffd(_) => self.server.unregister(&fork.id).map_err(|error| server_refuses(&error))?,
+            Kind::Uffd(_) => self
+                .server
+                .unregister(&fork.id)
+                .map_err(|error| server_refuses(&error))?,
             Kind::File(file) if file.state() == ForkState::Serving => {
                 return Err(refuse(
                     ErrorCode::ForkInUse,
@@ -323,7 +331,9 @@ impl Service {
     fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
         let died = match &fork.kind {
             Kind::Uffd(uffd) if fork.state() != ForkState::Complete => {
-                self.server.kill_fork(&fork.id).map_err(|error| server_refuses(&error))?;
+                self.server
+                    .kill_fork(&fork.id)
+                    .map_err(|error| server_refuses(&error))?;
                 uffd.served.wait(KILL_PATIENCE, ServedState::is_end).state.is_end()
             }
             // The page server has let it go.
@@ -351,7 +361,10 @@ impl Service {
         }
         Err(refuse(
             ErrorCode::ForkInUse,
-            format_args!("the VMM of fork {} was killed and has not died within {KILL_PATIENCE:?}", fork.id),
+            format_args!(
+                "the VMM of fork {} was killed and has not died within {KILL_PATIENCE:?}",
+                fork.id
+            ),
         ))
     }
 

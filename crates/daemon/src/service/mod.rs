@@ -30,9 +30,9 @@ use pagecast_client::{ApiError, ErrorCode};
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::placement::Placement;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{Fork, Kind};
+use crate::placement::Placement;
 use crate::run_dir::{Kind as Saved, RunDir};
 use crate::template::{Template, TemplateName};
 use crate::vmm_process::VmmProcess;
@@ -107,10 +107,6 @@ impl Service {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn config(&self) -> &Config {
-        &self.config
-    }
-
     pub(crate) fn run_dir(&self) -> &RunDir {
         &self.run_dir
     }
@@ -148,7 +144,12 @@ impl Service {
     }
 
     fn template(&self, name: &str) -> Result<Arc<Template>, ApiError> {
-        let unknown = || refuse(ErrorCode::TemplateNotFound, format_args!("no template is named {name:?}"));
+        let unknown = || {
+            refuse(
+                ErrorCode::TemplateNotFound,
+                format_args!("no template is named {name:?}"),
+            )
+        };
         let name: TemplateName = name.parse().map_err(|_| unknown())?;
         self.state().templates.get(&name).cloned().ok_or_else(unknown)
     }
@@ -156,7 +157,12 @@ impl Service {
     fn fork(&self, id: &str) -> Result<Arc<Fork>, ApiError> {
         let unknown = || refuse(ErrorCode::ForkNotFound, format_args!("no fork has the id {id:?}"));
         let id: ForkId = id.parse().map_err(|_| unknown())?;
-        self.state().forks.get(&id).and_then(Entry::made).cloned().ok_or_else(unknown)
+        self.state()
+            .forks
+            .get(&id)
+            .and_then(Entry::made)
+            .cloned()
+            .ok_or_else(unknown)
     }
 
     /// Refuses while the daemon stops.
@@ -179,11 +185,17 @@ impl Service {
 
     /// Where something may be put for a VMM: absolute, without detours, and where the configuration allows it.
     fn allowed_path(&self, field: &str, path: &Path) -> Result<PathBuf, ApiError> {
-        let invalid = |why: &dyn Display| refuse(ErrorCode::PathInvalid, format_args!("{field} {}: {why}", path.display()));
+        let invalid = |why: &dyn Display| {
+            refuse(
+                ErrorCode::PathInvalid,
+                format_args!("{field} {}: {why}", path.display()),
+            )
+        };
         let plain = path
             .components()
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-        let (true, true, Some(folder), Some(name)) = (path.is_absolute(), plain, path.parent(), path.file_name()) else {
+        let (true, true, Some(folder), Some(name)) = (path.is_absolute(), plain, path.parent(), path.file_name())
+        else {
             return Err(invalid(&"it must be an absolute path of a file, without `..`"));
         };
         let folder = folder
@@ -212,11 +224,12 @@ impl Service {
                     self.vmm_connected(&fork);
                 }
             }
-            ForkEvent::Ended(status) => match self.fork(status.id.as_str()) {
-                Ok(fork) => self.ended(&fork),
-                // Deleted while it waited, or just being made: whoever does that sees to it.
-                Err(_) => info!(fork = %status.id, state = %status.state, "ended"),
-            },
+            ForkEvent::Ended(status) => {
+                // One that is just being made or deleted is seen to by whoever does that.
+                if let Ok(fork) = self.fork(status.id.as_str()) {
+                    self.ended(&fork);
+                }
+            }
             ForkEvent::NotCompleted { id, reason } => {
                 warn!(fork = %id, reason = pagecast::server::chain(reason.as_ref()), "cannot be completed, is served on");
             }
@@ -239,9 +252,10 @@ impl Service {
     /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
     fn ended(&self, ended: &Arc<Fork>) {
         let state = ended.state();
-        match ended.error() {
-            Some(error) => warn!(fork = %ended.id, %state, code = error.code, error = error.message, "ended"),
-            None => info!(fork = %ended.id, %state, "ended"),
+        if let Some(error) = ended.error() {
+            warn!(fork = %ended.id, %state, code = error.code, error = error.message, "ended");
+        } else {
+            info!(fork = %ended.id, %state, "ended");
         }
         if let Err(error) = self.run_dir.forget(Saved::Fork, ended.id.as_str()) {
             warn!(fork = %ended.id, %error, "cannot forget its state in the run dir");

@@ -51,7 +51,9 @@ impl Service {
             started: Instant::now(),
             runtime,
         });
-        service.find_templates().map_err(|source| StartError::State { source })?;
+        service
+            .find_templates()
+            .map_err(|source| StartError::State { source })?;
         service.find_forks().map_err(|source| StartError::State { source })?;
         service.clear_sockets();
         Ok(service)
@@ -59,38 +61,62 @@ impl Service {
 
     fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
         for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Kind::Template)? {
-            let added = saved
-                .map_err(|error| error.to_string())
-                .and_then(|saved| self.find_template(&name, saved));
-            match added {
+            let saved = match saved {
+                Ok(saved) => saved,
+                Err(error) => {
+                    error!(template = name, %error, "template lost: its state cannot be read");
+                    continue;
+                }
+            };
+            match self.find_template(&name, &saved) {
                 Ok(template) => {
                     info!(template = name, "template found again");
                     template.pages.find_zeros(Instant::now());
                     self.state().templates.insert(template.name.clone(), template);
                 }
-                // Its state stays, so that nothing is lost that somebody may want to undo by hand.
-                Err(why) => error!(template = name, why, "template lost"),
+                Err(why) => {
+                    error!(
+                        template = name,
+                        why, "template lost; what was done to its file is undone"
+                    );
+                    let undone = saved.protection.undo_at(&saved.spec.mem_path);
+                    if let Err(error) = undone {
+                        error!(
+                            template = name,
+                            error = chain(&error),
+                            "its protection cannot be undone"
+                        );
+                    }
+                    remove_place(&name, saved.place.as_ref());
+                    if let Err(error) = self.run_dir.forget(Kind::Template, &name) {
+                        warn!(template = name, %error, "cannot be forgotten in the run dir");
+                    }
+                }
             }
         }
         Ok(())
     }
 
-    fn find_template(self: &Arc<Self>, name: &str, saved: SavedTemplate) -> Result<Arc<Template>, String> {
-        let name: TemplateName = name.parse()?;
+    fn find_template(self: &Arc<Self>, name: &str, saved: &SavedTemplate) -> Result<Arc<Template>, String> {
+        let parsed: TemplateName = name.parse()?;
         let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
         let file = Arc::new(file);
-        let changed = saved.identity.difference(file.identity());
-        let lease = self.lease(&name, &file).map_err(|error| error.message)?;
-        if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
-            warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
-        }
+        let mut changed = saved.identity.difference(file.identity());
+        let lease = match self.lease(&parsed, &file) {
+            Ok(lease) => lease,
+            Err(error) => {
+                changed.get_or_insert(error.message);
+                None
+            }
+        };
+        remove_place(name, saved.place.as_ref());
         let placement = match changed {
             Some(_) => None,
             None => self
-                .place_template(&name, &saved.spec, &file, saved.protection)
+                .place_template(&parsed, &saved.spec, &file, saved.protection)
                 .map_err(|error| error.message)?,
         };
-        let template = Template::new(name, saved.spec, file, saved.protection, placement, lease);
+        let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
         if let Some(how) = changed {
             warn!(template = %template.name, how, "the template has changed while no daemon ran");
             template.set_changed(how);
@@ -112,7 +138,11 @@ impl Service {
         let vmm = match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
             Ok(vmm) => vmm.flatten().map(Arc::new),
             Err(error) => {
-                error!(fork = id, error = chain(&error), "its VMM may live, and cannot be found");
+                error!(
+                    fork = id,
+                    error = chain(&error),
+                    "its VMM may live, and cannot be found"
+                );
                 None
             }
         };
@@ -122,7 +152,12 @@ impl Service {
             Backend::Uffd | Backend::Auto => {
                 if let Some(vmm) = vmm {
                     let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
-                    error!(fork = id, pid = vmm.pid(), killed, "the daemon that served this VMM has died, and it would hang for ever");
+                    error!(
+                        fork = id,
+                        pid = vmm.pid(),
+                        killed,
+                        "the daemon that served this VMM has died, and it would hang for ever"
+                    );
                 }
                 self.forget_saved(id);
             }
@@ -150,7 +185,9 @@ impl Service {
                     mem_backend: saved.mem_backend,
                     kind: ForkKind::File(FileFork::new(placement, vmm)),
                 });
-                self.state().forks.insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
+                self.state()
+                    .forks
+                    .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
                 self.start(&fork);
             }
         }
@@ -171,5 +208,15 @@ impl Service {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
+    }
+}
+
+fn remove_place(template: &str, place: Option<&Place>) {
+    if let Some(Err(error)) = place.map(Place::remove) {
+        warn!(
+            template,
+            error = chain(&error),
+            "its memory file cannot be taken away from the run dir"
+        );
     }
 }

@@ -52,6 +52,7 @@ impl Service {
             mem_path = %template.spec.mem_path.display(),
             size_bytes = template.file.len().get(),
             guard = ?template.guard(),
+            placed = ?template.placement.as_ref().map(Placement::how),
             "template added"
         );
         // Goes on by itself.
@@ -92,7 +93,7 @@ impl Service {
 
     /// Opens a template, guards it and puts its file where forks find it; undoes all of that where a part fails.
     fn open_template(self: &Arc<Self>, name: TemplateName, spec: Spec) -> Result<Template, ApiError> {
-        let file = Arc::new(MemFile::open(&spec.mem_path).map_err(invalid)?);
+        let file = Arc::new(MemFile::open(&spec.mem_path).map_err(|error| invalid(&error))?);
         if !spec.page_size().is_aligned(file.len().get()) {
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
@@ -111,7 +112,7 @@ impl Service {
         let template = Template::new(name, spec, file, protection, placement, lease);
         // After the link was made, which the immutable flag refuses.
         if let Err(error) = protection.enforce(template.file.as_fd()) {
-            self.undo(&template);
+            undo(&template);
             self.forget_template(&template.name);
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
@@ -181,17 +182,11 @@ impl Service {
         saved.place = placement.clone().map(Place::Done);
         if let Err(error) = save(&saved) {
             if let Some(placement) = &placement {
-                self.take_away(name, placement);
+                take_away(name, placement);
             }
             return Err(error);
         }
         Ok(placement)
-    }
-
-    fn take_away(&self, name: &TemplateName, placement: &Placement) {
-        if let Err(error) = placement.remove() {
-            warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
-        }
     }
 
     fn forget_template(&self, name: &TemplateName) {
@@ -229,23 +224,11 @@ impl Service {
             }
             state.busy.insert(template.name.clone());
         }
-        self.undo(&template);
+        undo(&template);
         self.forget_template(&template.name);
         self.state().busy.remove(&template.name);
         info!(template = name, "template removed");
         Ok(())
-    }
-
-    /// Undoes what was done to the file of a template.
-    fn undo(&self, template: &Template) {
-        // The immutable flag first: it refuses to let the link go.
-        if let Err(error) = template.protection.undo(template.file.as_fd()) {
-            warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
-        }
-        if let Some(placement) = &template.placement {
-            self.take_away(&template.name, placement);
-        }
-        template.release_lease();
     }
 }
 
@@ -254,6 +237,24 @@ fn uses_template(entry: &Entry) -> bool {
     match entry {
         Entry::Making(_) => true,
         Entry::Made(fork) => !fork.state().is_end(),
+    }
+}
+
+/// Undoes what was done to the file of a template.
+fn undo(template: &Template) {
+    // The immutable flag first: it refuses to let the link go.
+    if let Err(error) = template.protection.undo(template.file.as_fd()) {
+        warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
+    }
+    if let Some(placement) = &template.placement {
+        take_away(&template.name, placement);
+    }
+    template.release_lease();
+}
+
+fn take_away(name: &TemplateName, placement: &Placement) {
+    if let Err(error) = placement.remove() {
+        warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
     }
 }
 
@@ -278,8 +279,8 @@ fn same(there: &Arc<Template>, wanted: &Spec) -> Result<Arc<Template>, ApiError>
     Ok(Arc::clone(there))
 }
 
-fn invalid(error: OpenError) -> ApiError {
-    refuse(ErrorCode::TemplateInvalid, format_args!("mem_path: {}", chain(&error)))
+fn invalid(error: &OpenError) -> ApiError {
+    refuse(ErrorCode::TemplateInvalid, format_args!("mem_path: {}", chain(error)))
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), ApiError> {

@@ -7,8 +7,12 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use super::*;
+
+fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
+    Ok(!process.mapped_paths(file)?.is_empty())
+}
 use crate::mapper::Mapper;
-use crate::placement::{self, How};
+use crate::placement::{How, Plan};
 
 /// A mount that goes away with the test.
 struct Mounted(PathBuf);
@@ -43,11 +47,11 @@ fn a_process_is_known_until_it_has_exited() {
     let mapper = Mapper::start("turn()", &[]);
     let process = VmmProcess::open(mapper.pid()).unwrap();
     assert_eq!(process.pid(), mapper.pid());
-    assert!(!process.has_exited());
+    assert!(!process.wait_exited(Duration::ZERO));
     assert!(process.memory().is_some_and(|memory| memory.rss > 0));
     process.kill().unwrap();
     await_exit(&process);
-    assert!(process.has_exited());
+    assert!(process.wait_exited(Duration::ZERO));
     assert_eq!(process.memory(), None);
     process.kill().unwrap();
     // A zombie cannot be a VMM any more.
@@ -165,22 +169,22 @@ fn a_process_maps_a_file_or_does_not() {
     let script = "turn()\nmemory = map(sys.argv[1])\nturn()\nmemory.close()\nturn()";
     let mut mapper = Mapper::start(script, &[path.to_str().unwrap()]);
     let process = VmmProcess::open(mapper.pid()).unwrap();
-    assert!(!process.maps_file(id_of(&path)).unwrap());
+    assert!(!maps_file(&process, id_of(&path)).unwrap());
     mapper.next();
-    assert!(process.maps_file(id_of(&path)).unwrap());
+    assert!(maps_file(&process, id_of(&path)).unwrap());
     assert_eq!(process.mapped_paths(id_of(&path)).unwrap(), std::slice::from_ref(&path));
 
     // It is the inode that counts, not what the path leads to by now.
     let template = id_of(&path);
     std::fs::copy(&path, dir.path().join("copy")).unwrap();
     std::fs::rename(dir.path().join("copy"), &path).unwrap();
-    assert!(process.maps_file(template).unwrap());
-    assert!(!process.maps_file(id_of(&path)).unwrap());
+    assert!(maps_file(&process, template).unwrap());
+    assert!(!maps_file(&process, id_of(&path)).unwrap());
 
     mapper.next();
-    assert!(!process.maps_file(template).unwrap());
+    assert!(!maps_file(&process, template).unwrap());
     mapper.reap();
-    assert!(!process.maps_file(template).is_ok_and(|maps| maps), "an error, or no");
+    assert!(!maps_file(&process, template).is_ok_and(|maps| maps), "an error, or no");
 }
 
 #[test]
@@ -189,9 +193,10 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = template(dir.path());
     let file = File::open(&path).unwrap();
-    let mut placements = vec![placement::place(file.as_fd(), &dir.path().join("a link")).unwrap()];
+    let place = |at: &Path| Plan::new(file.as_fd(), at).unwrap().carry_out(file.as_fd()).unwrap();
+    let mut placements = vec![place(&dir.path().join("a link"))];
     if has(CapabilitySet::SYS_ADMIN) {
-        placements.push(placement::place(file.as_fd(), &elsewhere.path().join("mount")).unwrap());
+        placements.push(place(&elsewhere.path().join("mount")));
     } else {
         skip("needs CAP_SYS_ADMIN to mount");
     }
@@ -255,7 +260,7 @@ fn a_file_on_an_overlay_is_recognised() {
     let _mounted = Mounted(merged);
     let mapper = Mapper::of_file(&path);
     let process = VmmProcess::open(mapper.pid()).unwrap();
-    assert!(process.maps_file(id_of(&path)).unwrap());
-    let maps_below = process.maps_file(id_of(&below)).unwrap();
+    assert!(maps_file(&process, id_of(&path)).unwrap());
+    let maps_below = maps_file(&process, id_of(&below)).unwrap();
     assert!(!maps_below, "an overlay's file is one of its own");
 }
