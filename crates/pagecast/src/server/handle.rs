@@ -8,7 +8,7 @@ use super::fork::{ForkId, ForkState, ForkStatus};
 use super::latency::LatencyHistogram;
 use super::record::ForkRecord;
 
-/// A registered fork. Dropping this changes nothing; [`Server::unregister`] does.
+/// A registered fork. Dropping this changes nothing; [`Server::unregister`](super::Server::unregister) does.
 #[derive(Clone, Debug)]
 pub struct Fork {
     pub(super) record: Arc<ForkRecord>,
