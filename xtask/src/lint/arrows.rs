@@ -11,7 +11,7 @@ use crate::cargo::workspace_root;
 const MAY_USE: [(&str, &[&str]); 5] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
-    ("pagecast-cli", &["pagecast"]),
+    ("pagecast-cli", &["pagecast-uffd", "pagecast"]),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
     ("xtask", &["pagecast-uffd", "pagecast", "pagecast-testkit"]),
 ];
