@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{ForkState as ServedState, chain};
+use pagecast::server::chain;
 use pagecast::template::PageSource;
 use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
@@ -20,8 +20,8 @@ use crate::vmm_process::{self, VmmError, VmmProcess};
 /// How often templates are compared that have no lease, while forks of them live.
 const WATCH_PACE: Duration = Duration::from_secs(1);
 
-/// How long forks may take to complete while somebody waits to write their template, at most.
-const COMPLETE_PATIENCE: Duration = Duration::from_secs(20);
+/// How long forks with `uffd` may take to complete or to die while somebody waits to write their template, at most.
+const VACATE_PATIENCE: Duration = Duration::from_secs(40);
 
 /// How long killed VMMs may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -44,32 +44,11 @@ impl Service {
                 return;
             }
             // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-            service.complete_forks_of(&template);
+            let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
+            service.server.vacate(&template.pages, &how, patience);
             service.withdraw(&template, &how);
             template.release_lease();
         });
-    }
-
-    /// Completes what can be completed in good time.
-    fn complete_forks_of(&self, template: &Arc<Template>) {
-        let until = Instant::now() + COMPLETE_PATIENCE.min(lease_break_time() / 2);
-        let forks = self.living_forks_of(template);
-        for fork in &forks {
-            if let Kind::Uffd(_) = fork.kind
-                && fork.state() == ForkState::Serving
-                && let Err(error) = self.server.complete(&fork.id)
-            {
-                warn!(fork = %fork.id, error = chain(&error), "cannot be completed");
-            }
-        }
-        for fork in &forks {
-            if let Kind::Uffd(uffd) = &fork.kind
-                && fork.state() == ForkState::Serving
-            {
-                uffd.served
-                    .wait(until.saturating_duration_since(Instant::now()), ServedState::is_end);
-            }
-        }
     }
 
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.

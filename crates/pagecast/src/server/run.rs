@@ -284,6 +284,24 @@ impl Server {
         forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
     }
 
+    /// Takes a template away from its forks as gently as there is time for: completes those that can be completed within
+    /// half of `patience`, so that their VMMs live on, and [withdraws](Self::withdraw) it from the rest, within the other
+    /// half. `true` once nothing reads it any more, as [`wait_withdrawn`](Self::wait_withdrawn) says.
+    ///
+    /// Meanwhile the template has to be what it was: this is for when somebody *wants* to write it, and is held up by a
+    /// lease ([`MemFile::lease`](crate::template::MemFile::lease)).
+    pub fn vacate(&self, template: &Template, how: &str, patience: Duration) -> bool {
+        let until = Instant::now() + patience / 2;
+        let mut forks = self.forks_of(template);
+        // Those that cannot be completed are withdrawn from.
+        forks.retain(|fork| self.complete(&fork.id).is_ok());
+        for fork in &forks {
+            fork.wait_completed(Asker::Request, until);
+        }
+        self.withdraw(template, how);
+        self.wait_withdrawn(template, patience / 2)
+    }
+
     /// Forgets a fork. One that still waits for its VMM is closed.
     ///
     /// # Errors
