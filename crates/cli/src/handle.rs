@@ -192,7 +192,8 @@ impl Handling {
                 Happening::Vacated(all) => {
                     // Whoever wants to write goes on.
                     self.lease = None;
-                    if all {
+                    // With its threads stopped, all has been told that has happened.
+                    if all && self.server.close(CLOSE_PATIENCE).is_ok() {
                         self.reporter.report(&Line::Vacated);
                         return Ok(self.closed(happened, ExitCode::FAILURE));
                     }
