@@ -1,16 +1,21 @@
 //! The `pagecast` command.
 #![forbid(unsafe_code)]
 
+mod completions;
+mod doctor;
 mod handle;
+mod man;
+mod output;
 mod report;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 /// Fork paused Firecracker microVMs: serve the memory of many from one template.
 #[derive(Parser)]
-#[command(version, propagate_version = true)]
+#[command(name = "pagecast", version, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -19,6 +24,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Handle(handle::Handle),
+    Doctor(doctor::Doctor),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
@@ -27,9 +35,13 @@ const FAILED: u8 = 1;
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Handle(handle) => handle.run(),
+        Command::Doctor(doctor) => doctor.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("pagecast: {error:#}");
+        // That nobody reads stderr is no reason to panic, as `eprintln` would.
+        let _ = writeln!(std::io::stderr(), "pagecast: {error:#}");
         ExitCode::from(FAILED)
     })
 }

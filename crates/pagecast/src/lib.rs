@@ -6,6 +6,7 @@
 //! | [`session`] | the state machine of one fork: events in, steps out | no |
 //! | [`template`] | where pages come from | files |
 //! | [`server`] | sockets, workers, the life of forks | Linux |
+//! | `cgroup` | how much memory a process may still take | Linux |
 //!
 //! # Example
 //!
@@ -35,6 +36,8 @@
     expect(dead_code, reason = "pure parts that only the server uses, which needs Linux")
 )]
 
+#[cfg(target_os = "linux")]
+pub mod cgroup;
 pub mod handshake;
 mod page;
 pub mod server;

@@ -13,7 +13,10 @@ const MAY_USE: [(&str, &[&str]); 7] = [
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
     ("pagecast-daemon", &["pagecast", "pagecast-client", "pagecast-uffd"]),
-    ("pagecast-cli", &["pagecast", "pagecast-client", "pagecast-daemon"]),
+    (
+        "pagecast-cli",
+        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-daemon"],
+    ),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
     (
         "xtask",

@@ -1,8 +1,8 @@
-//! A running `pagecast handle`.
+//! The command, run to its end, and a running `pagecast handle`.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -10,6 +10,26 @@ use serde_json::Value;
 
 /// Long enough for anything that works, on a busy machine; reached only where something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The command, without what the environment says of colours.
+pub(crate) fn pagecast() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagecast"));
+    for variable in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+/// What it says and how it ends.
+pub(crate) fn output(arguments: &[&str]) -> Output {
+    pagecast().args(arguments).output().unwrap()
+}
+
+/// What it said, which is text.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_owned()).unwrap()
+}
 
 /// `pagecast handle --json`, with what it says.
 pub(crate) struct Handle {

@@ -2,5 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod command;
+mod completions;
+mod doctor;
 mod firecracker;
 mod handle;

@@ -1,17 +1,15 @@
 //! How much memory completing forks takes, and how much there is.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use procfs::Current;
-use procfs::process::{MountInfos, Process};
 
 use super::error::CloseError;
 use super::hugepages;
 use super::record::ForkRecord;
+use crate::cgroup::MemoryCgroup;
 use crate::page::PageSize;
 use crate::session::Region;
 use crate::template::{PageSource, Template, TemplateOffset};
@@ -63,12 +61,12 @@ fn find_zeros(template: &Template, until: Instant) {
 
 fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     let mut all = Needed::default();
-    let mut by_cgroup: BTreeMap<PathBuf, u64> = BTreeMap::new();
+    let mut by_cgroup: BTreeMap<MemoryCgroup, u64> = BTreeMap::new();
     for fork in forks {
         let needed = needed(fork);
         all.small_bytes += needed.small_bytes;
         all.huge_pages += needed.huge_pages;
-        for cgroup in fork.pid().map(cgroups_of).unwrap_or_default() {
+        for cgroup in fork.pid().map(MemoryCgroup::of_process).unwrap_or_default() {
             *by_cgroup.entry(cgroup).or_default() += needed.small_bytes;
         }
     }
@@ -88,8 +86,8 @@ fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     };
     check(all.small_bytes, host_available(), &|| "on this host".to_owned())?;
     for (cgroup, needed) in &by_cgroup {
-        check(*needed, cgroup_available(cgroup), &|| {
-            format!("in the cgroup {}", cgroup.display())
+        check(*needed, cgroup.available(), &|| {
+            format!("in the cgroup {}", cgroup.folder().display())
         })?;
     }
     let free = hugepages::free();
@@ -137,57 +135,6 @@ fn host_available() -> Option<u64> {
     procfs::Meminfo::current().ok()?.mem_available
 }
 
-/// The memory cgroups that the process is in, up to the root: pages installed into it are charged there, not to us.
-fn cgroups_of(pid: i32) -> Vec<PathBuf> {
-    let Some(mounts) = Process::myself().and_then(|process| process.mountinfo()).ok() else {
-        return Vec::new();
-    };
-    let Some(groups) = Process::new(pid).and_then(|process| process.cgroups()).ok() else {
-        return Vec::new();
-    };
-    let mut found = Vec::new();
-    for group in groups {
-        let unified = group.hierarchy == 0;
-        if !unified && !group.controllers.iter().any(|controller| controller == "memory") {
-            continue;
-        }
-        let Some(root) = mount_point(&mounts, unified) else {
-            continue;
-        };
-        let leaf = root.join(group.pathname.trim_start_matches('/'));
-        found.extend(
-            leaf.ancestors()
-                .take_while(|path| path.starts_with(&root))
-                .map(Path::to_owned),
-        );
-    }
-    found
-}
-
-fn mount_point(mounts: &MountInfos, unified: bool) -> Option<PathBuf> {
-    let mount = mounts.iter().find(|mount| match (unified, mount.fs_type.as_str()) {
-        (true, "cgroup2") => true,
-        (false, "cgroup") => mount.super_options.contains_key("memory"),
-        _ => false,
-    })?;
-    Some(mount.mount_point.clone())
-}
-
-/// What a cgroup (version 2 or 1) can give before it reaches its limit; `None` where it has none.
-fn cgroup_available(cgroup: &Path) -> Option<u64> {
-    let read = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
-    let number = |name: &str| -> Option<u64> { read(name)?.trim().parse().ok() };
-    // "max" is no number: no limit. Version 1 says a number near 2^63 instead.
-    let limit = number("memory.max").or_else(|| number("memory.limit_in_bytes"))?;
-    let used = number("memory.current").or_else(|| number("memory.usage_in_bytes"))?;
-    // Page cache that nobody has used for long is given up before anybody is refused memory.
-    let reclaimable = read("memory.stat")?
-        .lines()
-        .find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok())
-        .unwrap_or(0);
-    Some(limit.saturating_sub(used.saturating_sub(reclaimable)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,17 +142,5 @@ mod tests {
     #[test]
     fn this_host_says_what_it_has() {
         assert!(host_available().unwrap() > 0);
-    }
-
-    #[test]
-    fn a_cgroup_can_give_what_its_limit_leaves() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        write("memory.max", "1000000\n");
-        write("memory.current", "600000\n");
-        write("memory.stat", "anon 1\ninactive_file 100000\nactive_file 7\n");
-        assert_eq!(cgroup_available(dir.path()), Some(500_000));
-        write("memory.max", "max\n");
-        assert_eq!(cgroup_available(dir.path()), None);
     }
 }
