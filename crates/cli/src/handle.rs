@@ -9,10 +9,10 @@ use anyhow::Context;
 use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server};
 use pagecast::template::Template;
-use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::KILLED;
 use crate::report::{Format, Line, Reporter};
 
 /// Serve one template on one socket to any number of VMMs, without a daemon.
@@ -56,9 +56,6 @@ pub(crate) struct Handle {
     json: bool,
 }
 
-/// Killed VMMs at the second signal.
-const KILLED: u8 = 3;
-
 /// How long forks may take to complete before we say which do not.
 const CLOSE_PATIENCE: Duration = Duration::from_mins(1);
 
@@ -76,7 +73,7 @@ enum Happening {
 impl Handle {
     /// Serves until told to stop.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        raise_fd_limit();
+        crate::fd_limit::raise();
         let (happenings, happened) = mpsc::channel();
         let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
         let template = Template::open(&self.mem_file)?;
@@ -175,15 +172,4 @@ fn report_rest(reporter: &Reporter, happened: &mpsc::Receiver<Happening>) {
             reporter.fork(&event);
         }
     }
-}
-
-/// Each fork holds three file descriptors; the usual soft limit of 1024 is for programs that use `select`.
-fn raise_fd_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    // Where that is not allowed, VMMs beyond the limit wait in the socket's queue.
-    let _ = rustix::process::setrlimit(Resource::Nofile, raised);
 }

@@ -6,6 +6,7 @@ mod completions;
 mod daemon;
 mod doctor;
 mod facts;
+mod fd_limit;
 mod firecracker;
 mod fork;
 mod handle;
@@ -13,6 +14,7 @@ mod man;
 mod output;
 mod report;
 mod run;
+mod serve;
 mod status;
 mod template;
 
@@ -31,6 +33,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Serve(serve::Serve),
     Handle(handle::Handle),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -39,15 +42,20 @@ enum Command {
     Fork(fork::ForkArgs),
     Status(status::Status),
     Run(run::Run),
-    #[command(name = run::EXEC, hide = true)]
-    Exec(run::Exec),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
 const FAILED: u8 = 1;
 
+/// The exit code of a server whose VMMs were killed at the second signal.
+const KILLED: u8 = 3;
+
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    if let Some(exec) = run::Exec::asked_for() {
+        return exit_code(exec.run());
+    }
+    exit_code(match Cli::parse().command {
+        Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),
@@ -56,8 +64,11 @@ fn main() -> ExitCode {
         Command::Fork(fork) => fork.run(),
         Command::Status(status) => status.run(),
         Command::Run(run) => run.run(),
-        Command::Exec(exec) => exec.run(),
-    };
+    })
+}
+
+/// The exit code, after saying what went wrong.
+fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         // That nobody reads stderr is no reason to panic, as `eprintln` would.
         let _ = writeln!(std::io::stderr(), "pagecast: {error:#}");

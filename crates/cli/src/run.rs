@@ -33,7 +33,7 @@ use pagecast_client::template::TemplateState;
 use pagecast_client::{Backend, Client};
 use rustix::fs::{Access, access};
 
-pub(crate) use self::exec::{EXEC, Exec};
+pub(crate) use self::exec::Exec;
 use self::firecracker::Firecracker;
 use self::fleet::{Fleet, catching_panics, clean_up};
 use self::folder::{LeftFolder, RunFolder};

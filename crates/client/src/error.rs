@@ -35,6 +35,8 @@ pub enum ErrorCode {
     InvalidField,
     /// 413: the body is longer than 1 MiB.
     BodyTooLarge,
+    /// 403: the caller runs as a user that may not use the control socket.
+    Forbidden,
     /// 404: there is no such call.
     NotFound,
     /// 405: the call exists, but not with this method.
@@ -57,8 +59,10 @@ pub enum ErrorCode {
     ForkInUse,
     /// 409: no VMM has connected to the fork.
     ForkWaiting,
-    /// 409: the fork has ended, or is not one that can be completed.
+    /// 409: the fork has ended.
     ForkEnded,
+    /// 409: the fork is not one that can be completed: with `file` there is nothing to install.
+    NotCompletable,
     /// 422: the backend that was asked for cannot work here. The message says why.
     BackendUnavailable,
     /// 422: a path is outside of what is allowed, taken, too long, or cannot be made.

@@ -1,2 +1,46 @@
 //! The long-lived service: control API, registry of templates and forks, metrics, configuration.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | `serve` | a daemon in a process of its own, and the signals that stop it |
+//! | `daemon` | start and stop |
+//! | `config` | what can be set |
+//! | `api` | HTTP: calls, bodies, statuses, connections |
+//! | `service` | what the calls do |
+//! | `template`, `fork` | what there is |
+//! | `backend` | which backend a fork gets, and why |
+//! | `placement`, `protection` | what is done to a memory file, and undone |
+//! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
+//! | `run_dir` | what is kept |
+//! | `metrics`, `logging` | what is told |
+//!
+//! Nothing of this is on the fault path: that is in the library, on threads of its own.
 #![forbid(unsafe_code)]
+#![cfg(target_os = "linux")]
+
+mod api;
+mod backend;
+pub mod config;
+mod daemon;
+pub mod error;
+mod exit_watch;
+mod fork;
+mod inode;
+pub mod logging;
+#[cfg(test)]
+mod mapper;
+mod metrics;
+mod placement;
+mod process_memory;
+mod protection;
+pub mod run_dir;
+mod serve;
+mod service;
+mod template;
+mod vmm_process;
+
+pub use api::openapi;
+pub use config::{Config, Settings};
+pub use daemon::Daemon;
+pub use error::StartError;
+pub use serve::{Ended, serve};

@@ -10,6 +10,7 @@
 //! | `fd_passing` | file descriptors over a unix socket (Linux) |
 //! | `peer` | who is at the other end of a unix socket (Linux) |
 //! | `pidfd` | a process that cannot be mistaken for another (Linux) |
+//! | `lease` | files that nobody can write without being made to wait (Linux) |
 //!
 //! The first four are plain data and build on every platform; the rest exists on Linux only. All the kernel ABI of the
 //! project, and its `unsafe`, is in this crate.
@@ -28,6 +29,8 @@ mod abi;
 #[cfg(target_os = "linux")]
 pub mod fd_passing;
 #[cfg(target_os = "linux")]
+pub mod lease;
+#[cfg(target_os = "linux")]
 pub mod peer;
 #[cfg(target_os = "linux")]
 pub mod pidfd;
@@ -39,6 +42,8 @@ pub use event::{Event, FaultFlags, PageFault};
 pub use feature::Features;
 pub use outcome::{Errno, Outcome};
 
+#[cfg(target_os = "linux")]
+pub use lease::LeaseBreaks;
 #[cfg(target_os = "linux")]
 pub use peer::Peer;
 #[cfg(target_os = "linux")]

@@ -6,17 +6,17 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, anyhow};
-use clap::Args;
+use clap::Parser;
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
-/// The name of the hidden command.
-pub(crate) const EXEC: &str = "__exec";
+/// The first argument of a pagecast that is to be that. It is no command, so no help, completion or manual names it.
+const EXEC: &str = "__exec";
 
 /// This very program, also where its file has been replaced since it was started.
 const OURSELVES: &str = "/proc/self/exe";
 
-/// Become another program, which the kernel kills as soon as the one who started it has ended. For `pagecast run` only.
-#[derive(Args)]
+/// Becoming another program, which the kernel kills as soon as the one who started it has ended.
+#[derive(Parser)]
 pub(crate) struct Exec {
     /// Who started it.
     #[arg(long)]
@@ -27,6 +27,12 @@ pub(crate) struct Exec {
 }
 
 impl Exec {
+    /// Whether this process is to do that.
+    pub(crate) fn asked_for() -> Option<Self> {
+        let mut arguments = std::env::args_os().skip(1);
+        (arguments.next()? == EXEC).then(|| Self::parse_from([OsString::from(EXEC)].into_iter().chain(arguments)))
+    }
+
     /// Returns only where that fails.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let (program, arguments) = self.program.split_first().context("no program")?;

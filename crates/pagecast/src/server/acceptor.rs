@@ -210,7 +210,12 @@ impl Acceptor {
         }
         // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
         if record.state() == ForkState::Waiting {
-            self.registry.end(record, ForkState::Failed, Some(FailReason::Closed));
+            let reason = match record.take_doom() {
+                // There is nobody to kill.
+                None | Some(FailReason::Killed) => FailReason::Closed,
+                Some(reason) => reason,
+            };
+            self.registry.end(record, ForkState::Failed, Some(reason));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::fork::{ForkId, InvalidForkId};
+use super::fork::{ForkId, ForkState, InvalidForkId};
 use crate::template::SourceError;
 
 /// Why a call of the server failed.
@@ -33,6 +33,20 @@ pub enum Error {
     /// The fork's VMM lives, and would hang without the server.
     #[error("the VMM of fork {0} lives and needs the server: complete it or kill it first")]
     ForkInUse(ForkId),
+    /// The fork's VMM has not connected, so there is nothing to complete.
+    #[error("fork {0} waits for its VMM")]
+    ForkWaiting(ForkId),
+    /// The fork has ended without being complete.
+    #[error("fork {id} has ended: it is {state}")]
+    ForkEnded {
+        /// Which.
+        id: ForkId,
+        /// How it ended.
+        state: ForkState,
+    },
+    /// Completing the fork takes more memory than there is.
+    #[error(transparent)]
+    NotEnoughMemory(#[from] NotEnoughMemory),
     /// The template is not what it was when it was opened.
     #[error("the template cannot be forked")]
     Template(#[source] SourceError),
@@ -69,26 +83,39 @@ pub enum Error {
 #[non_exhaustive]
 pub enum CloseError {
     /// Completing all forks takes more memory than there is.
-    #[error(
-        "completing {forks} forks would install up to {needed} bytes, and {available} can be spared {place}: free memory, \
-         end some VMMs, or kill them all"
-    )]
-    NotEnoughMemory {
-        /// How many forks need the server.
-        forks: usize,
-        /// What installing the rest of their memory takes, in bytes.
-        needed: u64,
-        /// What there is for it, in bytes.
-        available: u64,
-        /// Where: the host, a cgroup, the pool of hugepages.
-        place: String,
-    },
+    #[error(transparent)]
+    NotEnoughMemory(#[from] NotEnoughMemory),
     /// Some forks could not be completed in time; they are served as before.
     #[error("{} forks are not complete: {}", forks.len(), names(forks))]
     NotComplete {
         /// Which.
         forks: Vec<ForkId>,
     },
+}
+
+/// Completing forks takes more memory than there is. Nothing has changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "completing {} would install up to {needed} bytes, and {available} can be spared {place}: free memory, or end or kill \
+     some VMMs", count(*forks)
+)]
+#[non_exhaustive]
+pub struct NotEnoughMemory {
+    /// How many forks would be completed, with those that are being completed already.
+    pub forks: usize,
+    /// What installing the rest of their memory takes, in bytes.
+    pub needed: u64,
+    /// What there is for it, in bytes.
+    pub available: u64,
+    /// Where: the host, a cgroup, the pool of hugepages.
+    pub place: String,
+}
+
+fn count(forks: usize) -> String {
+    match forks {
+        1 => "1 fork".to_owned(),
+        _ => format!("{forks} forks"),
+    }
 }
 
 fn names(forks: &[ForkId]) -> String {

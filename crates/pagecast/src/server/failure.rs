@@ -56,8 +56,8 @@ pub enum FailReason {
     /// Its VMM was killed because that was asked for.
     #[error("killed on request")]
     Killed,
-    /// The server was closed while it waited for a VMM.
-    #[error("the server was closed before a VMM connected")]
+    /// It was closed, or the whole server, while it waited for a VMM.
+    #[error("closed before a VMM connected")]
     Closed,
 }
 

@@ -6,9 +6,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::failure::FailReason;
+use super::latency::Latency;
 
 /// The name of a fork: `[a-z0-9][a-z0-9._-]{0,63}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,6 +48,14 @@ impl FromStr for ForkId {
 impl Serialize for ForkId {
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for ForkId {
+    /// From text, held to the same rule as [`FromStr`].
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let id = String::deserialize(from)?;
+        id.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -141,6 +150,8 @@ pub struct ForkStatus {
     pub state: ForkState,
     /// The process id of its VMM, once connected.
     pub pid: Option<i32>,
+    /// The size of its memory in bytes; 0 before the handshake.
+    pub memory_bytes: u64,
     /// Why it failed, or cannot be completed.
     #[serde(rename = "error")]
     pub reason: Option<Arc<FailReason>>,
@@ -175,17 +186,6 @@ pub struct FaultCounts {
     pub retried: u64,
     /// Faults that waited for the template to be read from disk.
     pub slow: u64,
-}
-
-/// Times in microseconds, rounded up, to within 7 percent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Latency {
-    /// Half were as fast.
-    pub p50: u64,
-    /// 99 of 100 were as fast.
-    pub p99: u64,
-    /// The slowest.
-    pub max: u64,
 }
 
 /// A turn in the life of a fork, for whoever observes the server.
@@ -248,5 +248,16 @@ mod tests {
         for bad in ["", "-a", ".a", "A", "a/b", "a b", "ä", &"x".repeat(65)] {
             assert!(bad.parse::<ForkId>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_fork_id_in_json_is_held_to_the_same_rule_and_says_so() {
+        let id: ForkId = serde_json::from_str(r#""fork-1""#).unwrap();
+        assert_eq!(id.as_str(), "fork-1");
+        assert_eq!(serde_json::to_string(&id).unwrap(), r#""fork-1""#);
+        let refused = serde_json::from_str::<ForkId>(r#""A/b""#).unwrap_err().to_string();
+        let expected = "A/b".parse::<ForkId>().unwrap_err().to_string();
+        assert!(refused.starts_with(&expected), "{refused}");
+        assert!(serde_json::from_str::<ForkId>("7").is_err());
     }
 }

@@ -123,7 +123,7 @@ impl Handshaking {
         }
         let regions = parse(self.framer.bytes()).map_err(Refusal::Parse)?;
         let template = &self.record.template;
-        template.source().check_unchanged().map_err(Refusal::Template)?;
+        template.check().map_err(Refusal::Template)?;
         let layout = Layout::validate(&regions, template.len()).map_err(Refusal::Layout)?;
         Ok(Handshaken {
             socket: self.socket.into(),

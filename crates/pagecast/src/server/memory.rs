@@ -1,12 +1,12 @@
 //! How much memory completing forks takes, and how much there is.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::Instant;
 
 use procfs::Current;
 
-use super::error::CloseError;
+use super::error::NotEnoughMemory;
 use super::hugepages;
 use super::record::ForkRecord;
 use crate::cgroup::MemoryCgroup;
@@ -25,41 +25,8 @@ struct Needed {
 }
 
 /// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool
-/// of hugepages. Where it does not fit by what is known of the templates' zeros, looks for more zeros first, as long as
-/// there is time.
-pub(super) fn check_room(forks: &[Arc<ForkRecord>], until: Instant) -> Result<(), CloseError> {
-    if check_known(forks).is_ok() {
-        return Ok(());
-    }
-    let mut templates: Vec<&Template> = Vec::new();
-    for fork in forks {
-        if !templates.iter().any(|known| known.is_same(&fork.template)) {
-            templates.push(&fork.template);
-        }
-    }
-    for template in templates {
-        find_zeros(template, until);
-    }
-    check_known(forks)
-}
-
-/// Looks for the zeros of a template, on a thread of its own: the template may hang, and whoever closes a server must
-/// not.
-fn find_zeros(template: &Template, until: Instant) {
-    let (done, wait) = mpsc::channel();
-    let template = template.clone();
-    let thread = std::thread::Builder::new().name("pagecast-zeros".to_owned());
-    // Without the thread, `done` is gone and there is nothing to wait for.
-    let _ = thread.spawn(move || {
-        // What cannot be read is counted as needed; completing the fork will say why.
-        let _ = template.source().find_zeros();
-        // Nobody may be waiting any more.
-        let _ = done.send(());
-    });
-    let _ = wait.recv_timeout(until.saturating_duration_since(Instant::now()));
-}
-
-fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
+/// of hugepages, by what is known of the templates' zeros.
+pub(super) fn check_room(forks: &[Arc<ForkRecord>]) -> Result<(), NotEnoughMemory> {
     let mut all = Needed::default();
     let mut by_cgroup: BTreeMap<MemoryCgroup, u64> = BTreeMap::new();
     for fork in forks {
@@ -77,7 +44,7 @@ fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
         if needed <= available {
             return Ok(());
         }
-        Err(CloseError::NotEnoughMemory {
+        Err(NotEnoughMemory {
             forks: forks.len(),
             needed,
             available,
@@ -92,7 +59,7 @@ fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     }
     let free = hugepages::free();
     if all.huge_pages > free {
-        return Err(CloseError::NotEnoughMemory {
+        return Err(NotEnoughMemory {
             forks: forks.len(),
             needed: all.huge_pages * PageSize::Huge.bytes(),
             available: free * PageSize::Huge.bytes(),
@@ -100,6 +67,19 @@ fn check_known(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
         });
     }
     Ok(())
+}
+
+/// Looks for more zeros in the templates of these forks, as long as there is time: each is a page less to install.
+pub(super) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
+    let mut templates: Vec<&Template> = Vec::new();
+    for fork in forks {
+        if !templates.iter().any(|known| known.is_same(&fork.template)) {
+            templates.push(&fork.template);
+        }
+    }
+    for template in templates {
+        template.find_zeros(until);
+    }
 }
 
 /// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of

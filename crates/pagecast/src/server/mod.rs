@@ -12,6 +12,7 @@
 mod error;
 mod failure;
 mod fork;
+mod latency;
 
 #[cfg(target_os = "linux")]
 mod acceptor;
@@ -39,9 +40,10 @@ mod socket_file;
 #[cfg(target_os = "linux")]
 mod worker;
 
-pub use error::{CloseError, Error};
+pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};
 pub use fork::{
-    Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId, Latency,
+    Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId,
 };
+pub use latency::{Latency, LatencyHistogram};
 pub use run::{Builder, Fork, Server};

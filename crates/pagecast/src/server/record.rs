@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
-
-use histogram::AtomicHistogram32;
+use std::thread::ThreadId;
+use std::time::Instant;
 
 use super::failure::FailReason;
-use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Latency};
+use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus};
+use super::latency::LatencyRecorder;
 use crate::session::Region;
 use crate::template::Template;
 
@@ -30,7 +30,30 @@ struct Life {
     state: ForkState,
     pid: Option<i32>,
     reason: Option<Arc<FailReason>>,
-    completing: bool,
+    /// Who wants it complete; nobody where it is only served.
+    askers: Vec<Asker>,
+    /// Why its VMM has to be killed.
+    doom: Option<FailReason>,
+}
+
+/// Who wants a fork complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// Somebody who asked for just this fork, and does not wait.
+    Request,
+    /// A thread that closes the server, and wants it no longer once it has lost patience.
+    Closer(ThreadId),
+}
+
+/// What is to be done with a fork.
+#[derive(Debug)]
+pub(super) enum Wish {
+    /// Answer its faults.
+    Serve,
+    /// Complete it, and answer its faults meanwhile.
+    Complete,
+    /// Kill its VMM. Whoever is told of this has to do it: nobody else is.
+    Kill(FailReason),
 }
 
 impl ForkRecord {
@@ -45,7 +68,8 @@ impl ForkRecord {
                 state: ForkState::Waiting,
                 pid: None,
                 reason: None,
-                completing: false,
+                askers: Vec::new(),
+                doom: None,
             }),
             changed: Condvar::new(),
         }
@@ -62,6 +86,7 @@ impl ForkRecord {
             id: self.id.clone(),
             state: life.state,
             pid: life.pid,
+            memory_bytes: self.memory_bytes(),
             reason: life.reason.clone(),
             stats: self.counters.stats(),
         }
@@ -94,33 +119,71 @@ impl ForkRecord {
         if reason.is_some() {
             life.reason = reason;
         }
-        life.completing = false;
+        life.askers.clear();
+        life.doom = None;
         drop(life);
         self.changed.notify_all();
         true
     }
 
-    pub(super) fn set_completing(&self) {
+    /// What is to be done with it now.
+    pub(super) fn wish(&self) -> Wish {
         let mut life = self.life();
-        if !life.state.is_end() {
-            life.completing = true;
+        match life.doom.take() {
+            Some(reason) => Wish::Kill(reason),
+            None if life.askers.is_empty() => Wish::Serve,
+            None => Wish::Complete,
+        }
+    }
+
+    /// Wants its VMM killed. `false` where it has ended.
+    pub(super) fn doom(&self, reason: FailReason) -> bool {
+        let mut life = self.life();
+        if life.state.is_end() {
+            return false;
+        }
+        life.doom.get_or_insert(reason);
+        true
+    }
+
+    /// Why it has to end though no VMM has connected, once.
+    pub(super) fn take_doom(&self) -> Option<FailReason> {
+        self.life().doom.take()
+    }
+
+    /// Whether somebody wants it complete, and it is not yet.
+    pub(super) fn is_completing(&self) -> bool {
+        !self.life().askers.is_empty()
+    }
+
+    /// Wants it complete, where it is served. Its state.
+    pub(super) fn ask_completion(&self, asker: Asker) -> ForkState {
+        let mut life = self.life();
+        if life.state == ForkState::Serving && !life.askers.contains(&asker) {
+            life.askers.push(asker);
             // Of an earlier try.
             life.reason = None;
         }
+        life.state
+    }
+
+    /// Wants that no longer; others may.
+    pub(super) fn withdraw_completion(&self, asker: Asker) {
+        self.life().askers.retain(|other| *other != asker);
     }
 
     /// It could not be completed and is served as before.
     pub(super) fn give_up_completion(&self, reason: Arc<FailReason>) {
         let mut life = self.life();
-        life.completing = false;
+        life.askers.clear();
         life.reason = Some(reason);
         drop(life);
         self.changed.notify_all();
     }
 
-    /// Waits until it has ended or is not being completed any more.
-    pub(super) fn wait_completed(&self, until: Instant) {
-        self.wait(until, |life| life.state.is_end() || !life.completing);
+    /// Waits until it has ended or its completion was given up, for somebody who has asked for it.
+    pub(super) fn wait_completed(&self, asker: Asker, until: Instant) {
+        self.wait(until, |life| life.state.is_end() || !life.askers.contains(&asker));
     }
 
     /// Waits until its state is as wanted.
@@ -183,17 +246,14 @@ pub(super) struct Counters {
     pub(super) retried: Counter,
     pub(super) slow: Counter,
     pub(super) installed_bytes: Counter,
-    /// In nanoseconds.
-    latency: AtomicHistogram32,
+    /// From reading a fault to its page being in place.
+    pub(super) fault_latency: LatencyRecorder,
+    /// What the kernel took for putting a page in place that somebody waited for.
+    pub(super) install_latency: LatencyRecorder,
 }
-
-/// Buckets a sixteenth wide, up to 2^40 ns (18 minutes, far beyond every deadline); 2.3 KiB a fork.
-const LATENCY_GROUPING: u8 = 4;
-const LATENCY_POWER: u8 = 40;
 
 impl Counters {
     fn new() -> Self {
-        let config = histogram::Config::new(LATENCY_GROUPING, LATENCY_POWER).expect("constants that fit each other");
         Self {
             demand: Counter::default(),
             zero: Counter::default(),
@@ -202,23 +262,12 @@ impl Counters {
             retried: Counter::default(),
             slow: Counter::default(),
             installed_bytes: Counter::default(),
-            latency: AtomicHistogram32::with_config(&config),
+            fault_latency: LatencyRecorder::new(),
+            install_latency: LatencyRecorder::new(),
         }
     }
 
-    pub(super) fn record_latency(&self, latency: Duration) {
-        let longest = (1 << LATENCY_POWER) - 1;
-        let nanos = u64::try_from(latency.as_nanos()).map_or(longest, |nanos| nanos.min(longest));
-        // It is in range.
-        let _ = self.latency.increment(nanos);
-    }
-
     fn stats(&self) -> ForkStats {
-        let latency = self.latency.load();
-        let micros = |quantile: f64| {
-            let bucket = latency.quantile_bucket(quantile).ok().flatten();
-            bucket.map_or(0, |bucket| bucket.end().div_ceil(1000))
-        };
         ForkStats {
             faults: FaultCounts {
                 demand: self.demand.get(),
@@ -228,11 +277,7 @@ impl Counters {
                 retried: self.retried.get(),
                 slow: self.slow.get(),
             },
-            fault_latency_us: Latency {
-                p50: micros(0.5),
-                p99: micros(0.99),
-                max: micros(1.0),
-            },
+            fault_latency_us: self.fault_latency.load().summary(),
             installed_bytes: self.installed_bytes.get(),
         }
     }
@@ -241,18 +286,6 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn latencies_come_back_in_microseconds_within_a_sixteenth() {
-        let counters = Counters::new();
-        for _ in 0..99 {
-            counters.record_latency(Duration::from_micros(10));
-        }
-        counters.record_latency(Duration::from_millis(200));
-        let latency = counters.stats().fault_latency_us;
-        assert!((10..=11).contains(&latency.p50), "{latency:?}");
-        assert!((200_000..=213_000).contains(&latency.max), "{latency:?}");
-    }
 
     #[test]
     fn an_end_is_final() {
@@ -281,7 +314,11 @@ mod tests {
             fn is_known_zero(&self, _: crate::template::TemplateOffset, _: pagecast_uffd::ByteLen) -> bool {
                 false
             }
-            fn find_zeros(&self) -> Result<(), crate::template::SourceError> {
+            fn find_zeros(
+                &self,
+                _: crate::template::TemplateOffset,
+                _: pagecast_uffd::ByteLen,
+            ) -> Result<(), crate::template::SourceError> {
                 Ok(())
             }
         }

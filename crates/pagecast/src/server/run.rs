@@ -7,18 +7,23 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Door, Guests, Request};
-use super::error::{CloseError, Error};
+use super::error::{CloseError, Error, NotEnoughMemory};
+use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
 use super::inbox::Inbox;
+use super::latency::LatencyHistogram;
 use super::memory;
-use super::record::ForkRecord;
+use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
 use super::worker::{Message, Worker, WorkerHandle};
-use crate::template::Template;
+use crate::template::{SourceError, Template};
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long completing one fork looks for zeros where memory is short without them.
+const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a server is to be.
 pub struct Builder {
@@ -86,6 +91,7 @@ impl Builder {
             workers,
             acceptor,
             deadlines: self.deadlines,
+            admission: Mutex::new(()),
             life: Mutex::new(Life::Open(Threads {
                 acceptor: thread,
                 workers: threads,
@@ -103,6 +109,8 @@ pub struct Server {
     workers: Arc<[WorkerHandle]>,
     acceptor: Arc<Inbox<Request>>,
     deadlines: Deadlines,
+    /// Held between finding room for a completion and asking for it, so that no two are given the same room.
+    admission: Mutex<()>,
     life: Mutex<Life>,
 }
 
@@ -128,15 +136,19 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::ForkExists`], [`Error::Template`] where it has changed, the socket's errors, [`Error::Closed`].
+    /// [`Error::ForkExists`], [`Error::Template`] where it has changed or was [withdrawn](Self::withdraw), the socket's errors, [`Error::Closed`].
     pub fn register(&self, id: ForkId, template: &Template, options: &ForkOptions) -> Result<Fork, Error> {
         let life = self.life();
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
-        template.source().check_unchanged().map_err(Error::Template)?;
         let record = self.registry.insert(id, template.clone(), false)?;
-        let socket = match SocketFile::bind(&options.socket_path, options.user, options.group) {
+        // Checked only now: a template that is withdrawn is marked first, and then all its forks are looked for.
+        let bound = template
+            .check()
+            .map_err(Error::Template)
+            .and_then(|()| SocketFile::bind(&options.socket_path, options.user, options.group));
+        let socket = match bound {
             Ok(socket) => socket,
             Err(error) => {
                 self.registry.remove(&record);
@@ -173,7 +185,7 @@ impl Server {
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
-        template.source().check_unchanged().map_err(Error::Template)?;
+        template.check().map_err(Error::Template)?;
         let socket = SocketFile::bind(&options.socket_path, options.user, options.group)?;
         self.acceptor.send(Request::Open(Door {
             socket,
@@ -188,13 +200,97 @@ impl Server {
         Ok(())
     }
 
+    /// Begins to complete a fork and returns at once: installs what is left of its memory, then unregisters it. Its state
+    /// says when that is done ([`ForkState::Complete`]); where it cannot be, it is served on, and both
+    /// [`ForkEvent::NotCompleted`] and the [reason](ForkStatus::reason) in its status say why. Completing what is complete,
+    /// or about to be, changes nothing.
+    ///
+    /// Where the memory would not suffice by what is known of the template's zeros, they are looked for first, for half a
+    /// second at most.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkNotFound`]; [`Error::ForkWaiting`]; [`Error::ForkEnded`] where its VMM has exited or it has failed;
+    /// [`Error::NotEnoughMemory`] where completing it, beside the others that are being completed, would drive the host
+    /// out of memory: try again later.
+    pub fn complete(&self, id: &ForkId) -> Result<(), Error> {
+        let record = self.record(id)?;
+        let mut forks = Vec::new();
+        let state = self.ask_where_room(&record, &mut forks).or_else(|_| {
+            memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
+            self.ask_where_room(&record, &mut forks)
+        })?;
+        match state {
+            ForkState::Serving | ForkState::Complete => Ok(()),
+            ForkState::Waiting => Err(Error::ForkWaiting(id.clone())),
+            state @ (ForkState::Exited | ForkState::Failed) => Err(Error::ForkEnded { id: id.clone(), state }),
+        }
+    }
+
+    /// Asks for the completion of a fork that is served if there is room for it and the others that are being completed:
+    /// `forks` becomes all of them. The fork's state, which tells whether it was asked for.
+    fn ask_where_room(
+        &self,
+        record: &Arc<ForkRecord>,
+        forks: &mut Vec<Arc<ForkRecord>>,
+    ) -> Result<ForkState, NotEnoughMemory> {
+        let admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        *forks = self.serving();
+        forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.is_completing());
+        if record.state() == ForkState::Serving && !record.is_completing() {
+            memory::check_room(forks)?;
+        }
+        let state = record.ask_completion(Asker::Request);
+        drop(admission);
+        self.tell_workers(|| Message::Review);
+        Ok(state)
+    }
+
+    /// Kills the VMM of a fork and returns at once; its state says when it is dead. A fork that waits for its VMM is
+    /// closed instead; one that has ended stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkNotFound`].
+    pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
+        let record = self.record(id)?;
+        if self.doom(&record, FailReason::Killed) {
+            self.tell_workers(|| Message::Review);
+        }
+        Ok(())
+    }
+
+    /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
+    /// wait for their VMM end as failed; those that are served are killed; the reason of each is that the template has
+    /// changed, `how` says in what way. Nobody can fork it any more, here or with another server. What is complete or has
+    /// ended is left alone, and so are the forks of all other templates.
+    ///
+    /// For a template that is about to be written; wait for [`wait_withdrawn`](Self::wait_withdrawn) before it is.
+    pub fn withdraw(&self, template: &Template, how: &str) -> usize {
+        template.withdraw(how);
+        let forks = self.forks_of(template);
+        let changed = || FailReason::Template(SourceError::Changed { how: how.to_owned() });
+        let concerned = forks.iter().filter(|fork| self.doom(fork, changed())).count();
+        self.tell_workers(|| Message::Review);
+        concerned
+    }
+
+    /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and nothing reads it, but no longer than
+    /// `patience`. After `true`, this server neither reads nor installs a byte of it ever again. `false` where something
+    /// still may: a VMM that cannot die, a read that hangs.
+    pub fn wait_withdrawn(&self, template: &Template, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let forks = self.forks_of(template);
+        forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
+    }
+
     /// Forgets a fork. One that still waits for its VMM is closed.
     ///
     /// # Errors
     ///
     /// [`Error::ForkNotFound`]; [`Error::ForkInUse`] while its VMM needs it.
     pub fn unregister(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))?;
+        let record = self.record(id)?;
         if record.state() == ForkState::Waiting {
             self.acceptor.send(Request::Close(Arc::clone(&record)));
             // The acceptor ends it, or is just about to find that its VMM has connected.
@@ -206,6 +302,11 @@ impl Server {
         }
         self.registry.remove(&record);
         Ok(())
+    }
+
+    /// What is known of a fork; `None` where there is none of this name.
+    pub fn fork(&self, id: &ForkId) -> Option<ForkStatus> {
+        self.registry.get(id).map(|record| record.status())
     }
 
     /// What is known of all forks, by name.
@@ -230,18 +331,26 @@ impl Server {
             return Ok(());
         }
         let until = Instant::now() + patience;
-        memory::check_room(&self.serving(), until)?;
+        let forks = self.serving();
+        if memory::check_room(&forks).is_err() {
+            memory::find_zeros(&forks, until);
+            memory::check_room(&forks)?;
+        }
         self.stop_accepting();
         let forks = self.serving();
+        let asker = Asker::Closer(std::thread::current().id());
         for fork in &forks {
-            fork.set_completing();
+            fork.ask_completion(asker);
         }
-        self.tell_workers(|| Message::CompleteAll);
+        self.tell_workers(|| Message::Review);
         for fork in &forks {
-            fork.wait_completed(until);
+            fork.wait_completed(asker, until);
         }
         if let Err(error) = all_ended(&forks) {
-            self.tell_workers(|| Message::AbandonAll);
+            for fork in &forks {
+                fork.withdraw_completion(asker);
+            }
+            self.tell_workers(|| Message::Review);
             return Err(error);
         }
         self.stop();
@@ -259,7 +368,10 @@ impl Server {
         }
         self.stop_accepting();
         let forks = self.serving();
-        self.tell_workers(|| Message::KillAll);
+        for fork in &forks {
+            self.doom(fork, FailReason::Killed);
+        }
+        self.tell_workers(|| Message::Review);
         let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_state(until, ForkState::is_end);
@@ -272,6 +384,26 @@ impl Server {
     fn life(&self) -> MutexGuard<'_, Life> {
         // A panic under this lock leaves a state that is true all the same.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, id: &ForkId) -> Result<Arc<ForkRecord>, Error> {
+        self.registry.get(id).ok_or_else(|| Error::ForkNotFound(id.clone()))
+    }
+
+    fn forks_of(&self, template: &Template) -> Vec<Arc<ForkRecord>> {
+        let mut forks = self.registry.all();
+        forks.retain(|record| record.template.is_same(template));
+        forks
+    }
+
+    /// Wants a fork to end with this reason, and tells the acceptor where it may be there; the workers have to be told
+    /// after that. `false` where it has ended.
+    fn doom(&self, record: &Arc<ForkRecord>, reason: FailReason) -> bool {
+        let doomed = record.doom(reason);
+        if doomed && record.state() == ForkState::Waiting {
+            self.acceptor.send(Request::Close(Arc::clone(record)));
+        }
+        doomed
     }
 
     fn serving(&self) -> Vec<Arc<ForkRecord>> {
@@ -361,6 +493,17 @@ impl Fork {
     /// What is known of it.
     pub fn status(&self) -> ForkStatus {
         self.record.status()
+    }
+
+    /// From reading each of its faults to the page being in place.
+    pub fn fault_latency(&self) -> LatencyHistogram {
+        self.record.counters.fault_latency.load()
+    }
+
+    /// What the kernel took for putting in place each page that a vCPU waited for: the part of
+    /// [`fault_latency`](Self::fault_latency) that no page server can do without.
+    pub fn install_latency(&self) -> LatencyHistogram {
+        self.record.counters.install_latency.load()
     }
 
     /// Waits until its state is as `wanted`, but no longer than `patience`; what is known of it then.

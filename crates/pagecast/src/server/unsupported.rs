@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::error::{CloseError, Error};
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+use super::latency::LatencyHistogram;
 use crate::template::Template;
 
 /// How a server would be.
@@ -72,7 +73,40 @@ impl Server {
     /// # Errors
     ///
     /// None: it cannot be called.
+    pub fn complete(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn kill_fork(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn withdraw(&self, _template: &Template, _how: &str) -> usize {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn wait_withdrawn(&self, _template: &Template, _patience: Duration) -> bool {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
     pub fn unregister(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    pub fn fork(&self, _id: &ForkId) -> Option<ForkStatus> {
         match *self {}
     }
 
@@ -127,6 +161,16 @@ impl Fork {
 
     /// There is no fork to ask.
     pub fn wait(&self, _patience: Duration, _wanted: impl Fn(ForkState) -> bool) -> ForkStatus {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn fault_latency(&self) -> LatencyHistogram {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
+    pub fn install_latency(&self) -> LatencyHistogram {
         match *self {}
     }
 }

@@ -14,6 +14,7 @@ use slab::Slab;
 use super::failure::FailReason;
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
+use super::record::Wish;
 use super::registry::Registry;
 use super::served_fork::{Awaited, End, Scratch, ServedFork};
 use crate::template::SourceError;
@@ -34,12 +35,8 @@ pub(super) enum Message {
         awaited: Awaited,
         bytes: Result<Vec<u8>, SourceError>,
     },
-    /// Complete all forks.
-    CompleteAll,
-    /// Give that up where it is not done yet.
-    AbandonAll,
-    /// Kill the VMMs of all forks.
-    KillAll,
+    /// What is wanted of forks has changed: look at each of them.
+    Review,
     /// Stop as soon as there is no fork left.
     Stop,
 }
@@ -311,13 +308,9 @@ impl Worker {
                     };
                     self.step(slot, |fork, scratch| fork.on_bytes(awaited, bytes, scratch));
                 }
-                Message::CompleteAll => self.step_all(ServedFork::begin_completion),
-                Message::AbandonAll => self.step_all(ServedFork::abandon_completion),
-                Message::KillAll => {
+                Message::Review => {
                     for slot in self.slots() {
-                        if self.forks.get(slot).is_some_and(|served| served.killed.is_none()) {
-                            self.kill(slot, FailReason::Killed);
-                        }
+                        self.review(slot);
                     }
                 }
                 Message::Stop => self.stopping = true,
@@ -325,12 +318,21 @@ impl Worker {
         }
     }
 
-    fn step_all(&mut self, act: impl Fn(&mut ServedFork)) {
-        for slot in self.slots() {
-            self.step(slot, |fork, _| {
-                act(fork);
+    /// Does with a fork what is wanted of it.
+    fn review(&mut self, slot: usize) {
+        let Some(served) = self.forks.get(slot).filter(|served| served.killed.is_none()) else {
+            return;
+        };
+        match served.fork.record.wish() {
+            Wish::Serve => self.step(slot, |fork, _| {
+                fork.abandon_completion();
                 Ok(())
-            });
+            }),
+            Wish::Complete => self.step(slot, |fork, _| {
+                fork.begin_completion();
+                Ok(())
+            }),
+            Wish::Kill(reason) => self.kill(slot, reason),
         }
     }
 
@@ -382,6 +384,8 @@ impl Worker {
             memory_bytes: record.memory_bytes(),
             regions: record.regions.get().map_or(0, |regions| regions.len()),
         });
+        // Whatever was wanted of it before it came here.
+        self.review(slot);
     }
 
     /// One bounded step of one completion: faults come first, and the next look at them is never far.

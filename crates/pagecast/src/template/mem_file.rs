@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use pagecast_uffd::ByteLen;
 use rustix::fs::{OFlags, SeekFrom};
@@ -32,6 +34,8 @@ pub struct MemFile {
     file: File,
     identity: Identity,
     zeros: ZeroMap,
+    /// There is a [`Lease`](super::Lease) on it.
+    pub(super) leased: AtomicBool,
 }
 
 impl MemFile {
@@ -79,6 +83,7 @@ impl MemFile {
             file,
             identity: Identity::of(&metadata),
             zeros,
+            leased: AtomicBool::new(false),
         })
     }
 
@@ -115,6 +120,13 @@ impl MemFile {
 
     fn io_error(at: TemplateOffset) -> impl FnOnce(std::io::Error) -> SourceError {
         move |source| SourceError::Io { at, source }
+    }
+}
+
+impl AsFd for MemFile {
+    /// The file that is held, wherever its path leads by now: to link or to look at exactly this one.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -175,11 +187,12 @@ impl PageSource for MemFile {
         self.zeros.covers(at, len)
     }
 
-    fn find_zeros(&self) -> Result<(), SourceError> {
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        let end = at.get().saturating_add(len.get()).min(self.identity.size());
         let mut buffer = vec![0; SCAN_BYTES];
-        let mut at = 0;
-        while at < self.identity.size() {
-            let len = (self.identity.size() - at).min(SCAN_BYTES as u64);
+        let mut at = at.get();
+        while at < end {
+            let len = (end - at).min(SCAN_BYTES as u64);
             let chunk = buffer
                 .get_mut(..usize::try_from(len).unwrap_or(SCAN_BYTES))
                 .unwrap_or_default();
@@ -222,6 +235,7 @@ fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     use super::*;
 
@@ -260,7 +274,7 @@ mod tests {
     #[test]
     fn all_zeros_are_found_when_asked_for() {
         let (_dir, mem_file) = mem_file();
-        mem_file.find_zeros().unwrap();
+        mem_file.find_zeros(page(0), mem_file.len()).unwrap();
         assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
     }
 
@@ -314,6 +328,27 @@ mod tests {
         let mut buffer = [0; PAGE];
         mem_file.read(page(0), &mut buffer).unwrap();
         assert_eq!(buffer, [7; PAGE]);
+    }
+
+    #[test]
+    fn what_is_held_can_be_linked_though_its_path_was_replaced() {
+        let (dir, mem_file) = mem_file();
+        let (other, link) = (dir.path().join("other"), dir.path().join("link"));
+        // A link of its own, because a file without any can get none (`linkat(2)`).
+        std::fs::hard_link(mem_file.path(), dir.path().join("kept")).unwrap();
+        std::fs::write(&other, [1; PAGE]).unwrap();
+        std::fs::rename(&other, mem_file.path()).unwrap();
+        let held = format!("/proc/self/fd/{}", mem_file.as_fd().as_raw_fd());
+        rustix::fs::linkat(
+            rustix::fs::CWD,
+            held,
+            rustix::fs::CWD,
+            &link,
+            rustix::fs::AtFlags::SYMLINK_FOLLOW,
+        )
+        .unwrap();
+        let linked = Identity::of(&std::fs::metadata(&link).unwrap());
+        assert_eq!(mem_file.identity().difference(&linked), None);
     }
 
     #[test]

@@ -6,28 +6,36 @@
 #[cfg(unix)]
 mod identity;
 #[cfg(target_os = "linux")]
+mod lease;
+#[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
 mod slow_reads;
 mod source;
 mod zero_map;
+mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
 
 #[cfg(unix)]
 pub use identity::Identity;
 #[cfg(target_os = "linux")]
+pub use lease::{Lease, LeaseError};
+#[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
+use zero_search::ZeroSearch;
 
 /// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
 #[derive(Clone)]
@@ -38,6 +46,19 @@ pub struct Template {
 struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
+    zero_search: ZeroSearch,
+    /// Why no byte of it may be given to anybody any more.
+    withdrawn: OnceLock<String>,
+}
+
+impl Inner {
+    /// Makes sure that it may be read.
+    fn check_not_withdrawn(&self) -> Result<(), SourceError> {
+        match self.withdrawn.get() {
+            Some(how) => Err(SourceError::Changed { how: how.clone() }),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Template {
@@ -62,6 +83,8 @@ impl Template {
             inner: Arc::new(Inner {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
+                zero_search: ZeroSearch::default(),
+                withdrawn: OnceLock::new(),
             }),
         }
     }
@@ -87,6 +110,32 @@ impl Template {
         &*self.inner.source
     }
 
+    /// Makes sure that it may be forked: not withdrawn, and what it was when it was opened.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Changed`], or why that cannot be told.
+    pub fn check(&self) -> Result<(), SourceError> {
+        self.inner.check_not_withdrawn()?;
+        self.source().check_unchanged()
+    }
+
+    /// What was read of it away from the fault path.
+    pub fn slow_reads(&self) -> SlowReadStats {
+        self.inner.slow_reads.stats()
+    }
+
+    /// From now on nobody begins to read it, away from the fault path. The first reason stays.
+    pub(crate) fn withdraw(&self, how: &str) {
+        let _ = self.inner.withdrawn.set(how.to_owned());
+    }
+
+    /// Waits until nobody reads it away from the fault path, for a template that was withdrawn. `false` where somebody
+    /// still does.
+    pub(crate) fn wait_unread(&self, until: Instant) -> bool {
+        self.inner.slow_reads.wait(until) && self.inner.zero_search.wait(until)
+    }
+
     /// Reads `length` bytes from `at` on, on a thread of this template's own that may wait for them, and hands them to
     /// `done` there.
     pub(crate) fn read_later(
@@ -96,6 +145,12 @@ impl Template {
         done: impl FnOnce(Result<Vec<u8>, SourceError>) + Send + 'static,
     ) {
         SlowReads::submit(&self.inner, at, length, Box::new(done));
+    }
+
+    /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
+    /// `until`.
+    pub fn find_zeros(&self, until: Instant) {
+        ZeroSearch::run(&self.inner, until);
     }
 }
 

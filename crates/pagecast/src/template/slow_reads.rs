@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Inner;
 use super::source::{SourceError, TemplateOffset};
@@ -22,6 +22,8 @@ type Done = Box<dyn FnOnce(Result<Vec<u8>, SourceError>) + Send>;
 pub(super) struct SlowReads {
     state: Mutex<State>,
     work: Condvar,
+    /// No thread reads.
+    quiet: Condvar,
 }
 
 #[derive(Default)]
@@ -29,6 +31,22 @@ struct State {
     queue: VecDeque<Request>,
     threads: usize,
     idle: usize,
+    /// How many threads are at a request.
+    reading: usize,
+    stats: SlowReadStats,
+}
+
+/// What was read of a template away from the fault path, because it was not in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlowReadStats {
+    /// Reads that have ended, well or not.
+    pub reads: u64,
+    /// Those of them that failed.
+    pub failed: u64,
+    /// Bytes that the others gave.
+    pub bytes: u64,
+    /// What all of them took together; several are under way at once.
+    pub time: Duration,
 }
 
 struct Request {
@@ -66,6 +84,40 @@ impl SlowReads {
         }
     }
 
+    /// A request that [`next`](Self::next) gave has been read, and gave so many bytes or failed.
+    fn finished(&self, bytes: Option<usize>, time: Duration) {
+        let mut state = self.lock();
+        state.reading -= 1;
+        state.stats.reads += 1;
+        state.stats.failed += u64::from(bytes.is_none());
+        state.stats.bytes += bytes.unwrap_or(0) as u64;
+        state.stats.time += time;
+        if state.reading == 0 {
+            self.quiet.notify_all();
+        }
+    }
+
+    /// Waits until no thread reads; `false` where one still does.
+    pub(super) fn wait(&self, until: Instant) -> bool {
+        let mut state = self.lock();
+        while state.reading > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            let (woken, _) = self
+                .quiet
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+        }
+        true
+    }
+
+    pub(super) fn stats(&self) -> SlowReadStats {
+        self.lock().stats
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -76,6 +128,7 @@ impl SlowReads {
         let mut state = self.lock();
         loop {
             if let Some(request) = state.queue.pop_front() {
+                state.reading += 1;
                 return Some(request);
             }
             state.idle += 1;
@@ -95,7 +148,18 @@ impl SlowReads {
 
 fn serve(template: &Inner) {
     while let Some(Request { at, length, done }) = template.slow_reads.next() {
-        let mut bytes = vec![0; length];
-        done(template.source.read(at, &mut bytes).map(|()| bytes));
+        let begun = Instant::now();
+        let bytes = read(template, at, length);
+        template
+            .slow_reads
+            .finished(bytes.as_ref().ok().map(Vec::len), begun.elapsed());
+        done(bytes);
     }
+}
+
+fn read(template: &Inner, at: TemplateOffset, length: usize) -> Result<Vec<u8>, SourceError> {
+    template.check_not_withdrawn()?;
+    let mut bytes = vec![0; length];
+    template.source.read(at, &mut bytes)?;
+    Ok(bytes)
 }

@@ -1,6 +1,7 @@
 //! The one small trait that pages come through.
 
 use std::fmt;
+use std::sync::Arc;
 
 use pagecast_uffd::ByteLen;
 
@@ -84,12 +85,44 @@ pub trait PageSource: Send + Sync + 'static {
     /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
 
-    /// Finds out which pages are zeros, for [`is_known_zero`](Self::is_known_zero). May read the whole template.
+    /// Finds out which of the pages in `len` bytes from `at` on are zeros, for [`is_known_zero`](Self::is_known_zero). May
+    /// read them all, which takes as long as it takes.
     ///
     /// # Errors
     ///
     /// [`SourceError`]; what was found until then stays known.
-    fn find_zeros(&self) -> Result<(), SourceError>;
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError>;
+}
+
+/// For callers who keep a handle on the source of their template.
+impl<T: PageSource + ?Sized> PageSource for Arc<T> {
+    fn len(&self) -> ByteLen {
+        (**self).len()
+    }
+
+    fn is_empty(&self) -> bool {
+        (**self).is_empty()
+    }
+
+    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+        (**self).try_read(at, buffer)
+    }
+
+    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        (**self).read(at, buffer)
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        (**self).check_unchanged()
+    }
+
+    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
+        (**self).is_known_zero(at, len)
+    }
+
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        (**self).find_zeros(at, len)
+    }
 }
 
 /// Why a template could not be read. None of these is ever answered by guessing.

@@ -2,71 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write as _};
-use std::num::NonZeroU32;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast::Template;
-use pagecast::server::{CloseError, Error, Fork, ForkOptions, ForkState, Server};
-use pagecast_testkit::sim_vmm::{
-    Connect, Job, Order, Pages, Read, ReadReport, Remove, RemoveRace, Share, SimVmm, Touch, Write,
-};
-use pagecast_testkit::skip::skip;
+use pagecast::server::{CloseError, Error, ForkOptions, ForkState, Server};
+use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::{Fixture, PATIENCE, model};
+use crate::cgroup::Cgroup;
+use crate::fixture::{
+    Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, big_fork, eventually, half_stuck, model,
+    read_everything, read_range, too_big,
+};
 use crate::scripted_source::{Access, Script, ScriptedSource};
-use crate::vmm_process::{self, eventually, in_page_fault, in_removal};
+use crate::vmm_process::{self, in_page_fault, in_removal};
 
 /// Set for the process that is the server of a test: the folder where it finds its template and makes its sockets.
 const SERVE_IN: &str = "PAGECAST_TEST_SERVE_IN";
 const FORKS: usize = 20;
 const SIZE: u64 = 8 << 20;
-
-fn read_everything(seed: u64) -> Read {
-    Read {
-        threads: 4,
-        order: Order::Random(seed),
-        share: Share::Everything,
-        ..Read::default()
-    }
-}
-
-fn read_range(first: u64, end: u64) -> Read {
-    Read {
-        pages: Pages::range(first..end),
-        ..Read::default()
-    }
-}
-
-fn assert_reads_right(vmm: &SimVmm, read: Read) {
-    let report = vmm.run(read).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
-
-fn assert_right(read: Job<ReadReport>) {
-    let report = read.join_within(PATIENCE).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
-
-/// Reads all, writes, gives back, reads all again.
-fn assert_lives_on(vmm: &SimVmm) {
-    assert_reads_right(vmm, Read::default());
-    let pages = Pages::range(300..600);
-    let generation = NonZeroU32::MIN;
-    vmm.run(Write {
-        pages,
-        generation,
-        threads: 2,
-    })
-    .unwrap();
-    vmm.run(Remove::range(500..700)).unwrap();
-    assert_reads_right(vmm, Read::default());
-}
 
 fn not_complete(result: Result<(), CloseError>) -> Vec<String> {
     match result {
@@ -264,17 +223,6 @@ fn a_stopped_vmm_holds_up_no_close_and_goes_on_right() {
     assert_lives_on(&racing);
 }
 
-/// A fork whose template is stuck from the middle on.
-fn half_stuck() -> (Fixture, Arc<Script>, Fork, SimVmm) {
-    let script = Script::new(&model(SIZE), |page| match page {
-        1024.. => Access::Gated,
-        _ => Access::Ready,
-    });
-    let (fixture, script) = Fixture::scripted(script, |builder| builder.workers(1));
-    let (fork, vmm) = fixture.fork("a");
-    (fixture, script, fork, vmm)
-}
-
 #[test]
 fn a_close_that_takes_too_long_says_so_and_serves_on_and_can_be_repeated() {
     let (fixture, script, fork, vmm) = half_stuck();
@@ -375,40 +323,11 @@ fn a_vmm_that_is_just_dying_does_not_spoil_the_close() {
     }
 }
 
-/// A fork of a template that takes no room on a disk.
-fn big_fork(fixture: &Fixture, model: &TemplateModel) -> (Fork, SimVmm) {
-    let script = Script::new(model, |_| Access::Ready);
-    let template = Template::from_source(ScriptedSource(Arc::new(script)));
-    let options = ForkOptions::new(fixture.folder.path().join("big"));
-    let fork = fixture
-        .server
-        .register("big".parse().unwrap(), &template, &options)
-        .unwrap();
-    let vmm = SimVmm::spawn().unwrap();
-    vmm.run(Connect::new(fork.socket_path(), model)).unwrap();
-    fork.wait(PATIENCE, |state| state == ForkState::Serving);
-    (fork, vmm)
-}
-
-/// A template larger than the memory that is left.
-fn too_big() -> TemplateModel {
-    let available = procfs::Current::current()
-        .map(|info: procfs::Meminfo| info.mem_available.unwrap())
-        .unwrap();
-    let size = (available + available / 2).next_multiple_of(2 << 20);
-    TemplateModel::of_data(size, 1)
-}
-
 fn place(result: Result<(), CloseError>) -> String {
     match result {
-        Err(CloseError::NotEnoughMemory {
-            forks,
-            needed,
-            available,
-            place,
-        }) => {
-            assert!(forks > 0 && needed > available, "{forks}, {needed}, {available}");
-            place
+        Err(CloseError::NotEnoughMemory(missing)) => {
+            assert!(missing.forks > 0 && missing.needed > missing.available, "{missing:?}");
+            missing.place
         }
         other => panic!("closed in spite of all: {other:?}"),
     }
@@ -557,62 +476,4 @@ fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
     assert_eq!(going_fork.status().state, ForkState::Complete);
     assert_lives_on(&going);
     assert_lives_on(&other);
-}
-
-/// A memory cgroup for VMMs, beneath the one that the test is in.
-struct Cgroup {
-    path: PathBuf,
-    limit: &'static str,
-}
-
-impl Cgroup {
-    /// Says that the test is skipped where there can be none.
-    fn new() -> Option<Self> {
-        let groups = procfs::process::Process::myself()
-            .and_then(|process| process.cgroups())
-            .unwrap();
-        let ours = |wanted: &dyn Fn(&procfs::ProcessCGroup) -> bool| {
-            let group = (&groups).into_iter().find(|group| wanted(group))?;
-            Some(group.pathname.trim_start_matches('/').to_owned())
-        };
-        let of_memory = |group: &procfs::ProcessCGroup| group.controllers.iter().any(|name| name == "memory");
-        let candidates = [
-            ("/sys/fs/cgroup/memory", ours(&of_memory), "memory.limit_in_bytes"),
-            ("/sys/fs/cgroup", ours(&|group| group.hierarchy == 0), "memory.max"),
-        ];
-        for (root, ours, limit) in candidates {
-            let Some(ours) = ours else { continue };
-            let path = Path::new(root)
-                .join(ours)
-                .join(format!("pagecast-test-{}", std::process::id()));
-            if std::fs::create_dir(&path).is_err() {
-                continue;
-            }
-            let cgroup = Self { path, limit };
-            if cgroup.path.join(limit).exists() {
-                return Some(cgroup);
-            }
-        }
-        skip("no memory cgroup can be made here");
-        None
-    }
-
-    fn name(&self) -> &str {
-        self.path.to_str().unwrap()
-    }
-
-    fn take(&self, vmm: &SimVmm) {
-        std::fs::write(self.path.join("cgroup.procs"), vmm.pid().to_string()).unwrap();
-    }
-
-    fn limit(&self, bytes: u64) {
-        std::fs::write(self.path.join(self.limit), bytes.to_string()).unwrap();
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // Its VMM is dead by now; where it is not, an empty folder is left.
-        let _ = std::fs::remove_dir(&self.path);
-    }
 }

@@ -1,18 +1,18 @@
 //! What every test of the server needs: a template, a server, forks of it.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast::Template;
 use pagecast::server::{Builder, Deadlines, Fork, ForkOptions, ForkState, ForkStatus, Server};
 use pagecast_testkit::process::own_fds;
-use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, Job, Order, Pages, Read, ReadReport, Remove, Share, SimVmm, Write};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::scripted_source::{Script, ScriptedSource};
+use crate::scripted_source::{Access, Script, ScriptedSource};
 
 /// Long enough for anything that works, on a busy machine; reached only where something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -169,4 +169,84 @@ pub(crate) fn open_fds() -> BTreeMap<String, usize> {
         }
     }
     kinds
+}
+
+/// Reads pages `first..end`, as the template's.
+pub(crate) fn read_range(first: u64, end: u64) -> Read {
+    Read {
+        pages: Pages::range(first..end),
+        ..Read::default()
+    }
+}
+
+/// Four threads that each read all there is, in an order of their own.
+pub(crate) fn read_everything(seed: u64) -> Read {
+    Read {
+        threads: 4,
+        order: Order::Random(seed),
+        share: Share::Everything,
+        ..Read::default()
+    }
+}
+
+/// Has a VMM read, and every byte be right.
+pub(crate) fn assert_reads_right(vmm: &SimVmm, read: Read) {
+    let report = vmm.run(read).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+}
+
+/// The same of a read that was begun before.
+pub(crate) fn assert_right(read: Job<ReadReport>) {
+    let report = read.join_within(PATIENCE).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+}
+
+/// Reads all, writes, gives back, reads all again.
+pub(crate) fn assert_lives_on(vmm: &SimVmm) {
+    assert_reads_right(vmm, Read::default());
+    let pages = Pages::range(300..600);
+    let generation = NonZeroU32::MIN;
+    vmm.run(Write {
+        pages,
+        generation,
+        threads: 2,
+    })
+    .unwrap();
+    vmm.run(Remove::range(500..700)).unwrap();
+    assert_reads_right(vmm, Read::default());
+}
+
+/// A fork whose template is stuck from the middle on.
+pub(crate) fn half_stuck() -> (Fixture, Arc<Script>, Fork, SimVmm) {
+    let script = Script::new(&model(8 << 20), |page| match page {
+        1024.. => Access::Gated,
+        _ => Access::Ready,
+    });
+    let (fixture, script) = Fixture::scripted(script, |builder| builder.workers(1));
+    let (fork, vmm) = fixture.fork("a");
+    (fixture, script, fork, vmm)
+}
+
+/// A fork of a template that takes no room on a disk.
+pub(crate) fn big_fork(fixture: &Fixture, model: &TemplateModel) -> (Fork, SimVmm) {
+    let script = Script::new(model, |_| Access::Ready);
+    let template = Template::from_source(ScriptedSource(Arc::new(script)));
+    let options = ForkOptions::new(fixture.folder.path().join("big"));
+    let fork = fixture
+        .server
+        .register("big".parse().unwrap(), &template, &options)
+        .unwrap();
+    let vmm = SimVmm::spawn().unwrap();
+    vmm.run(Connect::new(fork.socket_path(), model)).unwrap();
+    fork.wait(PATIENCE, |state| state == ForkState::Serving);
+    (fork, vmm)
+}
+
+/// A template larger than the memory that is left.
+pub(crate) fn too_big() -> TemplateModel {
+    let available = procfs::Current::current()
+        .map(|info: procfs::Meminfo| info.mem_available.unwrap())
+        .unwrap();
+    let size = (available + available / 2).next_multiple_of(2 << 20);
+    TemplateModel::of_data(size, 1)
 }

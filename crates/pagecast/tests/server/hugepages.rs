@@ -6,11 +6,10 @@ use pagecast::server::{Fork, ForkState};
 use pagecast_testkit::PageSize;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::process::MemoryUse;
-use pagecast_testkit::sim_vmm::{AwaitClose, Connect, Order, Pages, Read, Remove, Share, SimVmm, Write};
+use pagecast_testkit::sim_vmm::{AwaitClose, Connect, Pages, Remove, SimVmm, Write};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
-use crate::fixture::{Fixture, PATIENCE};
-use crate::vmm_process::eventually;
+use crate::fixture::{Fixture, PATIENCE, assert_reads_right, eventually, read_everything, read_range};
 
 const HUGE: u64 = 2 << 20;
 /// How many huge pages a fork has.
@@ -41,20 +40,6 @@ fn huge(connect: Connect) -> Connect {
     }
 }
 
-fn read_everything() -> Read {
-    Read {
-        threads: 4,
-        order: Order::Random(1),
-        share: Share::Everything,
-        ..Read::default()
-    }
-}
-
-fn assert_reads_right(vmm: &SimVmm, read: Read) {
-    let report = vmm.run(read).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
-
 /// How many pages of the pool are free. Nobody else takes any while this test holds its reservation.
 fn free() -> u64 {
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap();
@@ -83,7 +68,7 @@ fn forks_with_huge_pages_read_right_remove_and_are_completed() {
     let fixture = fixture();
     let (reading_fork, reading) = fixture.fork_with("reading", huge);
     let (idle_fork, idle) = fixture.fork_with("idle", huge);
-    assert_reads_right(&reading, read_everything());
+    assert_reads_right(&reading, read_everything(1));
     let faults = reading_fork.status().stats.faults;
     assert!(faults.demand >= PAGES && faults.zero == 1, "{faults:?}");
     assert_eq!(
@@ -104,20 +89,14 @@ fn forks_with_huge_pages_read_right_remove_and_are_completed() {
             threads: 1,
         })
         .unwrap();
-    assert_reads_right(&reading, read_everything());
-    assert_reads_right(
-        &idle,
-        Read {
-            pages: Pages::range(6..7),
-            ..Read::default()
-        },
-    );
+    assert_reads_right(&reading, read_everything(1));
+    assert_reads_right(&idle, read_range(6, 7));
     assert_eq!(reading_fork.status().stats.faults.removed, 3);
 
     fixture.server.close(PATIENCE).unwrap();
     for (fork, vmm) in [(&reading_fork, &reading), (&idle_fork, &idle)] {
         assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
-        assert_reads_right(vmm, read_everything());
+        assert_reads_right(vmm, read_everything(1));
     }
     fixture.file.check_untouched().unwrap();
 }
@@ -156,19 +135,13 @@ fn of_two_forks_with_room_for_one_the_second_is_refused_until_the_first_is_gone(
     let (first_fork, first) = connect("first");
     // It has not touched a page, so all are free; but they are promised to it.
     assert_refused(&fixture, "second");
-    assert_reads_right(
-        &first,
-        Read {
-            pages: Pages::range(0..3),
-            ..Read::default()
-        },
-    );
+    assert_reads_right(&first, read_range(0, 3));
     assert_refused(&fixture, "third");
-    assert_reads_right(&first, read_everything());
+    assert_reads_right(&first, read_everything(1));
     first.kill().unwrap();
     let status = first_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Exited, "{status:?}");
     eventually("the pages are free again", || free() >= PAGES);
     let (_, fourth) = connect("fourth");
-    assert_reads_right(&fourth, read_everything());
+    assert_reads_right(&fourth, read_everything(1));
 }

@@ -8,8 +8,8 @@ use pagecast_testkit::process::{ProcessUse, own_fds};
 use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, RemoveRace, SimVmm};
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::{Fixture, PATIENCE, short_deadlines};
-use crate::vmm_process::{alone, eventually};
+use crate::fixture::{Fixture, PATIENCE, eventually, short_deadlines};
+use crate::vmm_process::alone;
 
 /// What a VMM is at when it is killed.
 #[derive(Clone, Copy, Debug)]

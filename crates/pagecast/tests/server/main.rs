@@ -6,14 +6,18 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod bad_input;
+mod cgroup;
 mod close;
+mod complete;
 mod ends;
 mod fixture;
 mod hugepages;
 mod kills;
+mod lease;
 mod removal;
 mod scripted_source;
 mod serving;
 mod slow_template;
 mod template_changes;
 mod vmm_process;
+mod withdraw;

@@ -10,9 +10,9 @@ use pagecast_testkit::skip::skip;
 use rustix::process::Pid;
 use rustix::thread::CpuSet;
 
-use crate::fixture::{Fixture, PATIENCE, model};
+use crate::fixture::{Fixture, PATIENCE, eventually, model};
 use crate::scripted_source::{Access, Script};
-use crate::vmm_process::{self, alone, cpu_time_of, eventually, in_page_fault, in_removal};
+use crate::vmm_process::{self, alone, cpu_time_of, in_page_fault, in_removal};
 
 fn assert_right(report: &RaceReport) {
     assert_eq!((report.checked.mismatches, report.checked.stale), (0, 0), "{report:?}");

@@ -35,6 +35,8 @@ pub(crate) struct Script {
     pub(crate) zeros_gated: bool,
     reads: AtomicU64,
     holds: AtomicU64,
+    /// How often anything was read, slowly or at once.
+    accesses: AtomicU64,
 }
 
 impl Script {
@@ -47,6 +49,7 @@ impl Script {
             zeros_gated: false,
             reads: AtomicU64::new(0),
             holds: AtomicU64::new(0),
+            accesses: AtomicU64::new(0),
         }
     }
 
@@ -66,12 +69,18 @@ impl Script {
         self.holds.load(Ordering::Relaxed)
     }
 
+    /// How often anything was read, slowly or at once.
+    pub(crate) fn accesses(&self) -> u64 {
+        self.accesses.load(Ordering::SeqCst)
+    }
+
     fn wait_at_gate(&self) {
         let gate = self.gate.lock().unwrap();
         drop(self.opened.wait_while(gate, |open| !*open).unwrap());
     }
 
-    fn accesses(&self, at: TemplateOffset, buffer: &[u8]) -> impl Iterator<Item = Access> {
+    fn access_at(&self, at: TemplateOffset, buffer: &[u8]) -> impl Iterator<Item = Access> {
+        self.accesses.fetch_add(1, Ordering::SeqCst);
         let first = at.get() / LAYOUT_PAGE;
         let pages = buffer.len() as u64 / LAYOUT_PAGE;
         (first..first + pages).map(|page| (self.access)(page))
@@ -97,7 +106,7 @@ impl PageSource for ScriptedSource {
     }
 
     fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
-        let accesses: Vec<Access> = self.0.accesses(at, buffer).collect();
+        let accesses: Vec<Access> = self.0.access_at(at, buffer).collect();
         if accesses.contains(&Access::HoldsWorker) {
             self.0.holds.fetch_add(1, Ordering::Relaxed);
             self.0.wait_at_gate();
@@ -114,7 +123,7 @@ impl PageSource for ScriptedSource {
 
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
         self.0.reads.fetch_add(1, Ordering::Relaxed);
-        for access in self.0.accesses(at, buffer).collect::<Vec<_>>() {
+        for access in self.0.access_at(at, buffer).collect::<Vec<_>>() {
             match access {
                 Access::Ready => {}
                 Access::Slow(time) => std::thread::sleep(time),
@@ -137,7 +146,7 @@ impl PageSource for ScriptedSource {
         false
     }
 
-    fn find_zeros(&self) -> Result<(), SourceError> {
+    fn find_zeros(&self, _at: TemplateOffset, _len: ByteLen) -> Result<(), SourceError> {
         if self.0.zeros_gated {
             self.0.wait_at_gate();
         }

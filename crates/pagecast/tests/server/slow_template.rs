@@ -4,26 +4,15 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use pagecast::server::{CloseError, Deadlines, ForkState};
-use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, SimVmm, Touch};
+use pagecast::template::SlowReadStats;
+use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, Touch};
 use pagecast_testkit::skip::skip;
 
-use crate::fixture::{Fixture, PATIENCE, model};
+use crate::fixture::{Fixture, PATIENCE, assert_reads_right, eventually, model, read_range};
 use crate::scripted_source::{Access, Script};
-use crate::vmm_process::{eventually, in_page_fault};
+use crate::vmm_process::in_page_fault;
 
 const SIZE: u64 = 8 << 20;
-
-fn read_range(first: u64, end: u64) -> Read {
-    Read {
-        pages: Pages::range(first..end),
-        ..Read::default()
-    }
-}
-
-fn assert_reads_right(vmm: &SimVmm, read: Read) {
-    let report = vmm.run(read).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
 
 fn median(values: impl Iterator<Item = u64>) -> Duration {
     let mut values: Vec<u64> = values.collect();
@@ -96,7 +85,8 @@ fn bytes_that_come_late_are_right_in_every_page() {
         0 => Access::Ready,
         _ => Access::Slow(Duration::from_micros(50)),
     });
-    let (fixture, _) = Fixture::scripted(script, |builder| builder);
+    let (fixture, script) = Fixture::scripted(script, |builder| builder);
+    assert_eq!(fixture.template.slow_reads(), SlowReadStats::default());
     let forks: Vec<_> = (0..3).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
     let reads = forks.iter().zip(0..).map(|((_, vmm), seed)| {
         let read = Read {
@@ -111,12 +101,18 @@ fn bytes_that_come_late_are_right_in_every_page() {
         let report = read.join_within(PATIENCE).unwrap();
         assert_eq!(report.checked.mismatches, 0, "{report:?}");
     }
+    let slow: u64 = forks.iter().map(|(fork, _)| fork.status().stats.faults.slow).sum();
+    let stats = fixture.template.slow_reads();
+    assert_eq!((stats.reads, stats.failed, stats.bytes), (slow, 0, slow * 4096));
+    let at_least = Duration::from_micros(50) * u32::try_from(slow).unwrap();
+    assert!(slow > 0 && stats.time >= at_least, "{stats:?}, {slow}");
     // Completed with bytes that come late.
     fixture.server.close(PATIENCE).unwrap();
     for (fork, vmm) in &forks {
         assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
         assert_reads_right(vmm, Read::default());
     }
+    assert_eq!(fixture.template.slow_reads().reads, script.reads());
 }
 
 /// A template whose upper half never comes, and a server that does not wait long for it.
@@ -187,6 +183,7 @@ fn a_template_that_cannot_be_read_costs_who_needs_it_and_nobody_else() {
     assert_eq!(status.state, ForkState::Failed, "{status:?}");
     assert_eq!(status.reason.unwrap().code(), "template_unreadable");
     assert!(read.join_within(PATIENCE).is_err());
+    assert!(fixture.template.slow_reads().failed > 0);
     assert!(!vmm.wait().unwrap().success());
     assert_reads_right(&other, read_range(0, 1024));
     fixture.server.kill(PATIENCE).unwrap();

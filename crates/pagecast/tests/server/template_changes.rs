@@ -8,15 +8,10 @@ use pagecast::server::{Error, Fork, ForkOptions, ForkState};
 use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
-use crate::fixture::{Fixture, PATIENCE};
+use crate::fixture::{Fixture, PATIENCE, assert_reads_right, eventually};
 
 fn all() -> Read {
     Read::default()
-}
-
-fn assert_reads_right(vmm: &SimVmm, read: Read) {
-    let report = vmm.run(read).unwrap();
-    assert_eq!(report.checked.mismatches, 0, "{report:?}");
 }
 
 /// Changes the template under two forks that run, one of which is at it just then. Both have to be killed rather than
@@ -51,7 +46,7 @@ fn assert_killed_when(change: impl FnOnce(&Fixture)) {
         })
         .unwrap();
     // Some pages, and many to go.
-    crate::vmm_process::eventually("faults", || busy_fork.status().stats.faults.demand > 100);
+    eventually("faults", || busy_fork.status().stats.faults.demand > 100);
     change(&fixture);
     // One fault, so that none can be answered before the change is noticed at another. Data, in what is left of the
     // file.

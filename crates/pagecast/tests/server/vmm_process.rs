@@ -1,21 +1,12 @@
 //! What a test does to a process, and sees of it from outside.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagecast_testkit::sim_vmm::SimVmm;
 use pagecast_testkit::skip::skip;
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::PATIENCE;
-
-/// Waits until something is so, and fails the test where it never is.
-pub(crate) fn eventually(what: &str, mut so: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !so() {
-        assert!(Instant::now() < until, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
+use crate::fixture::eventually;
 
 /// Whether this test has a process of its own, as `cargo nextest` gives it: what the process holds and uses is the
 /// test's then. Says that the test is skipped where not.

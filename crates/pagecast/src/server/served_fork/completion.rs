@@ -16,11 +16,9 @@ impl ServedFork {
         self.session.begin_completion();
     }
 
-    /// Serves the fork as before, where it is not all but complete.
-    ///
-    /// Whoever asked for it knows, and may have asked for the next completion by now: the record stays as it is.
+    /// Nobody wants it complete any more: serves the fork as before, where it is not all but complete.
     pub(in crate::server) fn abandon_completion(&mut self) {
-        if !self.unregistered {
+        if self.session.is_completing() && !self.unregistered {
             self.stop_completing();
         }
     }
@@ -104,8 +102,9 @@ impl ServedFork {
                 continue;
             }
             let bytes = bytes.get(..part.bytes()).unwrap_or_default();
-            let outcome = self.copy(part.to, bytes);
-            self.finish(&part, outcome, Instant::now(), deadline)?;
+            let tried = self.copy(part.to, bytes);
+            let since = tried.begun;
+            self.finish(&part, tried, since, deadline)?;
         }
         Ok(())
     }

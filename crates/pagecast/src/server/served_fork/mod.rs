@@ -84,6 +84,13 @@ struct Read {
     since: Instant,
 }
 
+/// An install that was tried.
+#[derive(Clone, Copy)]
+struct Tried {
+    outcome: Outcome,
+    begun: Instant,
+}
+
 /// Faults that the kernel would not let us answer.
 struct Retry {
     at: Instant,
@@ -182,11 +189,11 @@ impl ServedFork {
 
     fn install_from_template(&mut self, install: &Install, scratch: &mut Scratch, since: Instant) -> Result<(), End> {
         let Content::Template(from) = install.content else {
-            let outcome = self.install_zeros(install, &scratch.zeros);
-            return self.finish(install, outcome, since, scratch.fault_deadline);
+            let tried = self.install_zeros(install, &scratch.zeros);
+            return self.finish(install, tried, since, scratch.fault_deadline);
         };
         let buffer = room(&mut scratch.bytes, install.bytes());
-        let outcome = match self.template.source().try_read(from, buffer)? {
+        let tried = match self.template.source().try_read(from, buffer)? {
             Page::NotReady => {
                 self.session.await_bytes(install);
                 self.record.counters.slow.add(1);
@@ -203,21 +210,23 @@ impl ServedFork {
                 self.install_zeros(install, &scratch.zeros)
             }
         };
-        self.finish(install, outcome, since, scratch.fault_deadline)
+        self.finish(install, tried, since, scratch.fault_deadline)
     }
 
     /// Copies bytes of the template.
-    fn copy(&self, to: HostRange, bytes: &[u8]) -> Outcome {
+    fn copy(&self, to: HostRange, bytes: &[u8]) -> Tried {
+        let begun = Instant::now();
         let outcome = self.uffd.copy(to.start(), bytes);
         self.record.counters.installed_bytes.add(match outcome {
             Outcome::Installed => to.len().get(),
             Outcome::Retry { installed } => installed.get(),
             _ => 0,
         });
-        outcome
+        Tried { outcome, begun }
     }
 
-    fn install_zeros(&self, install: &Install, zeros: &[u8]) -> Outcome {
+    fn install_zeros(&self, install: &Install, zeros: &[u8]) -> Tried {
+        let begun = Instant::now();
         let outcome = match install.page_size {
             PageSize::Small => self.uffd.zeropage(install.to),
             // hugetlbfs has no zero page to share.
@@ -226,15 +235,20 @@ impl ServedFork {
         if outcome == Outcome::Installed {
             self.record.counters.zero.add(1);
         }
-        outcome
+        Tried { outcome, begun }
     }
 
     /// Does what the outcome of an install asks for.
-    fn finish(&mut self, install: &Install, outcome: Outcome, since: Instant, deadline: Duration) -> Result<(), End> {
+    fn finish(&mut self, install: &Install, tried: Tried, since: Instant, deadline: Duration) -> Result<(), End> {
+        let Tried { outcome, begun } = tried;
         let counters = &self.record.counters;
         if outcome == Outcome::Installed {
             match install.purpose {
-                Purpose::Demand => counters.record_latency(since.elapsed()),
+                Purpose::Demand => {
+                    let now = Instant::now();
+                    counters.fault_latency.record(now.duration_since(since));
+                    counters.install_latency.record(now.duration_since(begun));
+                }
                 Purpose::Fill => counters.prefaulted.add(install.pages as u64),
             }
         }
@@ -327,12 +341,12 @@ impl ServedFork {
                 Some(Step::Install(install)) => {
                     let zeros =
                         matches!(install.content, Content::Zeros) || leading_zero_pages(&bytes, install.page_size).0;
-                    let outcome = if zeros {
+                    let tried = if zeros {
                         self.install_zeros(&install, &scratch.zeros)
                     } else {
                         self.copy(install.to, &bytes)
                     };
-                    self.finish(&install, outcome, since, scratch.fault_deadline)
+                    self.finish(&install, tried, since, scratch.fault_deadline)
                 }
             },
             Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(&bytes), scratch.fault_deadline),

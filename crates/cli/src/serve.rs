@@ -1,0 +1,50 @@
+//! `pagecast serve`: the daemon.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use pagecast_daemon::{Ended, Settings};
+
+use crate::KILLED;
+
+/// Run the daemon: templates and forks by a control API, metrics, and one page server for all.
+///
+/// The control API is HTTP and JSON over the unix socket DIR/control.sock; `pagecast template`, `fork`, `run` and `status`
+/// use it too. Every flag can also be set in the configuration file, in TOML, with `_` for `-`; flags win.
+#[derive(Args)]
+#[command(after_help = "\
+Signals:
+  SIGTERM, SIGINT  complete all forks with `uffd`, so that they run on without a daemon, and exit. Where that does not fit
+                   into memory, say so and stay. A second signal kills their VMMs. Forks with `file` need no daemon;
+                   templates and they are found again by the next daemon of this run dir.
+
+Exit codes:
+  0  stopped by a signal; no VMM was hurt
+  1  could not start, or failed
+  2  wrong usage
+  3  stopped by a second signal; the VMMs that were still served have been killed")]
+pub(crate) struct Serve {
+    /// Read settings from this file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    settings: Settings,
+}
+
+impl Serve {
+    /// Serves until told to stop.
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        crate::fd_limit::raise();
+        let file = match &self.config {
+            Some(path) => Settings::read(path)?,
+            None => Settings::default(),
+        };
+        let config = self.settings.or(file).resolve()?;
+        Ok(match pagecast_daemon::serve(config)? {
+            Ended::Closed => ExitCode::SUCCESS,
+            Ended::Killed => ExitCode::from(KILLED),
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! Calls on forks.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use pagecast_client::error::ErrorBody;
+use pagecast_client::{CreateFork, CreatedFork, Fork};
+use serde::Deserialize;
+
+use super::blocking;
+use super::body::{Body, query};
+use super::failure::Failure;
+use super::templates::Measure;
+use crate::service::Service;
+
+/// Whether the VMM is killed.
+#[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Kill {
+    /// Kill the VMM first, and wait for its end.
+    #[serde(default)]
+    kill: bool,
+}
+
+/// All forks, by id
+#[utoipa::path(get, path = "/v1/forks", tag = "forks", params(Measure), responses(
+    (status = 200, body = [Fork]),
+    (status = 400, body = ErrorBody, description = "bad_request"),
+))]
+pub(super) async fn list(
+    State(service): State<Arc<Service>>,
+    measure: Result<Query<Measure>, QueryRejection>,
+) -> Result<Json<Vec<Fork>>, Failure> {
+    let measure = query(measure)?;
+    blocking(move || Ok(Json(service.show_forks(measure.memory)))).await
+}
+
+/// Make a fork
+///
+/// The answer holds the `mem_backend` for Firecracker's `PUT /snapshot/load`.
+#[utoipa::path(post, path = "/v1/forks", tag = "forks", request_body = CreateFork, responses(
+    (status = 201, body = CreatedFork),
+    (status = 400, body = ErrorBody, description = "bad_request"),
+    (status = 404, body = ErrorBody, description = "template_not_found"),
+    (status = 409, body = ErrorBody, description = "fork_exists, template_changed"),
+    (status = 413, body = ErrorBody, description = "body_too_large"),
+    (status = 422, body = ErrorBody, description = "invalid_field, backend_unavailable, path_invalid"),
+    (status = 429, body = ErrorBody, description = "too_many_forks"),
+    (status = 503, body = ErrorBody, description = "closing"),
+))]
+pub(super) async fn create(
+    State(service): State<Arc<Service>>,
+    Body(wanted): Body<CreateFork>,
+) -> Result<(StatusCode, Json<CreatedFork>), Failure> {
+    blocking(move || {
+        let fork = service.create_fork(&wanted)?;
+        Ok((StatusCode::CREATED, Json(fork.created())))
+    })
+    .await
+}
+
+/// One fork
+#[utoipa::path(get, path = "/v1/forks/{id}", tag = "forks", params(("id" = String, Path)), responses(
+    (status = 200, body = Fork),
+    (status = 404, body = ErrorBody, description = "fork_not_found"),
+))]
+pub(super) async fn show(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Json<Fork>, Failure> {
+    blocking(move || service.show_fork(&id).map(Json)).await
+}
+
+/// Complete a fork
+///
+/// Installs all that is left of its memory, then lets it go: its VMM no longer needs the daemon. Its state says when.
+#[utoipa::path(post, path = "/v1/forks/{id}/complete", tag = "forks", params(("id" = String, Path)), responses(
+    (status = 202, description = "begun, or complete already"),
+    (status = 404, body = ErrorBody, description = "fork_not_found"),
+    (status = 409, body = ErrorBody, description = "fork_waiting, fork_ended, not_completable"),
+    (status = 503, body = ErrorBody, description = "not_enough_memory, closing"),
+))]
+pub(super) async fn complete(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Failure> {
+    blocking(move || service.complete_fork(&id)).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Delete a fork
+///
+/// One whose VMM lives and needs the daemon is refused, unless its VMM is to be killed.
+#[utoipa::path(delete, path = "/v1/forks/{id}", tag = "forks", params(("id" = String, Path), Kill), responses(
+    (status = 204),
+    (status = 400, body = ErrorBody, description = "bad_request"),
+    (status = 404, body = ErrorBody, description = "fork_not_found"),
+    (status = 409, body = ErrorBody, description = "fork_in_use"),
+))]
+pub(super) async fn remove(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    kill: Result<Query<Kill>, QueryRejection>,
+) -> Result<StatusCode, Failure> {
+    let kill = query(kill)?.kill;
+    blocking(move || service.remove_fork(&id, kill)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

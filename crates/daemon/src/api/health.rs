@@ -1,0 +1,29 @@
+//! Calls on the daemon itself.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use pagecast_client::Health;
+
+use super::blocking;
+use super::failure::Failure;
+use crate::metrics;
+use crate::service::Service;
+
+/// How the daemon does
+#[utoipa::path(get, path = "/v1/health", tag = "daemon", responses((status = 200, body = Health)))]
+pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<Health>, Failure> {
+    blocking(move || Ok(Json(service.health()))).await
+}
+
+/// Metrics, as Prometheus reads them
+#[utoipa::path(get, path = "/metrics", tag = "daemon", responses(
+    (status = 200, body = String, content_type = "text/plain; version=0.0.4"),
+))]
+pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<impl IntoResponse, Failure> {
+    let text = blocking(move || Ok(metrics::text(&service))).await?;
+    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+}

@@ -1,0 +1,107 @@
+//! Which backend a fork gets, and why.
+
+use pagecast::PageSize;
+use pagecast_client::Backend;
+
+/// What the choice depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Facts<'a> {
+    /// The page size of the guest.
+    pub(crate) page_size: PageSize,
+    /// The file system of the template, where it is not a local one.
+    pub(crate) remote: Option<&'a str>,
+}
+
+/// A backend that is not `auto`, and why it is the one; or why it cannot be.
+pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, String), String> {
+    let huge = facts.page_size != PageSize::Small;
+    match wanted {
+        Backend::File if huge => Err(
+            "`file` cannot back a guest with 2 MiB pages: Firecracker maps the file, which has none; use `uffd` or `auto`"
+                .to_owned(),
+        ),
+        Backend::Uffd | Backend::File => Ok((wanted, "it was asked for".to_owned())),
+        Backend::Auto if huge => Ok((
+            Backend::Uffd,
+            "the guest has 2 MiB pages, which only `uffd` can give it".to_owned(),
+        )),
+        Backend::Auto => Ok(match facts.remote {
+            Some(filesystem) => (
+                Backend::Uffd,
+                format!("the template is on {filesystem}, where a mapping may stall or fail"),
+            ),
+            None => (
+                Backend::File,
+                "the template is a complete local file and the guest has 4 KiB pages: forks share every page they have \
+                 not written"
+                    .to_owned(),
+            ),
+        }),
+    }
+}
+
+/// The name of the file system that `fd` is on, where its pages come from elsewhere.
+#[cfg(target_os = "linux")]
+pub(crate) fn remote_filesystem(fd: impl std::os::fd::AsFd) -> Option<&'static str> {
+    // Magic numbers of `statfs(2)` that the kernel's `magic.h` lists, or the file system's own source.
+    const REMOTE: [(i64, &str); 8] = [
+        (0x6969, "NFS"),
+        (0x6573_5546, "FUSE"),
+        (0xff53_4d42, "CIFS"),
+        (0xfe53_4d42, "SMB"),
+        (0x0102_1997, "9p"),
+        (0x00c3_6400, "Ceph"),
+        (0x5346_414f, "AFS"),
+        (0x0bd0_0bd0, "Lustre"),
+    ];
+    let magic = rustix::fs::fstatfs(fd).ok()?.f_type;
+    REMOTE
+        .iter()
+        .find(|(number, _)| *number == magic)
+        .map(|(_, name)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOCAL: Facts<'_> = Facts {
+        page_size: PageSize::Small,
+        remote: None,
+    };
+
+    #[test]
+    fn auto_shares_where_it_can() {
+        let backend = |facts| choose(Backend::Auto, facts).unwrap().0;
+        assert_eq!(backend(LOCAL), Backend::File);
+        assert_eq!(
+            backend(Facts {
+                page_size: PageSize::Huge,
+                ..LOCAL
+            }),
+            Backend::Uffd
+        );
+        assert_eq!(
+            backend(Facts {
+                remote: Some("NFS"),
+                ..LOCAL
+            }),
+            Backend::Uffd
+        );
+    }
+
+    #[test]
+    fn what_is_asked_for_is_given_or_refused_never_exchanged() {
+        let remote = Facts {
+            remote: Some("FUSE"),
+            ..LOCAL
+        };
+        assert_eq!(choose(Backend::File, remote).unwrap().0, Backend::File);
+        assert_eq!(choose(Backend::Uffd, LOCAL).unwrap().0, Backend::Uffd);
+        let huge = Facts {
+            page_size: PageSize::Huge,
+            ..LOCAL
+        };
+        assert!(choose(Backend::File, huge).unwrap_err().contains("2 MiB"));
+    }
+}

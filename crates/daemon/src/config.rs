@@ -1,0 +1,298 @@
+//! What can be set: in a file, or as flags, which win.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use pagecast_client::Backend;
+use pagecast_client::template::Protection;
+use serde::{Deserialize, Serialize};
+
+/// Where everything is kept, if nothing else is said.
+pub const RUN_DIR: &str = "/run/pagecast";
+
+/// What has been set; `None` for what has not. The same names in the file as on the command line, with `_` for `-`.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where the control socket, the forks' sockets and all state are [default: /run/pagecast]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+
+    /// How many threads answer page faults [default: two a processor, at most 8]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+
+    /// How long a VMM may take to connect to its fork [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[serde(default, with = "humantime_serde")]
+    pub connect_deadline: Option<Duration>,
+
+    /// How long a VMM may take from connecting to the end of its handshake [default: 5s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[serde(default, with = "humantime_serde")]
+    pub handshake_deadline: Option<Duration>,
+
+    /// How many forks may wait or live at once; more are answered with 429 [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub max_forks: Option<u32>,
+
+    /// How many forks that have ended are remembered until they are deleted; then the oldest are forgotten [default: 1000]
+    #[arg(long, value_name = "N")]
+    pub ended_forks: Option<u32>,
+
+    /// A user other than the daemon's own and root who may use the control socket; can be given more than once
+    #[arg(long = "allowed-uid", value_name = "UID")]
+    #[serde(rename = "allowed_uids")]
+    pub allowed_uids: Option<Vec<u32>>,
+
+    /// A folder in which requests may have sockets and memory files placed, beside the run dir; can be given more than
+    /// once [default: anywhere]
+    #[arg(long = "allowed-dir", value_name = "DIR")]
+    #[serde(rename = "allowed_dirs")]
+    pub allowed_dirs: Option<Vec<PathBuf>>,
+
+    /// The backend of forks that do not ask for one: auto, uffd or file [default: auto]
+    #[arg(long, value_name = "BACKEND", value_parser = parse_backend)]
+    pub backend: Option<Backend>,
+
+    /// How templates are protected that do not ask for it: none, readonly or immutable [default: none]
+    #[arg(long, value_name = "HOW", value_parser = parse_protection)]
+    pub protect: Option<Protection>,
+
+    /// Serve the metrics on this TCP address too, to anybody who can reach it
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
+
+    /// How log lines look [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is no configuration.
+    #[error("{} is no configuration", path.display())]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Why not; names the line and the key.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value cannot be.
+    #[error("{setting} cannot be {value}: {reason}")]
+    Value {
+        /// Of which setting.
+        setting: &'static str,
+        /// The value.
+        value: String,
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+impl Settings {
+    /// What the file at `path` sets.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] where it cannot be read, or sets what is not known.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// What is set here or else there.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            run_dir: self.run_dir.or(other.run_dir),
+            workers: self.workers.or(other.workers),
+            connect_deadline: self.connect_deadline.or(other.connect_deadline),
+            handshake_deadline: self.handshake_deadline.or(other.handshake_deadline),
+            max_forks: self.max_forks.or(other.max_forks),
+            ended_forks: self.ended_forks.or(other.ended_forks),
+            allowed_uids: self.allowed_uids.or(other.allowed_uids),
+            allowed_dirs: self.allowed_dirs.or(other.allowed_dirs),
+            backend: self.backend.or(other.backend),
+            protect: self.protect.or(other.protect),
+            metrics_addr: self.metrics_addr.or(other.metrics_addr),
+            log_format: self.log_format.or(other.log_format),
+        }
+    }
+
+    /// The whole configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`].
+    pub fn resolve(self) -> Result<Config, ConfigError> {
+        let workers = match self.workers {
+            Some(workers @ (0 | 257..)) => {
+                return Err(ConfigError::Value {
+                    setting: "workers",
+                    value: workers.to_string(),
+                    reason: "1 to 256 can be had",
+                });
+            }
+            workers => workers.map(usize::from),
+        };
+        let run_dir = self.run_dir.unwrap_or_else(|| RUN_DIR.into());
+        let run_dir = std::path::absolute(&run_dir).map_err(|_| ConfigError::Value {
+            setting: "run_dir",
+            value: run_dir.display().to_string(),
+            reason: "it is no path",
+        })?;
+        Ok(Config {
+            run_dir,
+            workers,
+            connect_deadline: self.connect_deadline.unwrap_or(Duration::from_mins(1)),
+            handshake_deadline: self.handshake_deadline.unwrap_or(Duration::from_secs(5)),
+            max_forks: self.max_forks.map_or(4096, |most| most as usize),
+            ended_forks: self.ended_forks.map_or(1000, |most| most as usize),
+            allowed_uids: self.allowed_uids.unwrap_or_default(),
+            allowed_dirs: self.allowed_dirs.unwrap_or_default(),
+            backend: self.backend.unwrap_or_default(),
+            protect: self.protect.unwrap_or_default(),
+            metrics_addr: self.metrics_addr,
+            log_format: self.log_format.unwrap_or_default(),
+        })
+    }
+}
+
+/// How a daemon is to be.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the control socket, the forks' sockets and all state are; absolute.
+    pub run_dir: PathBuf,
+    /// How many threads answer page faults; the library decides where this is `None`.
+    pub workers: Option<usize>,
+    /// How long a VMM may take to connect to its fork.
+    pub connect_deadline: Duration,
+    /// How long a VMM may take from connecting to the end of its handshake.
+    pub handshake_deadline: Duration,
+    /// How many forks may wait or live at once.
+    pub max_forks: usize,
+    /// How many forks that have ended are remembered.
+    pub ended_forks: usize,
+    /// Who may use the control socket, beside the daemon's own user and root.
+    pub allowed_uids: Vec<u32>,
+    /// Where requests may have sockets and memory files placed, beside the run dir; anywhere where this is empty.
+    pub allowed_dirs: Vec<PathBuf>,
+    /// The backend of forks that do not ask for one.
+    pub backend: Backend,
+    /// How templates are protected that do not ask for it.
+    pub protect: Protection,
+    /// Where else the metrics are.
+    pub metrics_addr: Option<SocketAddr>,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+fn parse_backend(text: &str) -> Result<Backend, &'static str> {
+    parse(text).ok_or("it is one of auto, uffd and file")
+}
+
+fn parse_protection(text: &str) -> Result<Protection, &'static str> {
+    parse(text).ok_or("it is one of none, readonly and immutable")
+}
+
+/// By the name that it has in JSON, so that there is one list of names.
+fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
+    serde_json::from_value(serde_json::Value::String(text.to_owned())).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        Settings::read(&path)
+    }
+
+    #[test]
+    fn a_file_can_set_everything() {
+        let settings = read(
+            r#"
+            run_dir = "/run/other"
+            workers = 3
+            connect_deadline = "10s"
+            handshake_deadline = "500ms"
+            max_forks = 20
+            ended_forks = 5
+            allowed_uids = [1000]
+            allowed_dirs = ["/srv/jailer"]
+            backend = "file"
+            protect = "readonly"
+            metrics_addr = "127.0.0.1:9100"
+            log_format = "json"
+            "#,
+        );
+        let config = settings.unwrap().resolve().unwrap();
+        assert_eq!(config.run_dir, Path::new("/run/other"));
+        assert_eq!(config.handshake_deadline, Duration::from_millis(500));
+        assert_eq!(config.backend, Backend::File);
+        assert_eq!(config.protect, Protection::Readonly);
+        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.allowed_uids, [1000]);
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_and_named() {
+        let Err(ConfigError::Parse { source, .. }) = read("wrokers = 3") else {
+            panic!("it was taken");
+        };
+        assert!(source.to_string().contains("wrokers"), "{source}");
+        assert!(read("backend = \"tape\"").is_err());
+        assert!(read("connect_deadline = 3").is_err());
+        assert!(read("workers = 0").unwrap().resolve().is_err());
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let flags = Settings {
+            workers: Some(1),
+            ..Settings::default()
+        };
+        let file = Settings {
+            workers: Some(2),
+            max_forks: Some(3),
+            ..Settings::default()
+        };
+        let config = flags.or(file).resolve().unwrap();
+        assert_eq!((config.workers, config.max_forks), (Some(1), 3));
+    }
+}

@@ -1,0 +1,160 @@
+//! The daemon, from start to stop.
+
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use pagecast::server::CloseError;
+use pagecast_client::Backend;
+use pagecast_uffd::uffd::CreateError;
+use pagecast_uffd::{Features, Uffd, UffdOptions};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::api::{self, listen};
+use crate::config::Config;
+use crate::error::StartError;
+use crate::run_dir::RunDir;
+use crate::service::Service;
+
+/// A daemon that runs. Dropping it stops its API at once; its forks are completed, or killed where that takes too long.
+pub struct Daemon {
+    service: Arc<Service>,
+    tasks: JoinSet<()>,
+}
+
+impl Daemon {
+    /// Takes the run dir, finds what an earlier daemon has left there, and listens.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        check_userfaultfd(config.backend)?;
+        let shared = !config.allowed_uids.is_empty();
+        let run_dir = RunDir::take(&config.run_dir, shared)?;
+        let allowed = config.allowed_uids.clone();
+        let metrics = match config.metrics_addr {
+            Some(addr) => {
+                let listener = TcpListener::bind(addr).await;
+                Some(listener.map_err(|source| StartError::Metrics { addr, source })?)
+            }
+            None => None,
+        };
+
+        let (events, happened) = mpsc::channel();
+        let runtime = tokio::runtime::Handle::current();
+        let service = tokio::task::spawn_blocking(move || {
+            // Nobody listens any more only while we stop.
+            Service::start_up(config, run_dir, runtime, move |event| drop(events.send(event)))
+        })
+        .await
+        .map_err(|panic| StartError::Thread {
+            source: std::io::Error::other(panic),
+        })??;
+        let listener = Arc::downgrade(&service);
+        std::thread::Builder::new()
+            .name("events".to_owned())
+            .spawn(move || {
+                for event in happened {
+                    let Some(service) = listener.upgrade() else { return };
+                    service.on_event(&event);
+                }
+            })
+            .map_err(|source| StartError::Thread { source })?;
+
+        let path = service.run_dir().control_socket();
+        // Where others are allowed, each connection is asked who it is.
+        let mode = if shared { 0o666 } else { 0o600 };
+        let control = listen::bind(&path, mode).map_err(|source| StartError::Control { path, source })?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(listen::serve_control(
+            control,
+            api::router(Arc::clone(&service)),
+            allowed,
+        ));
+        if let Some(listener) = metrics {
+            tasks.spawn(listen::serve_metrics(
+                listener,
+                api::metrics_router(Arc::clone(&service)),
+            ));
+        }
+        tasks.spawn(Arc::clone(&service).watch_templates());
+        info!(
+            control_socket = %service.run_dir().control_socket().display(),
+            version = env!("CARGO_PKG_VERSION"),
+            "pagecast is ready"
+        );
+        Ok(Self { service, tasks })
+    }
+
+    /// Where its control socket is.
+    pub fn control_socket(&self) -> PathBuf {
+        self.service.run_dir().control_socket()
+    }
+
+    /// Completes all forks with `uffd`, so that their VMMs run on without a daemon; takes no new ones meanwhile. The API
+    /// answers until this daemon is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError`] where that does not fit into memory or takes longer than `patience`: everything goes on.
+    pub async fn close(&self, patience: Duration) -> Result<(), CloseError> {
+        self.service.stop_taking();
+        let service = Arc::clone(&self.service);
+        let closed = off_the_runtime(move || service.server().close(patience)).await;
+        if let Err(CloseError::NotEnoughMemory { .. }) = closed {
+            // The page server goes on as before.
+            self.service.take_again();
+        }
+        closed
+    }
+
+    /// Kills the VMMs of all forks with `uffd` that are not complete.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError::NotComplete`] where some have not died within `patience`.
+    pub async fn kill(&self, patience: Duration) -> Result<(), CloseError> {
+        self.service.stop_taking();
+        let service = Arc::clone(&self.service);
+        off_the_runtime(move || service.server().kill(patience)).await
+    }
+
+    /// How many forks need the daemon.
+    pub fn serving(&self) -> usize {
+        self.service.server().forks().len()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.tasks.abort_all();
+        // Nobody answers there any more.
+        let _ = std::fs::remove_file(self.control_socket());
+    }
+}
+
+async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}
+
+/// Makes sure that VMMs can have a userfaultfd on this kernel. Whether *they* may is theirs to know.
+fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
+    match Uffd::create(UffdOptions {
+        features: Features::empty(),
+        nonblocking: true,
+    }) {
+        Err(CreateError::Unavailable { .. }) if backend == Backend::File => {
+            warn!("this kernel has no userfaultfd: only forks with `file` can be had");
+            Ok(())
+        }
+        Err(CreateError::Unavailable { .. }) => Err(StartError::NoUserfaultfd),
+        // We may not, and need not.
+        _ => Ok(()),
+    }
+}

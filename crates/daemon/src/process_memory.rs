@@ -1,0 +1,151 @@
+//! What the memory of a VMM costs.
+
+use pagecast_client::fork::ForkMemory;
+use procfs::process::{Process, SmapsRollup};
+
+/// The memory of a process now, from `/proc/PID/smaps_rollup`; `None` where it has exited, has no memory of its own, or is
+/// not ours to look at. The process is held, so that this is not that of another one with its number.
+///
+/// The kernel walks all page tables of the process, so this takes longer the more small pages are resident: measured on
+/// Linux 6.18, 0.15 ms for a small process, 0.7 ms with 64 MiB and 17 ms with 1 GiB of its own.
+pub(crate) fn of_process(process: &Process) -> Option<ForkMemory> {
+    of_rollup(process.smaps_rollup().ok()?)
+}
+
+/// Adds the hugepages, which the kernel counts apart and in none of the other numbers.
+///
+/// It does not say how many processes share a hugepage, only whether one does. Then it is two at least, so at most a half
+/// of it is this process's share, and that is taken. Private ones, such as those of guests, are exact.
+fn of_rollup(rollup: SmapsRollup) -> Option<ForkMemory> {
+    let fields = rollup.memory_map_rollup.into_iter().next()?.extension.map;
+    let bytes = |name: &str| fields.get(name).copied().unwrap_or(0);
+    let (private_huge, shared_huge) = (bytes("Private_Hugetlb"), bytes("Shared_Hugetlb"));
+    Some(ForkMemory {
+        rss: bytes("Rss") + private_huge + shared_huge,
+        pss: bytes("Pss") + private_huge + shared_huge / 2,
+        private: bytes("Private_Clean") + bytes("Private_Dirty") + private_huge,
+        shared: bytes("Shared_Clean") + bytes("Shared_Dirty") + shared_huge,
+        swap: bytes("Swap"),
+    })
+}
+
+/// Our own resident memory in bytes; `None` where it cannot be told.
+pub(crate) fn own_rss() -> Option<u64> {
+    let pages = Process::myself().ok()?.statm().ok()?.resident;
+    Some(pages * procfs::page_size())
+}
+
+#[cfg(test)]
+mod tests {
+    use pagecast_testkit::hugepages::HugePages;
+
+    use super::*;
+
+    fn of_pid(pid: i32) -> Option<ForkMemory> {
+        of_process(&Process::new(pid).ok()?)
+    }
+    use crate::mapper::Mapper;
+
+    const MIB: u64 = 1 << 20;
+    /// What a process may use beside what a test has it do.
+    const SLACK: u64 = MIB;
+
+    /// What was added to each number, in bytes.
+    fn added(before: ForkMemory, after: ForkMemory) -> ForkMemory {
+        ForkMemory {
+            rss: after.rss.saturating_sub(before.rss),
+            pss: after.pss.saturating_sub(before.pss),
+            private: after.private.saturating_sub(before.private),
+            shared: after.shared.saturating_sub(before.shared),
+            swap: after.swap.saturating_sub(before.swap),
+        }
+    }
+
+    fn is_about(bytes: u64, expected: u64) -> bool {
+        bytes.abs_diff(expected) < SLACK
+    }
+
+    #[test]
+    fn pages_are_shared_until_they_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        std::fs::write(&path, vec![7; 32 << 20]).unwrap();
+        let _other = Mapper::of_file(&path);
+        let script = "turn()\nmemory = map(sys.argv[1])\ntouch(memory)\nturn()\ntouch(memory, write=True)\nturn()";
+        let mut mapper = Mapper::start(script, &[path.to_str().unwrap()]);
+
+        let before = of_pid(mapper.pid()).unwrap();
+        mapper.next();
+        let read = of_pid(mapper.pid()).unwrap();
+        let cost = added(before, read);
+        assert!(is_about(cost.rss, 32 * MIB), "{cost:?}");
+        assert!(is_about(cost.shared, 32 * MIB), "{cost:?}");
+        assert!(is_about(cost.pss, 16 * MIB), "{cost:?}");
+        assert!(cost.private < SLACK, "{cost:?}");
+
+        mapper.next();
+        let written = of_pid(mapper.pid()).unwrap();
+        let cost = added(before, written);
+        assert!(is_about(cost.rss, 32 * MIB), "{cost:?}");
+        assert!(is_about(cost.private, 32 * MIB), "{cost:?}");
+        assert!(is_about(cost.pss, 32 * MIB), "{cost:?}");
+        assert!(cost.shared < SLACK, "{cost:?}");
+    }
+
+    #[test]
+    fn hugepages_are_counted_as_private_or_shared() {
+        let Some(_pool) = HugePages::reserve(8).unwrap() else {
+            return;
+        };
+        let script = "
+turn()
+MAP_HUGETLB = 0x40000
+private = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
+touch(private, write=True)
+turn()
+shared = mmap.mmap(-1, 8 << 20, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
+private.close()
+ready, go = os.pipe()
+parent, child = os.pipe()
+if os.fork() == 0:
+    # Holds its copy until the other one is gone.
+    os.close(child)
+    touch(shared, write=True)
+    os.write(go, b'1')
+    os.read(parent, 1)
+    os._exit(0)
+os.read(ready, 1)
+touch(shared)
+turn()";
+        let mut mapper = Mapper::start(script, &[]);
+        let before = of_pid(mapper.pid()).unwrap();
+        mapper.next();
+        let cost = added(before, of_pid(mapper.pid()).unwrap());
+        for bytes in [cost.rss, cost.pss, cost.private] {
+            assert!(is_about(bytes, 8 * MIB), "{cost:?}");
+        }
+        assert!(cost.shared < SLACK, "{cost:?}");
+
+        // The fork shares the rest of the process too, which makes it cheaper.
+        mapper.next();
+        let cost = added(before, of_pid(mapper.pid()).unwrap());
+        assert!(is_about(cost.rss, 8 * MIB), "{cost:?}");
+        assert!(cost.shared >= 8 * MIB, "{cost:?}");
+        assert!(cost.private < SLACK, "{cost:?}");
+        assert!(cost.pss <= 4 * MIB + SLACK, "{cost:?}");
+    }
+
+    #[test]
+    fn what_has_exited_or_has_no_memory_has_none() {
+        let mut mapper = Mapper::start("turn()", &[]);
+        assert!(of_pid(mapper.pid()).is_some());
+        mapper.kill();
+        let pidfd = pagecast_uffd::PidFd::open(mapper.pid()).unwrap();
+        let mut exited = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut exited, None).unwrap();
+        assert_eq!(of_pid(mapper.pid()), None, "a zombie");
+        mapper.reap();
+        assert_eq!(of_pid(mapper.pid()), None, "a process that is gone");
+        assert_eq!(of_pid(-1), None, "no pid");
+    }
+}

@@ -1,0 +1,469 @@
+//! Protects the memory file of a template from being written while it is a template, and undoes it.
+//!
+//! Neither way changes when the file was last written, which is a part of its identity. And neither hinders whoever has it
+//! open for writing already, on most file systems: changes have to be noticed all the same.
+//!
+//! Protecting is done in two steps, so that it can be undone after a process was killed in between: [`Applied::plan`]
+//! looks and changes nothing; write that down; [`Applied::enforce`].
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use pagecast_client::template::Protection;
+use rustix::fs::{IFlags, Mode, OFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::inode::InodeId;
+
+/// A file could not be protected, or that could not be undone.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum ProtectError {
+    /// The mode of the file is not ours to change.
+    #[error(
+        "the write permissions of the file cannot be changed: it is immutable, or belongs to somebody else; run as its \
+         owner or with CAP_FOWNER, or do not protect it"
+    )]
+    Permission,
+    /// The file system has no immutable flag.
+    #[error(
+        "its file system has no immutable flag; protect it as readonly, or keep it on ext4, XFS, Btrfs or a recent \
+         tmpfs"
+    )]
+    NoImmutableFlag,
+    /// The immutable flag is not ours to change.
+    #[error("the immutable flag cannot be changed without CAP_LINUX_IMMUTABLE; run with it, or protect it as readonly")]
+    ImmutablePermission,
+    /// The file system is mounted read-only, here.
+    #[error("its file system is mounted read-only here; mount it writable, or do not protect it")]
+    ReadOnlyFileSystem,
+    /// The file given is not the one that this is about.
+    #[error("another file is in place of the one that was protected: {given}, was {protected}")]
+    OtherFile {
+        /// The file that this is about.
+        protected: InodeId,
+        /// The file given.
+        given: InodeId,
+    },
+    /// Anything else.
+    #[error("failed to {doing} the file: {source}")]
+    Io {
+        /// What failed, as in "failed to … the file".
+        doing: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What became of a protection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Undone {
+    /// The file is as it was before.
+    Restored,
+    /// Somebody has changed the mode since, and that was left alone.
+    ChangedSince,
+    /// The file is gone.
+    Gone,
+}
+
+/// A protection of one file, with all that it takes to undo it. Dropping it changes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[must_use = "a protection stays until it is undone"]
+pub(crate) struct Applied {
+    file: InodeId,
+    change: Change,
+}
+
+/// What is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Change {
+    /// Nothing.
+    None,
+    /// The permissions, from what they were before.
+    Readonly { mode_before: u32 },
+    /// The immutable flag, unless it was there before.
+    Immutable { set_before: bool },
+}
+
+impl Applied {
+    /// Looks at what protecting `file` would change, and changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// There is no such protection here.
+    pub(crate) fn plan(file: BorrowedFd<'_>, protection: Protection) -> Result<Self, ProtectError> {
+        let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
+        let change = match protection {
+            Protection::None => Change::None,
+            Protection::Readonly => Change::Readonly {
+                mode_before: Mode::from_raw_mode(stat.st_mode).bits(),
+            },
+            Protection::Immutable => Change::Immutable {
+                set_before: flags(file)?.contains(IFlags::IMMUTABLE),
+            },
+        };
+        Ok(Self {
+            file: InodeId::of_stat(&stat),
+            change,
+        })
+    }
+
+    /// Protects the file, which must be the one that the plan was made for.
+    ///
+    /// # Errors
+    ///
+    /// [`ProtectError`], and then nothing was changed.
+    pub(crate) fn enforce(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
+        self.check(file)?;
+        match self.change {
+            Change::None => Ok(()),
+            Change::Readonly { mode_before } => {
+                let before = Mode::from_bits_retain(mode_before);
+                change_mode(file, before, before - writable())
+            }
+            Change::Immutable { set_before } => {
+                if set_before {
+                    return Ok(());
+                }
+                set_flags(file, flags(file)? | IFlags::IMMUTABLE)
+            }
+        }
+    }
+
+    /// Undoes it. The mode is restored only if it still is what it was set to.
+    ///
+    /// # Errors
+    ///
+    /// It is another file, or cannot be changed.
+    pub(crate) fn undo(&self, file: BorrowedFd<'_>) -> Result<Undone, ProtectError> {
+        self.check(file)?;
+        match self.change {
+            Change::None => {}
+            Change::Readonly { mode_before } => {
+                let before = Mode::from_bits_retain(mode_before);
+                let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
+                let now = Mode::from_raw_mode(stat.st_mode);
+                if now != before && now != before - writable() {
+                    return Ok(Undone::ChangedSince);
+                }
+                change_mode(file, now, before)?;
+            }
+            Change::Immutable { set_before } => {
+                if !set_before {
+                    let now = flags(file)?;
+                    if now.contains(IFlags::IMMUTABLE) {
+                        set_flags(file, now - IFlags::IMMUTABLE)?;
+                    }
+                }
+            }
+        }
+        Ok(Undone::Restored)
+    }
+
+    /// Undoes it for the file at `path`, if that still is the one, for a protection that was read back.
+    ///
+    /// # Errors
+    ///
+    /// As for [`undo`](Self::undo), or the file cannot be opened.
+    pub(crate) fn undo_at(&self, path: &Path) -> Result<Undone, ProtectError> {
+        // What is there may be anything by now, also a fifo.
+        let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = File::options()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path);
+        match file {
+            Ok(file) => self.undo(file.as_fd()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Undone::Gone),
+            Err(source) => Err(ProtectError::Io { doing: "open", source }),
+        }
+    }
+
+    fn check(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
+        let given = InodeId::of(file).map_err(failed("look at"))?;
+        if given == self.file {
+            Ok(())
+        } else {
+            Err(ProtectError::OtherFile {
+                protected: self.file,
+                given,
+            })
+        }
+    }
+}
+
+/// The permissions that are taken away.
+fn writable() -> Mode {
+    Mode::WUSR | Mode::WGRP | Mode::WOTH
+}
+
+fn change_mode(file: BorrowedFd<'_>, from: Mode, to: Mode) -> Result<(), ProtectError> {
+    if from == to {
+        // Nothing to ask permission for.
+        return Ok(());
+    }
+    rustix::fs::fchmod(file, to).map_err(|errno| match errno {
+        Errno::PERM | Errno::ACCESS => ProtectError::Permission,
+        Errno::ROFS => ProtectError::ReadOnlyFileSystem,
+        errno => failed("change the mode of")(errno),
+    })
+}
+
+fn flags(file: BorrowedFd<'_>) -> Result<IFlags, ProtectError> {
+    rustix::fs::ioctl_getflags(file).map_err(|errno| flags_failed(errno, "look at the flags of"))
+}
+
+fn set_flags(file: BorrowedFd<'_>, flags: IFlags) -> Result<(), ProtectError> {
+    rustix::fs::ioctl_setflags(file, flags).map_err(|errno| flags_failed(errno, "change the flags of"))
+}
+
+fn flags_failed(errno: Errno, doing: &'static str) -> ProtectError {
+    match errno {
+        Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL => ProtectError::NoImmutableFlag,
+        Errno::PERM | Errno::ACCESS => ProtectError::ImmutablePermission,
+        Errno::ROFS => ProtectError::ReadOnlyFileSystem,
+        errno => failed(doing)(errno),
+    }
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(Errno) -> ProtectError {
+    move |errno| ProtectError::Io {
+        doing,
+        source: errno.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use pagecast_testkit::skip::skip;
+    use rustix::thread::CapabilitySet;
+
+    use super::*;
+
+    fn apply(file: BorrowedFd<'_>, protection: Protection) -> Result<Applied, ProtectError> {
+        let applied = Applied::plan(file, protection)?;
+        applied.enforce(file)?;
+        Ok(applied)
+    }
+
+    struct Template {
+        dir: tempfile::TempDir,
+        file: File,
+    }
+
+    impl Template {
+        fn with_mode(mode: u32) -> Self {
+            Self::in_folder(&std::env::temp_dir(), mode)
+        }
+
+        fn in_folder(folder: &Path, mode: u32) -> Self {
+            let dir = tempfile::tempdir_in(folder).unwrap();
+            let path = dir.path().join("mem");
+            std::fs::write(&path, [7; 4096]).unwrap();
+            let file = File::open(path).unwrap();
+            file.set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+            Self { dir, file }
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.dir.path().join("mem")
+        }
+
+        fn mode(&self) -> u32 {
+            self.file.metadata().unwrap().mode() & 0o7777
+        }
+
+        fn is_immutable(&self) -> bool {
+            flags(self.file.as_fd()).unwrap().contains(IFlags::IMMUTABLE)
+        }
+
+        fn modified(&self) -> (i64, i64) {
+            let metadata = self.file.metadata().unwrap();
+            (metadata.mtime(), metadata.mtime_nsec())
+        }
+
+        fn set_immutable(&self, to: bool) {
+            let mut flags = flags(self.file.as_fd()).unwrap();
+            flags.set(IFlags::IMMUTABLE, to);
+            set_flags(self.file.as_fd(), flags).unwrap();
+        }
+    }
+
+    impl Drop for Template {
+        fn drop(&mut self) {
+            // Of a test that failed, whose folder could not be removed.
+            if flags(self.file.as_fd()).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE)) {
+                self.set_immutable(false);
+            }
+        }
+    }
+
+    /// A template on each kind of file system here that has an immutable flag: that of temporary files, and tmpfs.
+    fn templates_with_flag() -> Vec<Template> {
+        let capabilities = rustix::thread::capabilities(None).unwrap().effective;
+        let folders = [std::env::temp_dir(), "/dev/shm".into()];
+        let mut templates: Vec<_> = folders
+            .iter()
+            .map(|folder| Template::in_folder(folder, 0o640))
+            .collect();
+        templates.retain(|template| flags(template.file.as_fd()).is_ok());
+        if !capabilities.contains(CapabilitySet::LINUX_IMMUTABLE) {
+            skip("needs CAP_LINUX_IMMUTABLE");
+            return Vec::new();
+        }
+        if templates.is_empty() {
+            skip("no file system here has an immutable flag");
+        }
+        templates
+    }
+
+    fn give_up(capability: CapabilitySet) {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(capability);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+    }
+
+    fn reloaded(applied: Applied) -> Applied {
+        serde_json::from_str(&serde_json::to_string(&applied).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn readonly_takes_the_write_permissions_away_and_gives_back_those_that_there_were() {
+        for (before, meanwhile) in [(0o666, 0o444), (0o640, 0o440), (0o444, 0o444), (0o4751, 0o4551)] {
+            let template = Template::with_mode(before);
+            let modified = template.modified();
+            let applied = apply(template.file.as_fd(), Protection::Readonly).unwrap();
+            assert_eq!(template.mode(), meanwhile, "{before:o}");
+            assert_eq!(template.modified(), modified);
+            assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+            assert_eq!(template.mode(), before);
+            assert_eq!(template.modified(), modified);
+            // Undone already.
+            assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+            assert_eq!(template.mode(), before);
+        }
+    }
+
+    #[test]
+    fn a_mode_that_somebody_has_changed_since_is_left_alone() {
+        let template = Template::with_mode(0o644);
+        let applied = apply(template.file.as_fd(), Protection::Readonly).unwrap();
+        template
+            .file
+            .set_permissions(std::fs::Permissions::from_mode(0o400))
+            .unwrap();
+        assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::ChangedSince);
+        assert_eq!(template.mode(), 0o400);
+    }
+
+    #[test]
+    fn an_immutable_file_cannot_be_written_or_removed_until_that_is_undone() {
+        for template in templates_with_flag() {
+            let modified = template.modified();
+            let applied = apply(template.file.as_fd(), Protection::Immutable).unwrap();
+            assert!(template.is_immutable());
+            let refused = File::options().write(true).open(template.path()).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+            let refused = std::fs::remove_file(template.path()).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+
+            assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+            assert_eq!(template.modified(), modified);
+            File::options().write(true).open(template.path()).unwrap();
+            assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_immutable_before_stays_so() {
+        for template in templates_with_flag() {
+            template.set_immutable(true);
+            let applied = apply(template.file.as_fd(), Protection::Immutable).unwrap();
+            assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+            assert!(template.is_immutable());
+        }
+    }
+
+    #[test]
+    fn what_was_read_back_undoes_what_a_killed_process_had_done_or_only_planned() {
+        let mut all = vec![(Template::with_mode(0o660), Protection::Readonly)];
+        for template in templates_with_flag() {
+            all.push((template, Protection::Immutable));
+        }
+        for (template, protection) in all {
+            let modes = (template.mode(), template.modified());
+            let planned = reloaded(Applied::plan(template.file.as_fd(), protection).unwrap());
+            assert_eq!(planned.undo_at(&template.path()).unwrap(), Undone::Restored);
+            planned.enforce(template.file.as_fd()).unwrap();
+            assert_eq!(reloaded(planned).undo_at(&template.path()).unwrap(), Undone::Restored);
+            assert_eq!((template.mode(), template.modified()), modes);
+            std::fs::remove_file(template.path()).unwrap();
+            assert_eq!(planned.undo_at(&template.path()).unwrap(), Undone::Gone);
+        }
+    }
+
+    #[test]
+    fn another_file_in_its_place_is_left_alone() {
+        let template = Template::with_mode(0o644);
+        let applied = apply(template.file.as_fd(), Protection::Readonly).unwrap();
+        let other = template.dir.path().join("other");
+        std::fs::write(&other, "precious").unwrap();
+        std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o444)).unwrap();
+        std::fs::rename(&other, template.path()).unwrap();
+        assert!(matches!(
+            applied.undo_at(&template.path()),
+            Err(ProtectError::OtherFile { .. })
+        ));
+        assert_eq!(std::fs::metadata(template.path()).unwrap().mode() & 0o7777, 0o444);
+        // The one that is held can be given back all the same.
+        assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+    }
+
+    #[test]
+    fn no_protection_changes_nothing() {
+        let template = Template::with_mode(0o644);
+        let applied = apply(template.file.as_fd(), Protection::None).unwrap();
+        assert_eq!(template.mode(), 0o644);
+        assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_needs_a_capability() {
+        if !rustix::process::geteuid().is_root() {
+            skip("needs root to have a file of somebody else");
+            return;
+        }
+        let template = Template::with_mode(0o644);
+        std::os::unix::fs::fchown(&template.file, Some(65534), None).unwrap();
+        give_up(CapabilitySet::FOWNER);
+        let error = apply(template.file.as_fd(), Protection::Readonly).unwrap_err();
+        assert!(matches!(error, ProtectError::Permission), "{error}");
+        assert_eq!(template.mode(), 0o644);
+    }
+
+    #[test]
+    fn without_the_capability_for_the_flag_nothing_is_changed() {
+        let templates = templates_with_flag();
+        give_up(CapabilitySet::LINUX_IMMUTABLE);
+        for template in &templates {
+            let error = apply(template.file.as_fd(), Protection::Immutable).unwrap_err();
+            assert!(matches!(error, ProtectError::ImmutablePermission), "{error}");
+            assert!(!template.is_immutable());
+        }
+    }
+
+    #[test]
+    fn a_file_system_without_the_flag_is_told() {
+        // procfs has none, anywhere.
+        let file = File::open("/proc/self/status").unwrap();
+        let error = apply(file.as_fd(), Protection::Immutable).unwrap_err();
+        assert!(matches!(error, ProtectError::NoImmutableFlag), "{error}");
+    }
+}

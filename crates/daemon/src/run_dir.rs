@@ -1,0 +1,262 @@
+//! The folder that everything is kept in, and that one daemon at a time has.
+
+use std::fs::{DirBuilder, File, Permissions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The folder, locked for as long as this lives.
+///
+/// | in it | is |
+/// | --- | --- |
+/// | `control.sock` | the control socket |
+/// | `lock` | locked by the daemon, and holds its pid |
+/// | `templates/NAME.json` | what a template was when it was added |
+/// | `templates/NAME.mem` | its memory file, for forks with `file`: the same inode |
+/// | `forks/ID.json` | a fork that is to be found again after a restart |
+/// | `forks/ID.sock` | the socket of a fork with `uffd` |
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Why the folder cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunDirError {
+    /// Another daemon has it.
+    #[error("a daemon runs in {} already{}: stop it, or choose another --run-dir", path.display(), by(*pid))]
+    Taken {
+        /// Which folder.
+        path: PathBuf,
+        /// By which process, if that can be told.
+        pid: Option<u32>,
+    },
+    /// It belongs to somebody else.
+    #[error("{} belongs to user {owner}, not to {user}, who runs this: choose another --run-dir", path.display())]
+    Owner {
+        /// Which folder.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who we are.
+        user: u32,
+    },
+    /// It cannot be made or used.
+    #[error("cannot {what} {}: run as root, or choose another --run-dir", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn by(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+impl RunDir {
+    /// Makes the folder where it is missing, and takes it. `shared` lets others look up what they know the name of.
+    ///
+    /// # Errors
+    ///
+    /// [`RunDirError`].
+    pub fn take(path: &Path, shared: bool) -> Result<Self, RunDirError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RunDirError::Io { what, path, source }
+        };
+        make_dir(path).map_err(failed("make the folder", path))?;
+        let owner = std::fs::metadata(path).map_err(failed("look at", path))?.uid();
+        let user = rustix::process::geteuid().as_raw();
+        if owner != user {
+            return Err(RunDirError::Owner {
+                path: path.to_owned(),
+                owner,
+                user,
+            });
+        }
+        let lock_path = path.join("lock");
+        let mut lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .map_err(failed("open", &lock_path))?;
+        if let Err(error) = lock.try_lock() {
+            return Err(match error {
+                std::fs::TryLockError::WouldBlock => {
+                    let mut pid = String::new();
+                    // Only for the message.
+                    let _ = lock.take(16).read_to_string(&mut pid);
+                    RunDirError::Taken {
+                        path: path.to_owned(),
+                        pid: pid.trim().parse().ok(),
+                    }
+                }
+                std::fs::TryLockError::Error(source) => failed("lock", &lock_path)(source),
+            });
+        }
+        lock.set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| writeln!(lock, "{}", std::process::id()))
+            .map_err(failed("write", &lock_path))?;
+
+        let mode = if shared { 0o711 } else { 0o700 };
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
+        let this = Self {
+            path: path.to_owned(),
+            _lock: lock,
+        };
+        for inner in ["templates", "forks"] {
+            let inner = this.path.join(inner);
+            make_dir(&inner).map_err(failed("make the folder", &inner))?;
+        }
+        Ok(this)
+    }
+
+    /// Where the control socket is.
+    pub fn control_socket(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the memory file of a template is, for forks with `file`.
+    pub fn template_mem(&self, name: &str) -> PathBuf {
+        self.path.join("templates").join(format!("{name}.mem"))
+    }
+
+    /// Where the socket of a fork is.
+    pub fn fork_socket(&self, id: &str) -> PathBuf {
+        self.path.join("forks").join(format!("{id}.sock"))
+    }
+
+    /// Keeps what is to be known of something after a restart.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be written; what was there before is there still.
+    pub fn save(&self, kind: Kind, name: &str, value: &impl Serialize) -> io::Result<()> {
+        let path = self.saved(kind, name);
+        let folder = path.parent().unwrap_or(&self.path);
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        serde_json::to_writer(&mut file, value)?;
+        file.persist(path)?;
+        Ok(())
+    }
+
+    /// Forgets it. What is not there is forgotten already.
+    ///
+    /// # Errors
+    ///
+    /// Where it is there and cannot be deleted.
+    pub fn forget(&self, kind: Kind, name: &str) -> io::Result<()> {
+        match std::fs::remove_file(self.saved(kind, name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// All of a kind that were saved, by name. What cannot be read is an error beside its name.
+    ///
+    /// # Errors
+    ///
+    /// Where the folder cannot be listed.
+    pub fn saved_values<T: DeserializeOwned>(&self, kind: Kind) -> io::Result<Vec<(String, io::Result<T>)>> {
+        let mut values = Vec::new();
+        for entry in std::fs::read_dir(self.path.join(kind.folder()))? {
+            let name = entry?.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
+                continue;
+            };
+            let value = std::fs::read(self.saved(kind, name)).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+            values.push((name.to_owned(), value));
+        }
+        values.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Ok(values)
+    }
+
+    fn saved(&self, kind: Kind, name: &str) -> PathBuf {
+        self.path.join(kind.folder()).join(format!("{name}.json"))
+    }
+}
+
+/// What is saved.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// A template.
+    Template,
+    /// A fork.
+    Fork,
+}
+
+impl Kind {
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Template => "templates",
+            Self::Fork => "forks",
+        }
+    }
+}
+
+/// Makes a folder that only we may look into, and those above it as usual.
+fn make_dir(path: &Path) -> io::Result<()> {
+    if let Some(above) = path.parent() {
+        std::fs::create_dir_all(above)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_one_daemon_has_it_and_the_other_is_told_who() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        let first = RunDir::take(&path, false).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+        match RunDir::take(&path, false) {
+            Err(RunDirError::Taken { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
+            other => panic!("{other:?}"),
+        }
+        drop(first);
+        RunDir::take(&path, true).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o711);
+    }
+
+    #[test]
+    fn what_is_saved_is_found_again_and_damage_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::take(dir.path(), false).unwrap();
+        run_dir.save(Kind::Fork, "b", &2).unwrap();
+        run_dir.save(Kind::Fork, "a", &1).unwrap();
+        run_dir.save(Kind::Fork, "gone", &3).unwrap();
+        run_dir.forget(Kind::Fork, "gone").unwrap();
+        run_dir.forget(Kind::Fork, "gone").unwrap();
+        std::fs::write(dir.path().join("forks/c.json"), "{").unwrap();
+        let values = run_dir.saved_values::<u32>(Kind::Fork).unwrap();
+        let values: Vec<_> = values
+            .iter()
+            .map(|(name, value)| (&**name, value.as_ref().ok()))
+            .collect();
+        assert_eq!(values, [("a", Some(&1)), ("b", Some(&2)), ("c", None)]);
+    }
+}

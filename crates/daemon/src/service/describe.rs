@@ -1,0 +1,134 @@
+//! What is said of templates and forks.
+
+use std::sync::Arc;
+
+use pagecast_client::ApiError;
+use pagecast_client::fork::{Faults, ForkMemory, Latency};
+use pagecast_client::template::{TemplateMemory, TemplateState};
+
+use super::Service;
+use crate::fork::{Fork, Kind};
+use crate::template::Template;
+
+impl Service {
+    /// A template as the API shows it; with `memory`, what its forks cost is measured.
+    pub(crate) fn describe_template(&self, template: &Template, memory: bool) -> pagecast_client::Template {
+        // Whatever comes of it is remembered.
+        let _ = template.check();
+        let living: Vec<Arc<Fork>> = self
+            .forks()
+            .into_iter()
+            .filter(|fork| fork.template.name == template.name && !fork.state().is_end())
+            .collect();
+        pagecast_client::Template {
+            name: template.name.to_string(),
+            mem_path: template.spec.mem_path.clone(),
+            vmstate_path: template.spec.vmstate_path.clone(),
+            state: match template.changed() {
+                Some(_) => TemplateState::Changed,
+                None => TemplateState::Ready,
+            },
+            changed: template.changed().map(str::to_owned),
+            size_bytes: template.pages.len().get(),
+            zero_bytes: template.file.zeros().known_bytes().get(),
+            page_size: template.spec.page_size,
+            protect: template.spec.protect,
+            guard: template.guard(),
+            forks: living.len() as u64,
+            working_set: None,
+            memory: if memory { measure(&living) } else { None },
+        }
+    }
+
+    /// One template as the API shows it.
+    pub(crate) fn show_template(self: &Arc<Self>, name: &str) -> Result<pagecast_client::Template, ApiError> {
+        self.find_vmms();
+        Ok(self.describe_template(&*self.template(name)?, true))
+    }
+
+    /// One fork as the API shows it.
+    pub(crate) fn show_fork(self: &Arc<Self>, id: &str) -> Result<pagecast_client::Fork, ApiError> {
+        self.find_vmms();
+        Ok(describe_fork(&*self.fork(id)?, true))
+    }
+
+    /// All templates as the API shows them.
+    pub(crate) fn show_templates(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Template> {
+        self.find_vmms();
+        let templates = self.templates();
+        templates
+            .iter()
+            .map(|template| self.describe_template(template, memory))
+            .collect()
+    }
+
+    /// All forks as the API shows them.
+    pub(crate) fn show_forks(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Fork> {
+        self.find_vmms();
+        self.forks().iter().map(|fork| describe_fork(fork, memory)).collect()
+    }
+}
+
+/// A fork as the API shows it; with `memory`, what it costs is measured.
+fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
+    let mut shown = pagecast_client::Fork {
+        id: fork.id.to_string(),
+        template: fork.template.name.to_string(),
+        backend: fork.backend(),
+        reason: fork.reason.clone(),
+        mem_backend: fork.mem_backend.clone(),
+        state: fork.state(),
+        pid: None,
+        error: fork.error(),
+        memory_bytes: None,
+        faults: None,
+        fault_latency_us: None,
+        installed_bytes: 0,
+        memory: if memory { measure_fork(fork) } else { None },
+    };
+    match &fork.kind {
+        Kind::Uffd(uffd) => {
+            let status = uffd.served.status();
+            let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
+            shown.pid = status.pid;
+            shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
+            shown.faults = Some(Faults {
+                demand: faults.demand,
+                zero: faults.zero,
+                removed: faults.removed,
+                prefaulted: faults.prefaulted,
+                retried: faults.retried,
+                slow: faults.slow,
+            });
+            shown.fault_latency_us = Some(Latency {
+                p50: latency.p50,
+                p99: latency.p99,
+                max: latency.max,
+            });
+            shown.installed_bytes = status.stats.installed_bytes;
+        }
+        Kind::File(file) => {
+            shown.pid = file.vmm().map(|vmm| vmm.pid());
+        }
+    }
+    shown
+}
+
+/// What forks cost together.
+fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
+    let total = forks
+        .iter()
+        .filter_map(|fork| measure_fork(fork))
+        .fold(TemplateMemory::default(), |total, memory| TemplateMemory {
+            measured: total.measured + 1,
+            pss: total.pss + memory.pss,
+            private: total.private + memory.private,
+            unshared: total.unshared + memory.rss,
+        });
+    (total.measured > 0).then_some(total)
+}
+
+/// What the VMM of a fork costs, where it is known and lives.
+fn measure_fork(fork: &Fork) -> Option<ForkMemory> {
+    fork.vmm()?.memory()
+}

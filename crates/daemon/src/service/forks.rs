@@ -1,0 +1,419 @@
+//! Forks: made, completed and deleted.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use pagecast::server::{Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, chain};
+use pagecast_client::fork::{BackendType, CreateFork, Prefault};
+use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
+use tracing::{info, warn};
+
+use super::templates::check_page_size;
+use super::{Entry, Service, internal, refuse};
+use crate::backend::{Facts, choose};
+use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
+use crate::inode::InodeId;
+use crate::placement::{Placement, Plan};
+use crate::run_dir::Kind as Saved;
+use crate::template::{Place, Template};
+use crate::vmm_process::{self, VmmProcess};
+
+/// How long a killed VMM may take to die.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Service {
+    /// Makes a fork.
+    pub(crate) fn create_fork(self: &Arc<Self>, wanted: &CreateFork) -> Result<Arc<Fork>, ApiError> {
+        self.check_open()?;
+        if let Some(prefault @ (Prefault::WorkingSet | Prefault::All)) = wanted.prefault {
+            return Err(refuse(
+                ErrorCode::InvalidField,
+                format_args!("prefault: {prefault:?} is not available yet; leave it out, or say `none`"),
+            ));
+        }
+        let (id, template) = self.take_fork_id(wanted)?;
+        let made = self.make_fork(id.clone(), template, wanted);
+        let mut state = self.state();
+        match made {
+            Ok(fork) => {
+                state.forks.insert(id, Entry::Made(Arc::clone(&fork)));
+                drop(state);
+                info!(
+                    fork = %fork.id,
+                    template = %fork.template.name,
+                    backend = %fork.backend(),
+                    path = %fork.mem_backend.backend_path.display(),
+                    "fork created"
+                );
+                self.start(&fork);
+                self.fork_made.notify_one();
+                Ok(fork)
+            }
+            Err(error) => {
+                state.forks.remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes the id for a new fork, so that no other gets it and its template cannot be removed meanwhile.
+    fn take_fork_id(&self, wanted: &CreateFork) -> Result<(ForkId, Arc<Template>), ApiError> {
+        let asked = wanted.id.as_deref().map(str::parse::<ForkId>).transpose();
+        let asked = asked.map_err(|error| refuse(ErrorCode::InvalidField, format_args!("id: {error}")))?;
+        let most = self.config.max_forks;
+        let mut state = self.state();
+        let template = wanted
+            .template
+            .parse()
+            .ok()
+            .and_then(|name| state.templates.get(&name).cloned())
+            .ok_or_else(|| {
+                refuse(
+                    ErrorCode::TemplateNotFound,
+                    format_args!("no template is named {:?}", wanted.template),
+                )
+            })?;
+        if state.forks.len() - state.ended.len().min(state.forks.len()) >= most {
+            return Err(refuse(
+                ErrorCode::TooManyForks,
+                format_args!(
+                    "{most} forks wait or live, which is all that the daemon takes (max_forks): end some first"
+                ),
+            ));
+        }
+        let id = match asked {
+            Some(id) if state.forks.contains_key(&id) => {
+                return Err(refuse(
+                    ErrorCode::ForkExists,
+                    format_args!("a fork with the id {id} exists: delete it first, or choose another id"),
+                ));
+            }
+            Some(id) => id,
+            None => loop {
+                let number = self.next_fork.fetch_add(1, Ordering::Relaxed);
+                let id: ForkId = format!("fork-{number}")
+                    .parse()
+                    .map_err(|error| internal("make up an id", &error))?;
+                if !state.forks.contains_key(&id) {
+                    break id;
+                }
+            },
+        };
+        state.forks.insert(id.clone(), Entry::Making(template.name.clone()));
+        Ok((id, template))
+    }
+
+    fn make_fork(
+        self: &Arc<Self>,
+        id: ForkId,
+        template: Arc<Template>,
+        wanted: &CreateFork,
+    ) -> Result<Arc<Fork>, ApiError> {
+        template.check().map_err(|how| {
+            refuse(
+                ErrorCode::TemplateChanged,
+                format_args!(
+                    "template {} has changed: {how}; remove it and add it again",
+                    template.name
+                ),
+            )
+        })?;
+        let page_size = match wanted.page_size {
+            Some(bytes) => check_page_size(bytes)?,
+            None => template.spec.page_size(),
+        };
+        let asked = wanted.backend.unwrap_or(self.config.backend);
+        match asked {
+            Backend::File if wanted.socket_path.is_some() => {
+                return Err(refuse(
+                    ErrorCode::InvalidField,
+                    "socket_path: a fork with `file` has no socket; use path",
+                ));
+            }
+            Backend::Uffd if wanted.path.is_some() => {
+                return Err(refuse(
+                    ErrorCode::InvalidField,
+                    "path: a fork with `uffd` gets a socket, not a file; use socket_path",
+                ));
+            }
+            _ => {}
+        }
+        let facts = Facts {
+            page_size,
+            remote: template.remote(),
+        };
+        let (backend, reason) = choose(asked, facts).map_err(|why| refuse(ErrorCode::BackendUnavailable, why))?;
+        match backend {
+            Backend::File => self.make_file_fork(id, template, reason, wanted),
+            _ => self.make_uffd_fork(id, template, reason, wanted),
+        }
+    }
+
+    fn make_uffd_fork(
+        &self,
+        id: ForkId,
+        template: Arc<Template>,
+        reason: String,
+        wanted: &CreateFork,
+    ) -> Result<Arc<Fork>, ApiError> {
+        let socket_path = match &wanted.socket_path {
+            Some(path) => self.allowed_path("socket_path", path)?,
+            None => self.run_dir.fork_socket(id.as_str()),
+        };
+        let mut options = ForkOptions::new(&socket_path);
+        if let Some(uid) = wanted.uid {
+            options = options.user(uid);
+        }
+        if let Some(gid) = wanted.gid {
+            options = options.group(gid);
+        }
+        let served = self
+            .server
+            .register(id.clone(), &template.pages, &options)
+            .map_err(|error| server_refuses(&error))?;
+        Ok(Arc::new(Fork {
+            id,
+            template,
+            reason,
+            mem_backend: mem_backend(BackendType::Uffd, &socket_path),
+            kind: Kind::Uffd(UffdFork {
+                served,
+                vmm: OnceLock::new(),
+            }),
+        }))
+    }
+
+    fn make_file_fork(
+        &self,
+        id: ForkId,
+        template: Arc<Template>,
+        reason: String,
+        wanted: &CreateFork,
+    ) -> Result<Arc<Fork>, ApiError> {
+        let vmm = wanted.pid.map(VmmProcess::open).transpose();
+        let vmm = vmm
+            .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("pid: {}", chain(&error))))?
+            .map(Arc::new);
+        let mut saved = SavedFork {
+            template: template.name.to_string(),
+            backend: Backend::File,
+            reason: reason.clone(),
+            mem_backend: mem_backend(BackendType::File, &template.path_for_forks()),
+            vmm: None,
+            place: None,
+        };
+        let placement = match &wanted.path {
+            Some(path) => {
+                let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
+                let plan = Plan::new(template.file.as_fd(), &self.allowed_path("path", path)?).map_err(refused)?;
+                // Kept before it is done, so that it can be undone whatever happens.
+                saved.place = Some(Place::Planned(plan.clone()));
+                let kept = self.run_dir.save(Saved::Fork, id.as_str(), &saved);
+                kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
+                Some(plan.carry_out(template.file.as_fd()).map_err(|error| {
+                    let _ = self.run_dir.forget(Saved::Fork, id.as_str());
+                    refused(error)
+                })?)
+            }
+            None => None,
+        };
+        let path = placement
+            .as_ref()
+            .map_or_else(|| template.path_for_forks(), |placement| placement.path().to_owned());
+        Ok(Arc::new(Fork {
+            id,
+            template,
+            reason,
+            mem_backend: mem_backend(BackendType::File, &path),
+            kind: Kind::File(FileFork::new(placement, vmm)),
+        }))
+    }
+
+    /// Begins to look after a fork that was made or found again.
+    pub(super) fn start(self: &Arc<Self>, fork: &Arc<Fork>) {
+        match &fork.kind {
+            // Its VMM may have been very quick.
+            Kind::Uffd(_) => {
+                self.vmm_connected(fork);
+                if fork.state().is_end() {
+                    self.ended(fork);
+                }
+            }
+            Kind::File(file) => {
+                let vmm = file.vmm();
+                self.save_fork(fork, vmm.as_deref());
+                if let Some(vmm) = vmm {
+                    self.watch(fork, &vmm);
+                }
+            }
+        }
+    }
+
+    /// Waits for the VMM of a fork with `file` to exit.
+    pub(super) fn watch(self: &Arc<Self>, fork: &Arc<Fork>, vmm: &Arc<VmmProcess>) {
+        let service = Arc::downgrade(self);
+        let watched = Arc::clone(fork);
+        let on_exit = move || {
+            if let Some(service) = service.upgrade() {
+                service.file_fork_ended(&watched, ForkState::Exited);
+            }
+        };
+        if let Err(error) = self.exits.add(vmm, on_exit) {
+            warn!(fork = %fork.id, %error, "its end will not be noticed");
+        }
+    }
+
+    pub(super) fn file_fork_ended(&self, fork: &Arc<Fork>, state: ForkState) {
+        if let Kind::File(file) = &fork.kind
+            && file.end(state, None)
+        {
+            if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
+                warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
+            }
+            self.ended(fork);
+        }
+    }
+
+    /// Begins to complete a fork.
+    pub(crate) fn complete_fork(&self, id: &str) -> Result<(), ApiError> {
+        let fork = self.fork(id)?;
+        match fork.kind {
+            Kind::Uffd(_) => self.server.complete(&fork.id).map_err(|error| server_refuses(&error)),
+            Kind::File(_) => Err(refuse(
+                ErrorCode::NotCompletable,
+                format_args!("fork {id} has the backend `file`: its VMM does without the daemon anyway"),
+            )),
+        }
+    }
+
+    /// Deletes a fork; with `kill`, its VMM is killed first.
+    pub(crate) fn remove_fork(self: &Arc<Self>, id: &str, kill: bool) -> Result<(), ApiError> {
+        self.find_vmms();
+        let fork = self.fork(id)?;
+        if kill {
+            self.kill_vmm(&fork)?;
+        }
+        match &fork.kind {
+            // One that waits for its VMM is closed by this.
+            Kind::Uffd(_) => self
+                .server
+                .unregister(&fork.id)
+                .map_err(|error| server_refuses(&error))?,
+            Kind::File(file) if file.state() == ForkState::Serving => {
+                return Err(refuse(
+                    ErrorCode::ForkInUse,
+                    format_args!("the VMM of fork {id} lives: end it first, or delete the fork with kill=true"),
+                ));
+            }
+            Kind::File(_) => {}
+        }
+        {
+            let mut state = self.state();
+            // Somebody else may have deleted it and made another of this id.
+            let same = |entry: &Entry| entry.made().is_some_and(|made| Arc::ptr_eq(made, &fork));
+            if !state.forks.get(&fork.id).is_some_and(same) {
+                return Ok(());
+            }
+            state.forks.remove(&fork.id);
+            state.ended.retain(|ended| *ended != fork.id);
+        }
+        if let Kind::File(_) = fork.kind {
+            self.forget(&fork);
+        }
+        info!(fork = id, "fork deleted");
+        Ok(())
+    }
+
+    /// Kills the VMM of a fork and waits for its end.
+    fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
+        let died = match &fork.kind {
+            Kind::Uffd(uffd) if fork.state() != ForkState::Complete => {
+                self.server
+                    .kill_fork(&fork.id)
+                    .map_err(|error| server_refuses(&error))?;
+                uffd.served.wait(KILL_PATIENCE, ServedState::is_end).state.is_end()
+            }
+            // The page server has let it go.
+            Kind::Uffd(uffd) => match uffd.vmm.get() {
+                Some(vmm) => {
+                    vmm.kill().map_err(|error| internal("kill the VMM", &error))?;
+                    vmm.wait_exited(KILL_PATIENCE)
+                }
+                None => true,
+            },
+            Kind::File(file) => match file.vmm() {
+                Some(vmm) => {
+                    vmm.kill().map_err(|error| internal("kill the VMM", &error))?;
+                    let died = vmm.wait_exited(KILL_PATIENCE);
+                    if died {
+                        self.file_fork_ended(fork, ForkState::Exited);
+                    }
+                    died
+                }
+                None => true,
+            },
+        };
+        if died {
+            return Ok(());
+        }
+        Err(refuse(
+            ErrorCode::ForkInUse,
+            format_args!(
+                "the VMM of fork {} was killed and has not died within {KILL_PATIENCE:?}",
+                fork.id
+            ),
+        ))
+    }
+
+    /// Looks for the VMMs of forks with `file` whose pid was not told: those that map the file by the path that was made
+    /// for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid has to be told.
+    pub(crate) fn find_vmms(self: &Arc<Self>) {
+        for fork in self.forks() {
+            let Kind::File(file) = &fork.kind else { continue };
+            let Some(placement) = file.placement.as_ref().filter(|_| file.state() == ForkState::Waiting) else {
+                continue;
+            };
+            let inode = InodeId::from(fork.template.file.identity().inode());
+            let is_it = |paths: &[PathBuf]| paths.iter().any(|path| path == placement.path());
+            let holders = match vmm_process::holders(inode) {
+                Ok(holders) => holders,
+                Err(error) => return warn!(%error, "cannot find out who maps a template"),
+            };
+            let vmm = holders
+                .iter()
+                .filter(|holder| is_it(&holder.paths))
+                .filter_map(|holder| VmmProcess::open(holder.pid).ok())
+                // Looked at again, now that it cannot be another process any more.
+                .find(|vmm| vmm.mapped_paths(inode).is_ok_and(|paths| is_it(&paths)));
+            if let Some(vmm) = vmm.map(Arc::new)
+                && file.found(&vmm)
+            {
+                info!(fork = %fork.id, pid = vmm.pid(), "VMM found");
+                self.save_fork(&fork, Some(&vmm));
+                self.watch(&fork, &vmm);
+            }
+        }
+    }
+}
+
+/// What the page server says, as the API says it.
+pub(super) fn server_refuses(error: &ServerError) -> ApiError {
+    let code = match error {
+        ServerError::ForkExists(_) => ErrorCode::ForkExists,
+        ServerError::ForkNotFound(_) => ErrorCode::ForkNotFound,
+        ServerError::ForkInUse(_) => ErrorCode::ForkInUse,
+        ServerError::ForkWaiting(_) => ErrorCode::ForkWaiting,
+        ServerError::ForkEnded { .. } => ErrorCode::ForkEnded,
+        ServerError::NotEnoughMemory { .. } => ErrorCode::NotEnoughMemory,
+        ServerError::Template(_) => ErrorCode::TemplateChanged,
+        ServerError::SocketPath { .. } | ServerError::SocketInUse { .. } | ServerError::Socket { .. } => {
+            ErrorCode::PathInvalid
+        }
+        ServerError::Closed => ErrorCode::Closing,
+        _ => ErrorCode::Internal,
+    };
+    refuse(code, chain(error))
+}

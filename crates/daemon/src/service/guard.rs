@@ -1,0 +1,199 @@
+//! What happens when a template changes: nobody gets a wrong byte.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pagecast::server::{ForkState as ServedState, chain};
+use pagecast::template::PageSource;
+use pagecast_client::ForkState;
+use pagecast_client::fork::ForkError;
+use tracing::{error, info, warn};
+
+use super::Service;
+use crate::fork::{Fork, Kind};
+use crate::inode::InodeId;
+use crate::placement::Placement;
+use crate::template::{Template, TemplateName};
+use crate::vmm_process::{self, VmmError, VmmProcess};
+
+/// How often templates are compared that have no lease, while forks of them live.
+const WATCH_PACE: Duration = Duration::from_secs(1);
+
+/// How long forks may take to complete while somebody waits to write their template, at most.
+const COMPLETE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long killed VMMs may take to die.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the kernel holds up whoever breaks a lease, where it does not say.
+const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
+
+impl Service {
+    /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
+    pub(super) fn lease_broken(self: Arc<Self>, name: TemplateName) {
+        let Some(template) = self.state().templates.get(&name).cloned() else {
+            return;
+        };
+        let runtime = self.runtime.clone();
+        runtime.spawn_blocking(move || {
+            let how = "somebody opens it for writing".to_owned();
+            warn!(template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            template.set_changed(how.clone());
+            if !template.set_withdrawn() {
+                return;
+            }
+            // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
+            self.complete_forks_of(&template);
+            self.withdraw(&template, &how);
+            template.release_lease();
+        });
+    }
+
+    /// Completes what can be completed in good time.
+    fn complete_forks_of(&self, template: &Arc<Template>) {
+        let until = Instant::now() + COMPLETE_PATIENCE.min(lease_break_time() / 2);
+        let forks = self.living_forks_of(template);
+        for fork in &forks {
+            if let Kind::Uffd(_) = fork.kind
+                && fork.state() == ForkState::Serving
+                && let Err(error) = self.server.complete(&fork.id)
+            {
+                warn!(fork = %fork.id, error = chain(&error), "cannot be completed");
+            }
+        }
+        for fork in &forks {
+            if let Kind::Uffd(uffd) = &fork.kind
+                && fork.state() == ForkState::Serving
+            {
+                uffd.served
+                    .wait(until.saturating_duration_since(Instant::now()), ServedState::is_end);
+            }
+        }
+    }
+
+    /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
+    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
+        let served = self.server.withdraw(&template.pages, how);
+        let error = ForkError {
+            code: "template_changed".to_owned(),
+            message: format!("the template has changed: {how}"),
+        };
+        let forks: Vec<Arc<Fork>> = self
+            .living_forks_of(template)
+            .into_iter()
+            .filter(|fork| matches!(fork.kind, Kind::File(_)))
+            .collect();
+        self.find_vmms();
+        let mut killed = Vec::new();
+        for fork in &forks {
+            let Kind::File(file) = &fork.kind else { continue };
+            file.fail_when_dead(error.clone());
+            match file.vmm() {
+                Some(vmm) => {
+                    if let Err(error) = vmm.kill() {
+                        error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
+                    }
+                    killed.push((fork, vmm));
+                }
+                None => self.file_fork_ended(fork, ForkState::Failed),
+            }
+        }
+        let until = Instant::now() + KILL_PATIENCE;
+        for (fork, vmm) in killed {
+            if vmm.wait_exited(until.saturating_duration_since(Instant::now())) {
+                self.file_fork_ended(fork, ForkState::Failed);
+            } else {
+                error!(fork = %fork.id, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
+            }
+        }
+        if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
+            error!(template = %template.name, "a fork or a read of the template does not end");
+        }
+        end_strangers(template);
+        info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+    }
+
+    fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
+        let mut forks = self.forks();
+        forks.retain(|fork| Arc::ptr_eq(&fork.template, template) && !fork.state().is_end());
+        forks
+    }
+
+    /// Compares templates without a lease with what they were, for as long as forks of them live.
+    pub(crate) async fn watch_templates(self: Arc<Self>) {
+        loop {
+            let service = Arc::clone(&self);
+            let watched = tokio::task::spawn_blocking(move || service.compare_templates()).await;
+            match watched {
+                Ok(true) => tokio::time::sleep(WATCH_PACE).await,
+                // Nothing to watch until a fork is made.
+                Ok(false) => self.fork_made.notified().await,
+                Err(error) => {
+                    error!(%error, "the watch over templates has failed");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Whether there is anything to watch.
+    fn compare_templates(self: &Arc<Self>) -> bool {
+        let mut watched = false;
+        for template in self.templates() {
+            let unwatched = template.guard() == pagecast_client::template::Guard::Lease || template.is_withdrawn();
+            if unwatched || self.living_forks_of(&template).is_empty() {
+                continue;
+            }
+            watched = true;
+            if let Err(error) = template.file.check_unchanged()
+                && template.set_withdrawn()
+            {
+                let how = chain(&error);
+                error!(template = %template.name, how, "the template has changed while forks live");
+                template.set_changed(how.clone());
+                self.withdraw(&template, &how);
+            }
+        }
+        watched
+    }
+}
+
+/// Ends VMMs that nobody told us of, but that map the file by the path that only forks are told.
+fn end_strangers(template: &Template) {
+    let file = InodeId::from(template.file.identity().inode());
+    let holders = match vmm_process::holders(file) {
+        Ok(holders) => holders,
+        Err(error) => return error!(template = %template.name, %error, "cannot find out who maps the template"),
+    };
+    for holder in holders {
+        let ours = template.placement.as_ref().map(Placement::path);
+        let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
+        let pid = holder.pid;
+        if !is_fork(&holder.paths) {
+            warn!(template = %template.name, pid, paths = ?holder.paths, "maps the template, is no fork that we know of, and may read other bytes");
+            continue;
+        }
+        match VmmProcess::open(pid) {
+            // Looked at again, now that it cannot be another process any more.
+            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => {
+                warn!(template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
+                if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
+                    error!(template = %template.name, pid, "cannot be killed, and may read wrong bytes");
+                }
+            }
+            Ok(_) | Err(VmmError::NoProcess { .. }) => {}
+            Err(error) => {
+                error!(template = %template.name, pid, error = chain(&error), "cannot be killed, and may read wrong bytes");
+            }
+        }
+    }
+}
+
+/// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.
+fn lease_break_time() -> Duration {
+    std::fs::read_to_string("/proc/sys/fs/lease-break-time")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .map_or(LEASE_BREAK_TIME, Duration::from_secs)
+}

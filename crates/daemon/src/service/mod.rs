@@ -1,0 +1,307 @@
+//! What the daemon does, without HTTP: templates and forks, added, described and removed.
+//!
+//! | file | calls |
+//! | --- | --- |
+//! | `templates` | those on templates |
+//! | `forks` | those on forks |
+//! | `describe` | what is said of them |
+//! | `guard` | what happens when a template changes |
+//! | `restore` | what is found in the run dir at the start |
+//!
+//! Calls may wait for disks and for processes to die, so they are made on threads that may. No lock is held meanwhile:
+//! names are taken first, used afterwards, and given back where that fails.
+
+mod describe;
+mod forks;
+mod guard;
+mod restore;
+mod templates;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Display;
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use pagecast::server::{ForkEvent, ForkId, Server};
+use pagecast_client::health::Health;
+use pagecast_client::{ApiError, ErrorCode};
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::exit_watch::ExitWatch;
+use crate::fork::{Fork, Kind};
+use crate::placement::Placement;
+use crate::run_dir::{Kind as Saved, RunDir};
+use crate::template::{Template, TemplateName};
+use crate::vmm_process::VmmProcess;
+
+/// The daemon's templates and forks.
+pub(crate) struct Service {
+    config: Config,
+    run_dir: RunDir,
+    server: Server,
+    exits: ExitWatch,
+    state: Mutex<State>,
+    closing: AtomicBool,
+    next_fork: AtomicU64,
+    /// A fork was made: there may be a template to watch.
+    fork_made: tokio::sync::Notify,
+    started: Instant,
+    /// Where slow work is done.
+    runtime: tokio::runtime::Handle,
+}
+
+#[derive(Default)]
+struct State {
+    templates: BTreeMap<TemplateName, Arc<Template>>,
+    /// Names of templates that are just being added or removed.
+    busy: BTreeSet<TemplateName>,
+    forks: BTreeMap<ForkId, Entry>,
+    /// Those that have ended, in that order.
+    ended: VecDeque<ForkId>,
+}
+
+/// A fork by its name.
+#[derive(Clone)]
+enum Entry {
+    /// Just being made: counts as one that uses its template.
+    Making(TemplateName),
+    Made(Arc<Fork>),
+}
+
+impl Entry {
+    fn template(&self) -> &TemplateName {
+        match self {
+            Self::Making(template) => template,
+            Self::Made(fork) => &fork.template.name,
+        }
+    }
+
+    fn made(&self) -> Option<&Arc<Fork>> {
+        match self {
+            Self::Making(_) => None,
+            Self::Made(fork) => Some(fork),
+        }
+    }
+}
+
+/// What went wrong, as the API says it.
+fn refuse(code: ErrorCode, message: impl Display) -> ApiError {
+    ApiError {
+        code,
+        message: message.to_string(),
+    }
+}
+
+fn internal(what: &str, error: &dyn std::error::Error) -> ApiError {
+    let error = pagecast::server::chain(error);
+    warn!(error, "cannot {what}");
+    refuse(ErrorCode::Internal, format_args!("cannot {what}: {error}"))
+}
+
+impl Service {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic under this lock leaves a state that is true all the same.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
+    pub(crate) fn server(&self) -> &Server {
+        &self.server
+    }
+
+    /// How the daemon does.
+    pub(crate) fn health(&self) -> Health {
+        let forks = self.forks();
+        let mut states = BTreeMap::new();
+        for fork in &forks {
+            *states.entry(fork.state()).or_default() += 1;
+        }
+        Health {
+            status: "ok".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            templates: self.state().templates.len() as u64,
+            forks: states,
+            rss_bytes: crate::process_memory::own_rss(),
+        }
+    }
+
+    /// All templates, by name.
+    pub(crate) fn templates(&self) -> Vec<Arc<Template>> {
+        self.state().templates.values().cloned().collect()
+    }
+
+    /// All forks, by id.
+    pub(crate) fn forks(&self) -> Vec<Arc<Fork>> {
+        self.state().forks.values().filter_map(Entry::made).cloned().collect()
+    }
+
+    fn template(&self, name: &str) -> Result<Arc<Template>, ApiError> {
+        let unknown = || {
+            refuse(
+                ErrorCode::TemplateNotFound,
+                format_args!("no template is named {name:?}"),
+            )
+        };
+        let name: TemplateName = name.parse().map_err(|_| unknown())?;
+        self.state().templates.get(&name).cloned().ok_or_else(unknown)
+    }
+
+    fn fork(&self, id: &str) -> Result<Arc<Fork>, ApiError> {
+        let unknown = || refuse(ErrorCode::ForkNotFound, format_args!("no fork has the id {id:?}"));
+        let id: ForkId = id.parse().map_err(|_| unknown())?;
+        self.state()
+            .forks
+            .get(&id)
+            .and_then(Entry::made)
+            .cloned()
+            .ok_or_else(unknown)
+    }
+
+    /// Refuses while the daemon stops.
+    fn check_open(&self) -> Result<(), ApiError> {
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(refuse(ErrorCode::Closing, "the daemon is stopping"));
+        }
+        Ok(())
+    }
+
+    /// Takes templates and forks again.
+    pub(crate) fn take_again(&self) {
+        self.closing.store(false, Ordering::SeqCst);
+    }
+
+    /// From now on takes neither templates nor forks.
+    pub(crate) fn stop_taking(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+    }
+
+    /// Where something may be put for a VMM: absolute, without detours, and where the configuration allows it.
+    fn allowed_path(&self, field: &str, path: &Path) -> Result<PathBuf, ApiError> {
+        let invalid = |why: &dyn Display| {
+            refuse(
+                ErrorCode::PathInvalid,
+                format_args!("{field} {}: {why}", path.display()),
+            )
+        };
+        let plain = path
+            .components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        let (true, true, Some(folder), Some(name)) = (path.is_absolute(), plain, path.parent(), path.file_name())
+        else {
+            return Err(invalid(&"it must be an absolute path of a file, without `..`"));
+        };
+        let folder = folder
+            .canonicalize()
+            .map_err(|error| invalid(&format_args!("its folder cannot be used: {error}")))?;
+        let allowed = &self.config.allowed_dirs;
+        let within = |dir: &Path| dir.canonicalize().is_ok_and(|dir| folder.starts_with(dir));
+        if !allowed.is_empty() && !within(self.run_dir.path()) && !allowed.iter().any(|dir| within(dir)) {
+            let allowed: Vec<_> = allowed.iter().map(|dir| dir.display().to_string()).collect();
+            return Err(invalid(&format_args!(
+                "it is outside of what is allowed (the run dir, {})",
+                allowed.join(", ")
+            )));
+        }
+        Ok(folder.join(name))
+    }
+
+    /// Something happened to a fork with `uffd`.
+    pub(crate) fn on_event(&self, event: &ForkEvent) {
+        match event {
+            ForkEvent::Serving {
+                id, pid, memory_bytes, ..
+            } => {
+                info!(fork = %id, pid, memory_bytes, "serving");
+                if let Ok(fork) = self.fork(id.as_str()) {
+                    self.vmm_connected(&fork);
+                }
+            }
+            ForkEvent::Ended(status) => {
+                // One that is just being made or deleted is seen to by whoever does that.
+                if let Ok(fork) = self.fork(status.id.as_str()) {
+                    self.ended(&fork);
+                }
+            }
+            ForkEvent::NotCompleted { id, reason } => {
+                warn!(fork = %id, reason = pagecast::server::chain(reason.as_ref()), "cannot be completed, is served on");
+            }
+            _ => {}
+        }
+    }
+
+    /// Notes the VMM of a fork with `uffd`, once.
+    fn vmm_connected(&self, fork: &Fork) {
+        let Kind::Uffd(uffd) = &fork.kind else { return };
+        let Some(pid) = uffd.served.status().pid else { return };
+        // One that has died already is not looked for any more.
+        if let Ok(vmm) = VmmProcess::open(pid).map(Arc::new)
+            && uffd.vmm.set(Arc::clone(&vmm)).is_ok()
+        {
+            self.save_fork(fork, Some(&vmm));
+        }
+    }
+
+    /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
+    fn ended(&self, ended: &Arc<Fork>) {
+        let state = ended.state();
+        if let Some(error) = ended.error() {
+            warn!(fork = %ended.id, %state, code = error.code, error = error.message, "ended");
+        } else {
+            info!(fork = %ended.id, %state, "ended");
+        }
+        if let Err(error) = self.run_dir.forget(Saved::Fork, ended.id.as_str()) {
+            warn!(fork = %ended.id, %error, "cannot forget its state in the run dir");
+        }
+        let mut forgotten = Vec::new();
+        {
+            let mut state = self.state();
+            let there = state.forks.get(&ended.id).and_then(Entry::made);
+            // It may be told twice: by the event, and by whoever made it and found that it had ended already.
+            if !there.is_some_and(|there| Arc::ptr_eq(there, ended)) || state.ended.contains(&ended.id) {
+                return;
+            }
+            state.ended.push_back(ended.id.clone());
+            while state.ended.len() > self.config.ended_forks {
+                let oldest = state.ended.pop_front();
+                forgotten.extend(oldest.and_then(|id| state.forks.remove(&id)));
+            }
+        }
+        for fork in forgotten.iter().filter_map(Entry::made) {
+            self.forget(fork);
+        }
+    }
+
+    /// Gives back what a fork held that has ended and whose name is free.
+    fn forget(&self, fork: &Fork) {
+        match &fork.kind {
+            Kind::Uffd(_) => {
+                if let Err(error) = self.server.unregister(&fork.id) {
+                    warn!(fork = %fork.id, %error, "cannot be forgotten");
+                }
+            }
+            Kind::File(file) => {
+                if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
+                    warn!(fork = %fork.id, %error, "its memory file cannot be taken away");
+                }
+            }
+        }
+        if let Err(error) = self.run_dir.forget(Saved::Fork, fork.id.as_str()) {
+            warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
+        }
+    }
+
+    fn save_fork(&self, fork: &Fork, vmm: Option<&VmmProcess>) {
+        let saved = vmm.map(VmmProcess::saved).transpose();
+        if let Err(error) = saved.and_then(|vmm| self.run_dir.save(Saved::Fork, fork.id.as_str(), &fork.saved(vmm))) {
+            warn!(fork = %fork.id, %error, "will not be found again after a restart");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What is found in the run dir at the start: templates are added again, forks found again.
+
+use std::os::unix::fs::FileTypeExt;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pagecast::server::{Deadlines, ForkEvent, Server, chain};
+use pagecast::template::MemFile;
+use pagecast_client::{Backend, ForkState};
+use tracing::{error, info, warn};
+
+use super::{Entry, Service, State};
+use crate::config::Config;
+use crate::error::StartError;
+use crate::exit_watch::ExitWatch;
+use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::run_dir::{Kind, RunDir};
+use crate::template::{Place, SavedTemplate, Template, TemplateName};
+use crate::vmm_process::VmmProcess;
+
+/// How long a VMM may take to die whose daemon has died before it.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Service {
+    /// Starts the page server, and goes on where the last daemon of this run dir has stopped. `observer` is told of
+    /// every turn in the life of forks with `uffd`, and must not block.
+    pub(crate) fn start_up(
+        config: Config,
+        run_dir: RunDir,
+        runtime: tokio::runtime::Handle,
+        observer: impl Fn(ForkEvent) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, StartError> {
+        let mut builder = Server::builder().observer(observer).deadlines(Deadlines {
+            connect: config.connect_deadline,
+            handshake: config.handshake_deadline,
+            ..Deadlines::default()
+        });
+        if let Some(workers) = config.workers {
+            builder = builder.workers(workers);
+        }
+        let service = Arc::new(Self {
+            server: builder.start().map_err(StartError::Server)?,
+            exits: ExitWatch::start().map_err(|source| StartError::Thread { source })?,
+            config,
+            run_dir,
+            state: Mutex::new(State::default()),
+            closing: AtomicBool::new(false),
+            next_fork: AtomicU64::new(1),
+            fork_made: tokio::sync::Notify::new(),
+            started: Instant::now(),
+            runtime,
+        });
+        service
+            .find_templates()
+            .map_err(|source| StartError::State { source })?;
+        service.find_forks().map_err(|source| StartError::State { source })?;
+        service.clear_sockets();
+        Ok(service)
+    }
+
+    fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
+        for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Kind::Template)? {
+            let saved = match saved {
+                Ok(saved) => saved,
+                Err(error) => {
+                    error!(template = name, %error, "template lost: its state cannot be read");
+                    continue;
+                }
+            };
+            match self.find_template(&name, &saved) {
+                Ok(template) => {
+                    info!(template = name, "template found again");
+                    template.pages.find_zeros(Instant::now());
+                    self.state().templates.insert(template.name.clone(), template);
+                }
+                Err(why) => {
+                    error!(
+                        template = name,
+                        why, "template lost; what was done to its file is undone"
+                    );
+                    let undone = saved.protection.undo_at(&saved.spec.mem_path);
+                    if let Err(error) = undone {
+                        error!(
+                            template = name,
+                            error = chain(&error),
+                            "its protection cannot be undone"
+                        );
+                    }
+                    remove_place(&name, saved.place.as_ref());
+                    if let Err(error) = self.run_dir.forget(Kind::Template, &name) {
+                        warn!(template = name, %error, "cannot be forgotten in the run dir");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn find_template(self: &Arc<Self>, name: &str, saved: &SavedTemplate) -> Result<Arc<Template>, String> {
+        let parsed: TemplateName = name.parse()?;
+        let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
+        let file = Arc::new(file);
+        let mut changed = saved.identity.difference(file.identity());
+        let lease = match self.lease(&parsed, &file) {
+            Ok(lease) => lease,
+            Err(error) => {
+                changed.get_or_insert(error.message);
+                None
+            }
+        };
+        remove_place(name, saved.place.as_ref());
+        let placement = match changed {
+            Some(_) => None,
+            None => self
+                .place_template(&parsed, &saved.spec, &file, saved.protection)
+                .map_err(|error| error.message)?,
+        };
+        let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
+        if let Some(how) = changed {
+            warn!(template = %template.name, how, "the template has changed while no daemon ran");
+            template.set_changed(how);
+        }
+        Ok(Arc::new(template))
+    }
+
+    fn find_forks(self: &Arc<Self>) -> std::io::Result<()> {
+        for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
+            match saved {
+                Ok(saved) => self.find_fork(&id, saved),
+                Err(error) => warn!(fork = id, %error, "fork lost: its state cannot be read"),
+            }
+        }
+        Ok(())
+    }
+
+    fn find_fork(self: &Arc<Self>, id: &str, saved: SavedFork) {
+        let vmm = match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
+            Ok(vmm) => vmm.flatten().map(Arc::new),
+            Err(error) => {
+                error!(
+                    fork = id,
+                    error = chain(&error),
+                    "its VMM may live, and cannot be found"
+                );
+                None
+            }
+        };
+        let gone = saved.vmm.is_some() && vmm.is_none();
+        match saved.backend {
+            // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever.
+            Backend::Uffd | Backend::Auto => {
+                if let Some(vmm) = vmm {
+                    let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
+                    error!(
+                        fork = id,
+                        pid = vmm.pid(),
+                        killed,
+                        "the daemon that served this VMM has died, and it would hang for ever"
+                    );
+                }
+                self.forget_saved(id);
+            }
+            Backend::File if gone || matches!(saved.place, Some(Place::Planned(_))) => {
+                info!(fork = id, state = %ForkState::Exited, "ended");
+                if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
+                    warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+                }
+                self.forget_saved(id);
+            }
+            Backend::File => {
+                let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
+                    warn!(fork = id, template = saved.template, "fork lost: its template is");
+                    return;
+                };
+                info!(fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+                let placement = match saved.place {
+                    Some(Place::Done(placement)) => Some(placement),
+                    _ => None,
+                };
+                let fork = Arc::new(Fork {
+                    id,
+                    template,
+                    reason: saved.reason,
+                    mem_backend: saved.mem_backend,
+                    kind: ForkKind::File(FileFork::new(placement, vmm)),
+                });
+                self.state()
+                    .forks
+                    .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
+                self.start(&fork);
+            }
+        }
+    }
+
+    fn forget_saved(&self, id: &str) {
+        if let Err(error) = self.run_dir.forget(Kind::Fork, id) {
+            warn!(fork = id, %error, "cannot forget its state in the run dir");
+        }
+    }
+
+    /// Deletes sockets that a daemon has left behind which was killed.
+    fn clear_sockets(&self) {
+        let forks = self.run_dir.path().join("forks");
+        for entry in std::fs::read_dir(forks).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                // One that stays is replaced when its fork is made again.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+fn remove_place(template: &str, place: Option<&Place>) {
+    if let Some(Err(error)) = place.map(Place::remove) {
+        warn!(
+            template,
+            error = chain(&error),
+            "its memory file cannot be taken away from the run dir"
+        );
+    }
+}

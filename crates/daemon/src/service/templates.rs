@@ -1,0 +1,313 @@
+//! Templates: added and removed.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pagecast::PageSize;
+use pagecast::server::chain;
+use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
+use pagecast_client::{AddTemplate, ApiError, ErrorCode};
+use tracing::{info, warn};
+
+use super::{Entry, Service, internal, refuse};
+use crate::placement::{Placement, Plan};
+use crate::protection::Applied;
+use crate::run_dir::Kind;
+use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName};
+
+impl Service {
+    /// Adds a template; `true` beside it where it is new, `false` where the same was there.
+    pub(crate) fn add_template(
+        self: &Arc<Self>,
+        name: &str,
+        add: AddTemplate,
+    ) -> Result<(Arc<Template>, bool), ApiError> {
+        self.check_open()?;
+        let name: TemplateName = name
+            .parse()
+            .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("name: {error}")))?;
+        let spec = self.spec(add)?;
+        {
+            let mut state = self.state();
+            if let Some(there) = state.templates.get(&name) {
+                return same(there, &spec).map(|there| (there, false));
+            }
+            if !state.busy.insert(name.clone()) {
+                return Err(refuse(
+                    ErrorCode::TemplateExists,
+                    format_args!("a template named {name} is just being added or removed"),
+                ));
+            }
+        }
+        let opened = self.open_template(name.clone(), spec);
+        let mut state = self.state();
+        state.busy.remove(&name);
+        let template = Arc::new(opened?);
+        state.templates.insert(name, Arc::clone(&template));
+        drop(state);
+        info!(
+            template = %template.name,
+            mem_path = %template.spec.mem_path.display(),
+            size_bytes = template.file.len().get(),
+            guard = ?template.guard(),
+            placed = ?template.placement.as_ref().map(Placement::how),
+            "template added"
+        );
+        // Goes on by itself.
+        template.pages.find_zeros(Instant::now());
+        Ok((template, true))
+    }
+
+    /// Checks what was asked for.
+    fn spec(&self, add: AddTemplate) -> Result<Spec, ApiError> {
+        absolute("mem_path", &add.mem_path)?;
+        let page_size = add.page_size.unwrap_or(PageSize::SMALLEST);
+        check_page_size(page_size)?;
+        if let Some(path) = &add.vmstate_path {
+            absolute("vmstate_path", path)?;
+            match std::fs::metadata(path) {
+                Ok(metadata) if metadata.is_file() => {}
+                Ok(_) => {
+                    return Err(refuse(
+                        ErrorCode::TemplateInvalid,
+                        format_args!("vmstate_path: {} is not a file", path.display()),
+                    ));
+                }
+                Err(error) => {
+                    return Err(refuse(
+                        ErrorCode::TemplateInvalid,
+                        format_args!("vmstate_path: cannot look at {}: {error}", path.display()),
+                    ));
+                }
+            }
+        }
+        Ok(Spec {
+            mem_path: add.mem_path,
+            vmstate_path: add.vmstate_path,
+            page_size,
+            protect: add.protect.unwrap_or(self.config.protect),
+        })
+    }
+
+    /// Opens a template, guards it and puts its file where forks find it; undoes all of that where a part fails.
+    fn open_template(self: &Arc<Self>, name: TemplateName, spec: Spec) -> Result<Template, ApiError> {
+        let file = Arc::new(MemFile::open(&spec.mem_path).map_err(|error| invalid(&error))?);
+        if !spec.page_size().is_aligned(file.len().get()) {
+            return Err(refuse(
+                ErrorCode::TemplateInvalid,
+                format_args!(
+                    "mem_path: {} has {} bytes, which is no multiple of the page size of {} bytes",
+                    spec.mem_path.display(),
+                    file.len(),
+                    spec.page_size
+                ),
+            ));
+        }
+        let lease = self.lease(&name, &file)?;
+        let protection = Applied::plan(file.as_fd(), spec.protect)
+            .map_err(|error| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {}", chain(&error))))?;
+        let placement = self.place_template(&name, &spec, &file, protection)?;
+        let template = Template::new(name, spec, file, protection, placement, lease);
+        // After the link was made, which the immutable flag refuses.
+        if let Err(error) = protection.enforce(template.file.as_fd()) {
+            undo(&template);
+            self.forget_template(&template.name);
+            return Err(refuse(
+                ErrorCode::TemplateInvalid,
+                format_args!("protect: {}", chain(&error)),
+            ));
+        }
+        Ok(template)
+    }
+
+    /// The lease that guards a template, where its file system has leases and we may have one.
+    pub(super) fn lease(self: &Arc<Self>, name: &TemplateName, file: &Arc<MemFile>) -> Result<Option<Lease>, ApiError> {
+        let service = Arc::downgrade(self);
+        let broken = name.clone();
+        let on_break = move || {
+            if let Some(service) = service.upgrade() {
+                service.lease_broken(broken.clone());
+            }
+        };
+        match file.lease(on_break) {
+            Ok(lease) => Ok(Some(lease)),
+            Err(error @ (LeaseError::OpenForWriting | LeaseError::Changed(_))) => Err(refuse(
+                ErrorCode::TemplateInvalid,
+                format_args!("mem_path: {}", chain(&error)),
+            )),
+            Err(error) => {
+                warn!(template = %name, error = chain(&error), "no lease: a change will only be noticed once it has happened");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Puts the memory file where nobody can exchange it for another, so that every fork with `file` opens this inode.
+    /// What is about to be done is kept in the run dir first.
+    pub(super) fn place_template(
+        &self,
+        name: &TemplateName,
+        spec: &Spec,
+        file: &MemFile,
+        protection: Applied,
+    ) -> Result<Option<Placement>, ApiError> {
+        let mut saved = SavedTemplate {
+            spec: spec.clone(),
+            identity: *file.identity(),
+            protection,
+            place: None,
+        };
+        let save = |saved: &SavedTemplate| {
+            let kept = self.run_dir.save(Kind::Template, name.as_str(), saved);
+            kept.map_err(|error| internal("keep the template in the run dir", &error))
+        };
+        let placed = Plan::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
+            saved.place = Some(Place::Planned(plan.clone()));
+            save(&saved).map(|()| plan.carry_out(file.as_fd()))
+        });
+        let placement = match placed {
+            Ok(Err(error)) => return Err(error),
+            Ok(Ok(Ok(placement))) => Some(placement),
+            Ok(Ok(Err(error))) | Err(error) => {
+                warn!(
+                    template = %name,
+                    error = chain(&error),
+                    "forks with `file` get the template's own path, which may come to lead elsewhere"
+                );
+                None
+            }
+        };
+        saved.place = placement.clone().map(Place::Done);
+        if let Err(error) = save(&saved) {
+            if let Some(placement) = &placement {
+                take_away(name, placement);
+            }
+            return Err(error);
+        }
+        Ok(placement)
+    }
+
+    fn forget_template(&self, name: &TemplateName) {
+        if let Err(error) = self.run_dir.forget(Kind::Template, name.as_str()) {
+            warn!(template = %name, %error, "cannot be forgotten in the run dir");
+        }
+    }
+
+    /// Removes a template that no fork uses, and undoes what was done to its file.
+    pub(crate) fn remove_template(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        let template = self.template(name)?;
+        self.find_vmms();
+        {
+            let mut state = self.state();
+            let users: Vec<String> = state
+                .forks
+                .iter()
+                .filter(|(_, entry)| *entry.template() == template.name && uses_template(entry))
+                .map(|(id, _)| id.to_string())
+                .collect();
+            if !users.is_empty() {
+                return Err(refuse(
+                    ErrorCode::TemplateInUse,
+                    format_args!(
+                        "forks of {name} wait or live: {}; end them and delete those forks first",
+                        abridged(&users)
+                    ),
+                ));
+            }
+            if state.templates.remove(&template.name).is_none() {
+                return Err(refuse(
+                    ErrorCode::TemplateNotFound,
+                    format_args!("no template is named {name:?}"),
+                ));
+            }
+            state.busy.insert(template.name.clone());
+        }
+        undo(&template);
+        self.forget_template(&template.name);
+        self.state().busy.remove(&template.name);
+        info!(template = name, "template removed");
+        Ok(())
+    }
+}
+
+/// Whether this fork would miss its template.
+fn uses_template(entry: &Entry) -> bool {
+    match entry {
+        Entry::Making(_) => true,
+        Entry::Made(fork) => !fork.state().is_end(),
+    }
+}
+
+/// Undoes what was done to the file of a template.
+fn undo(template: &Template) {
+    // The immutable flag first: it refuses to let the link go.
+    if let Err(error) = template.protection.undo(template.file.as_fd()) {
+        warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
+    }
+    if let Some(placement) = &template.placement {
+        take_away(&template.name, placement);
+    }
+    template.release_lease();
+}
+
+fn take_away(name: &TemplateName, placement: &Placement) {
+    if let Err(error) = placement.remove() {
+        warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
+    }
+}
+
+/// The template that is there, where it is the one that was asked for.
+fn same(there: &Arc<Template>, wanted: &Spec) -> Result<Arc<Template>, ApiError> {
+    if there.spec != *wanted {
+        return Err(refuse(
+            ErrorCode::TemplateExists,
+            format_args!(
+                "a template named {} exists, and is another ({}): remove it first, or choose another name",
+                there.name,
+                there.spec.mem_path.display()
+            ),
+        ));
+    }
+    there.check().map_err(|how| {
+        refuse(
+            ErrorCode::TemplateChanged,
+            format_args!("template {} has changed: {how}; remove it and add it again", there.name),
+        )
+    })?;
+    Ok(Arc::clone(there))
+}
+
+fn invalid(error: &OpenError) -> ApiError {
+    refuse(ErrorCode::TemplateInvalid, format_args!("mem_path: {}", chain(error)))
+}
+
+fn absolute(field: &str, path: &Path) -> Result<(), ApiError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(refuse(
+        ErrorCode::InvalidField,
+        format_args!("{field}: {:?} is not an absolute path", path.display().to_string()),
+    ))
+}
+
+pub(super) fn check_page_size(bytes: u64) -> Result<PageSize, ApiError> {
+    PageSize::from_bytes(bytes).ok_or_else(|| {
+        refuse(
+            ErrorCode::InvalidField,
+            format_args!("page_size: {bytes} is neither 4096 nor 2097152"),
+        )
+    })
+}
+
+/// A few names, and how many more there are.
+fn abridged(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.get(..SHOWN.min(names.len())).unwrap_or_default().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}

@@ -1,0 +1,196 @@
+//! A template that has been added.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use pagecast::PageSize;
+use pagecast::server::ForkId;
+use pagecast::template::{Identity, MemFile, PageSource, SourceError};
+use pagecast_client::template::{Guard, Protection};
+use serde::{Deserialize, Serialize};
+
+use crate::placement::{PlaceError, Placement, Plan, Removal};
+use crate::protection::Applied;
+
+/// The name of a template: `[a-z0-9][a-z0-9._-]{0,63}`, as the ids of forks are.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct TemplateName(ForkId);
+
+impl TemplateName {
+    pub(crate) fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl FromStr for TemplateName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        name.parse().map(Self).map_err(|_| {
+            format!(
+                "{name:?} is no name of a template: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+            )
+        })
+    }
+}
+
+impl fmt::Display for TemplateName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// What was asked for when it was added, and is asked for again to get the same one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Spec {
+    pub(crate) mem_path: PathBuf,
+    pub(crate) vmstate_path: Option<PathBuf>,
+    /// In bytes.
+    pub(crate) page_size: u64,
+    pub(crate) protect: Protection,
+}
+
+impl Spec {
+    pub(crate) fn page_size(&self) -> PageSize {
+        // Checked where it came in.
+        PageSize::from_bytes(self.page_size).unwrap_or(PageSize::Small)
+    }
+}
+
+/// A template, from adding to removing.
+pub(crate) struct Template {
+    pub(crate) name: TemplateName,
+    pub(crate) spec: Spec,
+    pub(crate) file: Arc<MemFile>,
+    /// The same file, as the page server knows it.
+    pub(crate) pages: pagecast::Template,
+    /// How the memory file was protected, to be undone.
+    pub(crate) protection: Applied,
+    /// Where forks with `file` find the memory file; its own path where it could not be placed anywhere else.
+    pub(crate) placement: Option<Placement>,
+    lease: Mutex<Option<pagecast::template::Lease>>,
+    changed: OnceLock<String>,
+    /// Forks of it are being ended.
+    withdrawn: AtomicBool,
+}
+
+impl Template {
+    pub(crate) fn new(
+        name: TemplateName,
+        spec: Spec,
+        file: Arc<MemFile>,
+        protection: Applied,
+        placement: Option<Placement>,
+        lease: Option<pagecast::template::Lease>,
+    ) -> Self {
+        Self {
+            name,
+            spec,
+            pages: pagecast::Template::from_source(Arc::clone(&file)),
+            file,
+            protection,
+            placement,
+            lease: Mutex::new(lease),
+            changed: OnceLock::new(),
+            withdrawn: AtomicBool::new(false),
+        }
+    }
+
+    /// Makes sure that it can be forked: the file that is held, and the path it came from, are what they were.
+    ///
+    /// # Errors
+    ///
+    /// In what it has changed. Once changed, always changed.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if let Some(how) = self.changed() {
+            return Err(how.to_owned());
+        }
+        self.file
+            .check_unchanged()
+            .and_then(|()| self.file.check_path())
+            .map_err(|error| {
+                let how = match error {
+                    SourceError::Changed { how } => how,
+                    other => pagecast::server::chain(&other),
+                };
+                self.changed.get_or_init(|| how).clone()
+            })
+    }
+
+    /// In what it has changed, as far as was noticed.
+    pub(crate) fn changed(&self) -> Option<&str> {
+        self.changed.get().map(String::as_str)
+    }
+
+    /// From now on it cannot be forked. `false` where that was known already.
+    pub(crate) fn set_changed(&self, how: String) -> bool {
+        self.changed.set(how).is_ok()
+    }
+
+    /// Whether its forks are ended, or being ended.
+    pub(crate) fn is_withdrawn(&self) -> bool {
+        self.withdrawn.load(Ordering::SeqCst)
+    }
+
+    /// Takes it upon the caller to end its forks; `false` where somebody else has.
+    pub(crate) fn set_withdrawn(&self) -> bool {
+        !self.withdrawn.swap(true, Ordering::SeqCst)
+    }
+
+    /// Lets whoever waits to write the file go on.
+    pub(crate) fn release_lease(&self) {
+        drop(self.lease.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// How changes are noticed.
+    pub(crate) fn guard(&self) -> Guard {
+        match *self.lease.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(_) => Guard::Lease,
+            None => Guard::Watch,
+        }
+    }
+
+    /// Where forks with `file` find the memory file.
+    pub(crate) fn path_for_forks(&self) -> PathBuf {
+        self.placement
+            .as_ref()
+            .map_or_else(|| self.spec.mem_path.clone(), |placement| placement.path().to_owned())
+    }
+
+    /// The name of its file system, where its pages come from elsewhere.
+    pub(crate) fn remote(&self) -> Option<&'static str> {
+        crate::backend::remote_filesystem(self.file.as_fd())
+    }
+}
+
+/// What is kept of a template in the run dir, to be found again after a restart. Kept before anything is done to the
+/// memory file, so that it can be undone whatever happens in the middle.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SavedTemplate {
+    pub(crate) spec: Spec,
+    pub(crate) identity: Identity,
+    pub(crate) protection: Applied,
+    pub(crate) place: Option<Place>,
+}
+
+/// Where a memory file was put, or was about to be.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Place {
+    Planned(Plan),
+    Done(Placement),
+}
+
+impl Place {
+    /// Takes away whatever is there of it.
+    pub(crate) fn remove(&self) -> Result<Removal, PlaceError> {
+        match self {
+            Self::Planned(plan) => plan.undo(),
+            Self::Done(placement) => placement.remove(),
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! A VMM that is known by its pid, and which processes map a file.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pagecast_client::fork::ForkMemory;
+use pagecast_uffd::PidFd;
+use procfs::ProcError;
+use procfs::process::{MMapPath, MemoryMap, Process, StatFlags};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use serde::{Deserialize, Serialize};
+
+use crate::inode::InodeId;
+use crate::process_memory;
+
+/// A process cannot be taken for a VMM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum VmmError {
+    /// No process has this pid, or it has exited.
+    #[error("there is no process {pid}, or it has exited")]
+    NoProcess {
+        /// The pid.
+        pid: i32,
+    },
+    /// It is the pid of pagecast, of the init process, a thread or the kernel.
+    #[error("the pid {pid} is not a VMM but {what}")]
+    NoVmm {
+        /// The pid.
+        pid: i32,
+        /// What it is.
+        what: &'static str,
+    },
+    /// We may not kill it, so we could not keep it from reading wrong bytes.
+    #[error(
+        "the process {pid} belongs to somebody else, and pagecast must be able to kill the VMM of a template that changes; \
+         run pagecast as the user of the VMM, or with CAP_KILL"
+    )]
+    NotOurs {
+        /// The pid.
+        pid: i32,
+    },
+    /// Anything else.
+    #[error("failed to look at the process {pid}: {source}")]
+    Io {
+        /// The pid.
+        pid: i32,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What tells a process from all others that have had its pid: to be persisted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    /// Its pid.
+    pub(crate) pid: i32,
+    /// When it was started, in clock ticks since the host was.
+    pub(crate) start_time: u64,
+    /// Which start of the host that is (`/proc/sys/kernel/random/boot_id`).
+    pub(crate) boot_id: String,
+}
+
+/// A VMM that is known by its pid. Holds two file descriptors, so that it is never another process.
+#[derive(Debug)]
+pub(crate) struct VmmProcess {
+    pidfd: PidFd,
+    process: Process,
+    start_time: u64,
+}
+
+impl VmmProcess {
+    /// The process that has this pid now.
+    ///
+    /// # Errors
+    ///
+    /// [`VmmError`]: there is none, it cannot be a VMM, or is not ours to kill.
+    pub(crate) fn open(pid: i32) -> Result<Self, VmmError> {
+        let no_vmm = |what| VmmError::NoVmm { pid, what };
+        if u32::try_from(pid).is_ok_and(|pid| pid == std::process::id()) {
+            return Err(no_vmm("pagecast itself"));
+        }
+        if pid == 1 {
+            return Err(no_vmm("the init process"));
+        }
+        let (process, flags) = Self::look(pid)?;
+        if flags & StatFlags::PF_KTHREAD.bits() != 0 {
+            return Err(no_vmm("a thread of the kernel"));
+        }
+        process.check_may_kill()?;
+        Ok(process)
+    }
+
+    /// The process that was saved; `None` where it has exited.
+    ///
+    /// # Errors
+    ///
+    /// It lives, or may do so, but cannot be looked at or is not ours to kill.
+    pub(crate) fn find(saved: &Saved) -> Result<Option<Self>, VmmError> {
+        let pid = saved.pid;
+        // Start times of another start of the host say nothing, and none of its processes is alive.
+        if boot_id().map_err(|source| VmmError::Io { pid, source })? != saved.boot_id {
+            return Ok(None);
+        }
+        match Self::look(pid) {
+            Ok((process, _)) if process.start_time == saved.start_time => {
+                process.check_may_kill()?;
+                Ok(Some(process))
+            }
+            // Its pid is another process's by now, a thread's, or nobody's.
+            Ok(_) | Err(VmmError::NoProcess { .. } | VmmError::NoVmm { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Any process, and its flags as the kernel has them.
+    fn look(pid: i32) -> Result<(Self, u32), VmmError> {
+        let gone = VmmError::NoProcess { pid };
+        if pid <= 0 {
+            return Err(gone);
+        }
+        let pidfd = match PidFd::open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(errno) => {
+                return Err(match Errno::from_raw_os_error(errno.get()) {
+                    Errno::SRCH => gone,
+                    // Which of them Linux says depends on its version.
+                    Errno::INVAL | Errno::NOENT => VmmError::NoVmm { pid, what: "a thread" },
+                    errno => VmmError::Io {
+                        pid,
+                        source: errno.into(),
+                    },
+                });
+            }
+        };
+        let looked = Process::new(pid).and_then(|process| Ok((process.stat()?, process)));
+        // It has not exited after it was looked at, so it was this one that was looked at.
+        if pidfd.has_exited() {
+            return Err(gone);
+        }
+        let (stat, process) = looked.map_err(|error| match error {
+            // It lives, so it is hidden (`hidepid`).
+            ProcError::NotFound(_) => VmmError::NotOurs { pid },
+            error => VmmError::Io {
+                pid,
+                source: io_error(error),
+            },
+        })?;
+        let looked = Self {
+            pidfd,
+            process,
+            start_time: stat.starttime,
+        };
+        // Not `Stat::flags`, which fails for flags that it does not know.
+        Ok((looked, stat.flags))
+    }
+
+    fn check_may_kill(&self) -> Result<(), VmmError> {
+        let pid = self.pid();
+        self.pidfd
+            .may_kill()
+            .map_err(|errno| match Errno::from_raw_os_error(errno.get()) {
+                Errno::PERM => VmmError::NotOurs { pid },
+                errno => VmmError::Io {
+                    pid,
+                    source: errno.into(),
+                },
+            })
+    }
+
+    /// What to persist of it.
+    ///
+    /// # Errors
+    ///
+    /// The host does not say which of its starts this is.
+    pub(crate) fn saved(&self) -> io::Result<Saved> {
+        Ok(Saved {
+            pid: self.pid(),
+            start_time: self.start_time,
+            boot_id: boot_id()?,
+        })
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// Sends SIGKILL. No error where it has died already.
+    ///
+    /// # Errors
+    ///
+    /// It is no longer ours to kill.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        self.pidfd
+            .kill()
+            .map_err(|errno| io::Error::from_raw_os_error(errno.get()))
+    }
+
+    /// Waits until it has exited, but no longer than `patience`; whether it has.
+    pub(crate) fn wait_exited(&self, patience: Duration) -> bool {
+        // Far beyond the patience of anybody.
+        let patience = Timespec::try_from(patience).unwrap_or_default();
+        let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut poll, Some(&patience)), Ok(ready) if ready > 0)
+    }
+
+    /// What its memory costs now; `None` where it has exited, or is not ours to look at.
+    pub(crate) fn memory(&self) -> Option<ForkMemory> {
+        process_memory::of_process(&self.process)
+    }
+
+    /// By which paths it has opened this file that it maps; empty where it does not. Where it runs in another mount
+    /// namespace, as in Firecracker's jailer, a path starts at the root of that. It ends in ` (deleted)` where it is gone.
+    ///
+    /// # Errors
+    ///
+    /// It has exited, or is not ours to look at.
+    pub(crate) fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
+        Ok(paths(mapped(&self.process, file)?))
+    }
+}
+
+impl AsFd for VmmProcess {
+    /// Readable once it has exited.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl AsRawFd for VmmProcess {
+    /// The same, for who waits by number, such as `tokio::io::unix::AsyncFd`.
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+/// A process that maps a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Holder {
+    /// Its pid.
+    pub(crate) pid: i32,
+    /// By which paths it has opened the file; see [`VmmProcess::mapped_paths`].
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+/// All processes of this host that map this file, as far as they are ours to look at. Reads `maps` of each process, which
+/// takes some 0.2 ms for one with a hundred mappings.
+///
+/// # Errors
+///
+/// There is no `/proc`.
+pub(crate) fn holders(file: InodeId) -> io::Result<Vec<Holder>> {
+    let mut holders = Vec::new();
+    for process in procfs::process::all_processes().map_err(io_error)? {
+        // Whoever exits meanwhile maps nothing any more.
+        let Ok(process) = process else { continue };
+        match mapped(&process, file) {
+            Ok(maps) if !maps.is_empty() => holders.push(Holder {
+                pid: process.pid(),
+                paths: paths(maps),
+            }),
+            _ => {}
+        }
+    }
+    Ok(holders)
+}
+
+/// The mappings of this file in a process.
+fn mapped(process: &Process, file: InodeId) -> io::Result<Vec<MemoryMap>> {
+    let maps = process.maps().map_err(io_error)?;
+    let mut found = Vec::new();
+    let mut unknown = None;
+    for map in maps {
+        match is_of(process, &map, file) {
+            Ok(true) => found.push(map),
+            Ok(false) => {}
+            Err(error) => unknown = Some(error),
+        }
+    }
+    match unknown {
+        Some(error) if found.is_empty() => Err(error),
+        _ => Ok(found),
+    }
+}
+
+/// Whether a mapping is one of this file.
+///
+/// # Errors
+///
+/// It may be, but to find out takes `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`.
+fn is_of(process: &Process, map: &MemoryMap, file: InodeId) -> io::Result<bool> {
+    if map.inode != file.inode {
+        return Ok(false);
+    }
+    let (major, minor) = map.dev;
+    let device = rustix::fs::makedev(major.cast_unsigned(), minor.cast_unsigned());
+    // Btrfs and overlays show another device in `maps` than `fstat(2)` does. Neither is that of a disk.
+    let may_differ = major == 0 && rustix::fs::major(file.device) == 0;
+    if device == file.device || !may_differ {
+        return Ok(device == file.device);
+    }
+    // So the mapped file itself has to be asked.
+    let (start, end) = map.address;
+    let path = format!("/proc/{}/map_files/{start:x}-{end:x}", process.pid());
+    match rustix::fs::stat(path) {
+        Ok(of_map) => Ok(InodeId::of_stat(&of_map) == file),
+        // Unmapped meanwhile.
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn paths(maps: Vec<MemoryMap>) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = maps
+        .into_iter()
+        .filter_map(|map| match map.pathname {
+            MMapPath::Path(path) => Some(path),
+            _ => None,
+        })
+        .collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+fn boot_id() -> io::Result<String> {
+    let id = procfs::sys::kernel::random::boot_id().map_err(io_error)?;
+    Ok(id.trim().to_owned())
+}
+
+fn io_error(error: ProcError) -> io::Error {
+    match error {
+        ProcError::PermissionDenied(_) => io::ErrorKind::PermissionDenied.into(),
+        ProcError::NotFound(_) => io::ErrorKind::NotFound.into(),
+        ProcError::Io(error, _) => error,
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

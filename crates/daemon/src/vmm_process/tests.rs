@@ -1,0 +1,266 @@
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+
+use pagecast_testkit::skip::skip;
+use rustix::event::{PollFd, PollFlags};
+use rustix::thread::CapabilitySet;
+
+use super::*;
+
+fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
+    Ok(!process.mapped_paths(file)?.is_empty())
+}
+use crate::mapper::Mapper;
+use crate::placement::{How, Plan};
+
+/// A mount that goes away with the test.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+fn template(folder: &Path) -> PathBuf {
+    let path = folder.join("mem");
+    std::fs::write(&path, [7; 8192]).unwrap();
+    path
+}
+
+fn id_of(path: &Path) -> InodeId {
+    InodeId::of(File::open(path).unwrap()).unwrap()
+}
+
+fn await_exit(process: &VmmProcess) {
+    rustix::event::poll(&mut [PollFd::new(process, PollFlags::IN)], None).unwrap();
+}
+
+fn has(capability: CapabilitySet) -> bool {
+    let capabilities = rustix::thread::capabilities(None).unwrap();
+    capabilities.effective.contains(capability)
+}
+
+#[test]
+fn a_process_is_known_until_it_has_exited() {
+    let mapper = Mapper::start("turn()", &[]);
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    assert_eq!(process.pid(), mapper.pid());
+    assert!(!process.wait_exited(Duration::ZERO));
+    assert!(process.memory().is_some_and(|memory| memory.rss > 0));
+    process.kill().unwrap();
+    await_exit(&process);
+    assert!(process.wait_exited(Duration::ZERO));
+    assert_eq!(process.memory(), None);
+    process.kill().unwrap();
+    // A zombie cannot be a VMM any more.
+    assert!(matches!(
+        VmmProcess::open(mapper.pid()),
+        Err(VmmError::NoProcess { .. })
+    ));
+}
+
+#[test]
+fn a_saved_process_is_found_again_until_it_has_exited() {
+    let mut mapper = Mapper::start("turn()", &[]);
+    let saved = VmmProcess::open(mapper.pid()).unwrap().saved().unwrap();
+    let saved: Saved = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+    let found = VmmProcess::find(&saved).unwrap().unwrap();
+    assert_eq!(found.saved().unwrap(), saved);
+
+    let earlier = Saved {
+        start_time: saved.start_time - 1,
+        ..saved.clone()
+    };
+    assert!(VmmProcess::find(&earlier).unwrap().is_none(), "another with its pid");
+    let before = Saved {
+        boot_id: "00000000-0000-0000-0000-000000000000".to_owned(),
+        ..saved.clone()
+    };
+    assert!(VmmProcess::find(&before).unwrap().is_none(), "before the host started");
+
+    mapper.kill();
+    await_exit(&found);
+    assert!(VmmProcess::find(&saved).unwrap().is_none(), "a zombie");
+    mapper.reap();
+    assert!(VmmProcess::find(&saved).unwrap().is_none(), "nobody");
+}
+
+#[test]
+fn a_pid_that_others_have_by_now_is_no_error() {
+    let boot_id = boot_id().unwrap();
+    // Ourselves, init, a thread of ours, impossible ones.
+    let thread = std::thread::spawn(|| rustix::thread::gettid().as_raw_nonzero().get());
+    let thread = thread.join().unwrap();
+    let own = i32::try_from(std::process::id()).unwrap();
+    for pid in [own, 1, thread, 0, -1, i32::MIN, i32::MAX] {
+        let saved = Saved {
+            pid,
+            start_time: u64::MAX,
+            boot_id: boot_id.clone(),
+        };
+        assert!(VmmProcess::find(&saved).unwrap().is_none(), "{pid}");
+    }
+}
+
+#[test]
+fn what_cannot_be_a_vmm_is_refused() {
+    let refused = |pid: i32, why: &str| {
+        let error = VmmProcess::open(pid).unwrap_err().to_string();
+        assert!(error.contains(why), "{pid}: {error}");
+    };
+    refused(i32::try_from(std::process::id()).unwrap(), "pagecast itself");
+    refused(1, "the init process");
+    for pid in [0, -1, i32::MIN, i32::MAX] {
+        refused(pid, "there is no process");
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+        let _ = ended.recv();
+    });
+    refused(told.recv().unwrap(), "a thread");
+    drop(end);
+    thread.join().unwrap();
+
+    let kthreadd = Process::new(2).and_then(|process| process.stat());
+    if kthreadd.is_ok_and(|stat| stat.comm == "kthreadd") {
+        refused(2, "a thread of the kernel");
+    } else {
+        skip("the threads of the kernel are not visible in this pid namespace");
+    }
+}
+
+#[test]
+fn a_process_that_we_may_not_kill_is_refused() {
+    if !has(CapabilitySet::SETUID) || !has(CapabilitySet::KILL) {
+        skip("needs root to start a process as somebody else");
+        return;
+    }
+    let mut child = std::process::Command::new("sleep")
+        .arg("600")
+        .uid(65534)
+        .spawn()
+        .unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let saved = VmmProcess::open(pid).unwrap().saved().unwrap();
+    let mut sets = rustix::thread::capabilities(None).unwrap();
+    sets.effective.remove(CapabilitySet::KILL);
+    rustix::thread::set_capabilities(None, sets).unwrap();
+
+    let opened = VmmProcess::open(pid);
+    let found = VmmProcess::find(&saved);
+    sets.effective.insert(CapabilitySet::KILL);
+    rustix::thread::set_capabilities(None, sets).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    assert!(matches!(opened, Err(VmmError::NotOurs { .. })), "{opened:?}");
+    // It lives: this is not the same as being gone.
+    assert!(matches!(found, Err(VmmError::NotOurs { .. })), "{found:?}");
+}
+
+#[test]
+fn a_process_maps_a_file_or_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = template(dir.path());
+    let script = "turn()\nmemory = map(sys.argv[1])\nturn()\nmemory.close()\nturn()";
+    let mut mapper = Mapper::start(script, &[path.to_str().unwrap()]);
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    assert!(!maps_file(&process, id_of(&path)).unwrap());
+    mapper.next();
+    assert!(maps_file(&process, id_of(&path)).unwrap());
+    assert_eq!(process.mapped_paths(id_of(&path)).unwrap(), std::slice::from_ref(&path));
+
+    // It is the inode that counts, not what the path leads to by now.
+    let template = id_of(&path);
+    std::fs::copy(&path, dir.path().join("copy")).unwrap();
+    std::fs::rename(dir.path().join("copy"), &path).unwrap();
+    assert!(maps_file(&process, template).unwrap());
+    assert!(!maps_file(&process, id_of(&path)).unwrap());
+
+    mapper.next();
+    assert!(!maps_file(&process, template).unwrap());
+    mapper.reap();
+    assert!(!maps_file(&process, template).is_ok_and(|maps| maps), "an error, or no");
+}
+
+#[test]
+fn the_paths_tell_which_placement_a_process_has_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = template(dir.path());
+    let file = File::open(&path).unwrap();
+    let place = |at: &Path| Plan::new(file.as_fd(), at).unwrap().carry_out(file.as_fd()).unwrap();
+    let mut placements = vec![place(&dir.path().join("a link"))];
+    if has(CapabilitySet::SYS_ADMIN) {
+        placements.push(place(&elsewhere.path().join("mount")));
+    } else {
+        skip("needs CAP_SYS_ADMIN to mount");
+    }
+    let plain = Mapper::of_file(&path);
+    let mut expected = vec![(plain.pid(), path.clone())];
+    let mut mappers = vec![plain];
+    for placement in &placements {
+        let mapper = Mapper::of_file(placement.path());
+        expected.push((mapper.pid(), placement.path().to_owned()));
+        mappers.push(mapper);
+    }
+
+    let mut holders = holders(id_of(&path)).unwrap();
+    holders.sort_by_key(|holder| holder.pid);
+    expected.sort();
+    let found: Vec<_> = holders
+        .iter()
+        .map(|holder| (holder.pid, holder.paths[0].clone()))
+        .collect();
+    assert_eq!(found, expected);
+
+    for placement in &placements {
+        let _ = placement.remove().unwrap();
+    }
+    // They still map it.
+    assert_eq!(super::holders(id_of(&path)).unwrap().len(), mappers.len());
+    assert!(placements.iter().any(|placement| placement.how() == How::HardLink));
+}
+
+#[test]
+fn a_file_on_an_overlay_is_recognised() {
+    if !has(CapabilitySet::SYS_ADMIN) {
+        skip("needs CAP_SYS_ADMIN to mount");
+        return;
+    }
+    // Two file systems below: then an overlay shows another device and inode for what is on the lower one.
+    let upper = tempfile::tempdir_in("/dev/shm").unwrap();
+    let lower = tempfile::tempdir().unwrap();
+    let below = template(lower.path());
+    let (work, top, merged) = (
+        upper.path().join("work"),
+        upper.path().join("top"),
+        upper.path().join("merged"),
+    );
+    for folder in [&work, &top, &merged] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.path().display(),
+        top.display(),
+        work.display()
+    );
+    let options = std::ffi::CString::new(options).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    if let Err(errno) = rustix::mount::mount("overlay", &merged, "overlay", flags, options.as_c_str()) {
+        skip(&format!("cannot mount an overlay: {errno}"));
+        return;
+    }
+    let path = merged.join("mem");
+    let _mounted = Mounted(merged);
+    let mapper = Mapper::of_file(&path);
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    assert!(maps_file(&process, id_of(&path)).unwrap());
+    let maps_below = maps_file(&process, id_of(&below)).unwrap();
+    assert!(!maps_below, "an overlay's file is one of its own");
+}

@@ -1,0 +1,159 @@
+//! Holding writers off a mem-file for as long as forks read it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+
+use pagecast_uffd::{Errno, LeaseBreaks, lease};
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::io::Errno as E;
+
+use super::mem_file::MemFile;
+use super::source::{PageSource, SourceError};
+
+/// A lease on a [`MemFile`]: whoever opens the file for writing, or truncates it, waits until this is dropped.
+///
+/// The kernel holds them up, whatever path and process they come from, for `/proc/sys/fs/lease-break-time` seconds at most
+/// (45 as a rule); whoever opens with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
+/// should be dropped soon, and cannot be taken back before nobody writes any more. Readers are not held up, nor are renaming
+/// and removing, which change no bytes.
+///
+/// It costs nothing while nothing happens. The signal by which the kernel tells of a break goes to a thread of the lease's
+/// own, which blocks it; the process needs no handler, and its other threads are not interrupted.
+#[derive(Debug)]
+pub struct Lease {
+    mem_file: Arc<MemFile>,
+    /// Readable once the thread is to end.
+    stop: Arc<OwnedFd>,
+}
+
+/// Why there is no lease. Writes to the mem-file are still noticed, by what they leave behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseError {
+    /// The mem-file has a lease.
+    #[error("the mem-file has a lease already")]
+    Held,
+    /// Somebody has it open for writing, or mapped so that it can be written.
+    #[error("somebody has the mem-file open for writing, or mapped shared and writable")]
+    OpenForWriting,
+    /// It belongs to another user.
+    #[error("the mem-file belongs to another user: take a lease as its owner, or with CAP_LEASE")]
+    NotPermitted,
+    /// Its file system has no leases.
+    #[error("the file system of the mem-file has no leases (network file systems, FUSE)")]
+    Unsupported,
+    /// It was written before the lease was there.
+    #[error(transparent)]
+    Changed(SourceError),
+    /// The operating system refused something that a lease needs.
+    #[error("cannot {what} for a lease on the mem-file")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl MemFile {
+    /// Takes a lease on the file, one at a time: until it is dropped or broken, nobody can write the file, and nobody has
+    /// since it was opened.
+    ///
+    /// When somebody wants to, and so breaks the lease, `on_break` is called once, on a thread of the lease's own. It should
+    /// see to it that the file is not read any more (such as by [`Server::withdraw`](crate::Server::withdraw)) and that the
+    /// lease is dropped then.
+    ///
+    /// # Errors
+    ///
+    /// [`LeaseError`].
+    pub fn lease(self: &Arc<Self>, on_break: impl FnOnce() + Send + 'static) -> Result<Lease, LeaseError> {
+        let system = |what| move |source| LeaseError::System { what, source };
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| system("make an eventfd")(errno.into()))?;
+        let stop = Arc::new(stop);
+        if self.leased.swap(true, Ordering::AcqRel) {
+            return Err(LeaseError::Held);
+        }
+        // Dropped, it also undoes what is there by then, whatever goes wrong.
+        let lease = Lease {
+            mem_file: Arc::clone(self),
+            stop: Arc::clone(&stop),
+        };
+        let (taken, wait) = mpsc::channel();
+        let mem_file = Arc::clone(self);
+        std::thread::Builder::new()
+            .name("pagecast-lease".to_owned())
+            .spawn(move || match take(&mem_file) {
+                Ok(breaks) => {
+                    // Whoever took it waits for this.
+                    let _ = taken.send(Ok(()));
+                    watch(&mem_file, &breaks, &stop, on_break);
+                }
+                Err(error) => drop(taken.send(Err(error))),
+            })
+            .map_err(system("start a thread"))?;
+        let died = |_| system("keep a thread")(std::io::Error::other("it died"));
+        wait.recv().map_err(died)??;
+        // Nobody can have written it since this.
+        self.check_unchanged().map_err(LeaseError::Changed)?;
+        Ok(lease)
+    }
+}
+
+impl Lease {
+    /// Whether somebody waits to write the file, or does so already because the lease was held for too long since.
+    pub fn is_broken(&self) -> bool {
+        !lease::is_held(self.mem_file.as_fd()).is_ok_and(|held| held)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // It may be gone: taken away, or never taken.
+        let _ = lease::release(self.mem_file.as_fd());
+        self.mem_file.leased.store(false, Ordering::Release);
+        // Fails only where the counter is full, which takes more drops than one.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    }
+}
+
+/// Takes the lease, for the calling thread to be told of its break.
+fn take(mem_file: &MemFile) -> Result<LeaseBreaks, LeaseError> {
+    let system = |what, errno: Errno| LeaseError::System {
+        what,
+        source: std::io::Error::from_raw_os_error(errno.get()),
+    };
+    let breaks = LeaseBreaks::on_this_thread().map_err(|errno| system("wait for signals", errno))?;
+    match breaks.take_read_lease(mem_file.as_fd()) {
+        Ok(()) => Ok(breaks),
+        Err(errno) => Err(match E::from_raw_os_error(errno.get()) {
+            E::AGAIN => LeaseError::OpenForWriting,
+            E::ACCESS | E::PERM => LeaseError::NotPermitted,
+            E::INVAL | E::OPNOTSUPP => LeaseError::Unsupported,
+            _ => system("ask the kernel", errno),
+        }),
+    }
+}
+
+/// Waits until the lease is broken or dropped.
+fn watch(mem_file: &MemFile, breaks: &LeaseBreaks, stop: &OwnedFd, on_break: impl FnOnce()) {
+    loop {
+        let mut polled = [PollFd::new(stop, PollFlags::IN), PollFd::new(breaks, PollFlags::IN)];
+        // Only EINTR is possible for file descriptors of our own.
+        let _ = rustix::event::poll(&mut polled, None);
+        let [stopped, broken] = polled.map(|fd| fd.revents().contains(PollFlags::IN));
+        if stopped {
+            return;
+        }
+        if broken {
+            breaks.clear();
+            // Anybody may send a SIGIO.
+            if !lease::is_held(mem_file.as_fd()).is_ok_and(|held| held) {
+                on_break();
+                return;
+            }
+        }
+    }
+}
