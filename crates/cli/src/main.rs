@@ -1,14 +1,22 @@
 //! The `pagecast` command.
 #![forbid(unsafe_code)]
 
+mod argument;
 mod completions;
+mod daemon;
 mod doctor;
+mod facts;
 mod fd_limit;
+mod firecracker;
+mod fork;
 mod handle;
 mod man;
 mod output;
 mod report;
+mod run;
 mod serve;
+mod status;
+mod template;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -30,6 +38,10 @@ enum Command {
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
+    Template(template::TemplateArgs),
+    Fork(fork::ForkArgs),
+    Status(status::Status),
+    Run(run::Run),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
@@ -39,16 +51,27 @@ const FAILED: u8 = 1;
 const KILLED: u8 = 3;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    if let Some(exec) = run::Exec::asked_for() {
+        return exit_code(exec.run());
+    }
+    exit_code(match Cli::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man(man) => man.run(),
-    };
+        Command::Template(template) => template.run(),
+        Command::Fork(fork) => fork.run(),
+        Command::Status(status) => status.run(),
+        Command::Run(run) => run.run(),
+    })
+}
+
+/// The exit code, after saying what went wrong.
+fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         // That nobody reads stderr is no reason to panic, as `eprintln` would.
         let _ = writeln!(std::io::stderr(), "pagecast: {error:#}");
-        ExitCode::from(FAILED)
+        ExitCode::from(daemon::exit_code(&error).unwrap_or(FAILED))
     })
 }

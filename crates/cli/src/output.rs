@@ -19,7 +19,6 @@ pub(crate) struct Output {
 
 /// A column of a table: its heading, and to which side its cells go.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(test), expect(dead_code, reason = "the commands that list things print tables"))]
 pub(crate) enum Column {
     /// Words, to the left.
     Text(&'static str),
@@ -42,7 +41,6 @@ impl Output {
     }
 
     /// A table with lines around its cells on a terminal, plain columns elsewhere. Ends with a line feed.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the commands that list things print tables"))]
     pub(crate) fn table(self, columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
         let mut table = Table::new();
         table.load_style(if self.terminal {

@@ -7,8 +7,15 @@ use crate::command::{output, text};
 
 /// The commands that `pagecast --help` lists.
 fn commands() -> Vec<String> {
-    let help = text(&output(&["--help"]).stdout);
-    let (_, list) = help.split_once("Commands:\n").unwrap();
+    commands_of(&[])
+}
+
+/// The commands of a command, as its help lists them; none where it has none.
+fn commands_of(command: &[&str]) -> Vec<String> {
+    let help = text(&output(&[command, &["--help"]].concat()).stdout);
+    let Some((_, list)) = help.split_once("Commands:\n") else {
+        return Vec::new();
+    };
     let (list, _) = list.split_once("\n\n").unwrap();
     let words = list.lines().filter_map(|line| line.split_whitespace().next());
     words.filter(|word| *word != "help").map(str::to_owned).collect()
@@ -70,8 +77,13 @@ fn every_command_has_a_manual_page() {
     let out = folder.path().join("share/man1");
     let written = output(&["man", "--out", out.to_str().unwrap()]);
     assert!(written.status.success(), "{written:?}");
-    let mut expected: Vec<String> = commands().iter().map(|name| format!("pagecast-{name}.1")).collect();
-    expected.push("pagecast.1".to_owned());
+    let commands = commands();
+    let mut expected = vec!["pagecast.1".to_owned()];
+    for name in &commands {
+        expected.push(format!("pagecast-{name}.1"));
+        let parts = commands_of(&[name.as_str()]);
+        expected.extend(parts.iter().map(|part| format!("pagecast-{name}-{part}.1")));
+    }
     expected.sort();
     let entries = fs::read_dir(&out).unwrap();
     let mut found: Vec<String> = entries
@@ -89,8 +101,8 @@ fn every_command_has_a_manual_page() {
     assert!(printed.status.success());
     let main = fs::read_to_string(out.join("pagecast.1")).unwrap();
     assert_eq!(text(&printed.stdout), main);
-    for page in expected.iter().filter(|page| *page != "pagecast.1") {
-        let name = page.trim_end_matches(".1").replace('-', "\\-");
+    for command in &commands {
+        let name = format!("pagecast\\-{command}");
         assert!(main.contains(&name), "the main page does not name {name}:\n{main}");
     }
 }

@@ -1,0 +1,42 @@
+//! What is to say about one thing: a name and a value on each line.
+
+use std::fmt::Display;
+
+use crate::output::harmless;
+
+/// Names and values, in the order they were added.
+#[derive(Debug, Default)]
+pub(crate) struct Facts {
+    facts: Vec<(&'static str, String)>,
+}
+
+impl Facts {
+    /// Adds one. Control characters in the value are shown, not obeyed.
+    pub(crate) fn add(&mut self, name: &'static str, value: impl Display) {
+        self.facts.push((name, harmless(&value.to_string())));
+    }
+
+    /// A line for each, the values in one column.
+    pub(crate) fn text(&self) -> String {
+        let width = self.facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
+        let lines = self
+            .facts
+            .iter()
+            .map(|(name, value)| format!("{name:width$}  {value}\n"));
+        lines.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_stand_in_one_column() {
+        let mut facts = Facts::default();
+        facts.add("fork", "a");
+        facts.add("pid", 17);
+        facts.add("error", "\u{1b}[2J");
+        assert_eq!(facts.text(), "fork   a\npid    17\nerror  \\u{1b}[2J\n");
+    }
+}

@@ -1,0 +1,331 @@
+//! `pagecast run`: many real Firecrackers, forked from one template.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`firecracker`] | the binary, looked at before anything is started |
+//! | [`exec`] | processes that do not outlive us, however we end |
+//! | [`vmm`] | one Firecracker process |
+//! | [`launch`] | one fork, from nothing to a guest that runs, and then to its end |
+//! | [`fleet`] | all forks, and their common end |
+//! | [`folder`] | the folder of a run, and those that dead runs left |
+//! | [`life`], [`interrupt`] | what ends a run early: the daemon's end, signals |
+//! | [`report`], [`table`], [`progress`] | what came of it, and how far it is |
+
+mod exec;
+mod firecracker;
+mod fleet;
+mod folder;
+mod interrupt;
+mod launch;
+mod life;
+mod progress;
+mod report;
+mod table;
+mod vmm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use pagecast_client::template::TemplateState;
+use pagecast_client::{Backend, Client};
+use rustix::fs::{Access, access};
+
+pub(crate) use self::exec::Exec;
+use self::firecracker::Firecracker;
+use self::fleet::{Fleet, catching_panics, clean_up};
+use self::folder::{LeftFolder, RunFolder};
+use self::interrupt::Interrupt;
+use self::launch::Plan;
+use self::life::Life;
+use self::progress::{Progress, say};
+use self::report::{Report, State};
+use crate::argument;
+use crate::daemon::{DaemonArgs, DaemonError, block_on};
+use crate::output::{Output, harmless};
+
+/// Start many real Firecrackers from one template, resume them all at once, and say what each took and costs.
+///
+/// Each runs in a folder of its own, with its API socket `api.sock`, its log, and what it prints. Afterwards all of it is
+/// gone: the Firecrackers, their folders, and their forks at the daemon; also after errors, signals and crashes. What a
+/// killed run has left is cleaned up by the next one.
+#[derive(Args)]
+#[command(after_help = "\
+Exit codes:
+  0    all forks resumed, and none died while they were kept
+  1    could not start, or could not clean up
+  2    wrong usage
+  3    the daemon cannot be reached, or ended
+  4    the daemon says no
+  5    some forks failed or died
+  128  and the number of the signal that ended it, unless it only kept the forks")]
+pub(crate) struct Run {
+    /// The template, by its name at the daemon.
+    #[arg(long, value_name = "NAME")]
+    template: String,
+
+    /// How many.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    count: u16,
+
+    /// The Firecracker to run [default: the first `firecracker` on PATH]
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+
+    /// Where their memory comes from [default: what the daemon chooses]
+    #[arg(long, value_parser = argument::backend())]
+    backend: Option<Backend>,
+
+    /// The state file of the snapshot [default: the one that the template was added with]
+    #[arg(long, value_name = "PATH")]
+    vmstate: Option<PathBuf>,
+
+    /// Keep them running until SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+    #[arg(long)]
+    keep: bool,
+
+    /// Where to make the folder of the run [default: the folder for temporary files]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// How long each step of each Firecracker may take: to start, to load, to resume.
+    #[arg(long, value_name = "TIME", default_value = "1min", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    daemon: DaemonArgs,
+}
+
+const SOME_FAILED: u8 = 5;
+/// What shells add to the number of a signal that ended a program.
+const SIGNALLED: u8 = 128;
+
+/// Why a run ends before its time.
+#[derive(Debug)]
+enum Stopped {
+    Signal(u8),
+    DaemonEnded,
+}
+
+/// A run that has begun.
+struct Conductor<'a> {
+    fleet: &'a mut Fleet,
+    report: &'a mut Report,
+    interrupt: &'a mut Interrupt,
+    daemon: &'a Life,
+}
+
+impl Run {
+    /// Starts them, and ends them.
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        block_on(self.play())
+    }
+
+    async fn play(self) -> Result<ExitCode> {
+        let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
+        let prepared = tokio::select! {
+            biased;
+            signal = interrupt.signalled() => return Ok(ended_by(signal)),
+            prepared = self.prepare() => prepared?,
+        };
+        let (plan, daemon, folder) = prepared;
+        let firecracker = plan.firecracker.clone();
+        let mut fleet = Fleet::start(plan, folder, self.count);
+        let folder = fleet.folder().path().to_owned();
+        let mut report = Report::new(&self.template, &firecracker, folder, fleet.ids());
+        let conductor = Conductor {
+            fleet: &mut fleet,
+            report: &mut report,
+            interrupt: &mut interrupt,
+            daemon: &daemon,
+        };
+        let conducted = catching_panics(self.conduct(conductor)).await;
+        // Signals are heard, and not heeded any more.
+        let problems = fleet.end().await;
+        for problem in &problems {
+            say(problem);
+        }
+        let stopped = conducted.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        match stopped {
+            Some(Stopped::Signal(signal)) if problems.is_empty() => return Ok(ended_by(signal)),
+            Some(Stopped::Signal(signal)) => return Ok(ExitCode::from(SIGNALLED.saturating_add(signal))),
+            Some(Stopped::DaemonEnded) => return Err(DaemonError::Ended.into()),
+            None => {}
+        }
+        if !self.keep {
+            self.print(&report)?;
+        }
+        ensure!(problems.is_empty(), "could not clean up");
+        Ok(if report.is_good() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::from(SOME_FAILED)
+        })
+    }
+
+    /// All that can be wrong before anything is started.
+    async fn prepare(&self) -> Result<(Plan, Life, RunFolder)> {
+        let firecracker = Firecracker::find(self.firecracker.as_deref())?;
+        let client = self.daemon.client();
+        let vmstate = self.vmstate(&client).await?;
+        let daemon = Life::of_listener(client.socket())
+            .await
+            .context("cannot see the daemon's process")?;
+        let base = self.dir.clone().unwrap_or_else(std::env::temp_dir);
+        for problem in clean_up(LeftFolder::find(&base)).await {
+            say(&problem);
+        }
+        let folder = RunFolder::create(&base, client.socket())?;
+        let plan = Plan {
+            client,
+            firecracker,
+            template: self.template.clone(),
+            backend: self.backend,
+            vmstate,
+            patience: self.timeout,
+        };
+        Ok((plan, daemon, folder))
+    }
+
+    /// The state file, which is there.
+    async fn vmstate(&self, client: &Client) -> Result<PathBuf> {
+        let template = client.template(&self.template).await.map_err(DaemonError::from)?;
+        if template.state == TemplateState::Changed {
+            let how = harmless(template.changed.as_deref().unwrap_or("it is another file now"));
+            bail!("the template {} cannot be forked any more: {how}", self.template);
+        }
+        let vmstate = match &self.vmstate {
+            Some(path) => std::path::absolute(path).context("cannot tell the current folder")?,
+            None => template.vmstate_path.with_context(|| {
+                let name = &self.template;
+                format!("the template {name} was added without a state file: say with --vmstate where it is")
+            })?,
+        };
+        // Firecracker would say so too, but for each fork.
+        access(&vmstate, Access::READ_OK)
+            .with_context(|| format!("cannot read the state file {}", vmstate.display()))?;
+        Ok(vmstate)
+    }
+
+    async fn conduct(&self, mut conductor: Conductor<'_>) -> Result<Option<Stopped>> {
+        let resumed = match conductor.resume_all().await {
+            Ok(resumed) => resumed,
+            Err(stopped) => return Ok(Some(stopped)),
+        };
+        conductor.report.sum_up(resumed);
+        if self.keep {
+            self.print(conductor.report)?;
+            conductor.keep().await;
+        }
+        Ok(None)
+    }
+
+    fn print(&self, report: &Report) -> Result<()> {
+        let output = Output::stdout();
+        if self.json {
+            output.print_json(report)
+        } else {
+            output.print(&table::for_people(report, output))
+        }
+    }
+}
+
+impl Conductor<'_> {
+    /// Prepares, loads and resumes all forks and measures their memory; how long it took from the first load on.
+    async fn resume_all(&mut self) -> Result<Duration, Stopped> {
+        self.until_all("starting", |state| state > State::Starting).await?;
+        let started = Instant::now();
+        self.fleet.load();
+        self.until_all("loading", |state| state > State::Prepared).await?;
+        let took = started.elapsed();
+
+        let client = self.fleet.client().clone();
+        match self.unless_stopped(client.forks(true)).await? {
+            Ok(forks) => self.report.measure(forks),
+            Err(error) => {
+                let error = anyhow::Error::from(DaemonError::from(error));
+                say(&format!("what the forks cost is not known: {error:#}"));
+            }
+        }
+        while let Some(event) = self.fleet.event_so_far() {
+            self.turn(event);
+        }
+        Ok(took)
+    }
+
+    /// Waits until each fork has come as far as that, or ended.
+    async fn until_all(&mut self, what: &'static str, done: fn(State) -> bool) -> Result<(), Stopped> {
+        let progress = Progress::start(what, self.report.forks.len());
+        loop {
+            let count = self.report.count(done);
+            progress.set(count);
+            if count == self.report.forks.len() {
+                return Ok(());
+            }
+            let event = tokio::select! {
+                signal = self.interrupt.signalled() => return Err(Stopped::Signal(signal)),
+                () = self.daemon.ended() => return Err(Stopped::DaemonEnded),
+                event = self.fleet.event() => event,
+            };
+            match event {
+                Some(event) => self.turn(event),
+                // All have ended, so all have told.
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Holds them until a signal comes or the last has ended, and says who ends meanwhile.
+    async fn keep(&mut self) {
+        say(&format!(
+            "API sockets: {}/FORK/api.sock; Ctrl-C ends all of them",
+            self.report.folder.display()
+        ));
+        let mut daemon_lives = true;
+        loop {
+            tokio::select! {
+                _ = self.interrupt.signalled() => return,
+                () = self.daemon.ended(), if daemon_lives => {
+                    daemon_lives = false;
+                    say("the daemon has ended: where it has not completed them, forks with `uffd` stand still");
+                }
+                event = self.fleet.event() => {
+                    let Some(event) = event else {
+                        say("no fork is left");
+                        return;
+                    };
+                    let number = event.number;
+                    self.turn(event);
+                    if let Some(fork) = self.report.forks.get(number) {
+                        say(&format!("{}: {}", fork.id, fork.error.as_deref().unwrap_or_default()));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn unless_stopped<T>(&mut self, step: impl Future<Output = T>) -> Result<T, Stopped> {
+        tokio::select! {
+            signal = self.interrupt.signalled() => Err(Stopped::Signal(signal)),
+            () = self.daemon.ended() => Err(Stopped::DaemonEnded),
+            done = step => Ok(done),
+        }
+    }
+
+    fn turn(&mut self, event: launch::Event) {
+        if let Some(fork) = self.report.forks.get_mut(event.number) {
+            fork.turn(event.turn);
+        }
+    }
+}
+
+fn ended_by(signal: u8) -> ExitCode {
+    say("interrupted: nothing is left of the run");
+    ExitCode::from(SIGNALLED.saturating_add(signal))
+}

@@ -1,0 +1,201 @@
+//! All forks of a run, and their common end.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use pagecast_client::{Client, ErrorCode};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::folder::{LeftFolder, RunFolder};
+use super::launch::{Event, Launch, Plan, Registered, Stage};
+use crate::daemon::DaemonError;
+
+/// How long Firecrackers may take to end, and again the daemon to forget their forks.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The forks of a run. Whoever has one ends it, whatever happens: see [`end`](Self::end).
+#[derive(Debug)]
+pub(crate) struct Fleet {
+    plan: Arc<Plan>,
+    folder: RunFolder,
+    ids: Vec<String>,
+    lives: JoinSet<(usize, Registered)>,
+    stage: watch::Sender<Stage>,
+    events: mpsc::UnboundedReceiver<Event>,
+}
+
+impl Fleet {
+    /// Begins to prepare so many forks, all at once.
+    pub(crate) fn start(plan: Plan, folder: RunFolder, count: u16) -> Self {
+        let plan = Arc::new(plan);
+        let (stage, stages) = watch::channel(Stage::Prepare);
+        let (sender, events) = mpsc::unbounded_channel();
+        let digits = count.to_string().len();
+        let ids: Vec<_> = (1..=u32::from(count)).map(|number| folder.id(number, digits)).collect();
+        let mut lives = JoinSet::new();
+        for (number, id) in ids.iter().enumerate() {
+            let launch = Launch {
+                number,
+                id: id.clone(),
+                folder: folder.path().join(id),
+                stage: stages.clone(),
+                events: sender.clone(),
+            };
+            let plan = Arc::clone(&plan);
+            lives.spawn(async move { (number, launch.live(&plan).await) });
+        }
+        Self {
+            plan,
+            folder,
+            ids,
+            lives,
+            stage,
+            events,
+        }
+    }
+
+    /// The ids of the forks, in order of their numbers.
+    pub(crate) fn ids(&self) -> &[String] {
+        &self.ids
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.plan.client
+    }
+
+    pub(crate) fn folder(&self) -> &RunFolder {
+        &self.folder
+    }
+
+    /// Lets those that are prepared load.
+    pub(crate) fn load(&self) {
+        self.stage.send_replace(Stage::Load);
+    }
+
+    /// The next event, if there is one already.
+    pub(crate) fn event_so_far(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// The next event; none once all forks have ended. May be dropped and called again.
+    pub(crate) async fn event(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Ends all that is left: kills every Firecracker, has the daemon forget the forks, removes the folder. What could not
+    /// be done is returned, a line each.
+    pub(crate) async fn end(mut self) -> Vec<String> {
+        self.stage.send_replace(Stage::End);
+        let mut ids: Vec<_> = self.ids.iter().cloned().map(Some).collect();
+        let drained = tokio::time::timeout(PATIENCE, async {
+            while let Some(life) = self.lives.join_next().await {
+                // Of one that panicked we know nothing, so its id stays.
+                if let Ok((number, Registered::No)) = life
+                    && let Some(id) = ids.get_mut(number)
+                {
+                    *id = None;
+                }
+            }
+        });
+        let mut problems = Vec::new();
+        if drained.await.is_err() {
+            problems.push(format!("some Firecrackers have not ended within {PATIENCE:?}"));
+        }
+        // Drops what they hold: their Firecrackers are killed, if they are not dead yet.
+        self.lives.shutdown().await;
+        problems.extend(forget(&self.plan.client, ids.into_iter().flatten()).await);
+        let path = self.folder.path().to_owned();
+        if let Err(error) = self.folder.remove() {
+            problems.push(format!("cannot remove {}: {error}", path.display()));
+        }
+        problems
+    }
+}
+
+/// Has the daemon forget forks, all at once. Why it does not, a line for each, where it has not forgotten them anyway.
+async fn forget(client: &Client, ids: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut removals = JoinSet::new();
+    for id in ids {
+        let client = client.clone();
+        removals.spawn(async move {
+            let removed = client.remove_fork(&id, true).await.map_err(DaemonError::from);
+            (id, removed)
+        });
+    }
+    let mut problems = Vec::new();
+    let mut unreachable = None;
+    let all = tokio::time::timeout(PATIENCE, async {
+        while let Some(removal) = removals.join_next().await {
+            match removal {
+                // Without a daemon there is nobody to remember them.
+                Ok((_, Ok(()) | Err(DaemonError::NotRunning { .. }))) | Err(_) => {}
+                Ok((_, Err(error))) if error.is(ErrorCode::ForkNotFound) => {}
+                Ok((id, Err(error @ DaemonError::Refused { .. }))) => {
+                    problems.push(format!("the daemon does not forget {id}: {error}"));
+                }
+                // The same for all of them.
+                Ok((_, Err(error))) => unreachable = Some(error),
+            }
+        }
+    });
+    let late = all.await.is_err();
+    if let Some(error) = unreachable {
+        problems.push(format!(
+            "forks may be left at the daemon: {:#}",
+            anyhow::Error::from(error)
+        ));
+    } else if late {
+        problems.push(format!(
+            "forks may be left at the daemon, which does not answer within {PATIENCE:?}"
+        ));
+    }
+    problems
+}
+
+/// Cleans up after runs that were killed; what could not be done, a line each.
+pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
+    let mut problems = Vec::new();
+    for folder in left {
+        if let Some(socket) = folder.socket() {
+            problems.extend(forget(&Client::new(socket), folder.ids()).await);
+        }
+        let path = folder.path().to_owned();
+        if let Err(error) = folder.remove() {
+            problems.push(format!("cannot remove {}, which a run left: {error}", path.display()));
+        }
+    }
+    problems
+}
+
+/// The value of the future, or what it panicked with: then too, what it was about can be ended in good order.
+pub(crate) async fn catching_panics<T>(future: impl Future<Output = T>) -> std::thread::Result<T> {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|context| {
+        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context)));
+        match polled {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(value)) => Poll::Ready(Ok(value)),
+            Err(panic) => Poll::Ready(Err(panic)),
+        }
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_does_not_keep_from_what_comes_after() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let caught = runtime.block_on(catching_panics(async {
+            tokio::task::yield_now().await;
+            assert!(std::hint::black_box(false), "on purpose");
+        }));
+        assert!(caught.is_err());
+        assert_eq!(runtime.block_on(catching_panics(async { 1 })).unwrap(), 1);
+    }
+}

@@ -1,0 +1,262 @@
+//! The folder of a run, and those that dead runs left.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::vmm::API_SOCKET;
+
+/// How the names of all such folders begin.
+const PREFIX: &str = "pagecast-run-";
+/// In each: whose forks its sub-folders are named for.
+const RECORD: &str = "run.json";
+/// Longest path of a unix socket in bytes, see `unix(7)`.
+const LONGEST_SOCKET: usize = 107;
+/// How often a folder is made anew, where somebody takes it for a left one.
+const ATTEMPTS: usize = 5;
+
+/// The folder of a living run, removed when dropped. In it, each microVM has a folder of its own, named as its fork.
+///
+/// It is locked as long as we live, so that others can tell that we do.
+#[derive(Debug)]
+pub(crate) struct RunFolder {
+    folder: TempDir,
+    /// The middle of the ids.
+    tag: String,
+    _lock: File,
+}
+
+/// What is in the record.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Record {
+    /// The control socket of the daemon.
+    socket: PathBuf,
+}
+
+/// Why there is no folder.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FolderError {
+    #[error("cannot make a folder in {}: say with --dir where there can be one", base.display())]
+    Make {
+        base: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the paths of API sockets in {} would be longer than {LONGEST_SOCKET} bytes: name a shorter one with --dir",
+        base.display()
+    )]
+    TooLong { base: PathBuf },
+}
+
+impl RunFolder {
+    /// A new folder in `base`, for the forks of the daemon at `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`FolderError`].
+    pub(crate) fn create(base: &Path, socket: &Path) -> Result<Self, FolderError> {
+        let failed = |source| FolderError::Make {
+            base: base.to_owned(),
+            source,
+        };
+        let base = std::path::absolute(base).map_err(failed)?;
+        let mut attempts = 0;
+        let folder = loop {
+            attempts += 1;
+            match Self::try_create(&base, socket) {
+                // Another run took it for the rest of a dead one between its creation and its lock.
+                Err(error) if error.kind() == ErrorKind::NotFound && base.is_dir() && attempts < ATTEMPTS => {}
+                made => break made.map_err(failed)?,
+            }
+        };
+        // The longest that can be: ids end with a number.
+        let longest = folder.path().join(folder.id(u16::MAX.into(), 5)).join(API_SOCKET);
+        if longest.as_os_str().len() > LONGEST_SOCKET {
+            return Err(FolderError::TooLong { base });
+        }
+        Ok(folder)
+    }
+
+    fn try_create(base: &Path, socket: &Path) -> io::Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .permissions(fs::Permissions::from_mode(0o700))
+            .tempdir_in(base)?;
+        let lock = File::open(folder.path())?;
+        lock.lock()?;
+        let record = Record {
+            socket: std::path::absolute(socket)?,
+        };
+        fs::write(folder.path().join(RECORD), serde_json::to_vec(&record)?)?;
+        let name = folder.path().file_name().unwrap_or_default().to_string_lossy();
+        let tag = name.trim_start_matches(PREFIX).to_lowercase();
+        Ok(Self {
+            folder,
+            tag,
+            _lock: lock,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The id of a fork of this run, its number written with so many digits.
+    pub(crate) fn id(&self, number: u32, digits: usize) -> String {
+        format!("run-{}-{number:0digits$}", self.tag)
+    }
+
+    /// Removes it with all that is in it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be removed.
+    pub(crate) fn remove(self) -> io::Result<()> {
+        self.folder.close()
+    }
+}
+
+/// What a run left that was killed. Nobody else cleans it up as long as this lives.
+#[derive(Debug)]
+pub(crate) struct LeftFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl LeftFolder {
+    /// Those in `base` that are ours: nobody else's is touched.
+    pub(crate) fn find(base: &Path) -> Vec<Self> {
+        let entries = fs::read_dir(base).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()))
+            .filter_map(|entry| Self::take(entry.path()))
+            .collect()
+    }
+
+    fn take(path: PathBuf) -> Option<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let folder = File::from(open(&path, flags, Mode::empty()).ok()?);
+        let metadata = folder.metadata().ok()?;
+        let is_private = Mode::from_raw_mode(metadata.mode()).difference(Mode::RWXU).is_empty();
+        if metadata.uid() != geteuid().as_raw() || !is_private || folder.try_lock().is_err() {
+            return None;
+        }
+        Some(Self { path, _lock: folder })
+    }
+
+    /// The daemon's control socket, if it got as far as that.
+    pub(crate) fn socket(&self) -> Option<PathBuf> {
+        let record = fs::read(self.path.join(RECORD)).ok()?;
+        Some(serde_json::from_slice::<Record>(&record).ok()?.socket)
+    }
+
+    /// The ids of its forks.
+    pub(crate) fn ids(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+
+    /// Removes it with all that is in it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be removed.
+    pub(crate) fn remove(self) -> io::Result<()> {
+        fs::remove_dir_all(&self.path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const SOCKET: &str = "/run/pagecast/control.sock";
+
+    fn create(base: &Path) -> RunFolder {
+        RunFolder::create(base, Path::new(SOCKET)).unwrap()
+    }
+
+    /// As if its process had been killed.
+    fn kill(run: RunFolder) -> PathBuf {
+        run.folder.keep()
+    }
+
+    #[test]
+    fn ids_are_ids() {
+        let base = tempfile::tempdir().unwrap();
+        let id = create(base.path()).id(7, 2);
+        let (tag, number) = id.strip_prefix("run-").unwrap().rsplit_once('-').unwrap();
+        assert_eq!(number, "07");
+        assert!(
+            tag.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()),
+            "{id}"
+        );
+    }
+
+    #[test]
+    fn what_a_living_run_has_is_not_left() {
+        let base = tempfile::tempdir().unwrap();
+        let run = create(base.path());
+        assert!(LeftFolder::find(base.path()).is_empty());
+        run.remove().unwrap();
+        assert_eq!(base.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_says_whose_it_was() {
+        let base = tempfile::tempdir().unwrap();
+        let path = kill(create(base.path()));
+        fs::create_dir(path.join("run-a-1")).unwrap();
+        let mut left = LeftFolder::find(base.path());
+        assert_eq!(left.len(), 1);
+        assert!(LeftFolder::find(base.path()).is_empty(), "one at a time cleans up");
+        let left = left.remove(0);
+        assert_eq!(left.socket().unwrap(), Path::new(SOCKET));
+        assert_eq!(left.ids(), ["run-a-1"]);
+        left.remove().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn links_and_folders_that_others_can_write_to_are_not_ours() {
+        let base = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        symlink(elsewhere.path(), base.path().join("pagecast-run-link")).unwrap();
+        let open = base.path().join("pagecast-run-open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(LeftFolder::find(base.path()).is_empty());
+    }
+
+    #[test]
+    fn a_base_whose_sockets_would_have_too_long_paths_is_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let long = base.path().join("x".repeat(90));
+        fs::create_dir(&long).unwrap();
+        let error = RunFolder::create(&long, Path::new(SOCKET)).unwrap_err();
+        assert!(matches!(error, FolderError::TooLong { .. }), "{error}");
+        assert_eq!(long.read_dir().unwrap().count(), 0, "nothing is left of the attempt");
+    }
+
+    #[test]
+    fn a_base_that_is_not_there_is_named() {
+        let error = RunFolder::create(Path::new("/nonexistent"), Path::new(SOCKET)).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent"), "{error}");
+    }
+}

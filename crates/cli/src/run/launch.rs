@@ -1,0 +1,202 @@
+//! One fork, from nothing to a guest that runs, and then to its end.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pagecast_client::{Backend, Client, CreateFork, CreatedFork};
+use tokio::sync::{mpsc, watch};
+
+use super::firecracker::Firecracker;
+use super::vmm::{Vmm, VmmError};
+use crate::daemon::DaemonError;
+use crate::output::harmless;
+
+/// What is the same for all forks of a run.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) client: Client,
+    pub(crate) firecracker: Firecracker,
+    pub(crate) template: String,
+    /// None: as the daemon does by default.
+    pub(crate) backend: Option<Backend>,
+    pub(crate) vmstate: PathBuf,
+    /// How long each step of each fork may take.
+    pub(crate) patience: Duration,
+}
+
+/// How far the forks of a run may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Stage {
+    /// Start Firecracker, ask the daemon for the fork, and wait.
+    Prepare,
+    /// Load and resume, all at once.
+    Load,
+    /// End.
+    End,
+}
+
+/// A turn in the life of a fork.
+#[derive(Debug)]
+pub(crate) enum Turn {
+    /// Its Firecracker waits for the snapshot, the daemon for Firecracker.
+    Prepared { pid: i32, created: CreatedFork },
+    /// Its guest runs.
+    Resumed { load: Duration, resume: Duration },
+    /// It will never run; why not.
+    Failed(LaunchError),
+    /// Its Firecracker has ended by itself.
+    Ended(VmmError),
+}
+
+/// What happened to the fork with this number.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) number: usize,
+    pub(crate) turn: Turn,
+}
+
+/// Why a fork does not run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaunchError {
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    #[error("{error}{last_words}")]
+    Vmm {
+        /// With its causes.
+        error: String,
+        last_words: String,
+    },
+}
+
+/// What the daemon knows of a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Registered {
+    /// It may know it.
+    Perhaps,
+    /// It does not, or has another of this id that is not ours.
+    No,
+}
+
+/// A fork of a run.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    pub(crate) number: usize,
+    pub(crate) id: String,
+    /// To be made, in the folder of the run.
+    pub(crate) folder: PathBuf,
+    pub(crate) stage: watch::Receiver<Stage>,
+    pub(crate) events: mpsc::UnboundedSender<Event>,
+}
+
+impl Launch {
+    /// Lives its life up to its end, which comes with [`Stage::End`] at the latest. Firecracker has ended then; what the
+    /// daemon knows of the fork is left to whoever ends the run.
+    pub(crate) async fn live(mut self, plan: &Plan) -> Registered {
+        let mut registered = Registered::No;
+        let started = Vmm::start(&plan.firecracker, &self.id, self.folder.clone(), plan.patience);
+        let mut vmm = match started {
+            Ok(vmm) => vmm,
+            Err(error) => {
+                self.tell(Turn::Failed(failed(error, None)));
+                return registered;
+            }
+        };
+        if let Err(error) = self.live_with(plan, &mut vmm, &mut registered).await {
+            self.tell(Turn::Failed(error));
+        }
+        // It is ours and has not been waited for: the kernel has no reason to refuse.
+        let _ = vmm.kill().await;
+        registered
+    }
+
+    async fn live_with(&mut self, plan: &Plan, vmm: &mut Vmm, registered: &mut Registered) -> Result<(), LaunchError> {
+        let Some(listens) = self.unless_ended(vmm.listens(plan.patience)).await else {
+            return Ok(());
+        };
+        listens.map_err(|error| failed(error, Some(vmm)))?;
+
+        let fork = CreateFork {
+            id: Some(self.id.clone()),
+            backend: plan.backend,
+            pid: Some(vmm.pid()),
+            ..CreateFork::of(&plan.template)
+        };
+        // Not cut short: whether the daemon has made the fork would be unknown.
+        *registered = Registered::Perhaps;
+        let created = plan.client.create_fork(&fork).await.map_err(DaemonError::from);
+        if let Err(DaemonError::Refused { .. }) = &created {
+            *registered = Registered::No;
+        }
+        let created = created?;
+        let mem_backend = created.mem_backend.clone();
+        self.tell(Turn::Prepared {
+            pid: vmm.pid(),
+            created,
+        });
+
+        tokio::select! {
+            // An error means that whoever would say so has gone.
+            _ = self.stage.wait_for(|stage| *stage >= Stage::Load) => {}
+            error = vmm.ended() => return Err(failed(error, Some(vmm))),
+        }
+        let Some(loaded) = self.unless_ended(vmm.load(&plan.vmstate, &mem_backend)).await else {
+            return Ok(());
+        };
+        let load = match loaded {
+            Ok(load) => load,
+            Err(error) => return Err(self.with_the_daemons_word(failed(error, Some(vmm)), plan).await),
+        };
+        let Some(resumed) = self.unless_ended(vmm.resume()).await else {
+            return Ok(());
+        };
+        let resume = resumed.map_err(|error| failed(error, Some(vmm)))?;
+        self.tell(Turn::Resumed { load, resume });
+
+        if let Some(error) = self.unless_ended(vmm.ended()).await {
+            self.tell(Turn::Ended(error));
+        }
+        Ok(())
+    }
+
+    /// None where the run ends first.
+    async fn unless_ended<T>(&self, step: impl Future<Output = T>) -> Option<T> {
+        let mut stage = self.stage.clone();
+        tokio::select! {
+            biased;
+            _ = stage.wait_for(|stage| *stage == Stage::End) => None,
+            done = step => Some(done),
+        }
+    }
+
+    /// The daemon may know why a load failed, where all that Firecracker knows is that nobody serves it.
+    async fn with_the_daemons_word(&self, error: LaunchError, plan: &Plan) -> LaunchError {
+        let fork = self.unless_ended(plan.client.fork(&self.id)).await;
+        match (error, fork) {
+            (LaunchError::Vmm { error, last_words }, Some(Ok(fork))) => {
+                let word = fork
+                    .error
+                    .map(|error| format!("\n  the daemon says: {}", harmless(&error.message)));
+                LaunchError::Vmm {
+                    error: error + &word.unwrap_or_default(),
+                    last_words,
+                }
+            }
+            (error, _) => error,
+        }
+    }
+
+    fn tell(&self, turn: Turn) {
+        // Nobody listens only where the run ends.
+        let _ = self.events.send(Event {
+            number: self.number,
+            turn,
+        });
+    }
+}
+
+fn failed(error: VmmError, vmm: Option<&Vmm>) -> LaunchError {
+    LaunchError::Vmm {
+        error: format!("{:#}", anyhow::Error::from(error)),
+        last_words: vmm.map(Vmm::last_words).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,229 @@
+//! `pagecast template`: the templates of the daemon.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Subcommand};
+use comfy_table::{Cell, Color};
+use indicatif::BinaryBytes;
+use pagecast_client::template::{Guard, Protection, TemplateMemory, TemplateState};
+use pagecast_client::{AddTemplate, Template};
+
+use crate::argument;
+use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
+use crate::facts::Facts;
+use crate::output::{Column, Output, harmless};
+
+/// Add, show and remove templates: snapshots to fork from.
+#[derive(Args)]
+pub(crate) struct TemplateArgs {
+    #[command(subcommand)]
+    command: TemplateCommand,
+
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(flatten)]
+    daemon: DaemonArgs,
+}
+
+#[derive(Subcommand)]
+enum TemplateCommand {
+    Add(Add),
+    Ls(List),
+    Show(Show),
+    Rm(Remove),
+}
+
+/// Add a template, or find that the same is there already.
+#[derive(Args)]
+#[command(after_help = EXIT_CODES)]
+struct Add {
+    /// Its name to be: lower-case letters, digits, `.`, `_` and `-`.
+    name: String,
+
+    /// The memory file of the snapshot.
+    #[arg(long, value_name = "PATH")]
+    mem_file: PathBuf,
+
+    /// The state file of the snapshot, for those who restore.
+    #[arg(long, value_name = "PATH")]
+    vmstate: Option<PathBuf>,
+
+    /// The page size of the guests [default: 4K]
+    #[arg(long, value_parser = argument::page_size())]
+    page_size: Option<u64>,
+
+    /// How the memory file is protected from being written, until the template is removed [default: as the daemon is
+    /// configured]
+    #[arg(long, value_parser = protection())]
+    protect: Option<Protection>,
+}
+
+/// List all templates.
+#[derive(Args)]
+#[command(after_help = EXIT_CODES)]
+struct List {}
+
+/// Show one template.
+#[derive(Args)]
+#[command(after_help = EXIT_CODES)]
+struct Show {
+    /// Its name.
+    name: String,
+}
+
+/// Remove a template that has no forks; its files stay.
+#[derive(Args)]
+#[command(after_help = EXIT_CODES)]
+struct Remove {
+    /// Its name.
+    name: String,
+}
+
+pub(crate) const COLUMNS: [Column; 8] = [
+    Column::Text("template"),
+    Column::Text("state"),
+    Column::Number("size"),
+    Column::Number("zeros"),
+    Column::Number("forks"),
+    Column::Number("memory"),
+    Column::Number("unshared"),
+    Column::Text("mem-file"),
+];
+
+impl TemplateArgs {
+    /// Does it, and prints what the daemon answers.
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        block_on(self.call())?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn call(self) -> Result<()> {
+        let client = self.daemon.client();
+        let output = Output::stdout();
+        match self.command {
+            TemplateCommand::Add(add) => {
+                let (name, template) = (add.name.clone(), add.into_template()?);
+                let template = client.add_template(&name, &template).await.map_err(DaemonError::from)?;
+                self::show(&template, self.json, output)
+            }
+            TemplateCommand::Ls(List {}) => {
+                let templates = client.templates().await.map_err(DaemonError::from)?;
+                if self.json {
+                    return output.print_json(&templates);
+                }
+                output.print(&output.table(&COLUMNS, templates.iter().map(row).collect()))
+            }
+            TemplateCommand::Show(Show { name }) => {
+                let template = client.template(&name).await.map_err(DaemonError::from)?;
+                self::show(&template, self.json, output)
+            }
+            TemplateCommand::Rm(Remove { name }) => {
+                Ok(client.remove_template(&name).await.map_err(DaemonError::from)?)
+            }
+        }
+    }
+}
+
+impl Add {
+    fn into_template(self) -> Result<AddTemplate> {
+        Ok(AddTemplate {
+            mem_path: absolute(&self.mem_file)?,
+            vmstate_path: self.vmstate.as_deref().map(absolute).transpose()?,
+            page_size: self.page_size,
+            protect: self.protect,
+        })
+    }
+}
+
+fn protection() -> impl TypedValueParser<Value = Protection> {
+    PossibleValuesParser::new(["none", "readonly", "immutable"]).map(|name| match name.as_str() {
+        "readonly" => Protection::Readonly,
+        "immutable" => Protection::Immutable,
+        _ => Protection::None,
+    })
+}
+
+/// The daemon has another current folder.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("cannot make {} absolute", path.display()))
+}
+
+/// A template as a line of a table with [`COLUMNS`].
+pub(crate) fn row(template: &Template) -> Vec<Cell> {
+    let (state, colour) = match template.state {
+        TemplateState::Ready => ("ready", Color::Green),
+        TemplateState::Changed => ("changed", Color::Red),
+    };
+    let memory = |of: fn(&TemplateMemory) -> u64| match &template.memory {
+        Some(memory) => BinaryBytes(of(memory)).to_string(),
+        None => "-".to_owned(),
+    };
+    vec![
+        Cell::new(&template.name),
+        Cell::new(state).fg(colour),
+        Cell::new(BinaryBytes(template.size_bytes)),
+        Cell::new(BinaryBytes(template.zero_bytes)),
+        Cell::new(template.forks),
+        Cell::new(memory(|memory| memory.pss)),
+        Cell::new(memory(|memory| memory.unshared)),
+        Cell::new(harmless(&template.mem_path.to_string_lossy())),
+    ]
+}
+
+fn show(template: &Template, json: bool, output: Output) -> Result<()> {
+    if json {
+        return output.print_json(template);
+    }
+    let mut facts = Facts::default();
+    facts.add("template", &template.name);
+    facts.add(
+        "state",
+        match (template.state, &template.changed) {
+            (TemplateState::Ready, _) => "ready".to_owned(),
+            (TemplateState::Changed, Some(how)) => format!("changed: {how}"),
+            (TemplateState::Changed, None) => "changed".to_owned(),
+        },
+    );
+    facts.add("mem-file", template.mem_path.display());
+    if let Some(vmstate) = &template.vmstate_path {
+        facts.add("vmstate", vmstate.display());
+    }
+    facts.add(
+        "size",
+        format!(
+            "{}, {} of it known to be zeros",
+            BinaryBytes(template.size_bytes),
+            BinaryBytes(template.zero_bytes)
+        ),
+    );
+    facts.add("page size", BinaryBytes(template.page_size));
+    let guard = match template.guard {
+        Guard::Lease => "writers wait until its forks have stopped",
+        Guard::Watch => "changes are noticed once they have happened",
+    };
+    let protection = match template.protect {
+        Protection::None => "not protected",
+        Protection::Readonly => "read-only",
+        Protection::Immutable => "immutable",
+    };
+    facts.add("guard", format!("{protection}; {guard}"));
+    facts.add("forks", template.forks);
+    if let Some(memory) = &template.memory {
+        facts.add(
+            "memory",
+            format!(
+                "{} PSS of {} forks, {} of it private; without sharing it would be {}",
+                BinaryBytes(memory.pss),
+                memory.measured,
+                BinaryBytes(memory.private),
+                BinaryBytes(memory.unshared)
+            ),
+        );
+    }
+    output.print(&facts.text())
+}
