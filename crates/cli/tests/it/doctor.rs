@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::process::{Command, Stdio};
 
+use pagecast_testkit::firecracker::{binary, kvm};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::OpenptFlags;
 use serde_json::Value;
@@ -109,6 +110,20 @@ fn a_stranger_in_place_of_firecracker_is_noticed() {
             finding["fix"].as_str().unwrap().contains("--firecracker PATH"),
             "{finding}"
         );
+    }
+}
+
+#[test]
+fn where_a_real_firecracker_runs_nothing_it_needs_is_missing() {
+    if kvm().unwrap().skips() {
+        return;
+    }
+    let firecracker = binary().unwrap();
+    let examined = output(&["doctor", "--json", "--firecracker", firecracker.to_str().unwrap()]);
+    let findings = findings(&examined.stdout);
+    for check in ["kvm", "userfaultfd", "userfaultfd_features", "firecracker"] {
+        let finding = findings.iter().find(|finding| finding["check"] == check).unwrap();
+        assert_eq!(finding["status"], "ok", "{finding}");
     }
 }
 
