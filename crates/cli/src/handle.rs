@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server};
-use pagecast::template::Template;
+use pagecast::template::{Lease, LeaseError, MemFile, Template};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -25,9 +25,12 @@ Signals:
   SIGTERM, SIGINT  complete all forks (install the rest of their memory), so that they run on without a server, and exit.
                    Where that does not fit into memory, say so and stay. A second signal kills their VMMs.
 
+While it serves, whoever opens the template for writing is held up, all forks are completed (those that cannot be are
+killed, since a wrong byte is worse), and this exits.
+
 Exit codes:
   0  stopped by a signal; no VMM was hurt
-  1  could not start, or failed
+  1  could not start, or failed, or the template was opened for writing
   2  wrong usage
   3  stopped by a second signal; the VMMs that were still served have been killed")]
 pub(crate) struct Handle {
@@ -62,12 +65,23 @@ const CLOSE_PATIENCE: Duration = Duration::from_mins(1);
 /// How long killed processes may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long forks may take to complete, or to die, while somebody waits to write their template: less than the 45 s that
+/// the kernel holds them up.
+const VACATE_PATIENCE: Duration = Duration::from_secs(40);
+
+/// In what the template is about to change.
+const OPENED_FOR_WRITING: &str = "somebody opens it for writing";
+
 /// What can happen.
 enum Happening {
     Fork(ForkEvent),
     Signal,
     /// An attempt to close has ended.
     Closed(Result<(), CloseError>),
+    /// Somebody wants to write the template, and is held up.
+    LeaseBroken,
+    /// No fork needs the template any more, or not all could be helped.
+    Vacated(bool),
 }
 
 impl Handle {
@@ -76,7 +90,9 @@ impl Handle {
         crate::fd_limit::raise();
         let (happenings, happened) = mpsc::channel();
         let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
-        let template = Template::open(&self.mem_file)?;
+        let mem_file = Arc::new(MemFile::open(&self.mem_file)?);
+        let template = Template::from_source(Arc::clone(&mem_file));
+        let lease = take_lease(&mem_file, &happenings)?;
         let mut builder = Server::builder().observer({
             let happenings = happenings.clone();
             // Nobody listens any more only while we exit.
@@ -113,56 +129,95 @@ impl Handle {
                 }
             })
             .context("cannot start a thread")?;
-        until_closed(&server, &reporter, &happenings, &happened)
+        Handling {
+            server,
+            template,
+            lease,
+            reporter,
+            happenings,
+        }
+        .until_closed(&happened)
     }
 }
 
-/// Reports what happens until the server is closed.
-fn until_closed(
-    server: &Arc<Server>,
-    reporter: &Reporter,
-    happenings: &mpsc::Sender<Happening>,
-    happened: &mpsc::Receiver<Happening>,
-) -> anyhow::Result<ExitCode> {
-    let mut signals = 0;
-    loop {
-        match happened.recv().context("the server's threads are gone")? {
-            Happening::Fork(event) => reporter.fork(&event),
-            Happening::Signal => {
-                signals += 1;
-                if signals == 1 {
-                    reporter.report(&Line::Closing {
-                        forks: server.forks().len(),
+/// Holds writers off the mem-file, where its file system lets us; elsewhere a write fails the forks once it has happened.
+fn take_lease(mem_file: &Arc<MemFile>, happenings: &mpsc::Sender<Happening>) -> anyhow::Result<Option<Lease>> {
+    let happenings = happenings.clone();
+    match mem_file.lease(move || drop(happenings.send(Happening::LeaseBroken))) {
+        Ok(lease) => Ok(Some(lease)),
+        Err(LeaseError::NotPermitted | LeaseError::Unsupported) => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot serve {}", mem_file.path().display())),
+    }
+}
+
+/// What is there while it serves.
+struct Handling {
+    server: Arc<Server>,
+    template: Template,
+    lease: Option<Lease>,
+    reporter: Reporter,
+    happenings: mpsc::Sender<Happening>,
+}
+
+impl Handling {
+    /// Reports what happens until the server is closed.
+    fn until_closed(mut self, happened: &mpsc::Receiver<Happening>) -> anyhow::Result<ExitCode> {
+        let mut signals = 0;
+        loop {
+            match happened.recv().context("the server's threads are gone")? {
+                Happening::Fork(event) => self.reporter.fork(&event),
+                Happening::Signal => {
+                    signals += 1;
+                    let forks = self.server.forks().len();
+                    if signals == 1 {
+                        self.reporter.report(&Line::Closing { forks });
+                        self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)))?;
+                    } else {
+                        self.reporter.report(&Line::Killing { forks });
+                        self.server.kill(KILL_PATIENCE)?;
+                        return Ok(self.closed(happened, ExitCode::from(KILLED)));
+                    }
+                }
+                Happening::Closed(Ok(())) => return Ok(self.closed(happened, ExitCode::SUCCESS)),
+                Happening::Closed(Err(error)) => self.reporter.report(&Line::Staying { why: &error }),
+                Happening::LeaseBroken => {
+                    self.reporter.report(&Line::Vacating {
+                        forks: self.server.forks().len(),
                     });
-                    close_beside(server, happenings)?;
-                } else {
-                    reporter.report(&Line::Killing {
-                        forks: server.forks().len(),
-                    });
-                    server.kill(KILL_PATIENCE)?;
-                    report_rest(reporter, happened);
-                    reporter.report(&Line::Closed);
-                    return Ok(ExitCode::from(KILLED));
+                    let template = self.template.clone();
+                    self.beside(move |server| {
+                        Happening::Vacated(server.vacate(&template, OPENED_FOR_WRITING, VACATE_PATIENCE))
+                    })?;
+                }
+                Happening::Vacated(all) => {
+                    // Whoever wants to write goes on.
+                    self.lease = None;
+                    // With its threads stopped, all has been told that has happened.
+                    if all && self.server.close(CLOSE_PATIENCE).is_ok() {
+                        self.reporter.report(&Line::Vacated);
+                        return Ok(self.closed(happened, ExitCode::FAILURE));
+                    }
+                    self.reporter.report(&Line::NotVacated);
                 }
             }
-            Happening::Closed(Ok(())) => {
-                report_rest(reporter, happened);
-                reporter.report(&Line::Closed);
-                return Ok(ExitCode::SUCCESS);
-            }
-            Happening::Closed(Err(error)) => reporter.report(&Line::Staying { why: &error }),
         }
     }
-}
 
-/// Closes the server on a thread of its own, so that a second signal is heard meanwhile.
-fn close_beside(server: &Arc<Server>, happenings: &mpsc::Sender<Happening>) -> anyhow::Result<()> {
-    let (server, happenings) = (Arc::clone(server), happenings.clone());
-    std::thread::Builder::new()
-        .name("close".to_owned())
-        .spawn(move || drop(happenings.send(Happening::Closed(server.close(CLOSE_PATIENCE)))))
-        .context("cannot start a thread")?;
-    Ok(())
+    /// Does something that takes long on a thread of its own, so that a second signal is heard meanwhile.
+    fn beside(&self, work: impl FnOnce(&Server) -> Happening + Send + 'static) -> anyhow::Result<()> {
+        let (server, happenings) = (Arc::clone(&self.server), self.happenings.clone());
+        std::thread::Builder::new()
+            .name("beside".to_owned())
+            .spawn(move || drop(happenings.send(work(&server))))
+            .context("cannot start a thread")?;
+        Ok(())
+    }
+
+    fn closed(&self, happened: &mpsc::Receiver<Happening>, code: ExitCode) -> ExitCode {
+        report_rest(&self.reporter, happened);
+        self.reporter.report(&Line::Closed);
+        code
+    }
 }
 
 /// Reports what happened before the end and was not read yet.

@@ -52,6 +52,11 @@ pub(crate) enum Line<'a> {
     Killing {
         forks: usize,
     },
+    Vacating {
+        forks: usize,
+    },
+    Vacated,
+    NotVacated,
     Closed,
 }
 
@@ -134,6 +139,16 @@ impl Display for Line<'_> {
             }
             Self::Staying { why } => write!(f, "cannot close, serving on: {}", chain(*why)),
             Self::Killing { forks } => write!(f, "second signal: VMMs to kill: {forks}"),
+            Self::Vacating { forks } => {
+                write!(
+                    f,
+                    "somebody opens the template for writing: forks to complete first: {forks}"
+                )
+            }
+            Self::Vacated => {
+                f.write_str("the template is opened for writing, and no fork needs it: start again once it is whole")
+            }
+            Self::NotVacated => f.write_str("some VMMs do not die, or the template cannot be read: serving on"),
             Self::Closed => f.write_str("closed"),
         }
     }

@@ -21,7 +21,8 @@ impl PidFd {
     ///
     /// `ESRCH` where there is none, or `EINVAL` for a number that cannot be one.
     pub fn open(pid: i32) -> Result<Self, Errno> {
-        let pid = Pid::from_raw(pid).ok_or(Errno::new(libc::EINVAL))?;
+        let positive = (pid > 0).then_some(pid).and_then(Pid::from_raw);
+        let pid = positive.ok_or(Errno::new(libc::EINVAL))?;
         let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(Errno::from)?;
         Ok(Self { fd })
     }
@@ -101,6 +102,8 @@ mod tests {
 
     #[test]
     fn impossible_pids_are_refused() {
-        assert_eq!(PidFd::open(0).unwrap_err(), Errno::new(libc::EINVAL));
+        for impossible in [0, -1, i32::MIN] {
+            assert_eq!(PidFd::open(impossible).unwrap_err(), Errno::new(libc::EINVAL));
+        }
     }
 }

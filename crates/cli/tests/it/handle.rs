@@ -174,3 +174,19 @@ fn an_idle_server_uses_no_cpu() {
     // One tick of the clock that CPU time is counted in.
     assert!(used <= std::time::Duration::from_millis(10), "{used:?}");
 }
+
+#[test]
+fn whoever_writes_the_template_waits_until_its_forks_are_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    let vmms: Vec<_> = (0..3).map(|_| vmm(&handle, &template)).collect();
+    handle.await_events("serving", 3);
+    // Held up in `open`.
+    std::fs::write(template.path(), "other bytes").unwrap();
+    vmms.iter().for_each(reads_right);
+    assert_eq!(handle.await_event("vacating")["forks"], 3);
+    let ended = handle.await_events("ended", 3);
+    assert!(ended.iter().all(|line| line["state"] == "complete"), "{ended:#?}");
+    assert_eq!(handle.wait().code(), Some(1));
+}

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{ForkState as ServedState, chain};
+use pagecast::server::chain;
 use pagecast::template::PageSource;
 use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
@@ -20,8 +20,8 @@ use crate::vmm_process::{self, VmmError, VmmProcess};
 /// How often templates are compared that have no lease, while forks of them live.
 const WATCH_PACE: Duration = Duration::from_secs(1);
 
-/// How long forks may take to complete while somebody waits to write their template, at most.
-const COMPLETE_PATIENCE: Duration = Duration::from_secs(20);
+/// How long forks with `uffd` may take to complete or to die while somebody waits to write their template, at most.
+const VACATE_PATIENCE: Duration = Duration::from_secs(40);
 
 /// How long killed VMMs may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -31,45 +31,24 @@ const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
     /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
-    pub(super) fn lease_broken(self: Arc<Self>, name: TemplateName) {
-        let Some(template) = self.state().templates.get(&name).cloned() else {
+    pub(super) fn lease_broken(self: &Arc<Self>, name: &TemplateName) {
+        let Some(template) = self.state().templates.get(name).cloned() else {
             return;
         };
-        let runtime = self.runtime.clone();
-        runtime.spawn_blocking(move || {
+        let service = Arc::clone(self);
+        self.runtime.spawn_blocking(move || {
             let how = "somebody opens it for writing".to_owned();
-            warn!(template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            warn!(template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
             template.set_changed(how.clone());
             if !template.set_withdrawn() {
                 return;
             }
             // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-            self.complete_forks_of(&template);
-            self.withdraw(&template, &how);
+            let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
+            service.server.vacate(&template.pages, &how, patience);
+            service.withdraw(&template, &how);
             template.release_lease();
         });
-    }
-
-    /// Completes what can be completed in good time.
-    fn complete_forks_of(&self, template: &Arc<Template>) {
-        let until = Instant::now() + COMPLETE_PATIENCE.min(lease_break_time() / 2);
-        let forks = self.living_forks_of(template);
-        for fork in &forks {
-            if let Kind::Uffd(_) = fork.kind
-                && fork.state() == ForkState::Serving
-                && let Err(error) = self.server.complete(&fork.id)
-            {
-                warn!(fork = %fork.id, error = chain(&error), "cannot be completed");
-            }
-        }
-        for fork in &forks {
-            if let Kind::Uffd(uffd) = &fork.kind
-                && fork.state() == ForkState::Serving
-            {
-                uffd.served
-                    .wait(until.saturating_duration_since(Instant::now()), ServedState::is_end);
-            }
-        }
     }
 
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
@@ -110,7 +89,12 @@ impl Service {
         if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        end_strangers(template);
+        for vmm in strangers(template) {
+            warn!(template = %template.name, pid = vmm.pid(), "killed: it maps the template by the path of forks with `file`");
+            if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
+                error!(template = %template.name, pid = vmm.pid(), "cannot be killed, and may read wrong bytes");
+            }
+        }
         info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
@@ -159,35 +143,31 @@ impl Service {
     }
 }
 
-/// Ends VMMs that nobody told us of, but that map the file by the path that only forks are told.
-fn end_strangers(template: &Template) {
+/// VMMs that map the file by the path that only forks are told, though nobody told us of them.
+pub(super) fn strangers(template: &Template) -> Vec<VmmProcess> {
     let file = InodeId::from(template.file.identity().inode());
     let holders = match vmm_process::holders(file) {
         Ok(holders) => holders,
-        Err(error) => return error!(template = %template.name, %error, "cannot find out who maps the template"),
-    };
-    for holder in holders {
-        let ours = template.placement.as_ref().map(Placement::path);
-        let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
-        let pid = holder.pid;
-        if !is_fork(&holder.paths) {
-            warn!(template = %template.name, pid, paths = ?holder.paths, "maps the template, is no fork that we know of, and may read other bytes");
-            continue;
+        Err(error) => {
+            error!(template = %template.name, %error, "cannot find out who maps the template");
+            return Vec::new();
         }
-        match VmmProcess::open(pid) {
+    };
+    let ours = template.placement.as_ref().map(Placement::path);
+    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
+    let mut strangers = Vec::new();
+    for holder in holders {
+        match VmmProcess::open(holder.pid) {
+            _ if !is_fork(&holder.paths) => {}
             // Looked at again, now that it cannot be another process any more.
-            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => {
-                warn!(template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
-                if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
-                    error!(template = %template.name, pid, "cannot be killed, and may read wrong bytes");
-                }
-            }
+            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => strangers.push(vmm),
             Ok(_) | Err(VmmError::NoProcess { .. }) => {}
             Err(error) => {
-                error!(template = %template.name, pid, error = chain(&error), "cannot be killed, and may read wrong bytes");
+                error!(template = %template.name, pid = holder.pid, error = chain(&error), "maps the template, and cannot be killed");
             }
         }
     }
+    strangers
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

@@ -17,6 +17,8 @@ mod latency;
 #[cfg(target_os = "linux")]
 mod acceptor;
 #[cfg(target_os = "linux")]
+mod handle;
+#[cfg(target_os = "linux")]
 mod handshaking;
 #[cfg(target_os = "linux")]
 mod hugepages;

@@ -1,7 +1,6 @@
 //! The server as its owner sees it.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -10,8 +9,8 @@ use super::acceptor::{Acceptor, Door, Guests, Request};
 use super::error::{CloseError, Error, NotEnoughMemory};
 use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+pub use super::handle::Fork;
 use super::inbox::Inbox;
-use super::latency::LatencyHistogram;
 use super::memory;
 use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
@@ -234,6 +233,7 @@ impl Server {
         record: &Arc<ForkRecord>,
         forks: &mut Vec<Arc<ForkRecord>>,
     ) -> Result<ForkState, NotEnoughMemory> {
+        // It guards no data, so a panic under it leaves nothing behind.
         let admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         *forks = self.serving();
         forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.is_completing());
@@ -282,6 +282,24 @@ impl Server {
         let until = Instant::now() + patience;
         let forks = self.forks_of(template);
         forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
+    }
+
+    /// Takes a template away from its forks as gently as there is time for: completes those that can be completed within
+    /// half of `patience`, so that their VMMs live on, and [withdraws](Self::withdraw) it from the rest, within the other
+    /// half. `true` once nothing reads it any more, as [`wait_withdrawn`](Self::wait_withdrawn) says.
+    ///
+    /// Meanwhile the template has to be what it was: this is for when somebody *wants* to write it, and is held up by a
+    /// lease ([`MemFile::lease`](crate::template::MemFile::lease)).
+    pub fn vacate(&self, template: &Template, how: &str, patience: Duration) -> bool {
+        let until = Instant::now() + patience / 2;
+        let mut forks = self.forks_of(template);
+        // Those that cannot be completed are withdrawn from.
+        forks.retain(|fork| self.complete(&fork.id).is_ok());
+        for fork in &forks {
+            fork.wait_completed(Asker::Request, until);
+        }
+        self.withdraw(template, how);
+        self.wait_withdrawn(template, patience / 2)
     }
 
     /// Forgets a fork. One that still waits for its VMM is closed.
@@ -470,45 +488,4 @@ fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
 
 fn expected_user(options: &ForkOptions) -> u32 {
     options.user.unwrap_or_else(|| rustix::process::geteuid().as_raw())
-}
-
-/// A registered fork. Dropping this changes nothing; [`Server::unregister`] does.
-#[derive(Clone, Debug)]
-pub struct Fork {
-    record: Arc<ForkRecord>,
-    socket_path: PathBuf,
-}
-
-impl Fork {
-    /// Its name.
-    pub fn id(&self) -> &ForkId {
-        &self.record.id
-    }
-
-    /// Where its VMM is to connect: `backend_path` of a `mem_backend` whose `backend_type` is `Uffd`.
-    pub fn socket_path(&self) -> &Path {
-        &self.socket_path
-    }
-
-    /// What is known of it.
-    pub fn status(&self) -> ForkStatus {
-        self.record.status()
-    }
-
-    /// From reading each of its faults to the page being in place.
-    pub fn fault_latency(&self) -> LatencyHistogram {
-        self.record.counters.fault_latency.load()
-    }
-
-    /// What the kernel took for putting in place each page that a vCPU waited for: the part of
-    /// [`fault_latency`](Self::fault_latency) that no page server can do without.
-    pub fn install_latency(&self) -> LatencyHistogram {
-        self.record.counters.install_latency.load()
-    }
-
-    /// Waits until its state is as `wanted`, but no longer than `patience`; what is known of it then.
-    pub fn wait(&self, patience: Duration, wanted: impl Fn(ForkState) -> bool) -> ForkStatus {
-        self.record.wait_state(Instant::now() + patience, wanted);
-        self.record.status()
-    }
 }

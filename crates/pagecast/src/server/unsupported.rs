@@ -92,6 +92,11 @@ impl Server {
     }
 
     /// There is no server to ask.
+    pub fn vacate(&self, _template: &Template, _how: &str, _patience: Duration) -> bool {
+        match *self {}
+    }
+
+    /// There is no server to ask.
     pub fn wait_withdrawn(&self, _template: &Template, _patience: Duration) -> bool {
         match *self {}
     }

@@ -72,11 +72,6 @@ impl Region {
         HostRange::new(self.address_of(first), self.len_of(pages)).expect("pages of a region, which does not overflow")
     }
 
-    /// Its first page, as memory of the VMM.
-    pub(crate) fn first_page(&self) -> HostRange {
-        self.range_of(PageIndex::new(0), 1)
-    }
-
     /// The pages that `range` covers *wholly*, as first page and count.
     ///
     /// The kernel only ever gives back whole pages (`madvise(2)` refuses or rounds down on hugetlbfs); should a range
@@ -148,6 +143,11 @@ impl RegionMap {
     /// The region of this number, if there is one.
     pub fn get(&self, index: RegionIndex) -> Option<&Region> {
         self.sorted.get(index.0)
+    }
+
+    /// The first page of the first region, as memory of the VMM; `None` where there is no region.
+    pub(crate) fn first_page(&self) -> Option<HostRange> {
+        self.sorted.first().map(|region| region.range_of(PageIndex::new(0), 1))
     }
 
     /// All regions, by address.

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use pagecast_uffd::{Errno, LeaseBreaks, lease};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
@@ -10,6 +11,13 @@ use rustix::io::Errno as E;
 
 use super::mem_file::MemFile;
 use super::source::{PageSource, SourceError};
+
+/// How long somebody may take to close the file who has just written it. Also a program that is just being started by
+/// somebody who has it open holds it for a moment.
+const WRITER_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often we look whether it is closed; the kernel does not tell.
+const WRITER_PACE: Duration = Duration::from_millis(10);
 
 /// A lease on a [`MemFile`]: whoever opens the file for writing, or truncates it, waits until this is dropped.
 ///
@@ -64,6 +72,8 @@ impl MemFile {
     /// When somebody wants to, and so breaks the lease, `on_break` is called once, on a thread of the lease's own. It should
     /// see to it that the file is not read any more (such as by [`Server::withdraw`](crate::Server::withdraw)) and that the
     /// lease is dropped then.
+    ///
+    /// Waits for half a second where somebody has the file open for writing.
     ///
     /// # Errors
     ///
@@ -126,7 +136,16 @@ fn take(mem_file: &MemFile) -> Result<LeaseBreaks, LeaseError> {
         source: std::io::Error::from_raw_os_error(errno.get()),
     };
     let breaks = LeaseBreaks::on_this_thread().map_err(|errno| system("wait for signals", errno))?;
-    match breaks.take_read_lease(mem_file.as_fd()) {
+    let until = Instant::now() + WRITER_PATIENCE;
+    let taken = loop {
+        match breaks.take_read_lease(mem_file.as_fd()) {
+            Err(errno) if E::from_raw_os_error(errno.get()) == E::AGAIN && Instant::now() < until => {
+                std::thread::sleep(WRITER_PACE);
+            }
+            taken => break taken,
+        }
+    };
+    match taken {
         Ok(()) => Ok(breaks),
         Err(errno) => Err(match E::from_raw_os_error(errno.get()) {
             E::AGAIN => LeaseError::OpenForWriting,

@@ -126,10 +126,10 @@ impl ServedFork {
             self.unregistered = true;
         }
         self.serve(scratch)?;
-        let Some((_, region)) = self.session.regions().iter().next() else {
+        let Some(first_page) = self.session.regions().first_page() else {
             return Err(End::Complete);
         };
-        match self.uffd.zeropage(region.first_page()) {
+        match self.uffd.zeropage(first_page) {
             Outcome::NotRegistered => Err(End::Complete),
             Outcome::Retry { .. } => {
                 self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
@@ -151,13 +151,8 @@ impl ServedFork {
     /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
     /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
     fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
-        let first = self
-            .session
-            .regions()
-            .iter()
-            .next()
-            .map(|(_, region)| region.first_page());
-        match first.map(|page| self.uffd.continue_range(page)) {
+        let first_page = self.session.regions().first_page();
+        match first_page.map(|page| self.uffd.continue_range(page)) {
             Some(Outcome::PeerGone) => Err(End::PeerGone),
             Some(Outcome::Retry { .. }) => {
                 self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
