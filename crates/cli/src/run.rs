@@ -221,7 +221,7 @@ impl Run {
         conductor.report.sum_up(resumed);
         if self.keep {
             self.print(conductor.report)?;
-            conductor.keep().await;
+            return Ok(conductor.keep().await);
         }
         Ok(None)
     }
@@ -237,12 +237,12 @@ impl Run {
 }
 
 impl Conductor<'_> {
-    /// Prepares, loads and resumes all forks and measures their memory; how long it took from the first load on.
+    /// Starts and forks all, and measures their memory; how long it took once all had started.
     async fn resume_all(&mut self) -> Result<Duration, Stopped> {
         self.until_all("starting", |state| state > State::Starting).await?;
         let started = Instant::now();
-        self.fleet.load();
-        self.until_all("loading", |state| state > State::Prepared).await?;
+        self.fleet.fork();
+        self.until_all("forking", |state| state > State::Started).await?;
         let took = started.elapsed();
 
         let client = self.fleet.client().clone();
@@ -281,24 +281,24 @@ impl Conductor<'_> {
         }
     }
 
-    /// Holds them until a signal comes or the last has ended, and says who ends meanwhile.
-    async fn keep(&mut self) {
+    /// Holds them until a signal comes or the last has ended, and says who ends meanwhile; that may be the daemon.
+    async fn keep(&mut self) -> Option<Stopped> {
         say(&format!(
             "API sockets: {}/FORK/api.sock; Ctrl-C ends all of them",
             self.report.folder.display()
         ));
-        let mut daemon_lives = true;
+        let mut stopped = None;
         loop {
             tokio::select! {
-                _ = self.interrupt.signalled() => return,
-                () = self.daemon.ended(), if daemon_lives => {
-                    daemon_lives = false;
+                _ = self.interrupt.signalled() => return stopped,
+                () = self.daemon.ended(), if stopped.is_none() => {
+                    stopped = Some(Stopped::DaemonEnded);
                     say("the daemon has ended: where it has not completed them, forks with `uffd` stand still");
                 }
                 event = self.fleet.event() => {
                     let Some(event) = event else {
                         say("no fork is left");
-                        return;
+                        return stopped;
                     };
                     let number = event.number;
                     self.turn(event);

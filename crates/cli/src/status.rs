@@ -113,7 +113,7 @@ impl Shown {
             facts.add(
                 "their memory",
                 format!(
-                    "{pss} PSS of {measured} forks, {private} of it private; without sharing it would be {unshared}"
+                    "{pss} PSS, {private} of it private; without sharing it would be {unshared} ({measured} of {forks} forks measured)"
                 ),
             );
         }

@@ -217,11 +217,12 @@ fn show(template: &Template, json: bool, output: Output) -> Result<()> {
         facts.add(
             "memory",
             format!(
-                "{} PSS of {} forks, {} of it private; without sharing it would be {}",
+                "{} PSS, {} of it private; without sharing it would be {} ({} of {} forks measured)",
                 BinaryBytes(memory.pss),
-                memory.measured,
                 BinaryBytes(memory.private),
-                BinaryBytes(memory.unshared)
+                BinaryBytes(memory.unshared),
+                memory.measured,
+                template.forks
             ),
         );
     }

@@ -28,10 +28,10 @@ pub(crate) struct Fleet {
 }
 
 impl Fleet {
-    /// Begins to prepare so many forks, all at once.
+    /// Begins to start so many Firecrackers, all at once.
     pub(crate) fn start(plan: Plan, folder: RunFolder, count: u16) -> Self {
         let plan = Arc::new(plan);
-        let (stage, stages) = watch::channel(Stage::Prepare);
+        let (stage, stages) = watch::channel(Stage::Start);
         let (sender, events) = mpsc::unbounded_channel();
         let digits = count.to_string().len();
         let ids: Vec<_> = (1..=u32::from(count)).map(|number| folder.id(number, digits)).collect();
@@ -70,9 +70,9 @@ impl Fleet {
         &self.folder
     }
 
-    /// Lets those that are prepared load.
-    pub(crate) fn load(&self) {
-        self.stage.send_replace(Stage::Load);
+    /// Lets those that have started become forks.
+    pub(crate) fn fork(&self) {
+        self.stage.send_replace(Stage::Fork);
     }
 
     /// The next event, if there is one already.

@@ -27,10 +27,10 @@ pub(crate) struct Plan {
 /// How far the forks of a run may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Stage {
-    /// Start Firecracker, ask the daemon for the fork, and wait.
-    Prepare,
-    /// Load and resume, all at once.
-    Load,
+    /// Start Firecracker, and wait: how long that takes, and what it costs the others, is no matter of the template.
+    Start,
+    /// Ask the daemon for the fork, load and resume, all at once.
+    Fork,
     /// End.
     End,
 }
@@ -38,8 +38,10 @@ pub(crate) enum Stage {
 /// A turn in the life of a fork.
 #[derive(Debug)]
 pub(crate) enum Turn {
-    /// Its Firecracker waits for the snapshot, the daemon for Firecracker.
-    Prepared { pid: i32, created: CreatedFork },
+    /// Its Firecracker waits for the snapshot.
+    Started { pid: i32 },
+    /// The daemon waits for Firecracker.
+    Created(CreatedFork),
     /// Its guest runs.
     Resumed { load: Duration, resume: Duration },
     /// It will never run; why not.
@@ -115,6 +117,16 @@ impl Launch {
         };
         listens.map_err(|error| failed(error, Some(vmm)))?;
 
+        self.tell(Turn::Started { pid: vmm.pid() });
+        tokio::select! {
+            // An error means that whoever would say so has gone.
+            _ = self.stage.wait_for(|stage| *stage >= Stage::Fork) => {}
+            error = vmm.ended() => return Err(failed(error, Some(vmm))),
+        }
+        if *self.stage.borrow() == Stage::End {
+            return Ok(());
+        }
+
         let fork = CreateFork {
             id: Some(self.id.clone()),
             backend: plan.backend,
@@ -129,16 +141,7 @@ impl Launch {
         }
         let created = created?;
         let mem_backend = created.mem_backend.clone();
-        self.tell(Turn::Prepared {
-            pid: vmm.pid(),
-            created,
-        });
-
-        tokio::select! {
-            // An error means that whoever would say so has gone.
-            _ = self.stage.wait_for(|stage| *stage >= Stage::Load) => {}
-            error = vmm.ended() => return Err(failed(error, Some(vmm))),
-        }
+        self.tell(Turn::Created(created));
         let Some(loaded) = self.unless_ended(vmm.load(&plan.vmstate, &mem_backend)).await else {
             return Ok(());
         };

@@ -48,8 +48,8 @@ pub(crate) struct ForkReport {
 pub(crate) enum State {
     /// Its Firecracker is being started.
     Starting,
-    /// Its Firecracker and the daemon are ready for each other.
-    Prepared,
+    /// Its Firecracker waits for the snapshot.
+    Started,
     /// Its guest runs.
     Resumed,
     /// Its Firecracker has ended as one ends whose guest has shut down.
@@ -72,7 +72,7 @@ pub(crate) struct Summary {
     pub(crate) forks: usize,
     /// How many guests ran.
     pub(crate) resumed: usize,
-    /// From when the first was told to load until the last had resumed; each Firecracker ran before that.
+    /// From when the daemon was asked for the first until the last had resumed; each Firecracker ran before that.
     pub(crate) all_ms: f64,
     pub(crate) load_ms: Option<Spread>,
     pub(crate) resume_ms: Option<Spread>,
@@ -181,9 +181,11 @@ impl ForkReport {
     /// Takes a turn of its life.
     pub(crate) fn turn(&mut self, turn: Turn) {
         match turn {
-            Turn::Prepared { pid, created } => {
-                self.state = State::Prepared;
+            Turn::Started { pid } => {
+                self.state = State::Started;
                 self.pid = Some(pid);
+            }
+            Turn::Created(created) => {
                 self.backend = Some(created.backend);
                 self.reason = Some(created.reason);
             }

@@ -35,7 +35,7 @@ pub(crate) fn for_people(report: &Report, output: Output) -> String {
 fn row(fork: &ForkReport) -> Vec<Cell> {
     let colour = match fork.state {
         State::Resumed => Color::Green,
-        State::Exited | State::Starting | State::Prepared => Color::Yellow,
+        State::Exited | State::Starting | State::Started => Color::Yellow,
         State::Died | State::Failed => Color::Red,
     };
     let ms = |value: Option<f64>| value.map_or_else(dash, |value| format!("{value:.1}"));
@@ -64,7 +64,7 @@ fn dash() -> String {
 fn summary(report: &Report) -> String {
     let summary = &report.summary;
     let mut text = format!(
-        "{} of {} forks of {} resumed in {:.1} ms",
+        "resumed {} of {} from {} in {:.1} ms",
         summary.resumed, summary.forks, report.template, summary.all_ms
     );
     let spread = |Spread { median, max }| format!("median {median:.1} ms, max {max:.1} ms");
@@ -75,11 +75,12 @@ fn summary(report: &Report) -> String {
     if let Some(memory) = summary.memory {
         let _ = writeln!(
             text,
-            "memory of {} forks: {} PSS, {} of it private; without sharing it would be {}",
-            memory.measured,
+            "memory: {} PSS, {} of it private; without sharing it would be {} ({} of {} measured)",
             BinaryBytes(memory.pss),
             BinaryBytes(memory.private),
-            BinaryBytes(memory.unshared)
+            BinaryBytes(memory.unshared),
+            memory.measured,
+            summary.forks
         );
     }
     for ((backend, reason), forks) in report.reasons() {

@@ -3,6 +3,11 @@
 
 mod command;
 mod completions;
+mod daemon;
 mod doctor;
 mod firecracker;
+mod fork;
 mod handle;
+mod run;
+mod status;
+mod template;

@@ -1,0 +1,197 @@
+//! `pagecast fork`, with simulated VMMs.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+
+use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
+use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use serde_json::{Value, json};
+
+use crate::command::text;
+use crate::daemon::{Daemon, eventually};
+
+const SIZE: u64 = 4 << 20;
+
+/// A daemon with the template `base`.
+fn daemon() -> (Daemon, TemplateFile) {
+    let daemon = Daemon::start();
+    let file = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    daemon.add_template("base", file.path());
+    (daemon, file)
+}
+
+/// A fork with `uffd` whose VMM has shaken hands.
+fn served(daemon: &Daemon, file: &TemplateFile, id: &str) -> SimVmm {
+    let printed = daemon.prints(&["fork", "create", "--template", "base", "--id", id, "--backend", "uffd"]);
+    let mem_backend: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(mem_backend["backend_type"], "Uffd");
+    let vmm = SimVmm::spawn().unwrap();
+    let socket = Path::new(mem_backend["backend_path"].as_str().unwrap());
+    vmm.run(Connect::new(socket, file.model())).unwrap();
+    eventually("the fork is served", || state(daemon, id) == "serving");
+    vmm
+}
+
+fn state(daemon: &Daemon, id: &str) -> Value {
+    daemon.json(&["fork", "show", id])["state"].clone()
+}
+
+#[test]
+fn create_prints_the_mem_backend_and_nothing_else() {
+    let (daemon, _file) = daemon();
+    let created = daemon.output(&["fork", "create", "--template", "base", "--id", "a"]);
+    assert!(created.status.success(), "{created:?}");
+    assert_eq!(text(&created.stderr), "", "stderr is no terminal");
+    let mem_backend: Value = serde_json::from_slice(&created.stdout).unwrap();
+    let path = mem_backend["backend_path"].clone();
+    assert!(Path::new(path.as_str().unwrap()).exists(), "{path}");
+    assert_eq!(mem_backend, json!({"backend_type": "File", "backend_path": path}));
+    assert_eq!(text(&created.stdout).lines().count(), 1);
+
+    let verbose = daemon.output(&["fork", "create", "-v", "--template", "base", "--id", "b"]);
+    assert_eq!(verbose.stdout, created.stdout);
+    let said = text(&verbose.stderr);
+    assert!(
+        said.starts_with("pagecast: b: file: ") && said.lines().count() == 1,
+        "{said}"
+    );
+
+    let whole = daemon.json(&["fork", "create", "--template", "base", "--id", "c", "--backend", "uffd"]);
+    assert_eq!(
+        (&whole["id"], &whole["template"], &whole["backend"]),
+        (&json!("c"), &json!("base"), &json!("uffd"))
+    );
+    assert_eq!(whole["reason"], "it was asked for");
+    assert_eq!(whole["mem_backend"]["backend_type"], "Uffd");
+}
+
+#[test]
+fn a_fork_is_listed_shown_completed_and_removed() {
+    let (daemon, file) = daemon();
+    let vmm = served(&daemon, &file, "a");
+    let report = vmm.run(Read::default()).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+
+    let shown = daemon.json(&["fork", "show", "a"]);
+    assert_eq!(shown["pid"], vmm.pid());
+    assert_eq!(shown["faults"]["demand"], SIZE / 4096);
+    let shown = daemon.prints(&["fork", "show", "a"]);
+    for part in [
+        "state      serving\n".to_owned(),
+        format!("pid        {}\n", vmm.pid()),
+        "guest has  4.00 MiB\n".to_owned(),
+        "memory     ".to_owned(),
+    ] {
+        assert!(shown.contains(&part), "{part:?} is not in:\n{shown}");
+    }
+    let table = daemon.prints(&["fork", "ls"]);
+    let row: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..4], ["a", "base", "uffd", "serving"], "{table}");
+    assert_eq!(daemon.forks().len(), 1);
+
+    let said = daemon.refuses(&["fork", "rm", "a"], 4);
+    assert!(said.ends_with("(fork_in_use)\n"), "{said}");
+    let complete = daemon.json(&["fork", "complete", "a", "--wait"]);
+    assert_eq!(complete["state"], "complete");
+    assert_eq!(daemon.prints(&["fork", "rm", "a"]), "");
+    assert!(daemon.forks().is_empty());
+    let report = vmm.run(Read::default()).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "it lives on: {report:?}");
+}
+
+#[test]
+fn rm_kill_kills_the_vmm_first() {
+    let (daemon, file) = daemon();
+    let vmm = served(&daemon, &file, "a");
+    daemon.prints(&["fork", "rm", "a", "--kill"]);
+    assert_eq!(vmm.wait().unwrap().signal(), Some(9));
+    assert!(daemon.forks().is_empty());
+}
+
+#[test]
+fn a_fork_that_has_exited_cannot_be_completed() {
+    let (daemon, file) = daemon();
+    served(&daemon, &file, "a").kill().unwrap();
+    eventually("its end is noticed", || state(&daemon, "a") == "exited");
+    let said = daemon.refuses(&["fork", "complete", "a", "--wait"], 4);
+    assert!(said.ends_with("(fork_ended)\n"), "{said}");
+}
+
+#[test]
+fn a_fork_with_file_knows_its_vmm_by_the_pid_that_is_told() {
+    let (daemon, _file) = daemon();
+    let vmm = SimVmm::spawn().unwrap();
+    let pid = vmm.pid().to_string();
+    daemon.prints(&["fork", "create", "--template", "base", "--id", "a", "--pid", &pid]);
+    let shown = daemon.json(&["fork", "show", "a"]);
+    assert_eq!((&shown["state"], &shown["pid"]), (&json!("serving"), &json!(vmm.pid())));
+    assert!(shown["memory"]["rss"].as_u64().unwrap() > 0, "{shown}");
+    let said = daemon.refuses(&["fork", "complete", "a"], 4);
+    assert!(said.ends_with("(not_completable)\n"), "{said}");
+    vmm.kill().unwrap();
+    eventually("its end is noticed", || state(&daemon, "a") == "exited");
+}
+
+#[test]
+fn a_socket_is_put_where_it_is_asked_for() {
+    let (daemon, _file) = daemon();
+    // Relative to the caller.
+    let created = daemon
+        .pagecast(&["fork", "create", "--template", "base", "--backend", "uffd"])
+        .args(["--socket-path", "fork.sock"])
+        .current_dir(daemon.folder())
+        .output()
+        .unwrap();
+    assert!(created.status.success(), "{created:?}");
+    let socket = daemon.folder().join("fork.sock");
+    let mem_backend: Value = serde_json::from_slice(&created.stdout).unwrap();
+    assert_eq!(mem_backend["backend_path"], socket.to_str().unwrap());
+    assert!(socket.exists());
+}
+
+#[test]
+fn what_the_daemon_refuses_is_exit_code_4_with_its_code() {
+    let (daemon, _file) = daemon();
+    daemon.prints(&["fork", "create", "--template", "base", "--id", "a"]);
+    for (arguments, code) in [
+        (&["fork", "create", "--template", "other"][..], "template_not_found"),
+        (&["fork", "create", "--template", "base", "--id", "a"], "fork_exists"),
+        (&["fork", "create", "--template", "base", "--id", "A"], "invalid_field"),
+        (
+            &[
+                "fork",
+                "create",
+                "--template",
+                "base",
+                "--page-size",
+                "2M",
+                "--backend",
+                "file",
+            ],
+            "backend_unavailable",
+        ),
+        (&["fork", "show", "b/../a"], "fork_not_found"),
+        (&["fork", "rm", "b"], "fork_not_found"),
+        (&["fork", "complete", "b"], "fork_not_found"),
+    ] {
+        let said = daemon.refuses(arguments, 4);
+        assert!(said.ends_with(&format!("({code})\n")), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    for arguments in [
+        &["fork"][..],
+        &["fork", "create"],
+        &["fork", "create", "--template", "base", "--backend", "ram"],
+        &["fork", "create", "--template", "base", "--pid", "0"],
+        &["fork", "complete"],
+    ] {
+        assert_eq!(
+            crate::command::output(arguments).status.code(),
+            Some(2),
+            "{arguments:?}"
+        );
+    }
+}

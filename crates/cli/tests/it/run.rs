@@ -1,0 +1,650 @@
+//! `pagecast run` with the real Firecracker: what it shows, and that nothing is left of it however it ends.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+
+use pagecast_testkit::firecracker::{Snapshot, SnapshotOptions, binary, kvm};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::command::{PATIENCE, pagecast, text};
+use crate::daemon::{Daemon, eventually, signal};
+
+/// A daemon with the template `base`, and a folder for runs.
+struct Host {
+    daemon: Daemon,
+    runs: TempDir,
+    template: TempDir,
+    firecracker: PathBuf,
+}
+
+/// A `pagecast run` that runs.
+struct Running {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+}
+
+/// A Firecracker that runs.
+struct Vmm {
+    pid: Pid,
+    pidfd: OwnedFd,
+    folder: PathBuf,
+}
+
+impl Host {
+    /// None where Firecracker cannot run here.
+    fn new() -> Option<Self> {
+        if kvm().unwrap().skips() {
+            return None;
+        }
+        let template = tempfile::tempdir().unwrap();
+        let options = SnapshotOptions {
+            mem_mib: 32,
+            fill_mib: 8,
+            ..SnapshotOptions::default()
+        };
+        let snapshot = Snapshot::create(&options, template.path()).unwrap();
+        let daemon = Daemon::start();
+        let [mem, vmstate] = [&snapshot.mem_path, &snapshot.vmstate_path].map(|path| path.to_str().unwrap());
+        daemon.prints(&["template", "add", "base", "--mem-file", mem, "--vmstate", vmstate]);
+        Some(Self {
+            daemon,
+            runs: tempfile::tempdir().unwrap(),
+            template,
+            firecracker: binary().unwrap(),
+        })
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.daemon.pagecast(&["run", "--template", "base", "--dir"]);
+        command.arg(self.runs.path()).args(arguments);
+        if !arguments.contains(&"--firecracker") {
+            command.arg("--firecracker").arg(&self.firecracker);
+        }
+        command
+    }
+
+    /// What a run says and how it ends.
+    fn output(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn start(&self, arguments: &[&str]) -> Running {
+        let mut child = self
+            .command(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = lines(child.stdout.take().unwrap());
+        let stderr = lines(child.stderr.take().unwrap());
+        Running { child, stdout, stderr }
+    }
+
+    /// The Firecrackers of all runs: those whose current folder is a folder of one. What is dead has none.
+    fn vmms(&self) -> Vec<Vmm> {
+        let mut vmms = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap() {
+            let entry = entry.unwrap();
+            let pid = entry.file_name().to_str().unwrap().parse().ok().and_then(Pid::from_raw);
+            let folder = fs::read_link(entry.path().join("cwd"));
+            if let (Some(pid), Ok(folder)) = (pid, folder)
+                && folder.starts_with(self.runs.path())
+                && let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty())
+            {
+                vmms.push(Vmm { pid, pidfd, folder });
+            }
+        }
+        vmms
+    }
+
+    /// Waits until so many Firecrackers have been told to load a snapshot.
+    fn await_loading(&self, count: usize) -> Vec<Vmm> {
+        let mut vmms = Vec::new();
+        eventually("they load", || {
+            vmms = self.vmms();
+            vmms.len() == count && vmms.iter().all(|vmm| vmm.log().contains("/snapshot/load"))
+        });
+        vmms
+    }
+
+    /// A state file that never comes to an end, because nobody writes to it: who loads it does so for ever.
+    fn endless_vmstate(&self) -> String {
+        let path = self.template.path().join("endless");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A Firecracker that does this first, in a shell, where it is told more than to say its version.
+    fn firecracker_after(&self, script: &str) -> String {
+        let path = self.template.path().join("firecracker");
+        let real = self.firecracker.display();
+        let script = format!("#!/bin/sh\n[ \"$1\" = --version ] || {{ {script}; }}\nexec {real} \"$@\"\n");
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn assert_nothing_is_left(&self) {
+        let folders: Vec<_> = self.runs.path().read_dir().unwrap().collect();
+        assert!(folders.is_empty(), "{folders:?}");
+        let pids: Vec<_> = self.vmms().iter().map(|vmm| vmm.pid).collect();
+        assert!(pids.is_empty(), "{pids:?}");
+        let forks = self.daemon.forks();
+        assert!(forks.is_empty(), "{forks:#?}");
+    }
+}
+
+impl Running {
+    /// The next line on stdout, which has to come.
+    fn report(&self) -> Value {
+        let line = self.stdout.recv_timeout(PATIENCE).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    /// Waits for a line on stderr.
+    fn await_line(&self, part: &str) -> String {
+        loop {
+            let line = self.stderr.recv_timeout(PATIENCE).unwrap();
+            if line.contains(part) {
+                return line;
+            }
+        }
+    }
+
+    /// Waits for its end; its exit code, and what else it said on stderr.
+    fn wait(mut self) -> (Option<i32>, String) {
+        let mut said = String::new();
+        loop {
+            match self.stderr.recv_timeout(PATIENCE) {
+                Ok(line) => said += &(line + "\n"),
+                Err(RecvTimeoutError::Timeout) => panic!("it does not end; it said {said}"),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        (self.child.wait().unwrap().code(), said)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Vmm {
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    fn id(&self) -> &str {
+        self.folder.file_name().unwrap().to_str().unwrap()
+    }
+
+    fn kill(&self) {
+        kill_process(self.pid, Signal::KILL).unwrap();
+    }
+
+    /// Whether it ends, if it is waited for that long.
+    fn ends_within(&self, patience: Timespec) -> bool {
+        poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&patience)).unwrap() > 0
+    }
+
+    fn await_end(&self) {
+        assert!(
+            self.ends_within(Timespec::try_from(PATIENCE).unwrap()),
+            "{} lives",
+            self.pid
+        );
+    }
+
+    fn lives(&self) -> bool {
+        !self.ends_within(Timespec::default())
+    }
+}
+
+/// The lines of a stream, as they come.
+fn lines(stream: impl std::io::Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn forks(report: &Value) -> &Vec<Value> {
+    report["forks"].as_array().unwrap()
+}
+
+#[test]
+fn forks_of_each_backend_are_resumed_and_measured_and_gone_afterwards() {
+    let Some(host) = Host::new() else { return };
+    for backend in ["file", "uffd"] {
+        let run = host.output(&["-n", "5", "--backend", backend, "--json"]);
+        assert!(run.status.success(), "{run:?}");
+        assert_eq!(text(&run.stderr), "");
+        let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+        assert_eq!(forks(&report).len(), 5);
+        for fork in forks(&report) {
+            assert_eq!(
+                (&fork["state"], &fork["backend"]),
+                (&"resumed".into(), &backend.into()),
+                "{fork:#}"
+            );
+            assert!(fork["load_ms"].as_f64().unwrap() > 0.0 && fork["resume_ms"].as_f64().unwrap() > 0.0);
+            for part in ["rss", "pss", "private"] {
+                assert!(fork["memory"][part].as_u64().unwrap() > 0, "{fork:#}");
+            }
+        }
+        let summary = &report["summary"];
+        assert_eq!(
+            (&summary["resumed"], &summary["memory"]["measured"]),
+            (&5.into(), &5.into())
+        );
+        let pss: u64 = forks(&report)
+            .iter()
+            .map(|fork| fork["memory"]["pss"].as_u64().unwrap())
+            .sum();
+        assert_eq!(summary["memory"]["pss"], pss);
+        // They are one program, at least.
+        assert!(summary["memory"]["unshared"].as_u64().unwrap() > pss, "{summary:#}");
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn people_get_a_table_a_summary_and_the_reason_for_the_backend() {
+    let Some(host) = Host::new() else { return };
+    let run = host.output(&["-n", "2"]);
+    assert!(run.status.success(), "{run:?}");
+    let said = text(&run.stdout);
+    let lines: Vec<&str> = said.lines().collect();
+    let heading: Vec<&str> = lines[0].split_whitespace().collect();
+    assert_eq!(
+        heading.join(" "),
+        "fork state backend load ms resume ms pid rss pss private"
+    );
+    assert!(
+        lines[1].contains("-1  resumed  file ") && lines[2].contains("-2  resumed  file "),
+        "{said}"
+    );
+    assert!(lines[3].starts_with("resumed 2 of 2 from base in "), "{said}");
+    assert!(
+        lines[4].starts_with("memory: ") && lines[4].ends_with("(2 of 2 measured)"),
+        "{said}"
+    );
+    assert!(
+        lines[5].starts_with("backend file (2): the template is a complete local file"),
+        "{said}"
+    );
+    assert_eq!(lines.len(), 6);
+}
+
+#[test]
+fn kept_forks_live_until_a_signal_which_is_no_failure() {
+    let Some(host) = Host::new() else { return };
+    for end in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let run = host.start(&["-n", "2", "--keep", "--json"]);
+        let report = run.report();
+        let vmms = host.vmms();
+        assert_eq!(vmms.len(), 2);
+        let folder = Path::new(report["folder"].as_str().unwrap());
+        for (vmm, fork) in vmms.iter().zip(forks(&report)) {
+            assert!(folder.join(fork["id"].as_str().unwrap()).join("api.sock").exists());
+            assert!(vmm.lives());
+        }
+        assert_eq!(host.daemon.forks().len(), 2);
+        signal(&run.child, end);
+        assert_eq!(run.wait().0, Some(0), "{end:?}");
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn half_of_the_kept_firecrackers_killed_are_told_of_and_the_others_live_on() {
+    let Some(host) = Host::new() else { return };
+    for backend in ["file", "uffd"] {
+        let run = host.start(&["-n", "6", "--keep", "--json", "--backend", backend]);
+        run.report();
+        let vmms = host.vmms();
+        let (victims, others) = vmms.split_at(3);
+        victims.iter().for_each(Vmm::kill);
+        let mut told: Vec<_> = victims.iter().map(|_| run.await_line("signal: 9 (SIGKILL)")).collect();
+        told.sort();
+        let mut ids: Vec<_> = victims.iter().map(Vmm::id).collect();
+        ids.sort_unstable();
+        for (line, id) in told.iter().zip(ids) {
+            assert!(line.starts_with(&format!("pagecast: {id}: ")), "{line}");
+        }
+        assert_eq!(others.len(), 3);
+        assert!(others.iter().all(Vmm::lives));
+        signal(&run.child, Signal::INT);
+        assert_eq!(run.wait().0, Some(5));
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_run_that_keeps_forks_ends_with_the_last_of_them() {
+    let Some(host) = Host::new() else { return };
+    let run = host.start(&["-n", "2", "--keep", "--json"]);
+    run.report();
+    host.vmms().iter().for_each(Vmm::kill);
+    let (code, said) = run.wait();
+    assert_eq!(code, Some(5));
+    assert!(said.contains("no fork is left"), "{said}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_killed_run_takes_its_firecrackers_with_it_and_the_next_removes_the_rest() {
+    let Some(host) = Host::new() else { return };
+    for backend in ["file", "uffd"] {
+        // One that keeps forks, and one that loads them.
+        let endless = host.endless_vmstate();
+        let mut keeping = host.start(&["-n", "3", "--keep", "--json", "--backend", backend]);
+        keeping.report();
+        host.await_loading(3);
+        let mut loading = host.start(&["-n", "3", "--vmstate", &endless, "--backend", backend]);
+        let vmms = host.await_loading(6);
+        for run in [&mut keeping, &mut loading] {
+            run.child.kill().unwrap();
+            run.child.wait().unwrap();
+        }
+        vmms.iter().for_each(Vmm::await_end);
+        assert_eq!(host.runs.path().read_dir().unwrap().count(), 2);
+
+        let next = host.output(&["-n", "1"]);
+        assert!(next.status.success(), "{next:?}");
+        assert_eq!(text(&next.stderr), "");
+        host.assert_nothing_is_left();
+        fs::remove_file(endless).unwrap();
+    }
+}
+
+#[test]
+fn a_run_leaves_others_that_live_alone() {
+    let Some(host) = Host::new() else { return };
+    let first = host.start(&["-n", "2", "--keep", "--json"]);
+    first.report();
+    let vmms = host.vmms();
+    assert!(host.output(&["-n", "2"]).status.success());
+    assert!(vmms.iter().all(Vmm::lives) && vmms.iter().all(|vmm| vmm.folder.exists()));
+    assert_eq!(host.daemon.forks().len(), 2);
+    signal(&first.child, Signal::INT);
+    assert_eq!(first.wait().0, Some(0));
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_signal_while_firecrackers_start_leaves_nothing() {
+    let Some(host) = Host::new() else { return };
+    let firecracker = host.firecracker_after("exec sleep 600");
+    for (end, code) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
+        let run = host.start(&["-n", "3", "--firecracker", &firecracker]);
+        eventually("they start", || host.vmms().len() == 3);
+        signal(&run.child, end);
+        let (ended, said) = run.wait();
+        assert_eq!(ended, Some(code));
+        assert_eq!(said, "pagecast: interrupted: nothing is left of the run\n");
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_signal_while_snapshots_load_leaves_nothing() {
+    let Some(host) = Host::new() else { return };
+    let endless = host.endless_vmstate();
+    for backend in ["file", "uffd"] {
+        let run = host.start(&["-n", "4", "--vmstate", &endless, "--backend", backend]);
+        host.await_loading(4);
+        assert_eq!(host.daemon.forks().len(), 4);
+        signal(&run.child, Signal::INT);
+        assert_eq!(run.wait().0, Some(130));
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_daemon_that_dies_while_snapshots_load_ends_the_run() {
+    let Some(mut host) = Host::new() else { return };
+    let endless = host.endless_vmstate();
+    let run = host.start(&["-n", "3", "--vmstate", &endless, "--backend", "uffd"]);
+    let vmms = host.await_loading(3);
+    host.daemon.kill();
+    let (code, said) = run.wait();
+    assert_eq!(code, Some(3));
+    assert_eq!(said, "pagecast: the daemon has ended\n");
+    assert!(!vmms.iter().any(Vmm::lives));
+    assert_eq!(host.runs.path().read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn a_daemon_that_dies_while_forks_are_kept_is_told_of() {
+    let Some(mut host) = Host::new() else { return };
+    let run = host.start(&["-n", "2", "--keep", "--json"]);
+    run.report();
+    let vmms = host.vmms();
+    host.daemon.kill();
+    run.await_line("the daemon has ended");
+    assert!(vmms.iter().all(Vmm::lives), "with `file` they need no daemon");
+    signal(&run.child, Signal::INT);
+    assert_eq!(run.wait().0, Some(3));
+    assert!(!vmms.iter().any(Vmm::lives));
+    assert_eq!(host.runs.path().read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn a_firecracker_that_dies_at_its_start_costs_only_itself() {
+    let Some(host) = Host::new() else { return };
+    let firecracker = host.firecracker_after("case \"$2\" in *-2) echo no luck >&2; exit 7;; esac");
+    let run = host.output(&["-n", "3", "--json", "--firecracker", &firecracker]);
+    assert_eq!(run.status.code(), Some(5), "{run:?}");
+    let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+    let states: Vec<_> = forks(&report)
+        .iter()
+        .map(|fork| fork["state"].as_str().unwrap())
+        .collect();
+    assert_eq!(states, ["resumed", "failed", "resumed"], "{report:#}");
+    let error = forks(&report)[1]["error"].as_str().unwrap();
+    assert!(error.starts_with("Firecracker has ended (exit status: 7)"), "{error}");
+    assert!(error.contains("no luck"), "{error}");
+    assert_eq!(report["summary"]["resumed"], 2);
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_firecracker_that_dies_while_it_loads_is_told_of() {
+    let Some(host) = Host::new() else { return };
+    let endless = host.endless_vmstate();
+    let run = host.start(&["-n", "2", "--json", "--vmstate", &endless]);
+    host.await_loading(2).iter().for_each(Vmm::kill);
+    let report = run.report();
+    for fork in forks(&report) {
+        assert_eq!(fork["state"], "failed");
+        let error = fork["error"].as_str().unwrap();
+        assert!(
+            error.starts_with("Firecracker has ended (signal: 9 (SIGKILL))"),
+            "{error}"
+        );
+        assert!(error.contains("its log ends with:"), "{error}");
+    }
+    assert_eq!(run.wait().0, Some(5));
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_load_that_takes_too_long_fails() {
+    let Some(host) = Host::new() else { return };
+    let endless = host.endless_vmstate();
+    let run = host.output(&["--vmstate", &endless, "--timeout", "2s"]);
+    assert_eq!(run.status.code(), Some(5), "{run:?}");
+    let said = text(&run.stdout);
+    assert!(
+        said.contains("PUT /snapshot/load is not answered: no answer from "),
+        "{said}"
+    );
+    assert!(said.contains("resumed 0 of 1 from base"), "{said}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_snapshot_that_firecracker_refuses_is_shown_with_its_log() {
+    let Some(host) = Host::new() else { return };
+    let garbage = host.template.path().join("garbage");
+    fs::write(&garbage, "garbage").unwrap();
+    let run = host.output(&["-n", "2", "--vmstate", garbage.to_str().unwrap()]);
+    assert_eq!(run.status.code(), Some(5), "{run:?}");
+    let said = text(&run.stdout);
+    assert_eq!(
+        said.matches("Firecracker refuses PUT /snapshot/load: Load snapshot error")
+            .count(),
+        2,
+        "{said}"
+    );
+    assert_eq!(said.matches("its log ends with:").count(), 2, "{said}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn what_the_daemon_refuses_is_told_for_each_fork() {
+    let Some(host) = Host::new() else { return };
+    // Removed while the Firecrackers start, so that the daemon knows it at first.
+    let started = host.template.path().join("started");
+    let go = host.template.path().join("go");
+    mknodat(CWD, &go, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let script = format!("touch {}; read word < {}", started.display(), go.display());
+    let firecracker = host.firecracker_after(&script);
+    let run = host.start(&["--json", "--firecracker", &firecracker]);
+    eventually("it starts", || started.exists());
+    host.daemon.prints(&["template", "rm", "base"]);
+    fs::write(&go, "go\n").unwrap();
+    let report = run.report();
+    let error = forks(&report)[0]["error"].as_str().unwrap();
+    assert!(error.ends_with("(template_not_found)"), "{error}");
+    assert_eq!(run.wait().0, Some(5));
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_firecracker_that_is_none_is_told_of_before_anything_starts() {
+    let runs = tempfile::tempdir().unwrap();
+    let text_file = runs.path().join("text");
+    fs::write(&text_file, "text").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (firecracker, why) in [
+        (
+            "/no/such/firecracker",
+            "there is no Firecracker at /no/such/firecracker",
+        ),
+        (text_file.to_str().unwrap(), "is not a file that this user may execute"),
+        (
+            folder.path().to_str().unwrap(),
+            "is not a file that this user may execute",
+        ),
+        ("/bin/cat", "is not Firecracker"),
+    ] {
+        // Not even the daemon is asked: there is none.
+        let run = pagecast()
+            .args([
+                "run",
+                "--template",
+                "base",
+                "--socket",
+                "/no/such/socket",
+                "--firecracker",
+            ])
+            .args([firecracker, "--dir"])
+            .arg(folder.path())
+            .output()
+            .unwrap();
+        assert_eq!(run.status.code(), Some(1), "{run:?}");
+        assert_eq!(text(&run.stdout), "");
+        let said = text(&run.stderr);
+        assert!(said.contains(why) && said.lines().count() == 1, "{said}");
+    }
+    let run = pagecast()
+        .args(["run", "--template", "base"])
+        .env("PATH", runs.path())
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(1));
+    assert!(
+        text(&run.stderr).contains("say where it is with --firecracker"),
+        "{run:?}"
+    );
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn a_template_that_cannot_be_run_is_told_of_before_anything_starts() {
+    let Some(host) = Host::new() else { return };
+    let mem_file = host.template.path().join("mem");
+    host.daemon.add_template("stateless", &mem_file);
+    for (arguments, code, why) in [
+        (&["--template", "other"][..], 4, "(template_not_found)"),
+        (&["--template", "stateless"], 1, "say with --vmstate where it is"),
+        (
+            &["--template", "base", "--vmstate", "/no/such/state"],
+            1,
+            "cannot read the state file /no/such/state",
+        ),
+    ] {
+        let run = host
+            .daemon
+            .pagecast(&["run", "--firecracker"])
+            .arg(&host.firecracker)
+            .arg("--dir")
+            .arg(host.runs.path())
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert_eq!(run.status.code(), Some(code), "{run:?}");
+        assert!(text(&run.stderr).contains(why), "{run:?}");
+    }
+    let nowhere = host
+        .daemon
+        .pagecast(&["run", "--template", "base", "--dir", "/no/such/folder", "--firecracker"])
+        .arg(&host.firecracker)
+        .output()
+        .unwrap();
+    assert_eq!(nowhere.status.code(), Some(1), "{nowhere:?}");
+    assert!(text(&nowhere.stderr).contains("say with --dir"), "{nowhere:?}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn without_a_daemon_it_is_said_how_to_start_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let firecracker = folder.path().join("firecracker");
+    fs::write(&firecracker, "#!/bin/sh\necho Firecracker v1.12.1\n").unwrap();
+    fs::set_permissions(&firecracker, fs::Permissions::from_mode(0o755)).unwrap();
+    let run = pagecast()
+        .args([
+            "run",
+            "--template",
+            "base",
+            "--socket",
+            "/no/such/socket",
+            "--firecracker",
+        ])
+        .arg(&firecracker)
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(3), "{run:?}");
+    assert!(text(&run.stderr).contains("`pagecast serve`"), "{run:?}");
+}
