@@ -4,3 +4,4 @@
 mod command;
 mod firecracker;
 mod handle;
+mod serve_log;

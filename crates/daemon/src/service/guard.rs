@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use pagecast::server::{ForkState as ServedState, chain};
 use pagecast::template::PageSource;
-use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
+use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
 use super::Service;
@@ -38,7 +38,7 @@ impl Service {
         let runtime = self.runtime.clone();
         runtime.spawn_blocking(move || {
             let how = "somebody opens it for writing".to_owned();
-            warn!(template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            warn!(event = "template_lease_broken", template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
             template.set_changed(how.clone());
             if !template.set_withdrawn() {
                 return;
@@ -59,7 +59,7 @@ impl Service {
                 && fork.state() == ForkState::Serving
                 && let Err(error) = self.server.complete(&fork.id)
             {
-                warn!(fork = %fork.id, error = chain(&error), "cannot be completed");
+                warn!(event = "fork_not_completed", fork = %fork.id, error = chain(&error), "cannot be completed");
             }
         }
         for fork in &forks {
@@ -110,8 +110,8 @@ impl Service {
         if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        end_strangers(template);
-        info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        end_strangers(self, template);
+        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
@@ -150,7 +150,7 @@ impl Service {
                 && template.set_withdrawn()
             {
                 let how = chain(&error);
-                error!(template = %template.name, how, "the template has changed while forks live");
+                error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
                 template.set_changed(how.clone());
                 self.withdraw(&template, &how);
             }
@@ -160,7 +160,7 @@ impl Service {
 }
 
 /// Ends VMMs that nobody told us of, but that map the file by the path that only forks are told.
-fn end_strangers(template: &Template) {
+fn end_strangers(service: &Service, template: &Template) {
     let file = InodeId::from(template.file.identity().inode());
     let holders = match vmm_process::holders(file) {
         Ok(holders) => holders,
@@ -177,9 +177,14 @@ fn end_strangers(template: &Template) {
         match VmmProcess::open(pid) {
             // Looked at again, now that it cannot be another process any more.
             Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => {
-                warn!(template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
+                warn!(event = "vmm_killed", template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
                 if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
                     error!(template = %template.name, pid, "cannot be killed, and may read wrong bytes");
+                } else {
+                    let mut state = service.state();
+                    state
+                        .totals
+                        .count_kill(&template.name, Backend::File, "template_changed");
                 }
             }
             Ok(_) | Err(VmmError::NoProcess { .. }) => {}
