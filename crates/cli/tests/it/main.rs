@@ -9,5 +9,6 @@ mod firecracker;
 mod fork;
 mod handle;
 mod run;
+mod serve_log;
 mod status;
 mod template;
