@@ -1,188 +1,135 @@
-//! The page server: `pagecast handle` in a process of its own.
+//! A `pagecast serve` process, asked through its control API.
 
-use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader};
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
-use serde::Deserialize;
-use serde_json::Value;
+use pagecast_client::{AddTemplate, Client, ClientError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tokio::runtime::Runtime;
 
-/// How long it may be silent when something is to come.
-const PATIENCE: Duration = Duration::from_mins(2);
+/// The one template that it has here.
+pub(crate) const TEMPLATE: &str = "template";
 
-/// A running `pagecast handle`, killed when this is dropped.
-pub(super) struct Server {
+/// How long it may take to start.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a start is looked at that says nothing.
+const START_PACE: Duration = Duration::from_millis(100);
+/// How long it may take to complete all forks and end.
+const STOP_PATIENCE: Duration = Duration::from_mins(2);
+/// How many lines of its log an error shows.
+const TAIL_LINES: usize = 15;
+
+/// A daemon in a folder of its own, killed when this is dropped.
+pub(crate) struct Daemon {
     child: Child,
-    socket: PathBuf,
-    /// What it says on stderr.
-    lines: Receiver<String>,
-    /// What it has said of what went wrong.
-    complaints: Vec<String>,
+    client: Client,
+    runtime: Runtime,
+    log: PathBuf,
 }
 
-/// What it says, as far as it matters here.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-enum Event {
-    Listening,
-    Ended(Ended),
-    NotCompleted {
-        id: String,
-        error: Value,
-    },
-    Staying {
-        error: Value,
-    },
-    #[serde(other)]
-    Other,
-}
-
-/// How the session of a fork ended.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Ended {
-    id: String,
-    state: String,
-    pid: Option<u32>,
-    error: Value,
-    pub(super) faults: Faults,
-    pub(super) fault_latency_us: Latency,
-    pub(super) installed_bytes: u64,
-}
-
-/// Counts of pages.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Faults {
-    pub(super) demand: u64,
-}
-
-/// Times to answer a fault, in microseconds.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Latency {
-    pub(super) p50: u64,
-    pub(super) p99: u64,
-}
-
-impl Server {
-    /// Starts it for this mem-file and waits until it listens at a socket in `folder`.
-    pub(super) fn start(pagecast: &Path, folder: &Path, mem_file: &Path) -> Result<Self> {
-        let socket = folder.join("handle.sock");
-        let mut child = Command::new(pagecast)
-            .args(["handle", "--json", "--socket"])
-            .arg(&socket)
-            .arg("--mem-file")
-            .arg(mem_file)
+impl Daemon {
+    /// Starts it with its run dir and log in `folder`, which must be there and its own, and waits until it is ready.
+    pub(crate) fn start(pagecast: &Path, folder: &Path, settings: &[&str]) -> Result<Self> {
+        let (run_dir, log, notify) = (folder.join("run"), folder.join("log"), folder.join("notify"));
+        // As a service manager does, so that nothing is tried until it works.
+        let ready = UnixDatagram::bind(&notify).context("failed to bind a socket for its readiness")?;
+        ready.set_read_timeout(Some(START_PACE))?;
+        let child = Command::new(pagecast)
+            .args(["serve", "--run-dir"])
+            .arg(&run_dir)
+            .args(settings)
+            .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(File::create(&log).context("failed to create its log")?)
             .spawn()
             .with_context(|| format!("failed to start {}", pagecast.display()))?;
-        let stderr = BufReader::new(child.stderr.take().expect("it was given a pipe"));
-        let (sender, lines) = channel();
-        // Ends with the server, whose end of the pipe then closes.
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        let mut server = Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("failed to make a runtime for its client")?;
+        let mut daemon = Self {
             child,
-            socket,
-            lines,
-            complaints: Vec::new(),
+            client: Client::new(run_dir.join("control.sock")),
+            runtime,
+            log,
         };
-        match server.await_listening() {
-            Ok(()) => Ok(server),
-            Err(error) => Err(server.explain(&error)),
+        match daemon.await_ready(&ready) {
+            Ok(()) => Ok(daemon),
+            Err(error) => Err(daemon.explain(&error)),
         }
     }
 
-    fn await_listening(&mut self) -> Result<()> {
+    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let deadline = Instant::now() + START_PATIENCE;
+        let mut message = [0; 256];
         loop {
-            match self.next_event()? {
-                Some(Event::Listening) => return Ok(()),
-                Some(_) => {}
-                None => bail!("pagecast ended before it listened"),
+            match ready.recv(&mut message) {
+                Ok(len) if String::from_utf8_lossy(&message[..len]).contains("READY=1") => return Ok(()),
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    if let Some(status) = self.child.try_wait().context("failed to look after pagecast")? {
+                        bail!("pagecast ended before it was ready ({status})");
+                    }
+                    ensure!(
+                        Instant::now() < deadline,
+                        "pagecast is not ready after {START_PATIENCE:?}"
+                    );
+                }
+                Err(error) => return Err(error).context("failed to wait for pagecast"),
             }
         }
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub(super) fn socket(&self) -> &Path {
-        &self.socket
+    /// Makes a call, which may be made from any thread.
+    pub(crate) fn call<T>(&self, call: impl AsyncFnOnce(&Client) -> Result<T, ClientError>) -> Result<T> {
+        Ok(self.runtime.block_on(call(&self.client))?)
     }
 
-    /// Has it complete all forks and end (SIGTERM), and waits until it has; what it said of each fork, by the process
-    /// id of its VMM.
-    pub(super) fn stop(&mut self) -> Result<HashMap<u32, Ended>> {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).context("failed to signal pagecast")?;
-        let mut forks = HashMap::new();
-        while let Some(event) = self.next_event()? {
-            match event {
-                Event::Ended(ended) => {
-                    ensure!(ended.state == "complete", "{} is {}", ended.id, ended.state);
-                    forks.extend(ended.pid.map(|pid| (pid, ended)));
-                }
-                Event::NotCompleted { .. } | Event::Staying { .. } => bail!("pagecast could not complete all forks"),
-                Event::Listening | Event::Other => {}
-            }
-        }
+    /// Adds the mem-file as [`TEMPLATE`].
+    pub(crate) fn add_template(&self, mem_file: &Path) -> Result<()> {
+        self.call(async |client| client.add_template(TEMPLATE, &AddTemplate::new(mem_file)).await)
+            .context("the template is refused")?;
+        Ok(())
+    }
+
+    /// Has it complete all forks and end (SIGTERM), and waits until it has.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        let pid = Pid::from_child(&self.child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("failed to open a pidfd of pagecast")?;
+        kill_process(pid, Signal::TERM).context("failed to signal pagecast")?;
+        let patience = Timespec::try_from(STOP_PATIENCE).context("timeout out of range")?;
+        let ended = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)));
+        ensure!(
+            ended.context("failed to wait for pagecast")? > 0,
+            "pagecast has not ended after {STOP_PATIENCE:?}"
+        );
         let status = self.child.wait().context("failed to wait for pagecast")?;
         ensure!(status.success(), "pagecast failed ({status})");
-        Ok(forks)
+        Ok(())
     }
 
-    /// Ends it, and adds to the error what it has said of what went wrong.
-    pub(super) fn explain(&mut self, error: &anyhow::Error) -> anyhow::Error {
-        if let Ok(Some(status)) = self.child.try_wait() {
-            self.complaints.push(format!("has ended ({status})"));
-        }
-        // It fails only for a process that has ended, which is what is wanted.
-        let _ = self.child.kill();
-        while let Ok(Some(_)) = self.next_event() {}
-        let mut text = format!("{error:#}");
-        for complaint in &self.complaints {
-            text.push_str("\npagecast: ");
-            text.push_str(complaint);
-        }
-        anyhow!(text)
-    }
-
-    /// `None` once it has ended.
-    fn next_event(&mut self) -> Result<Option<Event>> {
-        let line = match self.lines.recv_timeout(PATIENCE) {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Disconnected) => return Ok(None),
-            Err(RecvTimeoutError::Timeout) => bail!("pagecast has said nothing for {PATIENCE:?}"),
-        };
-        let event = serde_json::from_str(&line).unwrap_or_else(|_| {
-            // Not for machines, such as an error before it listens.
-            self.complaints.push(line);
-            Event::Other
-        });
-        match &event {
-            Event::Ended(ended) if !ended.error.is_null() => {
-                self.complaints.push(format!("{}: {}", ended.id, ended.error));
-            }
-            Event::NotCompleted { id, error } => self.complaints.push(format!("{id}: {error}")),
-            Event::Staying { error } => self.complaints.push(format!("cannot close: {error}")),
-            _ => {}
-        }
-        Ok(Some(event))
+    /// The error, and the last that it said.
+    pub(crate) fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+        anyhow!("{error:#}\npagecast's log ends with:\n{}", tail.join("\n"))
     }
 }
 
-impl Drop for Server {
+impl Drop for Daemon {
     fn drop(&mut self) {
         // They fail only for a process that has ended, which is what is wanted.
         let _ = self.child.kill();

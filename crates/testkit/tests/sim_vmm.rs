@@ -103,7 +103,10 @@ fn a_mapped_mem_file_is_shared_until_it_is_written() {
     }
     template.check_untouched().unwrap();
 
-    assert!(vmms[1].run(Remove::range(0..1)).is_err(), "the file's bytes would come back");
+    assert!(
+        vmms[1].run(Remove::range(0..1)).is_err(),
+        "the file's bytes would come back"
+    );
 }
 
 #[test]
@@ -116,7 +119,10 @@ fn a_mapped_mem_file_with_wrong_bytes_is_found_wrong() {
     };
     vmm.run(MapFile::new(template.path(), &other)).unwrap();
     let checked = vmm.run(Read::default()).unwrap().checked;
-    assert!(checked.mismatches > 0 && checked.mismatches < 2048, "zeros are right: {checked:?}");
+    assert!(
+        checked.mismatches > 0 && checked.mismatches < 2048,
+        "zeros are right: {checked:?}"
+    );
 }
 
 #[test]

@@ -1,10 +1,9 @@
-//! `cargo xtask bench`: what a page fault costs, beside the smallest program that could do the same.
+//! `cargo xtask bench faults`: what a page fault costs, beside the smallest program that could do the same.
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -16,7 +15,9 @@ use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use serde::Serialize;
 
-use crate::cargo::cargo;
+use super::goal::Goal;
+use super::spread::{Spread, to_f64};
+use super::write_json;
 
 /// The template: data on every page, and in the page cache.
 const TEMPLATE_BYTES: u64 = 64 << 20;
@@ -31,8 +32,8 @@ const PATIENCE: Duration = Duration::from_mins(1);
 ///
 /// Floor and pagecast take turns, round by round, so that what disturbs the one disturbs the other. Ratios are medians of
 /// the rounds' own ratios.
-#[derive(Debug, Args)]
-pub(crate) struct Bench {
+#[derive(Clone, Debug, Args)]
+pub(super) struct Faults {
     /// How many rounds.
     #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -96,29 +97,6 @@ impl Measure {
     }
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Goal {
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-impl Goal {
-    fn is_met(self, ratio: f64) -> bool {
-        match self {
-            Self::AtMost(most) => ratio <= most,
-            Self::AtLeast(least) => ratio >= least,
-        }
-    }
-
-    fn text(self) -> String {
-        match self {
-            Self::AtMost(most) => format!("<= {most}"),
-            Self::AtLeast(least) => format!(">= {least}"),
-        }
-    }
-}
-
 /// One turn of one system, a value for each of [`Measure::ALL`].
 type Values = [f64; Measure::ALL.len()];
 
@@ -133,32 +111,9 @@ struct Row {
     met: Option<bool>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        Self {
-            min: at(0),
-            median: at(values.len() / 2),
-            max: at(values.len().saturating_sub(1)),
-        }
-    }
-}
-
-impl Bench {
-    /// Measures, prints a table, writes JSON.
-    pub(crate) fn run(&self) -> Result<ExitCode> {
-        if cfg!(debug_assertions) {
-            return self.run_optimised();
-        }
+impl Faults {
+    /// Measures, prints a table, writes JSON; whether all goals were met.
+    pub(super) fn run(&self) -> Result<bool> {
         let file = TemplateFile::create(TemplateModel::of_data(TEMPLATE_BYTES, 1))?;
         let progress = progress(u64::from(self.rounds));
         let mut floor = Vec::new();
@@ -186,31 +141,8 @@ impl Bench {
             "{} rounds; median (min to max); ratio: pagecast to floor, the median of the rounds' own",
             self.rounds
         );
-        let json = serde_json::to_string_pretty(&rows)?;
-        std::fs::write(&self.json, json + "\n").with_context(|| format!("failed to write {}", self.json.display()))?;
-        println!("all of it in {}", self.json.display());
-        let met = rows.iter().all(|row| row.met != Some(false));
-        Ok(if met { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-    }
-
-    /// Runs this again, built for speed, with a simulated VMM built for speed beside it.
-    fn run_optimised(&self) -> Result<ExitCode> {
-        let built = cargo("build")
-            .args(["--release", "--package", "pagecast-testkit", "--bins"])
-            .status()?;
-        ensure!(built.success(), "the simulated VMM cannot be built");
-        let mut again = cargo("run");
-        again.args(["--quiet", "--release", "--package", "xtask", "--", "bench"]);
-        again
-            .arg("--rounds")
-            .arg(self.rounds.to_string())
-            .arg("--json")
-            .arg(&self.json);
-        if let Some(workers) = self.workers {
-            again.arg("--workers").arg(workers.to_string());
-        }
-        let code = again.status()?.code().and_then(|code| u8::try_from(code).ok());
-        Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+        write_json(&self.json, &rows)?;
+        Ok(rows.iter().all(|row| row.met != Some(false)))
     }
 
     fn turn(&self, system: System, file: &TemplateFile) -> Result<Values> {
@@ -346,12 +278,8 @@ fn table(rows: &[Row]) -> Table {
             spread(row.floor, digits),
             spread(row.pagecast, digits),
             spread(row.ratio, 2),
-            Cell::new(row.goal.map(Goal::text).unwrap_or_default()),
-            Cell::new(match row.met {
-                Some(true) => "met",
-                Some(false) => "MISSED",
-                None => "",
-            }),
+            Cell::new(row.goal.as_ref().map(Goal::to_string).unwrap_or_default()),
+            Cell::new(Goal::verdict(row.met)),
         ]);
     }
     table
@@ -364,11 +292,6 @@ fn progress(rounds: u64) -> ProgressBar {
 
 fn micros(nanos: u64) -> f64 {
     to_f64(nanos) / 1000.0
-}
-
-#[expect(clippy::cast_precision_loss, reason = "what is measured here is far below 2^52")]
-fn to_f64(value: u64) -> f64 {
-    value as f64
 }
 
 #[cfg(test)]

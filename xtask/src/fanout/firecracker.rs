@@ -1,23 +1,24 @@
 //! Forks of the tiny guest in the real Firecracker.
 
-use std::fmt;
+use std::num::NonZeroU8;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use pagecast_testkit::firecracker::{GuestRange, MemBackend, MicroVm, Snapshot, SnapshotOptions};
+use pagecast_client::fork::{BackendType, MemBackend};
+use pagecast_testkit::firecracker::{self, BlankVmm, GuestRange, MicroVm, Snapshot, SnapshotOptions};
 
-use super::vmm::{self, DATA_MIB, MEM_MIB, Mismatches, Vmm, WRITE_EVERY};
+use super::vmm::{Blank, DATA_MIB, MEM_MIB, Mismatches, Template, Vmm, WRITE_EVERY};
 
 const TEMPLATE_PATTERN: u8 = 1;
 
 /// A snapshot of the tiny guest.
-pub(super) struct Template {
+pub(super) struct Snapshotted {
     snapshot: Snapshot,
 }
 
-impl Template {
+impl Snapshotted {
     /// Boots the guest, fills its memory and snapshots it into the folder.
     pub(super) fn create(folder: &Path) -> Result<Self> {
         let options = SnapshotOptions {
@@ -31,38 +32,55 @@ impl Template {
     }
 }
 
-impl fmt::Display for Template {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{MEM_MIB} MiB, of which {DATA_MIB} MiB data")
-    }
-}
-
-impl vmm::Template for Template {
+impl Template for Snapshotted {
     fn mem_file(&self) -> &Path {
         &self.snapshot.mem_path
     }
 
-    fn checked_mib(&self) -> Range<u32> {
-        let whole = self.snapshot.whole;
-        whole.start_mib..whole.start_mib + whole.count_mib
+    fn working_set(&self) -> Range<u32> {
+        mib(self.snapshot.filled)
     }
 
-    fn restore(&self, number: u32, socket: &Path) -> Result<(Box<dyn Vmm>, Duration)> {
-        let backend = MemBackend::Uffd(socket.to_owned());
-        let (microvm, loaded_in) = MicroVm::restore(&self.snapshot, &backend)?;
+    fn whole(&self) -> Range<u32> {
+        mib(self.snapshot.whole)
+    }
+
+    fn start(&self) -> Result<Box<dyn Blank + '_>> {
+        Ok(Box::new(Started {
+            vmm: BlankVmm::start()?,
+            snapshot: &self.snapshot,
+        }))
+    }
+}
+
+struct Started<'a> {
+    vmm: BlankVmm,
+    snapshot: &'a Snapshot,
+}
+
+impl Blank for Started<'_> {
+    fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    fn restore(self: Box<Self>, tag: NonZeroU8, memory: &MemBackend) -> Result<(Box<dyn Vmm>, Duration)> {
+        let path = memory.backend_path.clone();
+        let memory = match memory.backend_type {
+            BackendType::File => firecracker::MemBackend::File(path),
+            BackendType::Uffd => firecracker::MemBackend::Uffd(path),
+        };
+        let (microvm, loaded_in) = self.vmm.restore(self.snapshot, &memory)?;
         let fork = Fork {
             microvm,
-            pattern: written_pattern(number),
+            pattern: written_pattern(tag),
         };
         Ok((Box::new(fork), loaded_in))
     }
 }
 
-/// What the fork with this number writes: not what the template holds, nor zeros, nor what its neighbours write.
-fn written_pattern(number: u32) -> u8 {
-    let first = u32::from(TEMPLATE_PATTERN) + 1;
-    let count = u32::from(u8::MAX) - first + 1;
-    u8::try_from(first + number % count).expect("it is taken modulo what is left of a byte")
+/// What the fork with this tag writes: not what the template holds, nor zeros, nor what its neighbours write.
+fn written_pattern(tag: NonZeroU8) -> u8 {
+    TEMPLATE_PATTERN.saturating_add(tag.get())
 }
 
 struct Fork {
@@ -96,15 +114,18 @@ fn range(mib: &Range<u32>) -> GuestRange {
     }
 }
 
+fn mib(range: GuestRange) -> Range<u32> {
+    range.start_mib..range.start_mib + range.count_mib
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn no_fork_writes_what_the_template_holds_nor_zeros() {
-        for number in 1..1000 {
-            assert!(written_pattern(number) > TEMPLATE_PATTERN, "{number}");
-            assert_ne!(written_pattern(number), written_pattern(number + 1), "{number}");
+        for tag in (1..=u8::MAX).filter_map(NonZeroU8::new) {
+            assert!(written_pattern(tag) > TEMPLATE_PATTERN, "{tag}");
         }
     }
 }

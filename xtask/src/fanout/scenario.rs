@@ -1,49 +1,67 @@
-//! What happens in the demo, from the restore of the forks to their last look at their memory.
+//! What forks of one template do, from their restore to their last look at their memory; the same for every backend.
 
+use std::num::NonZeroU8;
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use pagecast_client::fork::{Faults, Latency};
+use pagecast_client::{Backend, CreateFork, CreatedFork, ForkState};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
-use super::progress::Progress;
-use super::server::{Ended, Server};
-use super::vmm::{Mismatches, Template, Vmm};
+use super::vmm::{Blank, Mismatches, Template, Vmm};
+use super::{DATA_MIB, WRITE_EVERY};
+use crate::daemon::{Daemon, TEMPLATE};
 use crate::interrupt::Interrupt;
+use crate::progress::Progress;
 
 /// How much a guest is asked to check at once, in MiB, so that there is progress to show.
 const STEP_MIB: u32 = 8;
 
-/// Many forks of one template.
-pub(super) struct Scenario<'a> {
-    pub(super) template: &'a dyn Template,
-    pub(super) forks: u32,
-    pub(super) interrupt: &'a Interrupt,
+/// Many forks of one template at once, with one backend, and a daemon of their own.
+pub(crate) struct Scenario<'a> {
+    /// The command.
+    pub(crate) pagecast: &'a Path,
+    pub(crate) template: &'a dyn Template,
+    pub(crate) forks: u32,
+    /// What the daemon is asked for.
+    pub(crate) backend: Backend,
+    pub(crate) interrupt: &'a Interrupt,
 }
 
 /// What came of it.
-pub(super) struct Played {
-    pub(super) forks: Vec<PlayedFork>,
-    /// What the server held and had used when all forks had read and written.
-    pub(super) server: ProcessUse,
+pub(crate) struct Played {
+    pub(crate) asked: Backend,
+    /// What the daemon has chosen, and why.
+    pub(crate) backend: Backend,
+    pub(crate) reason: String,
+    pub(crate) forks: Vec<PlayedFork>,
+    /// All VMMs before they had a guest.
+    pub(crate) blank: Vec<MemoryUse>,
+    /// All VMMs after their guests had been resumed, and before they were asked for anything.
+    pub(crate) idle: Vec<MemoryUse>,
+    /// What the daemon held and had used when all forks had read all their memory.
+    pub(crate) server: ProcessUse,
 }
 
 /// What came of one fork.
-pub(super) struct PlayedFork {
+pub(crate) struct PlayedFork {
     /// From 1 on.
-    pub(super) number: u32,
-    pub(super) pid: u32,
+    pub(crate) number: u32,
+    pub(crate) pid: u32,
     /// To load the template and resume.
-    pub(super) resumed_in: Duration,
-    /// The same, and to read and check all memory.
-    pub(super) all_read_in: Duration,
-    /// Of all three times that it checked.
-    pub(super) mismatches: Mismatches,
-    /// After it had read and written, while it was served.
-    pub(super) memory: MemoryUse,
-    /// What the server said of it.
-    pub(super) session: Ended,
+    pub(crate) resumed_in: Duration,
+    /// The same, and to read and check the working set.
+    pub(crate) read_in: Duration,
+    /// Of all times that it checked.
+    pub(crate) mismatches: Mismatches,
+    /// After it had read and written its working set, while it was served.
+    pub(crate) memory: MemoryUse,
+    /// What the daemon says; nothing where the kernel answers the faults.
+    pub(crate) faults: Option<Faults>,
+    pub(crate) fault_latency_us: Option<Latency>,
 }
 
 /// A fork that lives.
@@ -51,117 +69,178 @@ struct Fork {
     number: u32,
     vmm: Box<dyn Vmm>,
     resumed_in: Duration,
-    all_read_in: Duration,
+    read_in: Duration,
     mismatches: Mismatches,
 }
 
 impl Scenario<'_> {
-    /// Ends with the server gone and all forks ended.
-    pub(super) fn play(&self, server: &mut Server) -> Result<Played> {
-        let mut forks = self.restore_and_read(server.socket())?;
-        self.write_and_read(&mut forks)?;
-        let memory = forks
-            .iter()
-            .map(|fork| MemoryUse::of(fork.vmm.pid()))
-            .collect::<Result<Vec<_>>>()?;
-        let use_of_server = ProcessUse::of(server.pid())?;
+    /// Ends with the daemon gone and all forks ended. `folder` must be there, and for this alone.
+    pub(crate) fn play(&self, folder: &Path) -> Result<Played> {
+        let mut daemon = Daemon::start(self.pagecast, folder, &[])?;
+        let played = self.play_with(&mut daemon);
+        played.map_err(|error| daemon.explain(&error))
+    }
+
+    fn play_with(&self, daemon: &mut Daemon) -> Result<Played> {
+        daemon.add_template(self.template.mem_file())?;
+        let progress = Progress::start(&format!("starting {} VMMs", self.forks));
+        let vmms = at_once((0..self.forks).collect(), |_| self.template.start())?;
+        let blank = memory_of(vmms.iter().map(|vmm| vmm.pid()))?;
+        progress.done("none has memory yet");
+
+        let (created, mut forks) = self.restore(daemon, vmms)?;
+        let idle = memory_of(forks.iter().map(|fork| fork.vmm.pid()))?;
+        let (working_set, whole) = (self.template.working_set(), self.template.whole());
+        let what = format!("each reads and checks its working set of {DATA_MIB} MiB");
+        self.check(&what, &working_set, &mut forks, |fork, started| {
+            fork.read_in = fork.resumed_in + started.elapsed();
+        })?;
+        self.write(&mut forks)?;
+        self.check("each checks it again", &working_set, &mut forks, |_, _| {})?;
+        let memory = memory_of(forks.iter().map(|fork| fork.vmm.pid()))?;
+        self.check("each checks all its memory, zeros too", &whole, &mut forks, |_, _| {})?;
+        let server = ProcessUse::of(daemon.pid())?;
+        let told = self.what_the_daemon_tells(daemon)?;
 
         let progress = Progress::start("stopping pagecast (SIGTERM) while the forks live");
-        let mut sessions = server.stop()?;
-        progress.done("all forks are complete, it has ended");
-        self.read_without_server(&mut forks)?;
+        daemon.stop()?;
+        progress.done("it has ended, they run on");
+        self.check(
+            "each checks all once more, with pagecast gone",
+            &whole,
+            &mut forks,
+            |_, _| {},
+        )?;
 
-        let forks = forks.into_iter().zip(memory).map(|(fork, memory)| {
-            let pid = fork.vmm.pid();
-            Ok(PlayedFork {
-                number: fork.number,
-                pid,
-                resumed_in: fork.resumed_in,
-                all_read_in: fork.all_read_in,
-                mismatches: fork.mismatches,
-                memory,
-                session: sessions
-                    .remove(&pid)
-                    .with_context(|| format!("pagecast said nothing of fork {} (pid {pid})", fork.number))?,
-            })
-        });
+        let forks = forks.into_iter().zip(memory).zip(told);
         Ok(Played {
-            forks: forks.collect::<Result<_>>()?,
-            server: use_of_server,
+            asked: self.backend,
+            backend: created.backend,
+            reason: created.reason,
+            forks: forks
+                .map(|((fork, memory), (faults, fault_latency_us))| PlayedFork {
+                    number: fork.number,
+                    pid: fork.vmm.pid(),
+                    resumed_in: fork.resumed_in,
+                    read_in: fork.read_in,
+                    mismatches: fork.mismatches,
+                    memory,
+                    faults,
+                    fault_latency_us,
+                })
+                .collect(),
+            blank,
+            idle,
+            server,
         })
     }
 
-    fn restore_and_read(&self, socket: &Path) -> Result<Vec<Fork>> {
-        let what = format!("restoring {} forks at once, each checks all it reads", self.forks);
-        let progress = Progress::of_mib(&what, self.all_mib());
-        let forks = at_once((1..=self.forks).collect(), |number| {
-            let restored = self.template.restore(number, socket);
-            let (vmm, resumed_in) = restored.with_context(|| format!("fork {number} failed to restore"))?;
-            let mut fork = Fork {
-                number,
-                vmm,
-                resumed_in,
-                all_read_in: Duration::ZERO,
-                mismatches: Mismatches::default(),
-            };
-            let started = Instant::now();
-            self.verify(&mut fork, &progress)?;
-            fork.all_read_in = resumed_in + started.elapsed();
-            Ok(fork)
+    /// Restores all at once; also what the daemon answered for one of them.
+    fn restore(&self, daemon: &Daemon, vmms: Vec<Box<dyn Blank + '_>>) -> Result<(CreatedFork, Vec<Fork>)> {
+        let progress = Progress::start(&format!(
+            "restoring {} forks at once with `{}`",
+            self.forks, self.backend
+        ));
+        let restored = at_once((1..).zip(vmms).collect(), |(number, vmm)| {
+            let restored = self.restore_one(daemon, number, vmm);
+            restored.with_context(|| format!("fork {number} failed to restore"))
         })?;
-        end(progress, found(&forks));
-        Ok(forks)
+        let (mut created, forks): (Vec<_>, Vec<_>) = restored.into_iter().unzip();
+        let created = created.pop().context("no forks")?;
+        progress.done(&format!("all have resumed, with `{}`", created.backend));
+        Ok((created, forks))
     }
 
-    fn write_and_read(&self, forks: &mut [Fork]) -> Result<()> {
+    fn restore_one(&self, daemon: &Daemon, number: u32, vmm: Box<dyn Blank + '_>) -> Result<(CreatedFork, Fork)> {
+        let wanted = CreateFork {
+            id: Some(id(number)),
+            backend: Some(self.backend),
+            pid: Some(vmm.pid().try_into()?),
+            ..CreateFork::of(TEMPLATE)
+        };
+        let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
+        let (vmm, resumed_in) = vmm.restore(tag(number), &created.mem_backend)?;
+        let fork = Fork {
+            number,
+            vmm,
+            resumed_in,
+            read_in: Duration::ZERO,
+            mismatches: Mismatches::default(),
+        };
+        Ok((created, fork))
+    }
+
+    /// Has all check this range at once. `done` is called for each as soon as it has, with the time of its start.
+    fn check(
+        &self,
+        what: &str,
+        mib: &Range<u32>,
+        forks: &mut [Fork],
+        done: impl Fn(&mut Fork, Instant) + Sync,
+    ) -> Result<()> {
+        let found = |forks: &[Fork]| forks.iter().map(|fork| fork.mismatches.count).sum::<u64>();
         let before = found(forks);
-        let progress = Progress::of_mib("each writes to 1/8 of its pages and checks again", self.all_mib());
+        let progress = Progress::of_mib(what, u64::from(self.forks) * u64::from(mib.end - mib.start));
         at_once(forks.iter_mut().collect(), |fork| {
-            let written = fork.vmm.write(self.template.checked_mib());
-            written.with_context(|| format!("fork {} failed to write", fork.number))?;
-            self.verify(fork, &progress)
+            let started = Instant::now();
+            for start in mib.clone().step_by(STEP_MIB as usize) {
+                self.interrupt.check()?;
+                let step = start..mib.end.min(start + STEP_MIB);
+                let size = step.end - step.start;
+                let found = fork.vmm.verify(step);
+                let found = found.with_context(|| format!("fork {} failed to check its memory", fork.number))?;
+                fork.mismatches.add(found);
+                progress.advance(size.into());
+            }
+            done(fork, started);
+            Ok(())
         })?;
-        end(progress, found(forks) - before);
-        Ok(())
-    }
-
-    fn read_without_server(&self, forks: &mut [Fork]) -> Result<()> {
-        let before = found(forks);
-        let progress = Progress::of_mib("each checks once more, with pagecast gone", self.all_mib());
-        at_once(forks.iter_mut().collect(), |fork| self.verify(fork, &progress))?;
-        end(progress, found(forks) - before);
-        Ok(())
-    }
-
-    fn verify(&self, fork: &mut Fork, progress: &Progress) -> Result<()> {
-        let whole = self.template.checked_mib();
-        for start in whole.clone().step_by(STEP_MIB as usize) {
-            self.interrupt.check()?;
-            let step = start..whole.end.min(start + STEP_MIB);
-            progress.advance(u64::from(step.end - step.start));
-            let found = fork.vmm.verify(step);
-            let found = found.with_context(|| format!("fork {} failed to check its memory", fork.number))?;
-            fork.mismatches.add(found);
+        match found(forks) - before {
+            0 => progress.done("0 mismatches"),
+            mismatches => progress.failed(&format!("{mismatches} mismatches")),
         }
         Ok(())
     }
 
-    fn all_mib(&self) -> u64 {
-        let whole = self.template.checked_mib();
-        u64::from(self.forks) * u64::from(whole.end - whole.start)
+    fn write(&self, forks: &mut [Fork]) -> Result<()> {
+        let progress = Progress::start(&format!("each writes to 1/{WRITE_EVERY} of its pages"));
+        at_once(forks.iter_mut().collect(), |fork| {
+            let written = fork.vmm.write(self.template.working_set());
+            written.with_context(|| format!("fork {} failed to write", fork.number))
+        })?;
+        progress.done("each its own");
+        Ok(())
+    }
+
+    /// Of each fork, in their order. All must be served.
+    fn what_the_daemon_tells(&self, daemon: &Daemon) -> Result<Vec<(Option<Faults>, Option<Latency>)>> {
+        let told = (1..=self.forks).map(|number| {
+            let fork = daemon.call(async |client| client.fork(&id(number)).await)?;
+            ensure!(
+                fork.state == ForkState::Serving,
+                "{} is {}: {:?}",
+                fork.id,
+                fork.state,
+                fork.error
+            );
+            Ok((fork.faults, fork.fault_latency_us))
+        });
+        told.collect()
     }
 }
 
-/// How many mismatches all have found so far.
-fn found(forks: &[Fork]) -> u64 {
-    forks.iter().map(|fork| fork.mismatches.count).sum()
+fn id(number: u32) -> String {
+    format!("fork-{number}")
 }
 
-fn end(progress: Progress, mismatches: u64) {
-    match mismatches {
-        0 => progress.done("0 mismatches"),
-        _ => progress.failed(&format!("{mismatches} mismatches")),
-    }
+/// Tells apart what forks write, as far as there are enough tags: 254.
+fn tag(number: u32) -> NonZeroU8 {
+    let tag = u8::try_from(number % 254).expect("it is less than 254");
+    NonZeroU8::MIN.saturating_add(tag)
+}
+
+fn memory_of(pids: impl Iterator<Item = u32>) -> Result<Vec<MemoryUse>> {
+    pids.map(MemoryUse::of).collect()
 }
 
 /// Works on all items at the same time, a thread each. The first error, once all are done.
@@ -181,6 +260,14 @@ fn at_once<I: Send, T: Send>(items: Vec<I>, work: impl Fn(I) -> Result<T> + Sync
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn neighbours_have_different_tags() {
+        for number in 1..1000 {
+            assert_ne!(tag(number), tag(number + 1), "{number}");
+            assert!(tag(number).get() < u8::MAX, "one more than it is a pattern");
+        }
+    }
 
     #[test]
     fn all_work_is_done_in_order_and_at_the_same_time() {

@@ -1,33 +1,47 @@
 //! What real and simulated VMMs have in common here.
 
+use std::num::NonZeroU8;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use pagecast_client::fork::MemBackend;
 
 /// Memory of each guest, in MiB.
-pub(super) const MEM_MIB: u32 = 128;
-/// How much of it the template has data for, in MiB; the rest is zeros.
-pub(super) const DATA_MIB: u32 = 64;
-/// Of so many pages a fork writes one.
-pub(super) const WRITE_EVERY: u32 = 8;
+pub(crate) const MEM_MIB: u32 = 128;
+/// How much of it the template has data for, in MiB: the working set of its forks. The rest is zeros.
+pub(crate) const DATA_MIB: u32 = 64;
+/// Of so many pages of the working set a fork writes one.
+pub(crate) const WRITE_EVERY: u32 = 8;
 
 /// A paused microVM to fork.
-pub(super) trait Template: Sync {
+pub(crate) trait Template: Sync {
     /// Its memory.
     fn mem_file(&self) -> &Path;
 
-    /// Which part of its memory forks check, in MiB from the start.
-    fn checked_mib(&self) -> Range<u32>;
+    /// Where its data are, in MiB from the start.
+    fn working_set(&self) -> Range<u32>;
 
-    /// Starts a VMM, has it load the template and resume with the page server at `socket`; how long it took to load and
-    /// resume. The number, from 1 on, tells forks apart by what they write.
-    fn restore(&self, number: u32, socket: &Path) -> Result<(Box<dyn Vmm>, Duration)>;
+    /// All memory that forks can check, in MiB from the start: the working set, and zeros after it.
+    fn whole(&self) -> Range<u32>;
+
+    /// Starts a VMM that has no memory yet.
+    fn start(&self) -> Result<Box<dyn Blank + '_>>;
+}
+
+/// A VMM without a guest, in a process of its own.
+pub(crate) trait Blank: Send {
+    /// Its process id.
+    fn pid(&self) -> u32;
+
+    /// Has it load the template and resume, with memory from there; how long that took. The tag tells apart what forks
+    /// write: from 1 on, as far as there are enough.
+    fn restore(self: Box<Self>, tag: NonZeroU8, memory: &MemBackend) -> Result<(Box<dyn Vmm>, Duration)>;
 }
 
 /// The VMM of a fork, in a process of its own that ends when this is dropped.
-pub(super) trait Vmm: Send {
+pub(crate) trait Vmm: Send {
     /// Its process id.
     fn pid(&self) -> u32;
 
@@ -40,16 +54,16 @@ pub(super) trait Vmm: Send {
 
 /// What was not as it must be.
 #[derive(Debug, Default)]
-pub(super) struct Mismatches {
+pub(crate) struct Mismatches {
     /// How many words, or pages where VMMs are simulated.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// The first: where, what it must be, what it was.
-    pub(super) first: Option<String>,
+    pub(crate) first: Option<String>,
 }
 
 impl Mismatches {
     /// Adds those that were found later.
-    pub(super) fn add(&mut self, later: Self) {
+    pub(crate) fn add(&mut self, later: Self) {
         self.count += later.count;
         self.first = self.first.take().or(later.first);
     }
