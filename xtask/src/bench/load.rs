@@ -1,5 +1,6 @@
 //! `cargo xtask bench load`: what the server costs with very many forks.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ const RESIDENT_GOAL: Goal = Goal::AtMost(32.0);
 ///
 /// A `pagecast serve` of its own, simulated VMMs (a process each, as a VMM is) with 1 GiB of memory, of which they touch
 /// few pages. Resident memory, CPU time and wakeups of the server with all forks registered, idle, under load, idle again,
-/// and after all have ended.
+/// after all have ended, and once more with as many, which shows whether anything was lost.
 #[derive(Debug, Args)]
 pub(super) struct Load {
     /// How many forks are registered
@@ -60,6 +61,10 @@ pub(super) struct Load {
     /// How long the server is watched while nothing happens, in seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     idle: u64,
+
+    /// How many times all forks are registered, served and ended: what is given back must be used again
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    times: u32,
 
     /// Where to write all that was measured
     #[arg(long, value_name = "FILE", default_value = "target/bench-load.json")]
@@ -168,15 +173,16 @@ impl Load {
         self.be_idle();
         watch.end("idle again")?;
 
-        let progress = Progress::start("killing all VMMs, deleting all forks");
-        drop(vmms);
-        await_state(daemon, ForkState::Exited, self.serving)?;
-        watch.end("all VMMs killed")?;
-        for number in 0..self.registered {
-            daemon.call(async |client| client.remove_fork(&id(number), false).await)?;
+        self.end(daemon, vmms)?;
+        watch.end("all VMMs killed, all forks deleted")?;
+
+        for _ in 1..self.times {
+            let vmms = self.connect(daemon, &self.register(daemon)?, template)?;
+            self.load(&vmms)?;
+            watch.end("all of it once more")?;
+            self.end(daemon, vmms)?;
+            watch.end("all killed and deleted again")?;
         }
-        watch.end("all forks deleted")?;
-        progress.done("none is left");
 
         let peak_bytes = peak_bytes(daemon.pid())?;
         let idle_cpu = |stage: &&Stage| stage.name.starts_with("idle");
@@ -270,6 +276,18 @@ impl Load {
         Ok((faults, seconds))
     }
 
+    /// Kills all VMMs and deletes all forks.
+    fn end(&self, daemon: &Daemon, vmms: Vec<SimVmm>) -> Result<()> {
+        let progress = Progress::start("killing all VMMs, deleting all forks");
+        drop(vmms);
+        await_state(daemon, ForkState::Exited, self.serving)?;
+        for number in 0..self.registered {
+            daemon.call(async |client| client.remove_fork(&id(number), false).await)?;
+        }
+        progress.done("none is left");
+        Ok(())
+    }
+
     fn what_the_daemon_tells(&self, daemon: &Daemon, faults: u64, seconds: f64, cpu_s: f64) -> Result<Answered> {
         let forks = daemon.call(async |client| client.forks(false).await)?;
         let served: Vec<_> = forks.iter().filter(|fork| fork.state == ForkState::Serving).collect();
@@ -341,7 +359,7 @@ struct Watch {
     stages: Vec<Stage>,
     started: Instant,
     cpu: Duration,
-    wakeups: u64,
+    wakeups: HashMap<i32, u64>,
 }
 
 impl Watch {
@@ -351,7 +369,7 @@ impl Watch {
             stages: Vec::new(),
             started: Instant::now(),
             cpu: Duration::ZERO,
-            wakeups: 0,
+            wakeups: HashMap::new(),
         };
         watch.skip()?;
         Ok(watch)
@@ -375,7 +393,7 @@ impl Watch {
             fds: now.fds,
             threads: now.threads,
             cpu_s: now.cpu_time.saturating_sub(self.cpu).as_secs_f64(),
-            wakeups: wakeups(self.pid)?.saturating_sub(self.wakeups),
+            wakeups: added(&self.wakeups, &wakeups(self.pid)?),
         });
         self.skip()
     }
@@ -385,17 +403,24 @@ impl Watch {
     }
 }
 
-/// How often its threads have slept so far.
-fn wakeups(pid: u32) -> Result<u64> {
-    let mut sum = 0;
+/// How often each of its threads has slept so far.
+fn wakeups(pid: u32) -> Result<HashMap<i32, u64>> {
+    let mut wakeups = HashMap::new();
     for task in Process::new(pid.try_into()?)?.tasks()? {
         // One that has ended meanwhile sleeps no more.
-        let Ok(status) = task.and_then(|task| task.status()) else {
+        let Ok((tid, status)) = task.and_then(|task| Ok((task.tid, task.status()?))) else {
             continue;
         };
-        sum += status.voluntary_ctxt_switches.unwrap_or_default();
+        wakeups.insert(tid, status.voluntary_ctxt_switches.unwrap_or_default());
     }
-    Ok(sum)
+    Ok(wakeups)
+}
+
+/// How many wakeups there were between; one for each thread that has ended, of which no more is known.
+fn added(before: &HashMap<i32, u64>, after: &HashMap<i32, u64>) -> u64 {
+    let ended = before.keys().filter(|tid| !after.contains_key(tid)).count() as u64;
+    let of_thread = |(tid, now): (&i32, &u64)| now.saturating_sub(before.get(tid).copied().unwrap_or_default());
+    ended + after.iter().map(of_thread).sum::<u64>()
 }
 
 fn peak_bytes(pid: u32) -> Result<u64> {
@@ -469,4 +494,16 @@ fn goals(rows: &[Row]) -> Table {
         ]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_end_do_not_hide_wakeups_of_others() {
+        let before = HashMap::from([(1, 1000), (2, 10)]);
+        let after = HashMap::from([(2, 15), (3, 2)]);
+        assert_eq!(added(&before, &after), 8);
+    }
 }

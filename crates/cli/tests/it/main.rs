@@ -2,5 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod command;
+mod examples;
 mod firecracker;
 mod handle;
