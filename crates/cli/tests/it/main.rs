@@ -5,6 +5,7 @@ mod command;
 mod completions;
 mod daemon;
 mod doctor;
+mod examples;
 mod firecracker;
 mod fork;
 mod handle;
