@@ -11,3 +11,4 @@ mod handle;
 mod run;
 mod status;
 mod template;
+mod terminal;
