@@ -128,6 +128,8 @@ impl Run {
     }
 
     async fn play(self) -> Result<ExitCode> {
+        // Each Firecracker takes a few.
+        crate::fd_limit::raise();
         let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
         let prepared = tokio::select! {
             biased;

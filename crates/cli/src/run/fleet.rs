@@ -106,9 +106,16 @@ impl Fleet {
         }
         // Drops what they hold: their Firecrackers are killed, if they are not dead yet.
         self.lives.shutdown().await;
-        problems.extend(forget(&self.plan.client, ids.into_iter().flatten()).await);
+        let remembered = forget(&self.plan.client, ids.into_iter().flatten()).await;
         let path = self.folder.path().to_owned();
-        if let Err(error) = self.folder.remove() {
+        if !remembered.is_empty() {
+            problems.extend(remembered);
+            problems.push(format!(
+                "the next run tries it again, for which {} stays",
+                path.display()
+            ));
+            self.folder.leave();
+        } else if let Err(error) = self.folder.remove() {
             problems.push(format!("cannot remove {}: {error}", path.display()));
         }
         problems
@@ -160,7 +167,11 @@ pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
     let mut problems = Vec::new();
     for folder in left {
         if let Some(socket) = folder.socket() {
-            problems.extend(forget(&Client::new(socket), folder.ids()).await);
+            let remembered = forget(&Client::new(socket), folder.ids()).await;
+            if !remembered.is_empty() {
+                problems.extend(remembered);
+                continue;
+            }
         }
         let path = folder.path().to_owned();
         if let Err(error) = folder.remove() {

@@ -121,6 +121,11 @@ impl RunFolder {
     pub(crate) fn remove(self) -> io::Result<()> {
         self.folder.close()
     }
+
+    /// Leaves it, as if we had been killed.
+    pub(crate) fn leave(self) -> PathBuf {
+        self.folder.keep()
+    }
 }
 
 /// What a run left that was killed. Nobody else cleans it up as long as this lives.
@@ -192,11 +197,6 @@ mod tests {
         RunFolder::create(base, Path::new(SOCKET)).unwrap()
     }
 
-    /// As if its process had been killed.
-    fn kill(run: RunFolder) -> PathBuf {
-        run.folder.keep()
-    }
-
     #[test]
     fn ids_are_ids() {
         let base = tempfile::tempdir().unwrap();
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn what_a_killed_run_left_says_whose_it_was() {
         let base = tempfile::tempdir().unwrap();
-        let path = kill(create(base.path()));
+        let path = create(base.path()).leave();
         fs::create_dir(path.join("run-a-1")).unwrap();
         let mut left = LeftFolder::find(base.path());
         assert_eq!(left.len(), 1);

@@ -95,6 +95,10 @@ impl Daemon {
         forks
     }
 
+    pub(crate) fn signal(&self, number: Signal) {
+        signal(&self.child, number);
+    }
+
     /// Kills it with SIGKILL.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();

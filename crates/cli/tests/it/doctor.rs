@@ -1,16 +1,12 @@
 //! `pagecast doctor` on this machine, and how its output behaves on a terminal, in a pipe and on a full disk.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read as _};
-use std::os::unix::ffi::OsStrExt as _;
-use std::process::{Command, Stdio};
 
 use pagecast_testkit::firecracker::{binary, kvm};
-use rustix::fs::{Mode, OFlags};
-use rustix::pty::OpenptFlags;
 use serde_json::Value;
 
 use crate::command::{output, pagecast, text};
+use crate::terminal::on_terminal;
 
 /// Fails on any machine, so that its line, its fix and the exit code are known.
 const FAILING: [&str; 3] = ["doctor", "--run-dir", "/dev/null"];
@@ -194,35 +190,4 @@ fn json_is_laid_out_on_a_terminal_only() {
     assert_eq!(text(&output(&arguments).stdout).lines().count(), 1);
     let laid_out = on_terminal(pagecast().args(arguments).env("TERM", "xterm"));
     assert!(laid_out.starts_with("[\r\n  {\r\n    \"check\": "), "{laid_out:?}");
-}
-
-/// What the command writes where its stdout is a terminal.
-fn on_terminal(command: &mut Command) -> String {
-    let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-    rustix::pty::unlockpt(&ours).unwrap();
-    let name = rustix::pty::ptsname(&ours, Vec::new()).unwrap();
-    let theirs = rustix::fs::open(
-        std::ffi::OsStr::from_bytes(name.as_bytes()),
-        OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .unwrap();
-    let mut child = command.stdout(theirs).stderr(Stdio::null()).spawn().unwrap();
-    // The command holds its end of the terminal until it is given another.
-    command.stdout(Stdio::null());
-    let mut ours = File::from(ours);
-    let mut written = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        match ours.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(length) => written.extend_from_slice(&buffer[..length]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Nobody has the other end any more.
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => break,
-            Err(error) => panic!("reading the terminal: {error}"),
-        }
-    }
-    child.wait().unwrap();
-    text(&written)
 }

@@ -2,6 +2,7 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::process::Stdio;
 
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::command::text;
 use crate::daemon::{Daemon, eventually};
+use crate::terminal::Terminal;
 
 const SIZE: u64 = 4 << 20;
 
@@ -63,6 +65,21 @@ fn create_prints_the_mem_backend_and_nothing_else() {
     );
     assert_eq!(whole["reason"], "it was asked for");
     assert_eq!(whole["mem_backend"]["backend_type"], "Uffd");
+}
+
+#[test]
+fn on_a_terminal_create_tells_the_id_and_the_reason_beside_its_output() {
+    let (daemon, _file) = daemon();
+    let (terminal, theirs) = Terminal::open();
+    let mut create = daemon.pagecast(&["fork", "create", "--template", "base", "--id", "a"]);
+    let created = create.stdout(Stdio::piped()).stderr(theirs).spawn().unwrap();
+    let created = created.wait_with_output().unwrap();
+    // It holds the other end.
+    drop(create);
+    let mem_backend: Value = serde_json::from_slice(&created.stdout).unwrap();
+    assert_eq!(mem_backend["backend_type"], "File");
+    let said = terminal.read();
+    assert!(said.starts_with("pagecast: a: file: the template is "), "{said}");
 }
 
 #[test]

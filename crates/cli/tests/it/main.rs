@@ -13,3 +13,4 @@ mod run;
 mod serve_log;
 mod status;
 mod template;
+mod terminal;

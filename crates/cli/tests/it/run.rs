@@ -434,6 +434,26 @@ fn a_daemon_that_dies_while_snapshots_load_ends_the_run() {
 }
 
 #[test]
+fn forks_that_a_stuck_daemon_does_not_forget_are_left_to_the_next_run() {
+    let Some(host) = Host::new() else { return };
+    let endless = host.endless_vmstate();
+    let run = host.start(&["-n", "3", "--vmstate", &endless, "--backend", "uffd"]);
+    let vmms = host.await_loading(3);
+    host.daemon.signal(Signal::STOP);
+    signal(&run.child, Signal::INT);
+    let (code, said) = run.wait();
+    assert_eq!(code, Some(130));
+    assert!(
+        said.contains("forks may be left at the daemon") && said.contains("the next run tries it again"),
+        "{said}"
+    );
+    assert!(!vmms.iter().any(Vmm::lives));
+    host.daemon.signal(Signal::CONT);
+    assert!(host.output(&["-n", "1"]).status.success());
+    host.assert_nothing_is_left();
+}
+
+#[test]
 fn a_daemon_that_dies_while_forks_are_kept_is_told_of() {
     let Some(mut host) = Host::new() else { return };
     let run = host.start(&["-n", "2", "--keep", "--json"]);
