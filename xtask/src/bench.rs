@@ -1,388 +1,73 @@
-//! `cargo xtask bench`: what a page fault costs, beside the smallest program that could do the same.
+//! `cargo xtask bench`: what was promised, measured.
 
-use std::path::PathBuf;
+mod faults;
+mod goal;
+mod load;
+mod memory;
+mod spread;
+
+use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use clap::Args;
-use comfy_table::{Cell, CellAlignment, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
-use pagecast::Template;
-use pagecast::server::{ForkOptions, ForkState, Server};
-use pagecast_testkit::floor::Floor;
-use pagecast_testkit::process::ProcessUse;
-use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, SimVmm, Touch};
-use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use anyhow::{Context as _, Result};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::cargo::cargo;
+use self::faults::Faults;
+use self::load::Load;
+use self::memory::Memory;
+use crate::cargo::{build_sim_vmm_for_release, cargo};
 
-/// The template: data on every page, and in the page cache.
-const TEMPLATE_BYTES: u64 = 64 << 20;
-/// Pages that the one fork touches.
-const PAGES_ALONE: u64 = TEMPLATE_BYTES / 4096;
-const FORKS: usize = 20;
-/// Pages that each of twenty forks touches.
-const PAGES_EACH: u64 = 4096;
-const PATIENCE: Duration = Duration::from_mins(1);
-
-/// Measure what a page fault costs, beside the floor: a bare loop of a blocking read and a copy, a thread a fork.
+/// Measure what pagecast costs: page faults, memory or the server under load. Without a name: page faults
 ///
-/// Floor and pagecast take turns, round by round, so that what disturbs the one disturbs the other. Ratios are medians of
-/// the rounds' own ratios.
+/// Prints a table and writes all that was measured as JSON. The exit code is 0 if all goals were met, 1 if not.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Bench {
-    /// How many rounds.
-    #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
+    #[command(subcommand)]
+    what: Option<What>,
 
-    /// How many threads of pagecast answer faults [default: as it chooses]
-    #[arg(long)]
-    workers: Option<usize>,
-
-    /// Where to write all that was measured.
-    #[arg(long, value_name = "FILE", default_value = "target/bench.json")]
-    json: PathBuf,
+    #[command(flatten)]
+    faults: Faults,
 }
 
-/// Who is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum System {
-    Floor,
-    Pagecast,
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Measure {
-    OneForkP50,
-    OneForkP99,
-    TwentyForksP50,
-    TwentyForksP99,
-    TwentyForksFaultsPerSecond,
-    ServerCpuPerFault,
-}
-
-impl Measure {
-    const ALL: [Self; 6] = [
-        Self::OneForkP50,
-        Self::OneForkP99,
-        Self::TwentyForksP50,
-        Self::TwentyForksP99,
-        Self::TwentyForksFaultsPerSecond,
-        Self::ServerCpuPerFault,
-    ];
-
-    fn title(self) -> &'static str {
-        match self {
-            Self::OneForkP50 => "1 fork, one fault after the other: p50, us",
-            Self::OneForkP99 => "1 fork, one fault after the other: p99, us",
-            Self::TwentyForksP50 => "20 forks at once: p50, us",
-            Self::TwentyForksP99 => "20 forks at once: p99, us",
-            Self::TwentyForksFaultsPerSecond => "20 forks at once: faults per second",
-            Self::ServerCpuPerFault => "20 forks at once: CPU of the server per fault, us",
-        }
-    }
-
-    /// What pagecast has to be, as a ratio to the floor.
-    fn goal(self) -> Option<Goal> {
-        match self {
-            Self::OneForkP50 => Some(Goal::AtMost(1.3)),
-            Self::TwentyForksFaultsPerSecond => Some(Goal::AtLeast(0.8)),
-            _ => None,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Goal {
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-impl Goal {
-    fn is_met(self, ratio: f64) -> bool {
-        match self {
-            Self::AtMost(most) => ratio <= most,
-            Self::AtLeast(least) => ratio >= least,
-        }
-    }
-
-    fn text(self) -> String {
-        match self {
-            Self::AtMost(most) => format!("<= {most}"),
-            Self::AtLeast(least) => format!(">= {least}"),
-        }
-    }
-}
-
-/// One turn of one system, a value for each of [`Measure::ALL`].
-type Values = [f64; Measure::ALL.len()];
-
-/// A row of the result.
-#[derive(Debug, Serialize)]
-struct Row {
-    measure: Measure,
-    floor: Spread,
-    pagecast: Spread,
-    ratio: Spread,
-    goal: Option<Goal>,
-    met: Option<bool>,
-}
-
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        Self {
-            min: at(0),
-            median: at(values.len() / 2),
-            max: at(values.len().saturating_sub(1)),
-        }
-    }
+#[derive(Debug, Subcommand)]
+enum What {
+    Faults(Faults),
+    Memory(Memory),
+    Load(Load),
 }
 
 impl Bench {
     /// Measures, prints a table, writes JSON.
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        if cfg!(debug_assertions) {
-            return self.run_optimised();
-        }
-        let file = TemplateFile::create(TemplateModel::of_data(TEMPLATE_BYTES, 1))?;
-        let progress = progress(u64::from(self.rounds));
-        let mut floor = Vec::new();
-        let mut pagecast = Vec::new();
-        for round in 0..self.rounds {
-            // Who goes first changes too.
-            let mut turns = [System::Floor, System::Pagecast];
-            if round % 2 == 1 {
-                turns.reverse();
-            }
-            for system in turns {
-                progress.set_message(format!("{system:?}").to_lowercase());
-                let values = self.turn(system, &file)?;
-                match system {
-                    System::Floor => floor.push(values),
-                    System::Pagecast => pagecast.push(values),
-                }
-            }
-            progress.inc(1);
-        }
-        progress.finish_and_clear();
-        let rows = rows(&floor, &pagecast);
-        println!("{}", table(&rows));
-        println!(
-            "{} rounds; median (min to max); ratio: pagecast to floor, the median of the rounds' own",
-            self.rounds
-        );
-        let json = serde_json::to_string_pretty(&rows)?;
-        std::fs::write(&self.json, json + "\n").with_context(|| format!("failed to write {}", self.json.display()))?;
-        println!("all of it in {}", self.json.display());
-        let met = rows.iter().all(|row| row.met != Some(false));
+        let met = match self.what.as_ref().unwrap_or(&What::Faults(self.faults.clone())) {
+            What::Memory(memory) => memory.run()?,
+            What::Faults(_) | What::Load(_) if cfg!(debug_assertions) => return run_optimised(),
+            What::Faults(faults) => faults.run()?,
+            What::Load(load) => load.run()?,
+        };
         Ok(if met { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
 
-    /// Runs this again, built for speed, with a simulated VMM built for speed beside it.
-    fn run_optimised(&self) -> Result<ExitCode> {
-        let built = cargo("build")
-            .args(["--release", "--package", "pagecast-testkit", "--bins"])
-            .status()?;
-        ensure!(built.success(), "the simulated VMM cannot be built");
-        let mut again = cargo("run");
-        again.args(["--quiet", "--release", "--package", "xtask", "--", "bench"]);
-        again
-            .arg("--rounds")
-            .arg(self.rounds.to_string())
-            .arg("--json")
-            .arg(&self.json);
-        if let Some(workers) = self.workers {
-            again.arg("--workers").arg(workers.to_string());
-        }
-        let code = again.status()?.code().and_then(|code| u8::try_from(code).ok());
-        Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+/// Runs this again, built for speed, with a simulated VMM built for speed beside it.
+fn run_optimised() -> Result<ExitCode> {
+    build_sim_vmm_for_release()?;
+    let mut again = cargo("run");
+    again.args(["--quiet", "--release", "--package", "xtask", "--"]);
+    let code = again.args(std::env::args_os().skip(1)).status()?.code();
+    let code = code.and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Keeps all that was measured.
+fn write_json(path: &Path, measured: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(measured).context("failed to write JSON")?;
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("failed to create {}", folder.display()))?;
     }
-
-    fn turn(&self, system: System, file: &TemplateFile) -> Result<Values> {
-        let alone = self.forks(system, file, 1, |vmms| {
-            let work = Latency {
-                pages: Pages::range(0..PAGES_ALONE),
-                order: Order::Random(1),
-            };
-            vmms[0].run(work)
-        })?;
-        let mut many = self.forks(system, file, FORKS, |vmms| {
-            let jobs = start_all(vmms, |fork| Latency {
-                pages: Pages::range(0..PAGES_EACH),
-                order: Order::Random(fork),
-            })?;
-            jobs.into_iter()
-                .map(pagecast_testkit::sim_vmm::Job::join)
-                .collect::<Result<Vec<_>>>()
-        })?;
-        let (faults_per_second, cpu_per_fault) = self.forks(system, file, FORKS, |vmms| {
-            let cpu_before = ProcessUse::of(std::process::id())?.cpu_time;
-            let started = Instant::now();
-            let jobs = start_all(vmms, |fork| Touch {
-                pages: Pages::range(0..PAGES_EACH),
-                threads: 1,
-                order: Order::Random(fork),
-            })?;
-            let touched = jobs.into_iter().map(|job| Ok(job.join()?.pages)).sum::<Result<u64>>()?;
-            let elapsed = started.elapsed();
-            // Floor and server run in this process, and nothing else does meanwhile.
-            let cpu = ProcessUse::of(std::process::id())?.cpu_time.saturating_sub(cpu_before);
-            let faults = to_f64(touched);
-            Ok((faults / elapsed.as_secs_f64(), cpu.as_secs_f64() * 1e6 / faults))
-        })?;
-        // The forks' own figures differ little; the one in the middle stands for all.
-        let mut middle = |key: fn(&pagecast_testkit::sim_vmm::LatencyReport) -> u64| {
-            many.sort_unstable_by_key(key);
-            key(&many[many.len() / 2])
-        };
-        Ok([
-            micros(alone.p50_ns),
-            micros(alone.p99_ns),
-            micros(middle(|report| report.p50_ns)),
-            micros(middle(|report| report.p99_ns)),
-            faults_per_second,
-            cpu_per_fault,
-        ])
-    }
-
-    /// Lets `measure` have so many fresh forks, served by `system`.
-    fn forks<T>(
-        &self,
-        system: System,
-        file: &TemplateFile,
-        count: usize,
-        measure: impl FnOnce(&[SimVmm]) -> Result<T>,
-    ) -> Result<T> {
-        let folder = tempfile::tempdir()?;
-        let vmms = (0..count).map(|_| SimVmm::spawn()).collect::<Result<Vec<_>>>()?;
-        match system {
-            System::Floor => {
-                let floor = Floor::start(&folder.path().join("floor"), file.path(), count)?;
-                for vmm in &vmms {
-                    vmm.run(Connect::new(floor.socket(), file.model()))?;
-                }
-                floor.wait_until_all_have_connected();
-                measure(&vmms)
-            }
-            System::Pagecast => {
-                let template = Template::open(file.path())?;
-                let mut builder = Server::builder();
-                if let Some(workers) = self.workers {
-                    builder = builder.workers(workers);
-                }
-                let server = builder.start()?;
-                for (number, vmm) in vmms.iter().enumerate() {
-                    let id = format!("fork-{number}").parse()?;
-                    let options = ForkOptions::new(folder.path().join(number.to_string()));
-                    let fork = server.register(id, &template, &options)?;
-                    vmm.run(Connect::new(fork.socket_path(), file.model()))?;
-                    let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
-                    ensure!(status.state == ForkState::Serving, "not served: {status:?}");
-                }
-                let measured = measure(&vmms);
-                server.kill(PATIENCE)?;
-                measured
-            }
-        }
-    }
-}
-
-fn start_all<W: pagecast_testkit::sim_vmm::Work>(
-    vmms: &[SimVmm],
-    work: impl Fn(u64) -> W,
-) -> Result<Vec<pagecast_testkit::sim_vmm::Job<W::Report>>> {
-    (0..).zip(vmms).map(|(fork, vmm)| vmm.start(work(fork))).collect()
-}
-
-fn rows(floor: &[Values], pagecast: &[Values]) -> Vec<Row> {
-    let row = |(index, measure): (usize, Measure)| {
-        let ratio = Spread::of(
-            floor
-                .iter()
-                .zip(pagecast)
-                .map(|(floor, pagecast)| pagecast[index] / floor[index]),
-        );
-        let goal = measure.goal();
-        Row {
-            measure,
-            floor: Spread::of(floor.iter().map(|values| values[index])),
-            pagecast: Spread::of(pagecast.iter().map(|values| values[index])),
-            ratio,
-            goal,
-            met: goal.map(|goal| goal.is_met(ratio.median)),
-        }
-    };
-    Measure::ALL.into_iter().enumerate().map(row).collect()
-}
-
-fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["", "floor", "pagecast", "ratio", "goal", ""]);
-    for row in rows {
-        let digits = usize::from(row.floor.median < 1000.0);
-        let spread = |spread: Spread, digits: usize| {
-            let Spread { min, median, max } = spread;
-            Cell::new(format!("{median:.digits$} ({min:.digits$} to {max:.digits$})"))
-                .set_alignment(CellAlignment::Right)
-        };
-        table.add_row([
-            Cell::new(row.measure.title()),
-            spread(row.floor, digits),
-            spread(row.pagecast, digits),
-            spread(row.ratio, 2),
-            Cell::new(row.goal.map(Goal::text).unwrap_or_default()),
-            Cell::new(match row.met {
-                Some(true) => "met",
-                Some(false) => "MISSED",
-                None => "",
-            }),
-        ]);
-    }
-    table
-}
-
-fn progress(rounds: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} round {pos} of {len}, {eta} left: {msg}");
-    ProgressBar::new(rounds).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-fn micros(nanos: u64) -> f64 {
-    to_f64(nanos) / 1000.0
-}
-
-#[expect(clippy::cast_precision_loss, reason = "what is measured here is far below 2^52")]
-fn to_f64(value: u64) -> f64 {
-    value as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ratios_are_taken_round_by_round() {
-        let floor = [[1.0; 6], [10.0; 6], [100.0; 6]];
-        let pagecast = [[1.2; 6], [9.0; 6], [130.0; 6]];
-        let rows = rows(&floor, &pagecast);
-        assert!((rows[0].ratio.median - 1.2).abs() < 1e-9);
-        assert_eq!(rows[0].met, Some(true));
-        assert_eq!(rows[4].met, Some(true));
-        assert_eq!(rows[1].met, None);
-    }
+    std::fs::write(path, json + "\n").with_context(|| format!("failed to write {}", path.display()))?;
+    println!("all of it in {}", path.display());
+    Ok(())
 }

@@ -1,11 +1,11 @@
 //! Running cargo, and what it knows about the workspace.
 
 use std::ffi::OsString;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
-use cargo_metadata::{Metadata, MetadataCommand};
+use anyhow::{Context as _, Result, ensure};
+use cargo_metadata::{Message, Metadata, MetadataCommand};
 
 /// The root of the workspace.
 pub(crate) fn workspace_root() -> &'static Path {
@@ -33,4 +33,59 @@ pub(crate) fn metadata() -> Result<Metadata> {
         .other_options(["--locked".to_owned()])
         .exec()
         .context("failed to read the workspace")
+}
+
+/// Builds the command as it is shipped; where it is.
+pub(crate) fn build_pagecast() -> Result<PathBuf> {
+    let mut build = cargo("build")
+        .args([
+            "--locked",
+            "--release",
+            "--package",
+            "pagecast-cli",
+            "--bin",
+            "pagecast",
+        ])
+        .arg("--message-format=json-render-diagnostics")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("failed to start cargo")?;
+    let output = build.stdout.take().expect("it was given a pipe");
+    let mut executable = None;
+    for message in Message::parse_stream(std::io::BufReader::new(output)) {
+        if let Message::CompilerArtifact(artifact) = message.context("failed to read what cargo says")? {
+            executable = artifact.executable.or(executable);
+        }
+    }
+    let status = build.wait().context("failed to wait for cargo")?;
+    ensure!(status.success(), "pagecast does not build");
+    executable
+        .map(PathBuf::from)
+        .context("cargo did not say where it built pagecast")
+}
+
+/// Builds the simulated VMM where it is looked for, which is beside us, and as we were built.
+pub(crate) fn build_sim_vmm() -> Result<()> {
+    if cfg!(debug_assertions) {
+        build_sim_vmm_with(&[])
+    } else {
+        build_sim_vmm_for_release()
+    }
+}
+
+/// Builds the simulated VMM for speed.
+pub(crate) fn build_sim_vmm_for_release() -> Result<()> {
+    build_sim_vmm_with(&["--release"])
+}
+
+fn build_sim_vmm_with(options: &[&str]) -> Result<()> {
+    let mut build = cargo("build");
+    build.args(["--locked", "--quiet", "--package", "pagecast-testkit", "--bins"]);
+    let status = build.args(options).stdout(Stdio::null()).status();
+    ensure!(
+        status.context("failed to start cargo")?.success(),
+        "the simulated VMM does not build"
+    );
+    Ok(())
 }

@@ -1,40 +1,34 @@
-//! `cargo xtask demo`: many forks of one template, served by one `pagecast handle`, every byte checked.
+//! `cargo xtask demo`: many forks of one template, with each backend, every byte checked, and what each backend costs.
 
-mod firecracker;
-mod progress;
 mod report;
-mod scenario;
-mod server;
-mod simulated;
-mod vmm;
 
-use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
-use std::time::Instant;
+use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
-use cargo_metadata::Message;
-use pagecast_testkit::firecracker::{Kvm, binary, build_guest, kvm};
+use pagecast_client::Backend;
+use pagecast_testkit::firecracker::{Kvm, kvm};
 
-use self::progress::{Progress, say};
 use self::report::Report;
-use self::scenario::Scenario;
-use self::server::Server;
-use self::vmm::Template;
-use crate::cargo::cargo;
+use crate::cargo::build_pagecast;
+use crate::fanout::{Scenario, create_template};
 use crate::interrupt::Interrupt;
+use crate::progress::say;
 
-/// Fork one microVM many times and check every byte that the forks read
+/// In this order, beside each other. The first is what a fork gets for which nothing is asked.
+const BACKENDS: [Backend; 2] = [Backend::Auto, Backend::Uffd];
+
+/// Fork one microVM many times with each backend, check every byte, and compare what they cost
 ///
-/// Boots a tiny guest in Firecracker and snapshots it, starts `pagecast handle` for the snapshot's memory, and restores
-/// all forks at once. Every guest reads and checks all its memory, writes to a part of it, checks again, and checks once
-/// more after the server has gone. Without KVM, simulated VMMs do the same. Gets and builds all it needs; leaves nothing
-/// behind but what is kept in the target folder.
+/// Boots a tiny guest in Firecracker and snapshots it. Then, once for each backend: starts `pagecast serve`, asks it for
+/// the forks and restores all at once. Every guest reads and checks its working set, writes to a part of it, checks again,
+/// checks all its memory, and checks it once more after the server has gone. Without KVM, simulated VMMs do the same. Gets
+/// and builds all it needs; leaves nothing behind but what is kept in the target folder.
 ///
 /// The exit code is 0 if every byte was right, 1 if not or if something failed, 128 and the signal if interrupted.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Demo {
-    /// How many forks
+    /// How many forks with each backend
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     forks: u32,
     /// Print the result as JSON
@@ -66,81 +60,27 @@ impl Demo {
             .prefix("pagecast-demo-")
             .tempdir()
             .context("failed to create a folder for the template")?;
-        let template = match &kvm {
-            Kvm::Usable => boot_and_snapshot(folder.path())?,
-            Kvm::Missing(_) => simulate(folder.path())?,
-        };
+        let template = create_template(&kvm, folder.path())?;
         interrupt.check()?;
 
-        let started = Instant::now();
-        let mut server = Server::start(&pagecast, folder.path(), template.mem_file())?;
-        let scenario = Scenario {
-            template: &*template,
-            forks: self.forks,
-            interrupt,
-        };
-        match scenario.play(&mut server) {
-            Ok(played) => Ok(Report::new(&kvm, &played, started.elapsed())),
-            Err(error) => Err(server.explain(&error)),
+        let mut played = Vec::new();
+        for backend in BACKENDS {
+            say("");
+            let scenario = Scenario {
+                pagecast: &pagecast,
+                template: &*template,
+                forks: self.forks,
+                backend,
+                interrupt,
+            };
+            played.push(scenario.play(&folder_of(folder.path(), backend)?)?);
         }
+        Ok(Report::new(&kvm, &played))
     }
 }
 
-/// Builds the command as it is shipped; where it is.
-fn build_pagecast() -> Result<PathBuf> {
-    let mut build = cargo("build")
-        .args([
-            "--locked",
-            "--release",
-            "--package",
-            "pagecast-cli",
-            "--bin",
-            "pagecast",
-        ])
-        .arg("--message-format=json-render-diagnostics")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("failed to start cargo")?;
-    let output = build.stdout.take().expect("it was given a pipe");
-    let mut executable = None;
-    for message in Message::parse_stream(std::io::BufReader::new(output)) {
-        if let Message::CompilerArtifact(artifact) = message.context("failed to read what cargo says")? {
-            executable = artifact.executable.or(executable);
-        }
-    }
-    let status = build.wait().context("failed to wait for cargo")?;
-    ensure!(status.success(), "pagecast does not build");
-    executable
-        .map(PathBuf::from)
-        .context("cargo did not say where it built pagecast")
-}
-
-/// A template of real Firecracker.
-fn boot_and_snapshot(folder: &Path) -> Result<Box<dyn Template>> {
-    let progress = Progress::start("getting Firecracker and the guest");
-    build_guest()?;
-    let binary = binary()?;
-    progress.done(&binary.display().to_string());
-
-    let progress = Progress::start("booting and snapshotting the guest");
-    let template = firecracker::Template::create(folder)?;
-    progress.done(&template.to_string());
-    Ok(Box::new(template))
-}
-
-/// A template of the same size for simulated VMMs.
-fn simulate(folder: &Path) -> Result<Box<dyn Template>> {
-    let progress = Progress::start("building the simulated VMM and its template");
-    let mut build = cargo("build");
-    build.args(["--locked", "--quiet", "--package", "pagecast-testkit", "--bins"]);
-    // It is looked for beside us, and we have its parts built already.
-    if !cfg!(debug_assertions) {
-        build.arg("--release");
-    }
-    let status = build.stdout(Stdio::null()).status().context("failed to start cargo")?;
-    ensure!(status.success(), "the simulated VMM does not build");
-    let template = simulated::Template::create(folder)?;
-    progress.done(&template.to_string());
-    Ok(Box::new(template))
+fn folder_of(folder: &Path, backend: Backend) -> Result<std::path::PathBuf> {
+    let folder = folder.join(backend.to_string());
+    std::fs::create_dir(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
+    Ok(folder)
 }

@@ -3,9 +3,12 @@
 
 mod bench;
 mod cargo;
+mod daemon;
 mod demo;
+mod fanout;
 mod interrupt;
 mod lint;
+mod progress;
 mod test;
 
 use std::process::ExitCode;

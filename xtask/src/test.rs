@@ -31,8 +31,8 @@ impl Test {
     /// The exit code of the test runner.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let skipped = SkippedTests::none_yet()?;
-        // Tests find `sim-vmm` and `pagecast` beside themselves.
-        let build = status(cargo("build").args(["--locked", "--workspace", "--bins"]))?;
+        // Tests find `sim-vmm`, `pagecast` and the examples beside themselves.
+        let build = status(cargo("build").args(["--locked", "--workspace", "--bins", "--examples"]))?;
         ensure!(build.success(), "the workspace does not build");
         prepare_firecracker()?;
 

@@ -72,6 +72,7 @@ impl Daemon {
         tasks.spawn(listen::serve_control(
             control,
             api::router(Arc::clone(&service)),
+            api::forbidden_router(Arc::clone(&service)),
             allowed,
         ));
         if let Some(listener) = metrics {
@@ -82,6 +83,7 @@ impl Daemon {
         }
         tasks.spawn(Arc::clone(&service).watch_templates());
         info!(
+            event = "ready",
             control_socket = %service.run_dir().control_socket().display(),
             version = env!("CARGO_PKG_VERSION"),
             "pagecast is ready"
@@ -92,6 +94,12 @@ impl Daemon {
     /// Where its control socket is.
     pub fn control_socket(&self) -> PathBuf {
         self.service.run_dir().control_socket()
+    }
+
+    /// What it does.
+    #[cfg(test)]
+    pub(crate) fn service(&self) -> &Arc<Service> {
+        &self.service
     }
 
     /// Completes all forks with `uffd`, so that their VMMs run on without a daemon; takes no new ones meanwhile. The API

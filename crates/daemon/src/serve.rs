@@ -60,13 +60,14 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
         signals.next().await;
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         info!(
+            event = "stopping",
             forks = daemon.serving(),
             "stopping: forks are completed; a second signal kills their VMMs"
         );
         let closed = tokio::select! {
             closed = daemon.close(CLOSE_PATIENCE) => closed,
             () = signals.next() => {
-                warn!("second signal: VMMs are killed");
+                warn!(event = "killing", "second signal: VMMs are killed");
                 if let Err(error) = daemon.kill(KILL_PATIENCE).await {
                     warn!(%error, "not all have died");
                 }
@@ -75,11 +76,15 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
         };
         match closed {
             Ok(()) => {
-                info!("stopped");
+                info!(event = "stopped", "stopped");
                 return Ok(Ended::Closed);
             }
             Err(error) => {
-                warn!(error = pagecast::server::chain(&error), "cannot stop, goes on");
+                warn!(
+                    event = "staying",
+                    error = pagecast::server::chain(&error),
+                    "cannot stop, goes on"
+                );
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             }
         }

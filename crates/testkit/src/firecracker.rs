@@ -36,6 +36,6 @@ pub use binary::binary;
 pub use console::{Inflated, Touched, Verified, Written};
 pub use guest::{build_guest, guest_command};
 pub use kvm::{Kvm, kvm};
-pub use microvm::{MemBackend, MicroVm};
+pub use microvm::{BlankVmm, MemBackend, MicroVm};
 pub use range::GuestRange;
 pub use snapshot::{Snapshot, SnapshotOptions};

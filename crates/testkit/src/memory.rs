@@ -7,7 +7,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -38,7 +38,7 @@ impl PageSize {
     }
 }
 
-/// A mapping of anonymous memory as Firecracker makes one for a guest.
+/// A mapping as Firecracker makes one for a guest: of anonymous memory, or of a mem-file.
 ///
 /// The address is private to this module and memory is reached by word or byte index only, so nobody holds a reference
 /// into it: its content changes whenever whoever serves it installs a page.
@@ -46,6 +46,8 @@ impl PageSize {
 pub(crate) struct GuestMemory {
     start: NonNull<c_void>,
     len: usize,
+    /// Of a mem-file rather than anonymous.
+    of_file: bool,
 }
 
 // SAFETY: `start` is the address of a mapping that this value owns; it means the same on every thread.
@@ -66,7 +68,28 @@ impl GuestMemory {
             rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)?
         };
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, len })
+        Ok(Self {
+            start,
+            len,
+            of_file: false,
+        })
+    }
+
+    /// Maps `len` bytes of a mem-file from `offset` on (whole pages), as Firecracker does for a `File` backend: what is
+    /// only read is the file's, what is written is this process's own.
+    pub(crate) fn map_file(file: impl AsFd, offset: u64, len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping where the kernel likes it replaces none. Nothing but the atomic accesses below reaches its
+        // words, so whoever writes the file meanwhile changes values that may be any.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, offset)? };
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            start,
+            len,
+            of_file: true,
+        })
     }
 
     /// Where it is.
@@ -83,7 +106,12 @@ impl GuestMemory {
     }
 
     /// Gives the pages of the bytes `range` back (`MADV_DONTNEED`). Waits until the server has read the removal.
+    ///
+    /// Refused for a mem-file, whose bytes would come back; a VMM does something else there.
     pub(crate) fn remove(&self, range: Range<usize>) -> io::Result<()> {
+        if self.of_file {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} is outside"

@@ -2,7 +2,7 @@
 //! its flags, and that knows what every byte of its memory should be.
 //!
 //! A test holds a [`SimVmm`], asks it to [`run`](SimVmm::run) or [`start`](SimVmm::start) some [`Work`] (such as
-//! [`Connect`], [`Read`], [`Remove`]), and gets the report of that work back.
+//! [`Connect`], [`MapFile`], [`Read`]), and gets the report of that work back.
 
 mod guest;
 mod handle;

@@ -17,7 +17,7 @@ use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{Bytes, FdKind, Piece, RawHandshake, Then};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 use pagecast_testkit::sim_vmm::{
-    AwaitClose, ClearNonblock, Connect, HandshakeForm, History, Latency, Order, Pages, Read, Region, Remove,
+    AwaitClose, ClearNonblock, Connect, HandshakeForm, History, Latency, MapFile, Order, Pages, Read, Region, Remove,
     RemoveRace, Share, SimVmm, Touch, TouchOutside, Write,
 };
 use pagecast_testkit::skip::skip;
@@ -71,6 +71,58 @@ fn right_bytes_are_found_right() {
     assert!(server.faults() >= 2048, "every page was faulted in");
     assert!(MemoryUse::of(vmm.pid()).unwrap().private_bytes >= 8 << 20);
     template.check_untouched().unwrap();
+}
+
+#[test]
+fn a_mapped_mem_file_is_shared_until_it_is_written() {
+    let template = template();
+    let vmms: Vec<SimVmm> = (0..2).map(|_| SimVmm::spawn().unwrap()).collect();
+    for vmm in &vmms {
+        vmm.run(MapFile::new(template.path(), template.model())).unwrap();
+        let checked = vmm.run(Read::default()).unwrap().checked;
+        assert_eq!((checked.pages, checked.mismatches), (2048, 0), "{checked:?}");
+    }
+    let before = MemoryUse::of(vmms[0].pid()).unwrap();
+    assert!(before.shared_bytes >= 8 << 20, "{before:?}");
+
+    vmms[0]
+        .run(Write {
+            pages: Pages::range(0..1024),
+            generation: some(1),
+            threads: 1,
+        })
+        .unwrap();
+    let after = MemoryUse::of(vmms[0].pid()).unwrap();
+    assert!(
+        after.private_bytes >= before.private_bytes + (4 << 20),
+        "{before:?} {after:?}"
+    );
+    for vmm in &vmms {
+        let checked = vmm.run(Read::default()).unwrap().checked;
+        assert_eq!(checked.mismatches, 0, "{checked:?}");
+    }
+    template.check_untouched().unwrap();
+
+    assert!(
+        vmms[1].run(Remove::range(0..1)).is_err(),
+        "the file's bytes would come back"
+    );
+}
+
+#[test]
+fn a_mapped_mem_file_with_wrong_bytes_is_found_wrong() {
+    let template = template();
+    let vmm = SimVmm::spawn().unwrap();
+    let other = TemplateModel {
+        seed: 2,
+        ..template.model().clone()
+    };
+    vmm.run(MapFile::new(template.path(), &other)).unwrap();
+    let checked = vmm.run(Read::default()).unwrap().checked;
+    assert!(
+        checked.mismatches > 0 && checked.mismatches < 2048,
+        "zeros are right: {checked:?}"
+    );
 }
 
 #[test]

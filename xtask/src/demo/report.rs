@@ -6,19 +6,28 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use comfy_table::{Cell, CellAlignment, Color, Table, presets};
+use pagecast_client::Backend;
 use pagecast_testkit::firecracker::Kvm;
 use serde::Serialize;
 
-use super::scenario::{Played, PlayedFork};
-use super::vmm::MEM_MIB;
+use crate::fanout::{DATA_MIB, MEM_MIB, Played, PlayedFork, WRITE_EVERY};
 
 /// What came of it all.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     /// Why VMMs were simulated; none where Firecracker ran.
     simulated_because: Option<String>,
-    forks: Vec<ForkReport>,
+    backends: Vec<BackendReport>,
+}
+
+/// What came of the forks with one backend.
+#[derive(Debug, Serialize)]
+struct BackendReport {
+    asked: Backend,
+    backend: Backend,
+    reason: String,
     totals: Totals,
+    forks: Vec<ForkReport>,
 }
 
 #[derive(Debug, Serialize)]
@@ -27,68 +36,59 @@ struct ForkReport {
     pid: u32,
     /// Load and resume.
     resumed_ms: f64,
-    /// From the start of the load to the end of the first check of all memory.
-    all_read_ms: f64,
-    demand_faults: u64,
-    installed_bytes: u64,
+    /// The same, and reading and checking the working set.
+    read_ms: f64,
     /// Words, or pages where VMMs are simulated.
     mismatches: u64,
     first_mismatch: Option<String>,
-    pss_bytes: u64,
     private_bytes: u64,
-    shared_bytes: u64,
+    pss_bytes: u64,
+    rss_bytes: u64,
+    /// None where the kernel answers the faults.
+    demand_faults: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
 struct Totals {
-    forks: usize,
+    resumed_ms: Times,
+    read_ms: Times,
     mismatches: u64,
-    guest_bytes: u64,
+    /// Of the fork in the middle.
+    private_bytes_a_fork: u64,
+    pss_bytes_a_fork: u64,
+    /// Of all forks.
     pss_bytes: u64,
-    private_bytes: u64,
-    demand_faults: u64,
+    /// What they would cost if each had its own copy of all that is resident in it.
+    unshared_bytes: u64,
+    demand_faults: Option<u64>,
     /// The median of the forks' medians.
-    fault_p50_us: u64,
+    fault_p50_us: Option<u64>,
     /// The worst of the forks' 99th percentiles.
-    fault_p99_us: u64,
+    fault_p99_us: Option<u64>,
     server_rss_bytes: u64,
     server_cpu_s: f64,
-    /// From the start of the server to the last check.
-    wall_s: f64,
+}
+
+/// Of all forks.
+#[derive(Debug, Serialize)]
+struct Times {
+    median: f64,
+    worst: f64,
 }
 
 impl Report {
-    /// `wall` is from the start of the server to the end.
-    pub(super) fn new(kvm: &Kvm, played: &Played, wall: Duration) -> Self {
-        let forks: Vec<_> = played.forks.iter().map(ForkReport::new).collect();
-        let sum = |of: fn(&ForkReport) -> u64| forks.iter().map(of).sum();
-        let latencies = || played.forks.iter().map(|fork| &fork.session.fault_latency_us);
-        let totals = Totals {
-            forks: forks.len(),
-            mismatches: sum(|fork| fork.mismatches),
-            guest_bytes: forks.len() as u64 * (u64::from(MEM_MIB) << 20),
-            pss_bytes: sum(|fork| fork.pss_bytes),
-            private_bytes: sum(|fork| fork.private_bytes),
-            demand_faults: sum(|fork| fork.demand_faults),
-            fault_p50_us: median(latencies().map(|latency| latency.p50).collect()),
-            fault_p99_us: latencies().map(|latency| latency.p99).max().unwrap_or_default(),
-            server_rss_bytes: played.server.rss_bytes,
-            server_cpu_s: played.server.cpu_time.as_secs_f64(),
-            wall_s: wall.as_secs_f64(),
-        };
-        let simulated_because = match kvm {
-            Kvm::Usable => None,
-            Kvm::Missing(why) => Some(why.clone()),
-        };
+    pub(super) fn new(kvm: &Kvm, played: &[Played]) -> Self {
         Self {
-            simulated_because,
-            forks,
-            totals,
+            simulated_because: match kvm {
+                Kvm::Usable => None,
+                Kvm::Missing(why) => Some(why.clone()),
+            },
+            backends: played.iter().map(BackendReport::new).collect(),
         }
     }
 
     pub(super) fn mismatches(&self) -> u64 {
-        self.totals.mismatches
+        self.backends.iter().map(|backend| backend.totals.mismatches).sum()
     }
 
     /// On stdout, where nothing else is said.
@@ -106,13 +106,34 @@ impl Report {
     }
 
     fn for_people(&self) -> String {
-        let mut text = format!("\n{}\n\n", self.table());
-        for fork in &self.forks {
-            if let Some(first) = &fork.first_mismatch {
-                let _ = writeln!(text, "fork {}: first mismatch at {first}", fork.fork);
+        let vmms = match &self.simulated_because {
+            None => "Firecracker microVMs".to_owned(),
+            Some(why) => format!("SIMULATED VMMs, not Firecracker ({why}),"),
+        };
+        let mut text = String::new();
+        let _ = writeln!(
+            text,
+            "\n{} {vmms} of {MEM_MIB} MiB with each backend, forked from one template;\neach read {DATA_MIB} MiB and wrote to \
+             1/{WRITE_EVERY} of its pages\n\n{}",
+            self.backends.first().map_or(0, |backend| backend.forks.len()),
+            self.table()
+        );
+        for backend in &self.backends {
+            let _ = match (backend.asked, backend.backend) {
+                (asked, got) if asked == got => Ok(()),
+                (asked, got) => writeln!(text, "`{asked}` chose `{got}`: {}", backend.reason),
+            };
+            for fork in &backend.forks {
+                if let Some(first) = &fork.first_mismatch {
+                    let _ = writeln!(
+                        text,
+                        "{} fork {}: first mismatch at {first}",
+                        backend.backend, fork.fork
+                    );
+                }
             }
         }
-        text + &self.totals_for_people()
+        text
     }
 
     fn table(&self) -> Table {
@@ -121,64 +142,86 @@ impl Report {
         if !console::colors_enabled() {
             table.force_no_tty();
         }
-        table.set_header([
-            "fork",
-            "resumed\nms",
-            "all read\nms",
-            "demand\nfaults",
-            "mismatches\n",
-            "private\nMiB",
-            "shared\nMiB",
-        ]);
-        for fork in &self.forks {
-            let colour = if fork.mismatches == 0 { Color::Green } else { Color::Red };
-            table.add_row([
-                Cell::new(fork.fork),
-                Cell::new(format!("{:.0}", fork.resumed_ms)),
-                Cell::new(format!("{:.0}", fork.all_read_ms)),
-                Cell::new(fork.demand_faults),
-                Cell::new(fork.mismatches).fg(colour),
-                Cell::new(mib(fork.private_bytes)),
-                Cell::new(mib(fork.shared_bytes)),
-            ]);
-        }
-        for column in table.column_iter_mut() {
-            column.set_cell_alignment(CellAlignment::Right);
+        let mut header = vec![String::new()];
+        header.extend(self.backends.iter().map(BackendReport::title));
+        table.set_header(header);
+        for (title, value) in ROWS {
+            let mut row = vec![Cell::new(title)];
+            row.extend(self.backends.iter().map(|backend| {
+                let cell = Cell::new(value(&backend.totals)).set_alignment(CellAlignment::Right);
+                match backend.totals.mismatches {
+                    0 => cell,
+                    _ => cell.fg(Color::Red),
+                }
+            }));
+            table.add_row(row);
         }
         table
     }
+}
 
-    fn totals_for_people(&self) -> String {
-        let Totals {
-            forks,
-            mismatches,
-            guest_bytes,
-            pss_bytes,
-            private_bytes,
-            demand_faults,
-            fault_p50_us,
-            fault_p99_us,
-            server_rss_bytes,
-            server_cpu_s,
-            wall_s,
-        } = &self.totals;
-        let vmms = match &self.simulated_because {
-            None => "Firecracker microVMs".to_owned(),
-            Some(why) => format!("simulated VMMs ({why})"),
+/// A row of the table: what it is, and its value.
+type Row = (&'static str, fn(&Totals) -> String);
+
+const ROWS: [Row; 11] = [
+    ("resumed, ms: median (worst)", |totals| totals.resumed_ms.for_people()),
+    ("working set read, ms: median (worst)", |totals| {
+        totals.read_ms.for_people()
+    }),
+    ("mismatches, in four checks", |totals| totals.mismatches.to_string()),
+    ("a fork, private MiB: median", |totals| mib(totals.private_bytes_a_fork)),
+    ("a fork, PSS MiB: median", |totals| mib(totals.pss_bytes_a_fork)),
+    ("all forks, PSS MiB", |totals| mib(totals.pss_bytes)),
+    ("the same without sharing, MiB", |totals| mib(totals.unshared_bytes)),
+    ("faults answered by pagecast", |totals| {
+        totals
+            .demand_faults
+            .map_or("none".to_owned(), |faults| faults.to_string())
+    }),
+    ("a fault, us: p50 (worst p99)", |totals| {
+        let both = totals.fault_p50_us.zip(totals.fault_p99_us);
+        both.map_or("-".to_owned(), |(p50, p99)| format!("{p50} ({p99})"))
+    }),
+    ("server, resident MiB", |totals| mib(totals.server_rss_bytes)),
+    ("server, CPU s", |totals| format!("{:.2}", totals.server_cpu_s)),
+];
+
+impl BackendReport {
+    fn new(played: &Played) -> Self {
+        let forks: Vec<_> = played.forks.iter().map(ForkReport::new).collect();
+        let sum = |of: fn(&ForkReport) -> u64| forks.iter().map(of).sum();
+        let middle = |of: fn(&ForkReport) -> u64| median(forks.iter().map(of).collect());
+        let latencies = || played.forks.iter().filter_map(|fork| fork.fault_latency_us);
+        let served = latencies().next().is_some();
+        let totals = Totals {
+            resumed_ms: Times::of(forks.iter().map(|fork| fork.resumed_ms)),
+            read_ms: Times::of(forks.iter().map(|fork| fork.read_ms)),
+            mismatches: sum(|fork| fork.mismatches),
+            private_bytes_a_fork: middle(|fork| fork.private_bytes),
+            pss_bytes_a_fork: middle(|fork| fork.pss_bytes),
+            pss_bytes: sum(|fork| fork.pss_bytes),
+            unshared_bytes: sum(|fork| fork.rss_bytes),
+            demand_faults: served.then(|| sum(|fork| fork.demand_faults.unwrap_or_default())),
+            fault_p50_us: served.then(|| median(latencies().map(|latency| latency.p50).collect())),
+            fault_p99_us: latencies().map(|latency| latency.p99).max(),
+            server_rss_bytes: played.server.rss_bytes,
+            server_cpu_s: played.server.cpu_time.as_secs_f64(),
         };
-        format!(
-            "{forks} {vmms} of {MEM_MIB} MiB, forked from one template
-memory      {} MiB PSS, {} MiB private, of {} MiB that the guests have
-faults      {demand_faults}; p50 {fault_p50_us} us (median of the forks), p99 {fault_p99_us} us (worst fork)
-server      {} MiB resident, {server_cpu_s:.1} s of CPU time
-wall time   {wall_s:.1} s
-mismatches  {mismatches}, in three checks of all memory: after the restore, after writing, after the server had gone
-",
-            mib(*pss_bytes),
-            mib(*private_bytes),
-            mib(*guest_bytes),
-            mib(*server_rss_bytes),
-        )
+        Self {
+            asked: played.asked,
+            backend: played.backend,
+            reason: played.reason.clone(),
+            totals,
+            forks,
+        }
+    }
+
+    fn title(&self) -> String {
+        if self.asked == self.backend {
+            self.backend.to_string()
+        } else {
+            format!("{} ({})", self.asked, self.backend)
+        }
     }
 }
 
@@ -188,15 +231,29 @@ impl ForkReport {
             fork: fork.number,
             pid: fork.pid,
             resumed_ms: milliseconds(fork.resumed_in),
-            all_read_ms: milliseconds(fork.all_read_in),
-            demand_faults: fork.session.faults.demand,
-            installed_bytes: fork.session.installed_bytes,
+            read_ms: milliseconds(fork.read_in),
             mismatches: fork.mismatches.count,
             first_mismatch: fork.mismatches.first.clone(),
-            pss_bytes: fork.memory.pss_bytes,
             private_bytes: fork.memory.private_bytes,
-            shared_bytes: fork.memory.shared_bytes,
+            pss_bytes: fork.memory.pss_bytes,
+            rss_bytes: fork.memory.rss_bytes,
+            demand_faults: fork.faults.map(|faults| faults.demand),
         }
+    }
+}
+
+impl Times {
+    fn of(times: impl Iterator<Item = f64>) -> Self {
+        let mut times: Vec<f64> = times.collect();
+        times.sort_unstable_by(f64::total_cmp);
+        Self {
+            median: times.get(times.len() / 2).copied().unwrap_or_default(),
+            worst: times.last().copied().unwrap_or_default(),
+        }
+    }
+
+    fn for_people(&self) -> String {
+        format!("{:.0} ({:.0})", self.median, self.worst)
     }
 }
 
@@ -211,7 +268,7 @@ fn median(mut values: Vec<u64>) -> u64 {
 }
 
 /// To one digit after the point.
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     let tenths = (bytes * 10 + (1 << 19)) >> 20;
     format!("{}.{}", tenths / 10, tenths % 10)
 }
@@ -229,8 +286,9 @@ mod tests {
     }
 
     #[test]
-    fn the_median_is_in_the_middle() {
+    fn the_median_is_in_the_middle_and_the_worst_the_slowest() {
         assert_eq!(median(vec![9, 1, 5]), 5);
         assert_eq!(median(Vec::new()), 0);
+        assert_eq!(Times::of([9.0, 1.0, 5.0].into_iter()).for_people(), "5 (9)");
     }
 }

@@ -25,5 +25,5 @@ pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<H
 ))]
 pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<impl IntoResponse, Failure> {
     let text = blocking(move || Ok(metrics::text(&service))).await?;
-    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }

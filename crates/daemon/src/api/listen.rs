@@ -8,18 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::response::IntoResponse;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use pagecast_client::ErrorCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::warn;
-
-use super::failure::Failure;
 
 /// How many connections there can be at once; more wait their turn.
 const MOST_CONNECTIONS: usize = 256;
@@ -45,8 +41,8 @@ pub(crate) fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the control API to those who may use it, until dropped.
-pub(crate) async fn serve_control(listener: UnixListener, router: Router, allowed: Vec<u32>) {
+/// Serves the control API to those who may use it, until dropped; others get `forbidden`.
+pub(crate) async fn serve_control(listener: UnixListener, router: Router, forbidden: Router, allowed: Vec<u32>) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -57,7 +53,7 @@ pub(crate) async fn serve_control(listener: UnixListener, router: Router, allowe
         let router = if may_control(&stream, &allowed) {
             router.clone()
         } else {
-            forbidden()
+            forbidden.clone()
         };
         connections.spawn(async move {
             serve(stream, router).await;
@@ -100,16 +96,6 @@ fn may_control(stream: &UnixStream, allowed: &[u32]) -> bool {
         Ok(peer) => peer.uid() == own || peer.uid() == 0 || allowed.contains(&peer.uid()),
         Err(_) => false,
     }
-}
-
-fn forbidden() -> Router {
-    Router::new().fallback(async || {
-        Failure::of(
-            ErrorCode::Forbidden,
-            "your user may not use this socket; see allowed_uids in the daemon's configuration",
-        )
-        .into_response()
-    })
 }
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {

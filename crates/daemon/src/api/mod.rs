@@ -17,6 +17,7 @@ mod templates;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use pagecast_client::{ApiError, ErrorCode};
 use utoipa::OpenApi;
@@ -24,6 +25,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use self::failure::Failure;
+use crate::metrics::requests;
 use crate::service::Service;
 
 /// What the `OpenAPI` document says of the whole.
@@ -60,18 +62,35 @@ fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
 /// All calls.
 pub(crate) fn router(service: Arc<Service>) -> Router {
     let (router, _) = described();
+    let counted = from_fn_with_state(Arc::clone(&service), requests::count);
     router
         .method_not_allowed_fallback(async || Failure::of(ErrorCode::MethodNotAllowed, "this path has no such method"))
         .fallback(async || Failure::of(ErrorCode::NotFound, "there is no such path; see the OpenAPI document"))
+        .layer(counted)
         .with_state(service)
 }
 
 /// The metrics alone, for whoever may not control anything.
 pub(crate) fn metrics_router(service: Arc<Service>) -> Router {
+    let counted = from_fn_with_state(Arc::clone(&service), requests::count);
     Router::new()
         .route("/metrics", get(health::metrics))
         .fallback(async || Failure::of(ErrorCode::NotFound, "only /metrics is here"))
+        .layer(counted)
         .with_state(service)
+}
+
+/// What those get who may not use the control socket.
+pub(crate) fn forbidden_router(service: Arc<Service>) -> Router {
+    let counted = from_fn_with_state(service, requests::count);
+    Router::new()
+        .fallback(async || {
+            Failure::of(
+                ErrorCode::Forbidden,
+                "your user may not use this socket; see allowed_uids in the daemon's configuration",
+            )
+        })
+        .layer(counted)
 }
 
 /// The `OpenAPI` document, generated from the code, as JSON.

@@ -42,10 +42,12 @@ impl Service {
                 state.forks.insert(id, Entry::Made(Arc::clone(&fork)));
                 drop(state);
                 info!(
+                    event = "fork_created",
                     fork = %fork.id,
                     template = %fork.template.name,
                     backend = %fork.backend(),
                     path = %fork.mem_backend.backend_path.display(),
+                    pid = fork.vmm().map(|vmm| vmm.pid()),
                     "fork created"
                 );
                 self.start(&fork);
@@ -310,20 +312,25 @@ impl Service {
             }
             Kind::File(_) => {}
         }
-        {
+        let told = {
             let mut state = self.state();
             // Somebody else may have deleted it and made another of this id.
             let same = |entry: &Entry| entry.made().is_some_and(|made| Arc::ptr_eq(made, &fork));
             if !state.forks.get(&fork.id).is_some_and(same) {
                 return Ok(());
             }
-            state.forks.remove(&fork.id);
+            let told = state.ended.contains(&fork.id);
+            state.take_fork(&fork.id);
             state.ended.retain(|ended| *ended != fork.id);
+            told
+        };
+        if fork.state().is_end() && !told {
+            self.tell_end(&fork);
         }
         if let Kind::File(_) = fork.kind {
             self.forget(&fork);
         }
-        info!(fork = id, "fork deleted");
+        info!(event = "fork_deleted", fork = id, "fork deleted");
         Ok(())
     }
 
@@ -391,7 +398,7 @@ impl Service {
             if let Some(vmm) = vmm.map(Arc::new)
                 && file.found(&vmm)
             {
-                info!(fork = %fork.id, pid = vmm.pid(), "VMM found");
+                info!(event = "fork_serving", fork = %fork.id, pid = vmm.pid(), "VMM found");
                 self.save_fork(&fork, Some(&vmm));
                 self.watch(&fork, &vmm);
             }

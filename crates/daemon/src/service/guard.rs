@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
 use pagecast::template::PageSource;
-use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
+use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
 use super::Service;
@@ -38,7 +38,7 @@ impl Service {
         let service = Arc::clone(self);
         self.runtime.spawn_blocking(move || {
             let how = "somebody opens it for writing".to_owned();
-            warn!(template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
             template.set_changed(how.clone());
             if !template.set_withdrawn() {
                 return;
@@ -90,12 +90,17 @@ impl Service {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
         for vmm in strangers(template) {
-            warn!(template = %template.name, pid = vmm.pid(), "killed: it maps the template by the path of forks with `file`");
+            warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by the path of forks with `file`");
             if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
                 error!(template = %template.name, pid = vmm.pid(), "cannot be killed, and may read wrong bytes");
+            } else {
+                let mut state = self.state();
+                state
+                    .totals
+                    .count_kill(&template.name, Backend::File, "template_changed");
             }
         }
-        info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
@@ -134,7 +139,7 @@ impl Service {
                 && template.set_withdrawn()
             {
                 let how = chain(&error);
-                error!(template = %template.name, how, "the template has changed while forks live");
+                error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
                 template.set_changed(how.clone());
                 self.withdraw(&template, &how);
             }

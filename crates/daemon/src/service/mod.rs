@@ -22,7 +22,7 @@ use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pagecast::server::{ForkEvent, ForkId, Server};
 use pagecast_client::health::Health;
@@ -32,6 +32,8 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{Fork, Kind};
+use crate::metrics::requests::Requests;
+use crate::metrics::{Snapshot, Totals};
 use crate::placement::Placement;
 use crate::run_dir::{Kind as Saved, RunDir};
 use crate::template::{Template, TemplateName};
@@ -49,6 +51,7 @@ pub(crate) struct Service {
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,
     started: Instant,
+    requests: Requests,
     /// Where slow work is done.
     runtime: tokio::runtime::Handle,
 }
@@ -61,6 +64,35 @@ struct State {
     forks: BTreeMap<ForkId, Entry>,
     /// Those that have ended, in that order.
     ended: VecDeque<ForkId>,
+    /// What was counted of forks and templates that are gone.
+    totals: Totals,
+}
+
+impl State {
+    /// Takes a fork off the list; its numbers stay. One moment for both, so that no metric counts down.
+    fn take_fork(&mut self, id: &ForkId) -> Option<Entry> {
+        let entry = self.forks.remove(id)?;
+        if let Entry::Made(fork) = &entry {
+            self.totals.keep(fork);
+        }
+        self.forget_totals(entry.template());
+        Some(entry)
+    }
+
+    /// Takes a template off the list; what was read of it stays for as long as there are forks of it.
+    fn take_template(&mut self, name: &TemplateName) -> Option<Arc<Template>> {
+        let template = self.templates.remove(name)?;
+        self.totals.add_reads(name, template.pages.slow_reads());
+        self.forget_totals(name);
+        Some(template)
+    }
+
+    /// Forgets the numbers of a template that is gone, with all its forks.
+    fn forget_totals(&mut self, name: &TemplateName) {
+        if !self.templates.contains_key(name) && !self.forks.values().any(|entry| entry.template() == name) {
+            self.totals.forget(name);
+        }
+    }
 }
 
 /// A fork by its name.
@@ -143,6 +175,31 @@ impl Service {
         self.state().forks.values().filter_map(Entry::made).cloned().collect()
     }
 
+    /// What there is and what there was, at one moment.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let state = self.state();
+        Snapshot {
+            templates: state.templates.values().cloned().collect(),
+            forks: state.forks.values().filter_map(Entry::made).cloned().collect(),
+            totals: state.totals.clone(),
+        }
+    }
+
+    /// The calls that were answered.
+    pub(crate) fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// For how long it has run.
+    pub(crate) fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// How many forks may wait or live at once.
+    pub(crate) fn max_forks(&self) -> usize {
+        self.config.max_forks
+    }
+
     fn template(&self, name: &str) -> Result<Arc<Template>, ApiError> {
         let unknown = || {
             refuse(
@@ -219,7 +276,7 @@ impl Service {
             ForkEvent::Serving {
                 id, pid, memory_bytes, ..
             } => {
-                info!(fork = %id, pid, memory_bytes, "serving");
+                info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
                 if let Ok(fork) = self.fork(id.as_str()) {
                     self.vmm_connected(&fork);
                 }
@@ -231,7 +288,7 @@ impl Service {
                 }
             }
             ForkEvent::NotCompleted { id, reason } => {
-                warn!(fork = %id, reason = pagecast::server::chain(reason.as_ref()), "cannot be completed, is served on");
+                warn!(event = "fork_not_completed", fork = %id, code = reason.code(), error = pagecast::server::chain(reason.as_ref()), "cannot be completed, is served on");
             }
             _ => {}
         }
@@ -251,31 +308,45 @@ impl Service {
 
     /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
     fn ended(&self, ended: &Arc<Fork>) {
-        let state = ended.state();
-        if let Some(error) = ended.error() {
-            warn!(fork = %ended.id, %state, code = error.code, error = error.message, "ended");
-        } else {
-            info!(fork = %ended.id, %state, "ended");
-        }
-        if let Err(error) = self.run_dir.forget(Saved::Fork, ended.id.as_str()) {
-            warn!(fork = %ended.id, %error, "cannot forget its state in the run dir");
-        }
         let mut forgotten = Vec::new();
         {
             let mut state = self.state();
             let there = state.forks.get(&ended.id).and_then(Entry::made);
-            // It may be told twice: by the event, and by whoever made it and found that it had ended already.
-            if !there.is_some_and(|there| Arc::ptr_eq(there, ended)) || state.ended.contains(&ended.id) {
+            // It may be told twice: by the event, and by whoever made it and found that it had ended already. The event may
+            // also have been about an earlier fork of this id.
+            let first = ended.state().is_end() && !state.ended.contains(&ended.id);
+            if !first || !there.is_some_and(|there| Arc::ptr_eq(there, ended)) {
                 return;
             }
             state.ended.push_back(ended.id.clone());
             while state.ended.len() > self.config.ended_forks {
                 let oldest = state.ended.pop_front();
-                forgotten.extend(oldest.and_then(|id| state.forks.remove(&id)));
+                forgotten.extend(oldest.and_then(|id| state.take_fork(&id)));
             }
         }
+        self.tell_end(ended);
         for fork in forgotten.iter().filter_map(Entry::made) {
             self.forget(fork);
+        }
+    }
+
+    /// Says how a fork has ended, once for each fork; it need not be found again after a restart.
+    fn tell_end(&self, ended: &Fork) {
+        let numbers = match &ended.kind {
+            Kind::Uffd(uffd) => Some(uffd.served.status().stats),
+            Kind::File(_) => None,
+        };
+        let faults = numbers.map(|stats| stats.faults.demand);
+        let p99_us = numbers.map(|stats| stats.fault_latency_us.p99);
+        let installed_bytes = numbers.map(|stats| stats.installed_bytes);
+        let (fork, state) = (&ended.id, ended.state());
+        if let Some(error) = ended.error() {
+            warn!(event = "fork_ended", %fork, %state, code = error.code, error = error.message, faults, p99_us, installed_bytes, "ended");
+        } else {
+            info!(event = "fork_ended", %fork, %state, faults, p99_us, installed_bytes, "ended");
+        }
+        if let Err(error) = self.run_dir.forget(Saved::Fork, ended.id.as_str()) {
+            warn!(fork = %ended.id, %error, "cannot forget its state in the run dir");
         }
     }
 

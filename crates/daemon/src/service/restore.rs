@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::metrics::requests::Requests;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
 use crate::vmm_process::VmmProcess;
@@ -49,6 +50,7 @@ impl Service {
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
             started: Instant::now(),
+            requests: Requests::default(),
             runtime,
         });
         service
@@ -64,20 +66,22 @@ impl Service {
             let saved = match saved {
                 Ok(saved) => saved,
                 Err(error) => {
-                    error!(template = name, %error, "template lost: its state cannot be read");
+                    error!(event = "template_lost", template = name, %error, "template lost: its state cannot be read");
                     continue;
                 }
             };
             match self.find_template(&name, &saved) {
                 Ok(template) => {
-                    info!(template = name, "template found again");
+                    info!(event = "template_found", template = name, "template found again");
                     template.pages.find_zeros(Instant::now());
                     self.state().templates.insert(template.name.clone(), template);
                 }
                 Err(why) => {
                     error!(
+                        event = "template_lost",
                         template = name,
-                        why, "template lost; what was done to its file is undone"
+                        why,
+                        "template lost; what was done to its file is undone"
                     );
                     let undone = saved.protection.undo_at(&saved.spec.mem_path);
                     if let Err(error) = undone {
@@ -118,7 +122,7 @@ impl Service {
         };
         let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
         if let Some(how) = changed {
-            warn!(template = %template.name, how, "the template has changed while no daemon ran");
+            warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");
             template.set_changed(how);
         }
         Ok(Arc::new(template))
@@ -128,7 +132,7 @@ impl Service {
         for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
             match saved {
                 Ok(saved) => self.find_fork(&id, saved),
-                Err(error) => warn!(fork = id, %error, "fork lost: its state cannot be read"),
+                Err(error) => warn!(event = "fork_lost", fork = id, %error, "fork lost: its state cannot be read"),
             }
         }
         Ok(())
@@ -152,7 +156,11 @@ impl Service {
             Backend::Uffd | Backend::Auto => {
                 if let Some(vmm) = vmm {
                     let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
+                    if killed && let Ok(template) = saved.template.parse() {
+                        self.state().totals.count_kill(&template, Backend::Uffd, "server_died");
+                    }
                     error!(
+                        event = "fork_lost",
                         fork = id,
                         pid = vmm.pid(),
                         killed,
@@ -162,7 +170,7 @@ impl Service {
                 self.forget_saved(id);
             }
             Backend::File if gone || matches!(saved.place, Some(Place::Planned(_))) => {
-                info!(fork = id, state = %ForkState::Exited, "ended");
+                info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
                 if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
                     warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
                 }
@@ -170,10 +178,15 @@ impl Service {
             }
             Backend::File => {
                 let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
-                    warn!(fork = id, template = saved.template, "fork lost: its template is");
+                    warn!(
+                        event = "fork_lost",
+                        fork = id,
+                        template = saved.template,
+                        "fork lost: its template is"
+                    );
                     return;
                 };
-                info!(fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+                info!(event = "fork_found", fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
                 let placement = match saved.place {
                     Some(Place::Done(placement)) => Some(placement),
                     _ => None,

@@ -49,6 +49,7 @@ impl Service {
         state.templates.insert(name, Arc::clone(&template));
         drop(state);
         info!(
+            event = "template_added",
             template = %template.name,
             mem_path = %template.spec.mem_path.display(),
             size_bytes = template.file.len().get(),
@@ -242,7 +243,7 @@ impl Service {
                     ),
                 ));
             }
-            if state.templates.remove(&template.name).is_none() {
+            if state.take_template(&template.name).is_none() {
                 return Err(refuse(
                     ErrorCode::TemplateNotFound,
                     format_args!("no template is named {name:?}"),
@@ -253,7 +254,7 @@ impl Service {
         undo(&template);
         self.forget_template(&template.name);
         self.state().busy.remove(&template.name);
-        info!(template = name, "template removed");
+        info!(event = "template_removed", template = name, "template removed");
         Ok(())
     }
 }

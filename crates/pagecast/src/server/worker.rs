@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::Errno;
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
@@ -162,6 +163,14 @@ impl Worker {
         let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
         while !(self.stopping && self.forks.is_empty()) {
             let timeout = self.timeout();
+            if let Some(pause) = &timeout {
+                // `epoll_wait` rounds up to milliseconds, and a retry may be due in 50 us. (`epoll_pwait2` needs Linux 5.11,
+                // which is more than Firecracker does.)
+                let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
+                // Whatever comes of it, what is ready is looked at.
+                let _ = rustix::event::poll(&mut ready, Some(pause));
+            }
+            let timeout = timeout.map(|_| Timespec::default());
             let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
                 Ok((events, _)) => &*events,
                 // Only EINTR is possible for an epoll of our own.

@@ -9,6 +9,7 @@ mod bad_input;
 mod cgroup;
 mod close;
 mod complete;
+mod embedded;
 mod ends;
 mod fixture;
 mod hugepages;

@@ -1,7 +1,7 @@
 //! A running Firecracker with the tiny guest in it.
 
 use std::path::PathBuf;
-use std::process::ExitStatus;
+use std::process::{ChildStdin, ChildStdout, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
@@ -35,6 +35,71 @@ impl MemBackend {
     }
 }
 
+/// A Firecracker process of our own that has no microVM yet, so that its process id is known before it loads one. Dropping
+/// it kills the process.
+#[derive(Debug)]
+pub struct BlankVmm {
+    process: Process,
+    api: Api,
+    input: ChildStdin,
+    output: ChildStdout,
+}
+
+impl BlankVmm {
+    /// Starts one, and waits until it takes requests.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker cannot be had, or does not come up.
+    pub fn start() -> Result<Self> {
+        let (mut process, input, output) = Process::spawn()?;
+        let api =
+            Api::connect(process.api_socket(), || process.ensure_alive()).map_err(|error| process.explain(&error))?;
+        Ok(Self {
+            process,
+            api,
+            input,
+            output,
+        })
+    }
+
+    /// Firecracker's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Has it load the snapshot and resume the guest; how long that took.
+    ///
+    /// # Errors
+    ///
+    /// If Firecracker refuses.
+    pub fn restore(self, snapshot: &Snapshot, backend: &MemBackend) -> Result<(MicroVm, Duration)> {
+        self.load(snapshot, backend, true)
+    }
+
+    fn load(self, snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(MicroVm, Duration)> {
+        let vm = self.with_guest(snapshot.patterns.clone());
+        let request = json!({
+            "snapshot_path": snapshot.vmstate_path,
+            "mem_backend": backend.to_json(),
+            "resume_vm": resume,
+        });
+        let started = Instant::now();
+        vm.put("/snapshot/load", &request)?;
+        Ok((vm, started.elapsed()))
+    }
+
+    fn with_guest(self, patterns: Patterns) -> MicroVm {
+        MicroVm {
+            process: self.process,
+            api: self.api,
+            console: Console::new(self.input, self.output),
+            patterns,
+            timeout: DEFAULT_TIMEOUT,
+        }
+    }
+}
+
 /// A Firecracker process of our own, in a temporary folder of its own. Dropping it kills the process and removes the
 /// folder.
 ///
@@ -56,7 +121,7 @@ impl MicroVm {
     /// If Firecracker or the guest cannot be had, or the guest does not come up.
     pub fn boot(mem_mib: u32, huge_pages: bool, balloon: bool) -> Result<Self> {
         let kernel = build_guest()?;
-        let mut vm = Self::spawn(Patterns::zeros(mem_mib))?;
+        let mut vm = BlankVmm::start()?.with_guest(Patterns::zeros(mem_mib));
         let huge_pages = if huge_pages { "2M" } else { "None" };
         vm.put(
             "/machine-config",
@@ -82,7 +147,7 @@ impl MicroVm {
     ///
     /// If Firecracker cannot be had or refuses.
     pub fn restore_paused(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
-        Self::load(snapshot, backend, false)
+        BlankVmm::start()?.load(snapshot, backend, false)
     }
 
     /// A fork of the snapshot, running, and how long it took to load and resume it.
@@ -91,32 +156,7 @@ impl MicroVm {
     ///
     /// If Firecracker cannot be had or refuses.
     pub fn restore(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
-        Self::load(snapshot, backend, true)
-    }
-
-    fn load(snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(Self, Duration)> {
-        let vm = Self::spawn(snapshot.patterns.clone())?;
-        let request = json!({
-            "snapshot_path": snapshot.vmstate_path,
-            "mem_backend": backend.to_json(),
-            "resume_vm": resume,
-        });
-        let started = Instant::now();
-        vm.put("/snapshot/load", &request)?;
-        Ok((vm, started.elapsed()))
-    }
-
-    fn spawn(patterns: Patterns) -> Result<Self> {
-        let (mut process, input, output) = Process::spawn()?;
-        let api =
-            Api::connect(process.api_socket(), || process.ensure_alive()).map_err(|error| process.explain(&error))?;
-        Ok(Self {
-            process,
-            api,
-            console: Console::new(input, output),
-            patterns,
-            timeout: DEFAULT_TIMEOUT,
-        })
+        BlankVmm::start()?.restore(snapshot, backend)
     }
 
     /// How long each later command may take, instead of a minute.

@@ -32,6 +32,8 @@ pub(crate) struct Answer {
 pub enum Command {
     /// See [`Connect`].
     Connect(Connect),
+    /// See [`MapFile`].
+    MapFile(MapFile),
     /// See [`AwaitClose`].
     AwaitClose(AwaitClose),
     /// See [`Read`].
@@ -63,6 +65,7 @@ impl Command {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
+            Self::MapFile(_) => "map_file",
             Self::AwaitClose(_) => "await_close",
             Self::Read(_) => "read",
             Self::Write(_) => "write",
@@ -101,6 +104,7 @@ macro_rules! work {
 
 work! {
     Connect -> Connected,
+    MapFile -> (),
     AwaitClose -> Closed,
     Read -> ReadReport,
     Write -> Touched,
@@ -183,6 +187,27 @@ pub enum HandshakeForm {
 pub struct Connected {
     /// Where each region is in the process's memory, in the order asked for.
     pub base_host_virt_addrs: Vec<u64>,
+}
+
+/// Become a guest whose memory is one region of 4 KiB pages, all of a mem-file, mapped privately: what Firecracker does
+/// with a `File` backend. No page server is asked, and nothing can be removed. Once per process, unless it failed; instead
+/// of [`Connect`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MapFile {
+    /// The mem-file.
+    pub path: PathBuf,
+    /// What it should hold.
+    pub template: TemplateModel,
+}
+
+impl MapFile {
+    /// Maps all of `template`, which is at `path`.
+    pub fn new(path: impl Into<PathBuf>, template: &TemplateModel) -> Self {
+        Self {
+            path: path.into(),
+            template: template.clone(),
+        }
+    }
 }
 
 /// Wait until the server closes the connection of [`Connect`].

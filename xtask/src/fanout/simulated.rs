@@ -1,26 +1,26 @@
 //! Forks in simulated VMMs, for machines without KVM.
 
-use std::fmt;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU8, NonZeroU32};
 use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm, Write};
+use pagecast_client::fork::{BackendType, MemBackend};
+use pagecast_testkit::sim_vmm::{Connect, MapFile, Pages, Read, SimVmm, Write};
 use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
 
-use super::vmm::{self, DATA_MIB, MEM_MIB, Mismatches, Vmm, WRITE_EVERY};
+use super::vmm::{Blank, DATA_MIB, MEM_MIB, Mismatches, Template, Vmm, WRITE_EVERY};
 
 const MIB: u64 = 1 << 20;
 const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
 
 /// A mem-file that is like the one of the tiny guest.
-pub(super) struct Template {
+pub(super) struct Simulated {
     file: TemplateFile,
 }
 
-impl Template {
+impl Simulated {
     /// Writes it into the folder.
     pub(super) fn create(folder: &Path) -> Result<Self> {
         let pages = |mib: u32| u64::from(mib) * PAGES_PER_MIB;
@@ -36,28 +36,47 @@ impl Template {
     }
 }
 
-impl fmt::Display for Template {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{MEM_MIB} MiB, of which {DATA_MIB} MiB data")
-    }
-}
-
-impl vmm::Template for Template {
+impl Template for Simulated {
     fn mem_file(&self) -> &Path {
         self.file.path()
     }
 
-    fn checked_mib(&self) -> Range<u32> {
+    fn working_set(&self) -> Range<u32> {
+        0..DATA_MIB
+    }
+
+    fn whole(&self) -> Range<u32> {
         0..MEM_MIB
     }
 
-    fn restore(&self, number: u32, socket: &Path) -> Result<(Box<dyn Vmm>, Duration)> {
-        let vmm = SimVmm::spawn()?;
+    fn start(&self) -> Result<Box<dyn Blank + '_>> {
+        Ok(Box::new(Started {
+            vmm: SimVmm::spawn()?,
+            model: self.file.model(),
+        }))
+    }
+}
+
+struct Started<'a> {
+    vmm: SimVmm,
+    model: &'a TemplateModel,
+}
+
+impl Blank for Started<'_> {
+    fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    fn restore(self: Box<Self>, tag: NonZeroU8, memory: &MemBackend) -> Result<(Box<dyn Vmm>, Duration)> {
+        let Self { vmm, model } = *self;
         let started = Instant::now();
-        vmm.run(Connect::new(socket, self.file.model()))?;
+        match memory.backend_type {
+            BackendType::File => vmm.run(MapFile::new(&memory.backend_path, model))?,
+            BackendType::Uffd => drop(vmm.run(Connect::new(&memory.backend_path, model))?),
+        }
         let fork = Fork {
             vmm,
-            generation: NonZeroU32::new(number).context("forks are counted from 1 on")?,
+            generation: tag.into(),
         };
         Ok((Box::new(fork), started.elapsed()))
     }

@@ -7,12 +7,12 @@ use console::{StyledObject, style};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 /// Says it on a line of its own. That nobody reads stderr any more is no reason to stop.
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Something that takes its time. If it is dropped before it is done, only its bar vanishes.
-pub(super) struct Progress {
+pub(crate) struct Progress {
     bar: ProgressBar,
     what: String,
     started: Instant,
@@ -20,12 +20,12 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Begins something that nobody knows the end of.
-    pub(super) fn start(what: &str) -> Self {
+    pub(crate) fn start(what: &str) -> Self {
         Self::with_bar(what, ProgressBar::new_spinner(), "{spinner:.cyan} {msg} {elapsed:.dim}")
     }
 
     /// Begins something that is over after so many MiB.
-    pub(super) fn of_mib(what: &str, mib: u64) -> Self {
+    pub(crate) fn of_mib(what: &str, mib: u64) -> Self {
         let bar = ProgressBar::new(mib);
         Self::with_bar(
             what,
@@ -53,17 +53,17 @@ impl Progress {
     }
 
     /// So many MiB more are done.
-    pub(super) fn advance(&self, mib: u64) {
+    pub(crate) fn advance(&self, mib: u64) {
         self.bar.inc(mib);
     }
 
     /// It is over, and this came of it.
-    pub(super) fn done(self, outcome: &str) {
+    pub(crate) fn done(self, outcome: &str) {
         self.end(style("ok").green(), outcome);
     }
 
     /// It is over, and this came of it, which should not be.
-    pub(super) fn failed(self, outcome: &str) {
+    pub(crate) fn failed(self, outcome: &str) {
         self.end(style("FAILED").red().bold(), outcome);
     }
 

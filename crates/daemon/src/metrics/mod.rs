@@ -1,0 +1,319 @@
+//! Metrics, as Prometheus reads them: `docs/metrics.md` lists them.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `totals` | what has happened to forks, added up by template |
+//! | `requests` | calls of the API that were answered |
+//! | `process` | what the daemon itself costs |
+//! | `families` | the format |
+//!
+//! Nothing is counted twice: a scrape reads the counters that the page server counts with anyway, and adds what was kept of
+//! forks that are gone. It does not wait for disks or VMMs.
+
+mod families;
+mod process;
+pub(crate) mod requests;
+#[cfg(test)]
+mod tests;
+mod totals;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagecast::server::LatencyHistogram;
+use pagecast_client::{Backend, ForkState};
+
+use self::families::{Families, NO_LABELS, number};
+pub(crate) use self::totals::Totals;
+use self::totals::{Reasons, TemplateTotals};
+use crate::fork::Fork;
+use crate::service::Service;
+use crate::template::{Template, TemplateName};
+
+/// The content type of [`text`].
+pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+
+/// The backends that forks have.
+const BACKENDS: [Backend; 2] = [Backend::Uffd, Backend::File];
+
+/// Powers of two nanoseconds, which cut no bucket of the histograms in two: from 1 us each to 67 ms, then every second one
+/// up to 69 s, beyond which faults are given up.
+const BOUNDS: [u32; 22] = [
+    10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 30, 32, 34, 36,
+];
+
+/// What there is at one moment, and what there was.
+pub(crate) struct Snapshot {
+    /// All templates.
+    pub(crate) templates: Vec<Arc<Template>>,
+    /// All forks that are not forgotten.
+    pub(crate) forks: Vec<Arc<Fork>>,
+    /// What was kept of those that are.
+    pub(crate) totals: Totals,
+}
+
+/// All metrics as text.
+pub(crate) fn text(service: &Service) -> String {
+    let Snapshot {
+        templates,
+        forks,
+        mut totals,
+    } = service.snapshot();
+    for template in &templates {
+        totals.add_reads(&template.name, template.pages.slow_reads());
+    }
+    for fork in &forks {
+        totals.add(fork);
+    }
+
+    let mut families = Families::default();
+    daemon(&mut families, service);
+    of_templates(&mut families, &templates);
+    of_forks(&mut families, &templates, &forks);
+    of_totals(&mut families, &totals);
+    requests(&mut families, service);
+    process::collect(&mut families);
+    families.text()
+}
+
+fn daemon(families: &mut Families, service: &Service) {
+    families.gauge(
+        "pagecast_build_info",
+        "What runs; the value is always 1.",
+        [([("version", env!("CARGO_PKG_VERSION"))], 1.0)],
+    );
+    families.gauge(
+        "pagecast_uptime_seconds",
+        "How long the daemon has run.",
+        [(NO_LABELS, service.uptime().as_secs_f64())],
+    );
+    families.gauge(
+        "pagecast_forks_max",
+        "How many forks may wait or live at once.",
+        [(NO_LABELS, number(service.max_forks() as u64))],
+    );
+}
+
+fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
+    let changed = templates.iter().filter(|template| template.changed().is_some()).count();
+    families.gauge(
+        "pagecast_templates",
+        "Templates, by whether they can be forked.",
+        [
+            ([("state", "ready")], number((templates.len() - changed) as u64)),
+            ([("state", "changed")], number(changed as u64)),
+        ],
+    );
+    let of_each = |value: fn(&Template) -> u64| {
+        templates
+            .iter()
+            .map(move |template| ([("template", template.name.as_str())], number(value(template))))
+    };
+    families.gauge(
+        "pagecast_template_size_bytes",
+        "The length of the memory file.",
+        of_each(|template| template.pages.len().get()),
+    );
+    families.gauge(
+        "pagecast_template_zero_bytes",
+        "How much of the memory file is known to be zeros.",
+        of_each(|template| template.file.zeros().known_bytes().get()),
+    );
+}
+
+fn of_forks(families: &mut Families, templates: &[Arc<Template>], forks: &[Arc<Fork>]) {
+    let mut counts: BTreeMap<(&TemplateName, Backend, ForkState), u64> = BTreeMap::new();
+    for template in templates {
+        for backend in BACKENDS {
+            for state in ForkState::ALL {
+                counts.insert((&template.name, backend, state), 0);
+            }
+        }
+    }
+    for fork in forks {
+        *counts
+            .entry((&fork.template.name, fork.backend(), fork.state()))
+            .or_default() += 1;
+    }
+    families.gauge(
+        "pagecast_forks",
+        "Forks that wait, live or are remembered.",
+        counts.iter().map(|((template, backend, state), count)| {
+            let labels = [
+                ("template", template.to_string()),
+                ("backend", backend.to_string()),
+                ("state", state.to_string()),
+            ];
+            (labels, number(*count))
+        }),
+    );
+}
+
+fn of_totals(families: &mut Families, totals: &Totals) {
+    lives(families, totals);
+    reasons(
+        families,
+        totals,
+        "pagecast_failures_total",
+        "Forks that have failed, for whatever reason.",
+        |of_template| &of_template.failures,
+    );
+    reasons(
+        families,
+        totals,
+        "pagecast_refusals_total",
+        "VMMs that were refused: their handshake was never finished.",
+        |of_template| &of_template.refusals,
+    );
+    reasons(
+        families,
+        totals,
+        "pagecast_kills_total",
+        "VMMs that were killed rather than left to hang or to read a wrong byte.",
+        |of_template| &of_template.kills,
+    );
+
+    families.counter(
+        "pagecast_faults_total",
+        "Page faults and what else happened to pages; kinds overlap.",
+        totals.iter().flat_map(|(template, of_template)| {
+            of_template
+                .faults_by_kind()
+                .map(|(kind, count)| ([("template", template.as_str()), ("kind", kind)], number(count)))
+        }),
+    );
+    latency(
+        families,
+        totals,
+        "pagecast_fault_latency_seconds",
+        "From reading a fault to its page being in place.",
+        |of_template| &of_template.fault_latency,
+    );
+    latency(
+        families,
+        totals,
+        "pagecast_install_latency_seconds",
+        "What the kernel took for putting in place a page that a vCPU waited for.",
+        |of_template| &of_template.install_latency,
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_installed_bytes_total",
+        "Bytes of the template copied into forks.",
+        |of_template| number(of_template.installed_bytes),
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_template_reads_total",
+        "Reads of the memory file that could block, away from the fault path.",
+        |of_template| number(of_template.reads.reads),
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_template_read_failures_total",
+        "Those of them that failed.",
+        |of_template| number(of_template.reads.failed),
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_template_read_bytes_total",
+        "Bytes that the others gave.",
+        |of_template| number(of_template.reads.bytes),
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_template_read_seconds_total",
+        "What all of them took together; several are under way at once.",
+        |of_template| of_template.reads.time.as_secs_f64(),
+    );
+}
+
+fn lives(families: &mut Families, totals: &Totals) {
+    families.counter(
+        "pagecast_forks_created_total",
+        "Forks made, or found again at the start.",
+        totals.iter().flat_map(|(template, of_template)| {
+            BACKENDS.map(|backend| {
+                let labels = [("template", template.to_string()), ("backend", backend.to_string())];
+                (labels, number(of_template.created(backend)))
+            })
+        }),
+    );
+    families.counter(
+        "pagecast_forks_ended_total",
+        "Forks that have ended, by how, or were deleted while they waited.",
+        totals.iter().flat_map(|(template, of_template)| {
+            of_template.ended().map(move |(backend, state, count)| {
+                let labels = [
+                    ("template", template.to_string()),
+                    ("backend", backend.to_string()),
+                    ("state", state.to_string()),
+                ];
+                (labels, number(count))
+            })
+        }),
+    );
+}
+
+fn reasons(
+    families: &mut Families,
+    totals: &Totals,
+    name: &str,
+    help: &str,
+    counts: impl Fn(&TemplateTotals) -> &Reasons,
+) {
+    let samples = totals.iter().flat_map(|(template, of_template)| {
+        counts(of_template).iter().map(move |((backend, reason), count)| {
+            let labels = [
+                ("template", template.to_string()),
+                ("backend", backend.to_string()),
+                ("reason", reason.clone()),
+            ];
+            (labels, number(*count))
+        })
+    });
+    families.counter(name, help, samples);
+}
+
+fn latency(
+    families: &mut Families,
+    totals: &Totals,
+    name: &str,
+    help: &str,
+    histogram: impl Fn(&TemplateTotals) -> &LatencyHistogram,
+) {
+    let bounds = BOUNDS.map(|power| Duration::from_nanos(1 << power));
+    let samples = totals
+        .iter()
+        .map(|(template, of_template)| ([("template", template.as_str())], histogram(of_template)));
+    families.histogram(name, help, &bounds, samples);
+}
+
+fn of_each(families: &mut Families, totals: &Totals, name: &str, help: &str, value: impl Fn(&TemplateTotals) -> f64) {
+    let samples = totals
+        .iter()
+        .map(|(template, of_template)| ([("template", template.as_str())], value(of_template)));
+    families.counter(name, help, samples);
+}
+
+fn requests(families: &mut Families, service: &Service) {
+    let counts = service.requests().counts();
+    families.counter(
+        "pagecast_http_requests_total",
+        "Requests of the control API and for metrics that were answered.",
+        counts.iter().map(|(answered, count)| {
+            let labels = [
+                ("method", answered.method.to_owned()),
+                ("path", answered.path.clone()),
+                ("status", answered.status.to_string()),
+            ];
+            (labels, number(*count))
+        }),
+    );
+}

@@ -1,0 +1,172 @@
+//! What has happened to forks, added up by template.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pagecast::server::{FailReason, FaultCounts, LatencyHistogram};
+use pagecast::template::SlowReadStats;
+use pagecast_client::{Backend, ForkState};
+
+use super::BACKENDS;
+use crate::fork::{Fork, Kind, state_of};
+use crate::template::TemplateName;
+
+/// How often something happened, by backend and the code of the reason.
+pub(super) type Reasons = BTreeMap<(Backend, String), u64>;
+
+/// The numbers of each template. Those of forks and templates that are gone are kept here, so that nothing ever counts
+/// down; a scrape adds those that are there to a copy.
+#[derive(Clone, Default)]
+pub(crate) struct Totals(BTreeMap<TemplateName, TemplateTotals>);
+
+/// The numbers of one template.
+#[derive(Clone, Default)]
+pub(super) struct TemplateTotals {
+    faults: FaultCounts,
+    pub(super) fault_latency: LatencyHistogram,
+    pub(super) install_latency: LatencyHistogram,
+    pub(super) installed_bytes: u64,
+    pub(super) reads: SlowReadStats,
+    created: BTreeMap<Backend, u64>,
+    ended: BTreeMap<(Backend, ForkState), u64>,
+    /// Of forks.
+    pub(super) failures: Reasons,
+    /// Those of them whose VMM never finished its handshake.
+    pub(super) refusals: Reasons,
+    /// Of VMMs: those of failed forks, and those that were no forks of this daemon.
+    pub(super) kills: Reasons,
+}
+
+impl Totals {
+    /// Adds the numbers of a fork as they are.
+    pub(super) fn add(&mut self, fork: &Fork) {
+        self.of(&fork.template.name).add(fork);
+    }
+
+    /// Keeps the numbers of a fork that is forgotten and does not change any more.
+    pub(crate) fn keep(&mut self, fork: &Fork) {
+        let totals = self.of(&fork.template.name);
+        let state = totals.add(fork);
+        if !state.is_end() {
+            // Its VMM was never known, so nobody will ever tell of its end.
+            *totals.ended.entry((fork.backend(), state)).or_default() += 1;
+        }
+    }
+
+    /// Adds what was read of a template.
+    pub(crate) fn add_reads(&mut self, template: &TemplateName, reads: SlowReadStats) {
+        let total = &mut self.of(template).reads;
+        total.reads += reads.reads;
+        total.failed += reads.failed;
+        total.bytes += reads.bytes;
+        total.time += reads.time;
+    }
+
+    /// Counts a VMM that was killed and is that of no fork here.
+    pub(crate) fn count_kill(&mut self, template: &TemplateName, backend: Backend, reason: &str) {
+        count(&mut self.of(template).kills, backend, reason);
+    }
+
+    /// Forgets a template that is gone, with all its forks.
+    pub(crate) fn forget(&mut self, template: &TemplateName) {
+        self.0.remove(template);
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&TemplateName, &TemplateTotals)> {
+        self.0.iter()
+    }
+
+    fn of(&mut self, template: &TemplateName) -> &mut TemplateTotals {
+        self.0.entry(template.clone()).or_default()
+    }
+}
+
+impl TemplateTotals {
+    /// Its state, which is what was counted.
+    fn add(&mut self, fork: &Fork) -> ForkState {
+        let backend = fork.backend();
+        *self.created.entry(backend).or_default() += 1;
+        let state = match &fork.kind {
+            Kind::Uffd(uffd) => {
+                // First, so that all is counted of one that is seen to have ended.
+                let status = uffd.served.status();
+                self.fault_latency.merge(&uffd.served.fault_latency());
+                self.install_latency.merge(&uffd.served.install_latency());
+                self.installed_bytes += status.stats.installed_bytes;
+                self.add_faults(status.stats.faults);
+                let state = state_of(status.state);
+                if state == ForkState::Failed
+                    && let Some(reason) = status.reason.as_ref().map(Arc::as_ref)
+                {
+                    // Known from the moment on when it has shaken hands.
+                    let was_served = status.memory_bytes > 0;
+                    count(&mut self.failures, backend, reason.code());
+                    if matches!(reason, FailReason::Refused(_)) {
+                        count(&mut self.refusals, backend, reason.code());
+                    } else if was_served {
+                        count(&mut self.kills, backend, reason.code());
+                    }
+                }
+                state
+            }
+            Kind::File(file) => {
+                let state = file.state();
+                if state == ForkState::Failed
+                    && let Some(error) = file.error()
+                {
+                    count(&mut self.failures, backend, &error.code);
+                    if file.vmm().is_some() {
+                        count(&mut self.kills, backend, &error.code);
+                    }
+                }
+                state
+            }
+        };
+        if state.is_end() {
+            *self.ended.entry((backend, state)).or_default() += 1;
+        }
+        state
+    }
+
+    fn add_faults(&mut self, faults: FaultCounts) {
+        let total = &mut self.faults;
+        total.demand += faults.demand;
+        total.zero += faults.zero;
+        total.removed += faults.removed;
+        total.prefaulted += faults.prefaulted;
+        total.retried += faults.retried;
+        total.slow += faults.slow;
+    }
+
+    pub(super) fn faults_by_kind(&self) -> [(&'static str, u64); 6] {
+        let faults = &self.faults;
+        [
+            ("demand", faults.demand),
+            ("zero", faults.zero),
+            ("removed", faults.removed),
+            ("prefaulted", faults.prefaulted),
+            ("retried", faults.retried),
+            ("slow", faults.slow),
+        ]
+    }
+
+    pub(super) fn created(&self, backend: Backend) -> u64 {
+        self.created.get(&backend).copied().unwrap_or(0)
+    }
+
+    /// How many forks have ended in which state; all ends are there, also where none has.
+    pub(super) fn ended(&self) -> impl Iterator<Item = (Backend, ForkState, u64)> {
+        let ends = ForkState::ALL.into_iter().filter(|state| state.is_end());
+        let mut ended: BTreeMap<(Backend, ForkState), u64> = ends
+            .flat_map(|state| BACKENDS.map(|backend| ((backend, state), 0)))
+            .collect();
+        ended.extend(&self.ended);
+        ended
+            .into_iter()
+            .map(|((backend, state), count)| (backend, state, count))
+    }
+}
+
+fn count(reasons: &mut Reasons, backend: Backend, reason: &str) {
+    *reasons.entry((backend, reason.to_owned())).or_default() += 1;
+}

@@ -1,0 +1,3 @@
+module pagecast.example/restore
+
+go 1.19

@@ -1,0 +1,138 @@
+//! A `pagecast serve` process, asked through its control API.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use pagecast_client::{AddTemplate, Client, ClientError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tokio::runtime::Runtime;
+
+/// The one template that it has here.
+pub(crate) const TEMPLATE: &str = "template";
+
+/// How long it may take to start.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a start is looked at that says nothing.
+const START_PACE: Duration = Duration::from_millis(100);
+/// How long it may take to complete all forks and end.
+const STOP_PATIENCE: Duration = Duration::from_mins(2);
+/// How many lines of its log an error shows.
+const TAIL_LINES: usize = 15;
+
+/// A daemon in a folder of its own, killed when this is dropped.
+pub(crate) struct Daemon {
+    child: Child,
+    client: Client,
+    runtime: Runtime,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts it with its run dir and log in `folder`, which must be there and its own, and waits until it is ready.
+    pub(crate) fn start(pagecast: &Path, folder: &Path, settings: &[&str]) -> Result<Self> {
+        let (run_dir, log, notify) = (folder.join("run"), folder.join("log"), folder.join("notify"));
+        // As a service manager does, so that nothing is tried until it works.
+        let ready = UnixDatagram::bind(&notify).context("failed to bind a socket for its readiness")?;
+        ready.set_read_timeout(Some(START_PACE))?;
+        let child = Command::new(pagecast)
+            .args(["serve", "--run-dir"])
+            .arg(&run_dir)
+            .args(settings)
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).context("failed to create its log")?)
+            .spawn()
+            .with_context(|| format!("failed to start {}", pagecast.display()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("failed to make a runtime for its client")?;
+        let mut daemon = Self {
+            child,
+            client: Client::new(run_dir.join("control.sock")),
+            runtime,
+            log,
+        };
+        match daemon.await_ready(&ready) {
+            Ok(()) => Ok(daemon),
+            Err(error) => Err(daemon.explain(&error)),
+        }
+    }
+
+    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let deadline = Instant::now() + START_PATIENCE;
+        let mut message = [0; 256];
+        loop {
+            match ready.recv(&mut message) {
+                Ok(len) if String::from_utf8_lossy(&message[..len]).contains("READY=1") => return Ok(()),
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    if let Some(status) = self.child.try_wait().context("failed to look after pagecast")? {
+                        bail!("pagecast ended before it was ready ({status})");
+                    }
+                    ensure!(
+                        Instant::now() < deadline,
+                        "pagecast is not ready after {START_PATIENCE:?}"
+                    );
+                }
+                Err(error) => return Err(error).context("failed to wait for pagecast"),
+            }
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Makes a call, which may be made from any thread.
+    pub(crate) fn call<T>(&self, call: impl AsyncFnOnce(&Client) -> Result<T, ClientError>) -> Result<T> {
+        Ok(self.runtime.block_on(call(&self.client))?)
+    }
+
+    /// Adds the mem-file as [`TEMPLATE`].
+    pub(crate) fn add_template(&self, mem_file: &Path) -> Result<()> {
+        self.call(async |client| client.add_template(TEMPLATE, &AddTemplate::new(mem_file)).await)
+            .context("the template is refused")?;
+        Ok(())
+    }
+
+    /// Has it complete all forks and end (SIGTERM), and waits until it has.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        let pid = Pid::from_child(&self.child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("failed to open a pidfd of pagecast")?;
+        kill_process(pid, Signal::TERM).context("failed to signal pagecast")?;
+        let patience = Timespec::try_from(STOP_PATIENCE).context("timeout out of range")?;
+        let ended = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)));
+        ensure!(
+            ended.context("failed to wait for pagecast")? > 0,
+            "pagecast has not ended after {STOP_PATIENCE:?}"
+        );
+        let status = self.child.wait().context("failed to wait for pagecast")?;
+        ensure!(status.success(), "pagecast failed ({status})");
+        Ok(())
+    }
+
+    /// The error, and the last that it said.
+    pub(crate) fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+        anyhow!("{error:#}\npagecast's log ends with:\n{}", tail.join("\n"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // They fail only for a process that has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
