@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -95,8 +95,18 @@ impl Daemon {
         forks
     }
 
-    pub(crate) fn signal(&self, number: Signal) {
-        signal(&self.child, number);
+    /// Stops all of its threads, and waits until they stand still.
+    pub(crate) fn stop(&self) {
+        signal(&self.child, Signal::STOP);
+        let (_, status) = waitpid(Some(Pid::from_child(&self.child)), WaitOptions::UNTRACED)
+            .unwrap()
+            .unwrap();
+        assert!(status.stopped(), "{status:?}");
+    }
+
+    /// Lets them go on.
+    pub(crate) fn go_on(&self) {
+        signal(&self.child, Signal::CONT);
     }
 
     /// Kills it with SIGKILL.

@@ -439,7 +439,7 @@ fn forks_that_a_stuck_daemon_does_not_forget_are_left_to_the_next_run() {
     let endless = host.endless_vmstate();
     let run = host.start(&["-n", "3", "--vmstate", &endless, "--backend", "uffd"]);
     let vmms = host.await_loading(3);
-    host.daemon.signal(Signal::STOP);
+    host.daemon.stop();
     signal(&run.child, Signal::INT);
     let (code, said) = run.wait();
     assert_eq!(code, Some(130));
@@ -448,7 +448,7 @@ fn forks_that_a_stuck_daemon_does_not_forget_are_left_to_the_next_run() {
         "{said}"
     );
     assert!(!vmms.iter().any(Vmm::lives));
-    host.daemon.signal(Signal::CONT);
+    host.daemon.go_on();
     assert!(host.output(&["-n", "1"]).status.success());
     host.assert_nothing_is_left();
 }
