@@ -6,6 +6,7 @@ mod cargo;
 mod demo;
 mod interrupt;
 mod lint;
+mod openapi;
 mod test;
 
 use std::process::ExitCode;
@@ -19,6 +20,8 @@ enum Task {
     Bench(bench::Bench),
     Demo(demo::Demo),
     Lint(lint::Lint),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
     Test(test::Test),
 }
 
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
         Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
         Task::Lint(lint) => lint.run(),
+        Task::OpenApi(openapi) => openapi.run(),
         Task::Test(test) => test.run(),
     };
     outcome.unwrap_or_else(|error| {
