@@ -17,6 +17,7 @@ use indicatif::ProgressBar;
 use pagecast_testkit::firecracker::{build_guest, guest_command};
 
 use crate::cargo::{cargo, cargo_path, metadata};
+use crate::openapi;
 
 /// Platforms for which the library must compile, beside the one we are on.
 const OTHER_PLATFORMS: [&str; 3] = [
@@ -73,6 +74,7 @@ fn checks() -> Vec<Check> {
             || holds_no(&unsafe_code::misplaced()?),
         ),
         Check::new("links of the documentation resolve", || holds_no(&links::broken()?)),
+        Check::new("the OpenAPI document is up to date", openapi::check_committed),
         Check::new("formatting", || formatting(cargo("fmt").arg("--all"))),
         Check::new("formatting of the guest", || {
             formatting(guest_command(cargo_path()).arg("fmt"))

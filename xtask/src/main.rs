@@ -8,6 +8,7 @@ mod demo;
 mod fanout;
 mod interrupt;
 mod lint;
+mod openapi;
 mod progress;
 mod test;
 
@@ -22,6 +23,8 @@ enum Task {
     Bench(bench::Bench),
     Demo(demo::Demo),
     Lint(lint::Lint),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
     Test(test::Test),
 }
 
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
         Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
         Task::Lint(lint) => lint.run(),
+        Task::OpenApi(openapi) => openapi.run(),
         Task::Test(test) => test.run(),
     };
     outcome.unwrap_or_else(|error| {
