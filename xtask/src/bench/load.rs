@@ -63,7 +63,7 @@ pub(super) struct Load {
     idle: u64,
 
     /// How many times all forks are registered, served and ended: what is given back must be used again
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     times: u32,
 
     /// Where to write all that was measured
@@ -76,7 +76,8 @@ struct Measured {
     registered: u32,
     serving: u32,
     stages: Vec<Stage>,
-    load: Answered,
+    /// Each time.
+    loads: Vec<Answered>,
     /// Private memory of a simulated VMM, in bytes, before the load: the one in the middle.
     vmm_private_bytes: u64,
     /// The most that was ever resident, in bytes.
@@ -103,6 +104,8 @@ struct Stage {
 #[derive(Debug, Serialize)]
 struct Answered {
     faults: u64,
+    /// Of these, those that waited for the disk.
+    slow: u64,
     seconds: f64,
     per_second: f64,
     /// Of the server.
@@ -145,7 +148,11 @@ impl Load {
             .measure(&daemon, &template)
             .map_err(|error| interrupt.check().err().unwrap_or_else(|| daemon.explain(&error)))?;
         println!("{}", stages(&measured.stages));
-        println!("{}", measured.load_for_people());
+        println!("{}", loads(&measured.loads));
+        println!(
+            "a simulated VMM is a process with {:.1} MiB of its own before the load",
+            mib(measured.vmm_private_bytes)
+        );
         println!("{}", goals(&measured.goals));
         write_json(&self.json, &measured)?;
         Ok(measured.goals.iter().all(|row| row.met))
@@ -168,7 +175,7 @@ impl Load {
         watch.end("idle")?;
         let (faults, seconds) = self.load(&vmms)?;
         watch.end("under load")?;
-        let load = self.what_the_daemon_tells(daemon, faults, seconds, watch.last_cpu_s())?;
+        let mut loads = vec![self.what_the_daemon_tells(daemon, faults, seconds, watch.last_cpu_s())?];
         watch.skip()?;
         self.be_idle();
         watch.end("idle again")?;
@@ -178,8 +185,10 @@ impl Load {
 
         for _ in 1..self.times {
             let vmms = self.connect(daemon, &self.register(daemon)?, template)?;
-            self.load(&vmms)?;
-            watch.end("all of it once more")?;
+            watch.end("all registered and served once more")?;
+            let (faults, seconds) = self.load(&vmms)?;
+            watch.end("under load once more")?;
+            loads.push(self.what_the_daemon_tells(daemon, faults, seconds, watch.last_cpu_s())?);
             self.end(daemon, vmms)?;
             watch.end("all killed and deleted again")?;
         }
@@ -201,7 +210,7 @@ impl Load {
         Ok(Measured {
             registered: self.registered,
             serving: self.serving,
-            load,
+            loads,
             vmm_private_bytes: private.get(private.len() / 2).copied().unwrap_or_default(),
             peak_bytes,
             goals: vec![
@@ -306,9 +315,15 @@ impl Load {
             answered == faults,
             "the server counts {answered} faults, the VMMs touched {faults} pages"
         );
+        let slow = served
+            .iter()
+            .filter_map(|fork| fork.faults)
+            .map(|faults| faults.slow)
+            .sum();
         let latencies = || served.iter().filter_map(|fork| fork.fault_latency_us);
         Ok(Answered {
             faults,
+            slow,
             seconds,
             per_second: to_f64(faults) / seconds,
             cpu_us_per_fault: cpu_s * 1e6 / to_f64(faults),
@@ -428,28 +443,33 @@ fn peak_bytes(pid: u32) -> Result<u64> {
     Ok(status.vmhwm.context("the kernel does not tell the peak")? << 10)
 }
 
-impl Measured {
-    fn load_for_people(&self) -> String {
-        let Answered {
-            faults,
-            seconds,
-            per_second,
-            cpu_us_per_fault,
-            p50_us,
-            p99_us,
-            worst_us,
-        } = &self.load;
-        format!(
-            "load: {faults} faults in {seconds:.1} s, {per_second:.0} a second, {cpu_us_per_fault:.1} us of the server's CPU \
-             each\na fault took, us: p50 {:.0} (worst fork {:.0}), p99 {:.0} (worst fork {:.0}), slowest {worst_us}\n\
-             a simulated VMM is a process with {:.1} MiB of its own before the load",
-            p50_us.median,
-            p50_us.max,
-            p99_us.median,
-            p99_us.max,
-            mib(self.vmm_private_bytes),
-        )
+fn loads(loads: &[Answered]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "load",
+        "took\ns",
+        "faults\na second",
+        "CPU us\na fault",
+        "p50 us\n(worst fork)",
+        "p99 us\n(worst fork)",
+        "slowest\nus",
+        "from\ndisk",
+    ]);
+    for load in loads {
+        let spread = |spread: Spread| format!("{:.0} ({:.0})", spread.median, spread.max);
+        table.add_row([
+            format!("{} faults", load.faults),
+            format!("{:.1}", load.seconds),
+            format!("{:.0}", load.per_second),
+            format!("{:.1}", load.cpu_us_per_fault),
+            spread(load.p50_us),
+            spread(load.p99_us),
+            load.worst_us.to_string(),
+            load.slow.to_string(),
+        ]);
     }
+    right_aligned(table)
 }
 
 fn stages(stages: &[Stage]) -> Table {
@@ -475,6 +495,11 @@ fn stages(stages: &[Stage]) -> Table {
             stage.threads.to_string(),
         ]);
     }
+    right_aligned(table)
+}
+
+/// All but the titles.
+fn right_aligned(mut table: Table) -> Table {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
