@@ -146,6 +146,12 @@ impl Template {
         drop(self.lease.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
+    /// Whether somebody waits to write the file.
+    pub(crate) fn is_lease_broken(&self) -> bool {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        lease.as_ref().is_some_and(pagecast::template::Lease::is_broken)
+    }
+
     /// How changes are noticed.
     pub(crate) fn guard(&self) -> Guard {
         match *self.lease.lock().unwrap_or_else(PoisonError::into_inner) {

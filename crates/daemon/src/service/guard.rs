@@ -31,21 +31,21 @@ const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
     /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
-    pub(super) fn lease_broken(self: Arc<Self>, name: TemplateName) {
-        let Some(template) = self.state().templates.get(&name).cloned() else {
+    pub(super) fn lease_broken(self: &Arc<Self>, name: &TemplateName) {
+        let Some(template) = self.state().templates.get(name).cloned() else {
             return;
         };
-        let runtime = self.runtime.clone();
-        runtime.spawn_blocking(move || {
+        let service = Arc::clone(self);
+        self.runtime.spawn_blocking(move || {
             let how = "somebody opens it for writing".to_owned();
-            warn!(template = %name, "somebody opens the template for writing and is held up until no fork reads it any more");
+            warn!(template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
             template.set_changed(how.clone());
             if !template.set_withdrawn() {
                 return;
             }
             // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-            self.complete_forks_of(&template);
-            self.withdraw(&template, &how);
+            service.complete_forks_of(&template);
+            service.withdraw(&template, &how);
             template.release_lease();
         });
     }
@@ -110,7 +110,12 @@ impl Service {
         if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        end_strangers(template);
+        for vmm in strangers(template) {
+            warn!(template = %template.name, pid = vmm.pid(), "killed: it maps the template by the path of forks with `file`");
+            if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
+                error!(template = %template.name, pid = vmm.pid(), "cannot be killed, and may read wrong bytes");
+            }
+        }
         info!(template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
@@ -159,35 +164,31 @@ impl Service {
     }
 }
 
-/// Ends VMMs that nobody told us of, but that map the file by the path that only forks are told.
-fn end_strangers(template: &Template) {
+/// VMMs that map the file by the path that only forks are told, though nobody told us of them.
+pub(super) fn strangers(template: &Template) -> Vec<VmmProcess> {
     let file = InodeId::from(template.file.identity().inode());
     let holders = match vmm_process::holders(file) {
         Ok(holders) => holders,
-        Err(error) => return error!(template = %template.name, %error, "cannot find out who maps the template"),
-    };
-    for holder in holders {
-        let ours = template.placement.as_ref().map(Placement::path);
-        let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
-        let pid = holder.pid;
-        if !is_fork(&holder.paths) {
-            warn!(template = %template.name, pid, paths = ?holder.paths, "maps the template, is no fork that we know of, and may read other bytes");
-            continue;
+        Err(error) => {
+            error!(template = %template.name, %error, "cannot find out who maps the template");
+            return Vec::new();
         }
-        match VmmProcess::open(pid) {
+    };
+    let ours = template.placement.as_ref().map(Placement::path);
+    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
+    let mut strangers = Vec::new();
+    for holder in holders {
+        match VmmProcess::open(holder.pid) {
+            _ if !is_fork(&holder.paths) => {}
             // Looked at again, now that it cannot be another process any more.
-            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => {
-                warn!(template = %template.name, pid, "killed: it maps the template by the path of forks with `file`");
-                if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
-                    error!(template = %template.name, pid, "cannot be killed, and may read wrong bytes");
-                }
-            }
+            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => strangers.push(vmm),
             Ok(_) | Err(VmmError::NoProcess { .. }) => {}
             Err(error) => {
-                error!(template = %template.name, pid, error = chain(&error), "cannot be killed, and may read wrong bytes");
+                error!(template = %template.name, pid = holder.pid, error = chain(&error), "maps the template, and cannot be killed");
             }
         }
     }
+    strangers
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

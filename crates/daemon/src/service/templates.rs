@@ -11,11 +11,12 @@ use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
-use super::{Entry, Service, internal, refuse};
+use super::{Entry, Service, guard, internal, refuse};
 use crate::placement::{Placement, Plan};
 use crate::protection::Applied;
 use crate::run_dir::Kind;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName};
+use crate::vmm_process::VmmProcess;
 
 impl Service {
     /// Adds a template; `true` beside it where it is new, `false` where the same was there.
@@ -55,6 +56,10 @@ impl Service {
             placed = ?template.placement.as_ref().map(Placement::how),
             "template added"
         );
+        // Before it could be found by its name.
+        if template.is_lease_broken() {
+            self.lease_broken(&template.name);
+        }
         // Goes on by itself.
         template.pages.find_zeros(Instant::now());
         Ok((template, true))
@@ -128,7 +133,7 @@ impl Service {
         let broken = name.clone();
         let on_break = move || {
             if let Some(service) = service.upgrade() {
-                service.lease_broken(broken.clone());
+                service.lease_broken(&broken);
             }
         };
         match file.lease(on_break) {
@@ -199,6 +204,27 @@ impl Service {
     pub(crate) fn remove_template(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         let template = self.template(name)?;
         self.find_vmms();
+        let forks = self.forks();
+        let known = |vmm: &VmmProcess| {
+            forks
+                .iter()
+                .filter_map(|fork| fork.vmm())
+                .any(|known| known.pid() == vmm.pid())
+        };
+        let strangers: Vec<String> = guard::strangers(&template)
+            .iter()
+            .filter(|vmm| !known(vmm))
+            .map(|vmm| format!("pid {}", vmm.pid()))
+            .collect();
+        if !strangers.is_empty() {
+            return Err(refuse(
+                ErrorCode::TemplateInUse,
+                format_args!(
+                    "forks of {name} live whose pid was not told: {}; end them first",
+                    abridged(&strangers)
+                ),
+            ));
+        }
         {
             let mut state = self.state();
             let users: Vec<String> = state
