@@ -5,6 +5,7 @@
 )]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -38,7 +39,7 @@ impl PageSize {
     }
 }
 
-/// A mapping of anonymous memory as Firecracker makes one for a guest.
+/// A mapping of memory as Firecracker makes one for a guest: anonymous, or a private one of a file.
 ///
 /// The address is private to this module and memory is reached by word or byte index only, so nobody holds a reference
 /// into it: its content changes whenever whoever serves it installs a page.
@@ -46,6 +47,7 @@ impl PageSize {
 pub(crate) struct GuestMemory {
     start: NonNull<c_void>,
     len: usize,
+    of_file: bool,
 }
 
 // SAFETY: `start` is the address of a mapping that this value owns; it means the same on every thread.
@@ -65,8 +67,25 @@ impl GuestMemory {
         let start = unsafe {
             rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)?
         };
+        Self::owned(start, len, false)
+    }
+
+    /// Maps all of a file, so that writes stay here: what Firecracker does for a `File` backend.
+    pub(crate) fn map_file(file: &File) -> io::Result<Self> {
+        let len = usize::try_from(file.metadata()?.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let (access, flags) = (
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        );
+        // SAFETY: a new mapping where the kernel likes it replaces none. Whoever writes the file changes words of it, which
+        // is as good as any other value; whoever truncates it ends this process, which is what happens to a VMM.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, flags, file, 0)? };
+        Self::owned(start, len, true)
+    }
+
+    fn owned(start: *mut c_void, len: usize, of_file: bool) -> io::Result<Self> {
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, len })
+        Ok(Self { start, len, of_file })
     }
 
     /// Where it is.
@@ -83,7 +102,14 @@ impl GuestMemory {
     }
 
     /// Gives the pages of the bytes `range` back (`MADV_DONTNEED`). Waits until the server has read the removal.
+    ///
+    /// # Errors
+    ///
+    /// Those of a file would come back as what the file holds, not as zeros.
     pub(crate) fn remove(&self, range: Range<usize>) -> io::Result<()> {
+        if self.of_file {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} is outside"

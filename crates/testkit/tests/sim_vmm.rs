@@ -17,7 +17,7 @@ use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{Bytes, FdKind, Piece, RawHandshake, Then};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 use pagecast_testkit::sim_vmm::{
-    AwaitClose, ClearNonblock, Connect, HandshakeForm, History, Latency, Order, Pages, Read, Region, Remove,
+    AwaitClose, ClearNonblock, Connect, HandshakeForm, History, Latency, MapFile, Order, Pages, Read, Region, Remove,
     RemoveRace, Share, SimVmm, Touch, TouchOutside, Write,
 };
 use pagecast_testkit::skip::skip;
@@ -488,4 +488,50 @@ fn huge_pages_are_served_removed_and_written() {
     assert_eq!(checked.mismatches, 0, "{checked:?}");
     vmm.kill().unwrap();
     drop(reserved);
+}
+
+fn map(template: &TemplateFile) -> MapFile {
+    MapFile {
+        path: template.path().to_owned(),
+        template: template.model().clone(),
+    }
+}
+
+#[test]
+fn a_vmm_that_maps_a_file_reads_what_is_there_and_keeps_what_it_writes_to_itself() {
+    let template = template();
+    let vmms = [SimVmm::spawn().unwrap(), SimVmm::spawn().unwrap()];
+    for vmm in &vmms {
+        vmm.run(map(&template)).unwrap();
+        assert_eq!(vmm.run(Read::default()).unwrap().checked.mismatches, 0);
+    }
+    for (vmm, generation) in vmms.iter().zip(1..) {
+        let write = Write {
+            pages: Pages::ALL.every(some(8)),
+            generation: some(generation),
+            threads: 2,
+        };
+        vmm.run(write).unwrap();
+    }
+    for vmm in &vmms {
+        assert_eq!(vmm.run(Read::default()).unwrap().checked.mismatches, 0);
+        assert!(MemoryUse::of(vmm.pid()).unwrap().shared_bytes >= template.model().size / 2);
+    }
+    let refused = vmms[0].run(Remove::range(0..1)).unwrap_err();
+    assert!(refused.to_string().contains("failed to remove"), "{refused}");
+    template.check_untouched().unwrap();
+}
+
+#[test]
+fn a_vmm_that_maps_a_file_notices_what_others_write_to_it() {
+    let template = template();
+    let vmm = SimVmm::spawn().unwrap();
+    vmm.run(map(&template)).unwrap();
+    let file = std::fs::File::options().write(true).open(template.path()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 8], 3 * PAGE).unwrap();
+    let checked = vmm.run(Read::default()).unwrap().checked;
+    assert_eq!((checked.mismatches, checked.first_mismatch.unwrap().page), (1, 3));
+    // A file that is too short is none of this template.
+    file.set_len(PAGE).unwrap();
+    assert!(SimVmm::spawn().unwrap().run(map(&template)).is_err());
 }

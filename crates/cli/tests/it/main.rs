@@ -4,3 +4,6 @@
 mod command;
 mod firecracker;
 mod handle;
+mod serve;
+mod serve_firecracker;
+mod served;

@@ -14,15 +14,15 @@ use crate::memory::GuestMemory;
 use crate::pattern::{Pattern, WORD_SIZE};
 use crate::template_file::{LAYOUT_PAGE, LAYOUT_PAGE_LEN, TemplateModel};
 
-/// A guest that is connected to a page server.
+/// A guest that is connected to a page server, or maps a file.
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) regions: Vec<GuestRegion>,
     pub(crate) page_size: u64,
     pub(crate) template: TemplateModel,
-    /// Firecracker's own copy of the userfaultfd, unless it was to be closed.
+    /// Firecracker's own copy of the userfaultfd, unless it was to be closed or there is none.
     pub(crate) uffd: Option<Uffd>,
-    /// The handshake socket, unless it was to be closed.
+    /// The handshake socket, unless it was to be closed or there is none.
     pub(crate) socket: Option<UnixStream>,
 }
 

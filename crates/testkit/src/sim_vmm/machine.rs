@@ -1,5 +1,6 @@
 //! The process side: reads requests, becomes a guest, answers.
 
+use std::fs::File;
 use std::io::{BufRead, Write as _};
 use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
@@ -12,9 +13,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::guest::{Guest, GuestRegion};
-use super::protocol::{Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, Request};
+use super::protocol::{Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapFile, Request};
 use super::work;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PageSize};
 use crate::peer::{self, micros};
 
 /// Runs a simulated VMM on stdin and stdout until stdin ends.
@@ -73,6 +74,7 @@ impl Machine {
     fn execute(&self, command: Command) -> Result<Value> {
         match command {
             Command::Connect(connect) => value(self.connect(&connect)?),
+            Command::MapFile(map) => value(self.map_file(map)?),
             Command::AwaitClose(wait) => value(self.await_close(wait)?),
             Command::Read(read) => value(work::read(self.guest()?, &read)?),
             Command::Write(write) => value(work::write(self.guest()?, &write)?),
@@ -138,6 +140,30 @@ impl Machine {
         };
         ensure!(self.guest.set(guest).is_ok(), "connected twice at once");
         Ok(Connected { base_host_virt_addrs })
+    }
+
+    /// What Firecracker does to restore memory from a `File` backend (`guest_memory_from_file` in its `persist.rs`).
+    fn map_file(&self, map: MapFile) -> Result<()> {
+        let failed = || format!("failed to map {}", map.path.display());
+        let file = File::open(&map.path).with_context(failed)?;
+        let memory = GuestMemory::map_file(&file).with_context(failed)?;
+        let length = memory.range().len().get();
+        ensure!(
+            length == map.template.size,
+            "{} has {length} bytes, should have {}",
+            map.path.display(),
+            map.template.size
+        );
+        let page_size = PageSize::Base.bytes();
+        let guest = Guest {
+            regions: vec![GuestRegion::new(memory, 0, 0, page_size)],
+            page_size,
+            template: map.template,
+            uffd: None,
+            socket: None,
+        };
+        ensure!(self.guest.set(guest).is_ok(), "it is a guest already");
+        Ok(())
     }
 
     fn await_close(&self, wait: AwaitClose) -> Result<Closed> {

@@ -32,6 +32,8 @@ pub(crate) struct Answer {
 pub enum Command {
     /// See [`Connect`].
     Connect(Connect),
+    /// See [`MapFile`].
+    MapFile(MapFile),
     /// See [`AwaitClose`].
     AwaitClose(AwaitClose),
     /// See [`Read`].
@@ -63,6 +65,7 @@ impl Command {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
+            Self::MapFile(_) => "map_file",
             Self::AwaitClose(_) => "await_close",
             Self::Read(_) => "read",
             Self::Write(_) => "write",
@@ -101,6 +104,7 @@ macro_rules! work {
 
 work! {
     Connect -> Connected,
+    MapFile -> (),
     AwaitClose -> Closed,
     Read -> ReadReport,
     Write -> Touched,
@@ -155,6 +159,16 @@ impl Connect {
             byte_by_byte: false,
         }
     }
+}
+
+/// Become a guest whose memory is a private mapping of a file, as Firecracker makes one for its `File` backend. Once per
+/// process, in place of [`Connect`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MapFile {
+    /// The file.
+    pub path: PathBuf,
+    /// What it should hold.
+    pub template: TemplateModel,
 }
 
 /// One region of a guest.
