@@ -112,9 +112,11 @@ impl Daemon {
         self.service.stop_taking();
         let service = Arc::clone(&self.service);
         let closed = off_the_runtime(move || service.server().close(patience)).await;
-        if let Err(CloseError::NotEnoughMemory { .. }) = closed {
+        match closed {
+            Ok(()) => self.service.forget_ended(),
             // The page server goes on as before.
-            self.service.take_again();
+            Err(CloseError::NotEnoughMemory { .. }) => self.service.take_again(),
+            Err(_) => {}
         }
         closed
     }
@@ -127,7 +129,9 @@ impl Daemon {
     pub async fn kill(&self, patience: Duration) -> Result<(), CloseError> {
         self.service.stop_taking();
         let service = Arc::clone(&self.service);
-        off_the_runtime(move || service.server().kill(patience)).await
+        let killed = off_the_runtime(move || service.server().kill(patience)).await;
+        self.service.forget_ended();
+        killed
     }
 
     /// How many forks need the daemon.

@@ -335,6 +335,15 @@ impl Placement {
         self.how
     }
 
+    /// Whether this file is still there, placed in this way.
+    pub(crate) fn holds(&self, file: BorrowedFd<'_>) -> bool {
+        let is_ours = |there: There| {
+            there.id == self.plan.template && there.is_mount == matches!(self.how, How::BindMount { .. })
+        };
+        let there = self.plan.spot().ok().and_then(|spot| spot.look().ok()).flatten();
+        there.is_some_and(is_ours) && InodeId::of(file).is_ok_and(|given| given == self.plan.template)
+    }
+
     /// Takes it away. A VMM that has opened the file keeps it. What is not ours is left alone, and told.
     ///
     /// # Errors

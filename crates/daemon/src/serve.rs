@@ -56,9 +56,13 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
     let daemon = Daemon::start(config).await?;
     // Only where there is somebody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let mut asked = false;
     loop {
         signals.next().await;
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        if asked {
+            return Ok(kill(&daemon).await);
+        }
         info!(
             event = "stopping",
             forks = daemon.serving(),
@@ -66,13 +70,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
         );
         let closed = tokio::select! {
             closed = daemon.close(CLOSE_PATIENCE) => closed,
-            () = signals.next() => {
-                warn!(event = "killing", "second signal: VMMs are killed");
-                if let Err(error) = daemon.kill(KILL_PATIENCE).await {
-                    warn!(%error, "not all have died");
-                }
-                return Ok(Ended::Killed);
-            }
+            () = signals.next() => return Ok(kill(&daemon).await),
         };
         match closed {
             Ok(()) => {
@@ -83,12 +81,21 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
                 warn!(
                     event = "staying",
                     error = pagecast::server::chain(&error),
-                    "cannot stop, goes on"
+                    "cannot stop, goes on; a second signal kills the VMMs that are left"
                 );
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+                asked = true;
             }
         }
     }
+}
+
+async fn kill(daemon: &Daemon) -> Ended {
+    warn!("second signal: VMMs are killed");
+    if let Err(error) = daemon.kill(KILL_PATIENCE).await {
+        warn!(%error, "not all have died");
+    }
+    Ended::Killed
 }
 
 struct Signals {

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{FromRequest, Query, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as _;
 use pagecast_client::ErrorCode;
 use serde::de::DeserializeOwned;
 
@@ -24,15 +26,21 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
-        let body = Limited::new(request.into_body(), MOST_BYTES).collect();
+        let too_large = || {
+            Failure::of(
+                ErrorCode::BodyTooLarge,
+                format_args!("the body is longer than {MOST_BYTES} bytes"),
+            )
+        };
+        let body = request.into_body();
+        // One that says so in advance need not come.
+        if body.size_hint().lower() > MOST_BYTES as u64 {
+            return Err(too_large());
+        }
+        let body = Limited::new(body, MOST_BYTES).collect();
         let bytes = match tokio::time::timeout(PATIENCE, body).await {
             Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                return Err(Failure::of(
-                    ErrorCode::BodyTooLarge,
-                    format_args!("the body is longer than {MOST_BYTES} bytes"),
-                ));
-            }
+            Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(too_large()),
             Ok(Err(error)) => return Err(Failure::of(ErrorCode::BadRequest, format_args!("the body: {error}"))),
             Err(_) => {
                 return Err(Failure::of(
@@ -46,6 +54,13 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
+    // Which would be taken for the values of all fields, in the order that they happen to have here.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(Failure::of(
+            ErrorCode::InvalidField,
+            "the body is an array, and has to be an object",
+        ));
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let field = error.path().to_string();
@@ -65,6 +80,20 @@ fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
         )
     })?;
     Ok(value)
+}
+
+/// The one segment of a path that is a name, decoded.
+pub(super) struct Segment(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Ok(Self(name)),
+            Err(rejection) => Err(Failure::of(ErrorCode::BadRequest, rejection.body_text())),
+        }
+    }
 }
 
 /// What the query says, or why that cannot be.

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use pagecast_client::error::ErrorBody;
 use pagecast_client::{CreateFork, CreatedFork, Fork};
 use serde::Deserialize;
 
 use super::blocking;
-use super::body::{Body, query};
+use super::body::{Body, Segment, query};
 use super::failure::Failure;
 use super::templates::Measure;
 use crate::service::Service;
@@ -27,7 +27,7 @@ pub(super) struct Kill {
 }
 
 /// All forks, by id
-#[utoipa::path(get, path = "/v1/forks", tag = "forks", params(Measure), responses(
+#[utoipa::path(get, path = "/v1/forks", operation_id = "list_forks", tag = "forks", params(Measure), responses(
     (status = 200, body = [Fork]),
     (status = 400, body = ErrorBody, description = "bad_request"),
 ))]
@@ -42,7 +42,7 @@ pub(super) async fn list(
 /// Make a fork
 ///
 /// The answer holds the `mem_backend` for Firecracker's `PUT /snapshot/load`.
-#[utoipa::path(post, path = "/v1/forks", tag = "forks", request_body = CreateFork, responses(
+#[utoipa::path(post, path = "/v1/forks", operation_id = "create_fork", tag = "forks", request_body = CreateFork, responses(
     (status = 201, body = CreatedFork),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
@@ -64,27 +64,26 @@ pub(super) async fn create(
 }
 
 /// One fork
-#[utoipa::path(get, path = "/v1/forks/{id}", tag = "forks", params(("id" = String, Path)), responses(
+#[utoipa::path(get, path = "/v1/forks/{id}", operation_id = "show_fork", tag = "forks", params(("id" = String, Path)), responses(
     (status = 200, body = Fork),
+    (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
 ))]
-pub(super) async fn show(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Json<Fork>, Failure> {
+pub(super) async fn show(State(service): State<Arc<Service>>, Segment(id): Segment) -> Result<Json<Fork>, Failure> {
     blocking(move || service.show_fork(&id).map(Json)).await
 }
 
 /// Complete a fork
 ///
 /// Installs all that is left of its memory, then lets it go: its VMM no longer needs the daemon. Its state says when.
-#[utoipa::path(post, path = "/v1/forks/{id}/complete", tag = "forks", params(("id" = String, Path)), responses(
+#[utoipa::path(post, path = "/v1/forks/{id}/complete", operation_id = "complete_fork", tag = "forks", params(("id" = String, Path)), responses(
     (status = 202, description = "begun, or complete already"),
+    (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
     (status = 409, body = ErrorBody, description = "fork_waiting, fork_ended, not_completable"),
     (status = 503, body = ErrorBody, description = "not_enough_memory, closing"),
 ))]
-pub(super) async fn complete(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, Failure> {
+pub(super) async fn complete(State(service): State<Arc<Service>>, Segment(id): Segment) -> Result<StatusCode, Failure> {
     blocking(move || service.complete_fork(&id)).await?;
     Ok(StatusCode::ACCEPTED)
 }
@@ -92,7 +91,7 @@ pub(super) async fn complete(
 /// Delete a fork
 ///
 /// One whose VMM lives and needs the daemon is refused, unless its VMM is to be killed.
-#[utoipa::path(delete, path = "/v1/forks/{id}", tag = "forks", params(("id" = String, Path), Kill), responses(
+#[utoipa::path(delete, path = "/v1/forks/{id}", operation_id = "remove_fork", tag = "forks", params(("id" = String, Path), Kill), responses(
     (status = 204),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
@@ -100,7 +99,7 @@ pub(super) async fn complete(
 ))]
 pub(super) async fn remove(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
     kill: Result<Query<Kill>, QueryRejection>,
 ) -> Result<StatusCode, Failure> {
     let kill = query(kill)?.kill;

@@ -21,6 +21,7 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use pagecast_client::{ApiError, ErrorCode};
 use utoipa::OpenApi;
+use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -48,7 +49,7 @@ use crate::service::Service;
 struct Document;
 
 fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::with_openapi(Document::openapi())
+    let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(templates::list))
         .routes(routes!(templates::show, templates::add, templates::remove))
         .routes(routes!(forks::list, forks::create))
@@ -56,8 +57,26 @@ fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
         .routes(routes!(forks::complete))
         .routes(routes!(health::health))
         .routes(routes!(health::metrics))
-        .split_for_parts()
+        .split_for_parts();
+    for path in document.paths.paths.values_mut() {
+        let calls = [&mut path.get, &mut path.put, &mut path.post, &mut path.delete];
+        for call in calls.into_iter().flatten() {
+            for (status, code) in OF_EVERY_CALL {
+                let error = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+                let response = ResponseBuilder::new()
+                    .description(code)
+                    .content("application/json", error);
+                call.responses
+                    .responses
+                    .insert(status.to_owned(), response.build().into());
+            }
+        }
+    }
+    (router, document)
 }
+
+/// Errors that any call can answer with: their status and code.
+const OF_EVERY_CALL: [(&str, &str); 2] = [("403", "forbidden"), ("500", "internal")];
 
 /// All calls.
 pub(crate) fn router(service: Arc<Service>) -> Router {

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use pagecast_client::error::ErrorBody;
 use pagecast_client::{AddTemplate, Template};
 use serde::Deserialize;
 
 use super::blocking;
-use super::body::{Body, query};
+use super::body::{Body, Segment, query};
 use super::failure::Failure;
 use crate::service::Service;
 
@@ -31,7 +31,7 @@ fn yes() -> bool {
 }
 
 /// All templates, by name
-#[utoipa::path(get, path = "/v1/templates", tag = "templates", params(Measure), responses(
+#[utoipa::path(get, path = "/v1/templates", operation_id = "list_templates", tag = "templates", params(Measure), responses(
     (status = 200, body = [Template]),
     (status = 400, body = ErrorBody, description = "bad_request"),
 ))]
@@ -44,13 +44,14 @@ pub(super) async fn list(
 }
 
 /// One template
-#[utoipa::path(get, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path)), responses(
+#[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "show_template", tag = "templates", params(("name" = String, Path)), responses(
     (status = 200, body = Template),
+    (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
 ))]
 pub(super) async fn show(
     State(service): State<Arc<Service>>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
 ) -> Result<Json<Template>, Failure> {
     blocking(move || service.show_template(&name).map(Json)).await
 }
@@ -59,7 +60,7 @@ pub(super) async fn show(
 ///
 /// The memory file must be a regular file of whole pages that nobody has open for writing. It is held, guarded and must
 /// not change for as long as it is a template.
-#[utoipa::path(put, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path)),
+#[utoipa::path(put, path = "/v1/templates/{name}", operation_id = "add_template", tag = "templates", params(("name" = String, Path)),
     request_body = AddTemplate, responses(
     (status = 201, body = Template),
     (status = 200, body = Template, description = "the same is there already"),
@@ -71,7 +72,7 @@ pub(super) async fn show(
 ))]
 pub(super) async fn add(
     State(service): State<Arc<Service>>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
     Body(template): Body<AddTemplate>,
 ) -> Result<(StatusCode, Json<Template>), Failure> {
     blocking(move || {
@@ -85,15 +86,13 @@ pub(super) async fn add(
 /// Remove a template
 ///
 /// Its protection is undone.
-#[utoipa::path(delete, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path)), responses(
+#[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "remove_template", tag = "templates", params(("name" = String, Path)), responses(
     (status = 204),
+    (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
     (status = 409, body = ErrorBody, description = "template_in_use"),
 ))]
-pub(super) async fn remove(
-    State(service): State<Arc<Service>>,
-    Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+pub(super) async fn remove(State(service): State<Arc<Service>>, Segment(name): Segment) -> Result<StatusCode, Failure> {
     blocking(move || service.remove_template(&name)).await?;
     Ok(StatusCode::NO_CONTENT)
 }

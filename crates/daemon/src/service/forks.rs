@@ -11,7 +11,7 @@ use pagecast_client::fork::{BackendType, CreateFork, Prefault};
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
 use tracing::{info, warn};
 
-use super::templates::check_page_size;
+use super::templates::{changed, check_page_size};
 use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
@@ -39,6 +39,13 @@ impl Service {
         let mut state = self.state();
         match made {
             Ok(fork) => {
+                // Its forks may just have been ended, all that were there. The page server sees to its own.
+                if let (Kind::File(_), Some(how)) = (&fork.kind, fork.template.changed()) {
+                    state.forks.remove(&id);
+                    drop(state);
+                    self.forget(&fork);
+                    return Err(changed(&fork.template, how));
+                }
                 state.forks.insert(id, Entry::Made(Arc::clone(&fork)));
                 drop(state);
                 info!(
@@ -114,15 +121,7 @@ impl Service {
         template: Arc<Template>,
         wanted: &CreateFork,
     ) -> Result<Arc<Fork>, ApiError> {
-        template.check().map_err(|how| {
-            refuse(
-                ErrorCode::TemplateChanged,
-                format_args!(
-                    "template {} has changed: {how}; remove it and add it again",
-                    template.name
-                ),
-            )
-        })?;
+        template.check().map_err(|how| changed(&template, &how))?;
         let page_size = match wanted.page_size {
             Some(bytes) => check_page_size(bytes)?,
             None => template.spec.page_size(),
@@ -327,8 +326,9 @@ impl Service {
         if fork.state().is_end() && !told {
             self.tell_end(&fork);
         }
-        if let Kind::File(_) = fork.kind {
-            self.forget(&fork);
+        match fork.kind {
+            Kind::Uffd(_) => self.forget_saved(&fork),
+            Kind::File(_) => self.forget(&fork),
         }
         info!(event = "fork_deleted", fork = id, "fork deleted");
         Ok(())

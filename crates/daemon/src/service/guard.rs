@@ -1,6 +1,6 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,7 @@ const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 impl Service {
     /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
     pub(super) fn lease_broken(self: &Arc<Self>, name: &TemplateName) {
+        // One that is just being added is looked at once it is there.
         let Some(template) = self.state().templates.get(name).cloned() else {
             return;
         };
@@ -51,9 +52,24 @@ impl Service {
         });
     }
 
+    /// Takes a template away that was written while nobody looked.
+    pub(super) fn withdraw_changed(self: &Arc<Self>, template: &Arc<Template>) {
+        if let Some(how) = template.changed()
+            && template.set_withdrawn()
+        {
+            self.withdraw(template, how);
+            template.release_lease();
+        }
+    }
+
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
         let served = self.server.withdraw(&template.pages, how);
+        // Whoever was told where the file is and comes only now finds nothing there.
+        let mut paths: Vec<PathBuf> = template.placement.iter().map(|place| place.path().to_owned()).collect();
+        if let Some(Err(error)) = template.placement.as_ref().map(Placement::remove) {
+            error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
+        }
         let error = ForkError {
             code: "template_changed".to_owned(),
             message: format!("the template has changed: {how}"),
@@ -67,6 +83,7 @@ impl Service {
         let mut killed = Vec::new();
         for fork in &forks {
             let Kind::File(file) = &fork.kind else { continue };
+            paths.extend(file.placement.as_ref().map(|place| place.path().to_owned()));
             file.fail_when_dead(error.clone());
             match file.vmm() {
                 Some(vmm) => {
@@ -89,8 +106,8 @@ impl Service {
         if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        for vmm in strangers(template) {
-            warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by the path of forks with `file`");
+        for vmm in strangers(template, &paths) {
+            warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
             if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
                 error!(template = %template.name, pid = vmm.pid(), "cannot be killed, and may read wrong bytes");
             } else {
@@ -148,8 +165,8 @@ impl Service {
     }
 }
 
-/// VMMs that map the file by the path that only forks are told, though nobody told us of them.
-pub(super) fn strangers(template: &Template) -> Vec<VmmProcess> {
+/// VMMs that map the file by one of the paths that only forks are told, though nobody told us of them.
+pub(super) fn strangers(template: &Template, of_forks: &[PathBuf]) -> Vec<VmmProcess> {
     let file = InodeId::from(template.file.identity().inode());
     let holders = match vmm_process::holders(file) {
         Ok(holders) => holders,
@@ -158,8 +175,7 @@ pub(super) fn strangers(template: &Template) -> Vec<VmmProcess> {
             return Vec::new();
         }
     };
-    let ours = template.placement.as_ref().map(Placement::path);
-    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| Some(path.as_path()) == ours);
+    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| of_forks.iter().any(|own| leads_to(path, own)));
     let mut strangers = Vec::new();
     for holder in holders {
         match VmmProcess::open(holder.pid) {
@@ -173,6 +189,12 @@ pub(super) fn strangers(template: &Template) -> Vec<VmmProcess> {
         }
     }
     strangers
+}
+
+/// Whether a path of a mapping, as the kernel tells it, is this one, which may be gone by now.
+fn leads_to(mapped: &Path, path: &Path) -> bool {
+    let gone = [path.as_os_str().as_encoded_bytes(), b" (deleted)"].concat();
+    mapped == path || mapped.as_os_str().as_encoded_bytes() == gone
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

@@ -39,6 +39,9 @@ use crate::run_dir::{Kind as Saved, RunDir};
 use crate::template::{Template, TemplateName};
 use crate::vmm_process::VmmProcess;
 
+/// How long forks may take to complete where nobody has asked for it, before they are killed.
+const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
 /// The daemon's templates and forks.
 pub(crate) struct Service {
     config: Config,
@@ -364,9 +367,7 @@ impl Service {
                 }
             }
         }
-        if let Err(error) = self.run_dir.forget(Saved::Fork, fork.id.as_str()) {
-            warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
-        }
+        self.forget_saved(fork);
     }
 
     fn save_fork(&self, fork: &Fork, vmm: Option<&VmmProcess>) {
@@ -374,5 +375,35 @@ impl Service {
         if let Err(error) = saved.and_then(|vmm| self.run_dir.save(Saved::Fork, fork.id.as_str(), &fork.saved(vmm))) {
             warn!(fork = %fork.id, %error, "will not be found again after a restart");
         }
+        // It may have ended meanwhile, and been forgotten before it was saved.
+        if fork.state().is_end() {
+            self.forget_saved(fork);
+        }
+    }
+
+    fn forget_saved(&self, fork: &Fork) {
+        if let Err(error) = self.run_dir.forget(Saved::Fork, fork.id.as_str()) {
+            warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
+        }
+    }
+
+    /// Forgets the forks that have ended, before this process does: the next daemon would take their VMMs for ones that
+    /// have lost their server.
+    pub(crate) fn forget_ended(&self) {
+        for fork in self.forks() {
+            if fork.state().is_end() {
+                self.forget_saved(&fork);
+            }
+        }
+    }
+}
+
+impl Drop for Service {
+    /// Completes its forks, or kills their VMMs, while they can still be forgotten.
+    fn drop(&mut self) {
+        if self.server.close(DROP_PATIENCE).is_err() {
+            let _ = self.server.kill(DROP_PATIENCE);
+        }
+        self.forget_ended();
     }
 }

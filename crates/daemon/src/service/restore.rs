@@ -1,5 +1,6 @@
 //! What is found in the run dir at the start: templates are added again, forks found again.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
@@ -57,6 +58,9 @@ impl Service {
             .find_templates()
             .map_err(|source| StartError::State { source })?;
         service.find_forks().map_err(|source| StartError::State { source })?;
+        for template in service.templates() {
+            service.withdraw_changed(&template);
+        }
         service.clear_sockets();
         Ok(service)
     }
@@ -113,12 +117,18 @@ impl Service {
                 None
             }
         };
-        remove_place(name, saved.place.as_ref());
-        let placement = match changed {
-            Some(_) => None,
-            None => self
-                .place_template(&parsed, &saved.spec, &file, saved.protection)
-                .map_err(|error| error.message)?,
+        let placement = match (&saved.place, &changed) {
+            // Forks live that were told this path. And an immutable file could be neither taken away nor linked again.
+            (Some(Place::Done(placement)), None) if placement.holds(file.as_fd()) => Some(placement.clone()),
+            (place, changed) => {
+                remove_place(name, place.as_ref());
+                match changed {
+                    Some(_) => None,
+                    None => self
+                        .place_template(&parsed, &saved.spec, &file, saved.protection)
+                        .map_err(|error| error.message)?,
+                }
+            }
         };
         let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
         if let Some(how) = changed {
@@ -167,14 +177,14 @@ impl Service {
                         "the daemon that served this VMM has died, and it would hang for ever"
                     );
                 }
-                self.forget_saved(id);
+                self.forget_saved_as(id);
             }
             Backend::File if gone || matches!(saved.place, Some(Place::Planned(_))) => {
                 info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
                 if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
                     warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
                 }
-                self.forget_saved(id);
+                self.forget_saved_as(id);
             }
             Backend::File => {
                 let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
@@ -184,6 +194,10 @@ impl Service {
                         template = saved.template,
                         "fork lost: its template is"
                     );
+                    if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
+                        warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+                    }
+                    self.forget_saved_as(id);
                     return;
                 };
                 info!(event = "fork_found", fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
@@ -206,7 +220,7 @@ impl Service {
         }
     }
 
-    fn forget_saved(&self, id: &str) {
+    fn forget_saved_as(&self, id: &str) {
         if let Err(error) = self.run_dir.forget(Kind::Fork, id) {
             warn!(fork = id, %error, "cannot forget its state in the run dir");
         }

@@ -212,7 +212,8 @@ impl Service {
                 .filter_map(|fork| fork.vmm())
                 .any(|known| known.pid() == vmm.pid())
         };
-        let strangers: Vec<String> = guard::strangers(&template)
+        let own_path: Vec<_> = template.placement.iter().map(|place| place.path().to_owned()).collect();
+        let strangers: Vec<String> = guard::strangers(&template, &own_path)
             .iter()
             .filter(|vmm| !known(vmm))
             .map(|vmm| format!("pid {}", vmm.pid()))
@@ -297,13 +298,19 @@ fn same(there: &Arc<Template>, wanted: &Spec) -> Result<Arc<Template>, ApiError>
             ),
         ));
     }
-    there.check().map_err(|how| {
-        refuse(
-            ErrorCode::TemplateChanged,
-            format_args!("template {} has changed: {how}; remove it and add it again", there.name),
-        )
-    })?;
+    there.check().map_err(|how| changed(there, &how))?;
     Ok(Arc::clone(there))
+}
+
+/// It is not what it was when it was added.
+pub(super) fn changed(template: &Template, how: &str) -> ApiError {
+    refuse(
+        ErrorCode::TemplateChanged,
+        format_args!(
+            "template {} has changed: {how}; remove it and add it again",
+            template.name
+        ),
+    )
 }
 
 fn invalid(error: &OpenError) -> ApiError {

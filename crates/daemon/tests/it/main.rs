@@ -1,0 +1,14 @@
+//! The daemon on a real socket, asked as its users ask it.
+#![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
+#![cfg(target_os = "linux")]
+
+mod bad_input;
+mod clients;
+mod codes;
+mod contract;
+mod fixture;
+mod guard;
+mod http;
+mod life;
+mod openapi;
+mod protect;

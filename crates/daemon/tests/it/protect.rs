@@ -1,0 +1,136 @@
+//! Templates that are protected while they are templates.
+
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use pagecast_client::template::Protection;
+use pagecast_testkit::sim_vmm::SimVmm;
+use pagecast_testkit::skip::skip;
+use rustix::fs::IFlags;
+use serde_json::json;
+
+use crate::fixture::{Fixture, reads_right};
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn is_immutable(path: &Path) -> bool {
+    rustix::fs::ioctl_getflags(File::open(path).unwrap()).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE))
+}
+
+/// Takes the flag away where a test has failed, so that the file can be deleted.
+struct Mutable(PathBuf);
+
+impl Drop for Mutable {
+    fn drop(&mut self) {
+        if let Ok(file) = File::open(&self.0)
+            && let Ok(flags) = rustix::fs::ioctl_getflags(&file)
+        {
+            let _ = rustix::fs::ioctl_setflags(&file, flags - IFlags::IMMUTABLE);
+        }
+    }
+}
+
+/// Adds the template as `t`, immutable. Says that the test is skipped where that cannot be.
+fn add_immutable(fixture: &Fixture) -> Option<Mutable> {
+    let add = json!({ "mem_path": fixture.file.path(), "protect": "immutable" });
+    let mutable = Mutable(fixture.file.path().to_owned());
+    let answer = fixture.send("PUT", "/v1/templates/t", &add);
+    if answer.status == 422 {
+        skip(&answer.error(422, "template_invalid"));
+        assert_eq!(fixture.kept("templates"), [""; 0]);
+        return None;
+    }
+    assert_eq!(answer.ok(201)["protect"], "immutable");
+    Some(mutable)
+}
+
+#[test]
+fn a_readonly_template_gets_its_mode_back_when_it_is_removed() {
+    let mut fixture = Fixture::new();
+    let path = fixture.file.path().to_owned();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+    let add = json!({ "mem_path": path, "protect": "readonly" });
+    assert_eq!(
+        fixture.send("PUT", "/v1/templates/t", &add).ok(201)["protect"],
+        "readonly"
+    );
+    assert_eq!(mode(&path), 0o440);
+    fixture.send("PUT", "/v1/templates/t", &add).ok(200);
+    // Asked for differently, it is another.
+    fixture
+        .send("PUT", "/v1/templates/t", &json!({ "mem_path": path }))
+        .error(409, "template_exists");
+    reads_right(&fixture.serving("f", "file"));
+    fixture.restart();
+    assert_eq!(mode(&path), 0o440);
+    assert_eq!(fixture.template()["protect"], "readonly");
+    fixture.ask("DELETE", "/v1/forks/f?kill=true");
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+    assert_eq!(mode(&path), 0o640);
+    fixture.file.check_untouched().unwrap();
+}
+
+#[test]
+fn an_immutable_template_can_be_neither_written_nor_moved_until_it_is_removed() {
+    let mut fixture = Fixture::new();
+    let Some(_mutable) = add_immutable(&fixture) else {
+        return;
+    };
+    let path = fixture.file.path().to_owned();
+    for _ in 0..2 {
+        assert!(is_immutable(&path));
+        assert!(File::options().write(true).open(&path).is_err());
+        assert!(std::fs::rename(&path, path.with_extension("away")).is_err());
+        assert!(std::fs::remove_file(&path).is_err());
+        fixture.restart();
+    }
+    // Neither has any of this cost it anything.
+    assert_eq!(fixture.template()["state"], "ready");
+    for backend in ["uffd", "file"] {
+        reads_right(&fixture.serving(backend, backend));
+    }
+    for backend in ["uffd", "file"] {
+        fixture.ask("DELETE", &format!("/v1/forks/{backend}?kill=true")).ok(204);
+    }
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+    assert!(!is_immutable(&path));
+    assert_eq!(fixture.kept("templates"), [""; 0]);
+    fixture.file.check_untouched().unwrap();
+}
+
+/// A file with the flag can have no more links.
+#[test]
+fn an_immutable_template_is_mounted_where_it_cannot_be_linked() {
+    let fixture = Fixture::new();
+    let Some(_mutable) = add_immutable(&fixture) else {
+        return;
+    };
+    let place = fixture.folder.path().canonicalize().unwrap().join("place");
+    let answer = fixture.try_create(&json!({ "id": "f", "path": place }));
+    if answer.status == 422 {
+        return skip(&answer.error(422, "path_invalid"));
+    }
+    let vmm = SimVmm::spawn().unwrap();
+    fixture.restore(&vmm, &answer.ok(201));
+    reads_right(&vmm);
+    assert_eq!(fixture.await_fork("f", "serving")["pid"], vmm.pid());
+    fixture.ask("DELETE", "/v1/forks/f?kill=true").ok(204);
+    assert!(!place.exists());
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+}
+
+#[test]
+fn the_configuration_says_how_templates_are_protected_that_do_not() {
+    let fixture = Fixture::with(|_, settings| settings.protect = Some(Protection::Readonly));
+    assert_eq!(fixture.add_template()["protect"], "readonly");
+    assert_eq!(mode(fixture.file.path()) & 0o222, 0);
+    let other = fixture.folder.path().join("other");
+    std::fs::write(&other, [1; 4096]).unwrap();
+    let add = json!({ "mem_path": other, "protect": "none" });
+    assert_eq!(fixture.send("PUT", "/v1/templates/u", &add).ok(201)["protect"], "none");
+    assert_eq!(mode(&other) & 0o200, 0o200);
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+}
