@@ -9,6 +9,7 @@ mod examples;
 mod firecracker;
 mod fork;
 mod handle;
+mod host;
 mod run;
 mod serve;
 mod serve_firecracker;
