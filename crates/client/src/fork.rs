@@ -29,9 +29,11 @@ pub struct CreateFork {
     pub path: Option<PathBuf>,
     /// The user that the VMM runs as; by default the daemon's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub uid: Option<u32>,
     /// The group of the socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub gid: Option<u32>,
     /// What is installed before it is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,19 +176,24 @@ pub struct Fork {
     /// Where it is in its life.
     pub state: ForkState,
     /// Its VMM, once known.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub pid: Option<i32>,
     /// Why it failed, or could not be completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ForkError>,
     /// The size of its guest's memory in bytes; `null` until its VMM has said it, which one with `file` never does.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory_bytes: Option<u64>,
     /// Its faults; `null` with `file`, whose faults the kernel answers.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub faults: Option<Faults>,
     /// How long its faults took; `null` with `file`.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub fault_latency_us: Option<Latency>,
     /// Bytes of the template copied into it.
     pub installed_bytes: u64,
     /// What it costs; `null` where its VMM is not known, has exited, or was not asked for.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<ForkMemory>,
 }
 

@@ -23,5 +23,6 @@ pub struct Health {
     /// How many forks there are in each state that any is in.
     pub forks: BTreeMap<ForkState, u64>,
     /// Its own resident memory in bytes; `null` where the platform does not tell.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub rss_bytes: Option<u64>,
 }

@@ -60,11 +60,12 @@ pub struct Template {
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub mem_path: PathBuf,
     /// The state file, if known.
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, required = true))]
     pub vmstate_path: Option<PathBuf>,
     /// Whether it can be forked.
     pub state: TemplateState,
     /// In what it has changed, where it has.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub changed: Option<String>,
     /// Its length in bytes.
     pub size_bytes: u64,
@@ -79,8 +80,10 @@ pub struct Template {
     /// How many of its forks wait or are alive.
     pub forks: u64,
     /// What is known of its working set: nothing yet.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub working_set: Option<WorkingSet>,
     /// What its living forks cost together; `null` where it was not asked for, or not one could be measured.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<TemplateMemory>,
 }
 

@@ -150,8 +150,8 @@ mod tests {
 
     #[test]
     fn a_crate_that_nothing_is_said_about_is_told() {
-        let problems = wrong(&["pagecast-daemon".to_owned()], &[]);
-        assert!(problems[0].contains("pagecast-daemon"), "{problems:?}");
+        let problems = wrong(&["pagecast-store".to_owned()], &[]);
+        assert!(problems[0].contains("pagecast-store"), "{problems:?}");
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(super) struct Kill {
 
 /// All forks, by id
 #[utoipa::path(get, path = "/v1/forks", operation_id = "list_forks", tag = "forks", params(Measure), responses(
-    (status = 200, body = [Fork]),
+    (status = 200, body = [Fork], description = "the forks"),
     (status = 400, body = ErrorBody, description = "bad_request"),
 ))]
 pub(super) async fn list(
@@ -43,7 +43,7 @@ pub(super) async fn list(
 ///
 /// The answer holds the `mem_backend` for Firecracker's `PUT /snapshot/load`.
 #[utoipa::path(post, path = "/v1/forks", operation_id = "create_fork", tag = "forks", request_body = CreateFork, responses(
-    (status = 201, body = CreatedFork),
+    (status = 201, body = CreatedFork, description = "made"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
     (status = 409, body = ErrorBody, description = "fork_exists, template_changed"),
@@ -64,8 +64,9 @@ pub(super) async fn create(
 }
 
 /// One fork
-#[utoipa::path(get, path = "/v1/forks/{id}", operation_id = "show_fork", tag = "forks", params(("id" = String, Path)), responses(
-    (status = 200, body = Fork),
+#[utoipa::path(get, path = "/v1/forks/{id}", operation_id = "show_fork", tag = "forks",
+    params(("id" = String, Path, description = "the id of the fork")), responses(
+    (status = 200, body = Fork, description = "the fork"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
 ))]
@@ -76,7 +77,8 @@ pub(super) async fn show(State(service): State<Arc<Service>>, Segment(id): Segme
 /// Complete a fork
 ///
 /// Installs all that is left of its memory, then lets it go: its VMM no longer needs the daemon. Its state says when.
-#[utoipa::path(post, path = "/v1/forks/{id}/complete", operation_id = "complete_fork", tag = "forks", params(("id" = String, Path)), responses(
+#[utoipa::path(post, path = "/v1/forks/{id}/complete", operation_id = "complete_fork", tag = "forks",
+    params(("id" = String, Path, description = "the id of the fork")), responses(
     (status = 202, description = "begun, or complete already"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
@@ -91,8 +93,9 @@ pub(super) async fn complete(State(service): State<Arc<Service>>, Segment(id): S
 /// Delete a fork
 ///
 /// One whose VMM lives and needs the daemon is refused, unless its VMM is to be killed.
-#[utoipa::path(delete, path = "/v1/forks/{id}", operation_id = "remove_fork", tag = "forks", params(("id" = String, Path), Kill), responses(
-    (status = 204),
+#[utoipa::path(delete, path = "/v1/forks/{id}", operation_id = "delete_fork", tag = "forks",
+    params(("id" = String, Path, description = "the id of the fork"), Kill), responses(
+    (status = 204, description = "deleted"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
     (status = 409, body = ErrorBody, description = "fork_in_use"),

@@ -14,14 +14,16 @@ use crate::metrics;
 use crate::service::Service;
 
 /// How the daemon does
-#[utoipa::path(get, path = "/v1/health", tag = "daemon", responses((status = 200, body = Health)))]
+#[utoipa::path(get, path = "/v1/health", tag = "daemon", responses(
+    (status = 200, body = Health, description = "it does well"),
+))]
 pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<Health>, Failure> {
     blocking(move || Ok(Json(service.health()))).await
 }
 
 /// Metrics, as Prometheus reads them
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses(
-    (status = 200, body = String, content_type = "text/plain; version=0.0.4"),
+    (status = 200, body = String, content_type = "text/plain; version=0.0.4", description = "the metrics"),
 ))]
 pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<impl IntoResponse, Failure> {
     let text = blocking(move || Ok(metrics::text(&service))).await?;

@@ -40,6 +40,7 @@ use crate::service::Service;
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
         contact(),
     ),
+    servers((url = "http://localhost", description = "Over the unix socket, so the name of the host says nothing")),
     tags(
         (name = "templates", description = "Memory images of paused microVMs"),
         (name = "forks", description = "MicroVMs restored from a template"),
@@ -58,21 +59,24 @@ fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
         .routes(routes!(health::health))
         .routes(routes!(health::metrics))
         .split_for_parts();
+    add_common_errors(&mut document);
+    (router, document)
+}
+
+/// Adds the errors that every call can have.
+fn add_common_errors(document: &mut utoipa::openapi::OpenApi) {
+    let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
     for path in document.paths.paths.values_mut() {
         let calls = [&mut path.get, &mut path.put, &mut path.post, &mut path.delete];
         for call in calls.into_iter().flatten() {
             for (status, code) in OF_EVERY_CALL {
-                let error = Content::new(Some(Ref::from_schema_name("ErrorBody")));
-                let response = ResponseBuilder::new()
+                let error = ResponseBuilder::new()
                     .description(code)
-                    .content("application/json", error);
-                call.responses
-                    .responses
-                    .insert(status.to_owned(), response.build().into());
+                    .content("application/json", body.clone());
+                call.responses.responses.insert(status.to_owned(), error.build().into());
             }
         }
     }
-    (router, document)
 }
 
 /// Errors that any call can answer with: their status and code.
@@ -134,5 +138,35 @@ async fn blocking<T: Send + 'static>(
                 "the call has failed; the log says more",
             ))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_call_is_described_under_a_name_of_its_own_with_what_can_go_wrong() {
+        let (_, document) = described();
+        let mut names = BTreeSet::new();
+        for (path, item) in &document.paths.paths {
+            let calls = [&item.get, &item.put, &item.post, &item.delete];
+            for call in calls.into_iter().flatten() {
+                let name = call.operation_id.clone().unwrap_or_default();
+                assert!(names.insert(name.clone()), "{path}: {name:?} is the name of another call");
+                for status in ["403", "500"] {
+                    assert!(call.responses.responses.contains_key(status), "{name}: {status}");
+                }
+                for (status, response) in &call.responses.responses {
+                    let utoipa::openapi::RefOr::T(response) = response else {
+                        continue;
+                    };
+                    assert!(!response.description.is_empty(), "{name}: {status}");
+                }
+            }
+        }
+        assert_eq!(names.len(), 11, "{names:?}");
     }
 }

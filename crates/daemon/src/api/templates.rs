@@ -32,7 +32,7 @@ fn yes() -> bool {
 
 /// All templates, by name
 #[utoipa::path(get, path = "/v1/templates", operation_id = "list_templates", tag = "templates", params(Measure), responses(
-    (status = 200, body = [Template]),
+    (status = 200, body = [Template], description = "the templates"),
     (status = 400, body = ErrorBody, description = "bad_request"),
 ))]
 pub(super) async fn list(
@@ -44,8 +44,9 @@ pub(super) async fn list(
 }
 
 /// One template
-#[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "show_template", tag = "templates", params(("name" = String, Path)), responses(
-    (status = 200, body = Template),
+#[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "show_template", tag = "templates",
+    params(("name" = String, Path, description = "the name of the template")), responses(
+    (status = 200, body = Template, description = "the template"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
 ))]
@@ -60,9 +61,10 @@ pub(super) async fn show(
 ///
 /// The memory file must be a regular file of whole pages that nobody has open for writing. It is held, guarded and must
 /// not change for as long as it is a template.
-#[utoipa::path(put, path = "/v1/templates/{name}", operation_id = "add_template", tag = "templates", params(("name" = String, Path)),
+#[utoipa::path(put, path = "/v1/templates/{name}", operation_id = "add_template", tag = "templates",
+    params(("name" = String, Path, description = "the name of the template")),
     request_body = AddTemplate, responses(
-    (status = 201, body = Template),
+    (status = 201, body = Template, description = "added"),
     (status = 200, body = Template, description = "the same is there already"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 409, body = ErrorBody, description = "template_exists, template_changed"),
@@ -86,8 +88,9 @@ pub(super) async fn add(
 /// Remove a template
 ///
 /// Its protection is undone.
-#[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "remove_template", tag = "templates", params(("name" = String, Path)), responses(
-    (status = 204),
+#[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "remove_template", tag = "templates",
+    params(("name" = String, Path, description = "the name of the template")), responses(
+    (status = 204, description = "removed"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
     (status = 409, body = ErrorBody, description = "template_in_use"),
