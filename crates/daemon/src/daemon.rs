@@ -8,6 +8,7 @@ use pagecast::server::CloseError;
 use pagecast_client::Backend;
 use pagecast_uffd::uffd::CreateError;
 use pagecast_uffd::{Features, Uffd, UffdOptions};
+use rustix::io::Errno;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
@@ -155,18 +156,23 @@ async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 's
     }
 }
 
-/// Makes sure that VMMs can have a userfaultfd on this kernel. Whether *they* may is theirs to know.
+/// Makes sure that VMMs can have a userfaultfd on this kernel. Whether *they* may is theirs to know, and we need none of our
+/// own.
 fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
-    match Uffd::create(UffdOptions {
+    let created = Uffd::create(UffdOptions {
         features: Features::empty(),
         nonblocking: true,
-    }) {
-        Err(CreateError::Unavailable { .. }) if backend == Backend::File => {
+    });
+    let Err(CreateError::Unavailable { syscall, .. }) = created else {
+        return Ok(());
+    };
+    match Errno::from_raw_os_error(syscall.get()) {
+        Errno::NOSYS if backend == Backend::File => {
             warn!("this kernel has no userfaultfd: only forks with `file` can be had");
             Ok(())
         }
-        Err(CreateError::Unavailable { .. }) => Err(StartError::NoUserfaultfd),
-        // We may not, and need not.
+        Errno::NOSYS => Err(StartError::NoUserfaultfd),
+        // We may not.
         _ => Ok(()),
     }
 }

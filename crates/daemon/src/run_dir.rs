@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// How the names of files begin that are not written to their end yet; no name of a template or fork does.
+const UNFINISHED: &str = ".new-";
+
 /// The folder, locked for as long as this lives.
 ///
 /// | in it | is |
@@ -120,6 +123,7 @@ impl RunDir {
         for inner in ["templates", "forks"] {
             let inner = this.path.join(inner);
             make_dir(&inner).map_err(failed("make the folder", &inner))?;
+            clear_unfinished(&inner).map_err(failed("clear", &inner))?;
         }
         Ok(this)
     }
@@ -152,7 +156,7 @@ impl RunDir {
     pub fn save(&self, kind: Kind, name: &str, value: &impl Serialize) -> io::Result<()> {
         let path = self.saved(kind, name);
         let folder = path.parent().unwrap_or(&self.path);
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
         serde_json::to_writer(&mut file, value)?;
         file.persist(path)?;
         Ok(())
@@ -223,6 +227,17 @@ fn make_dir(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Deletes what a daemon was writing when it was killed.
+fn clear_unfinished(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,6 +255,17 @@ mod tests {
         drop(first);
         RunDir::take(&path, true).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o711);
+    }
+
+    #[test]
+    fn what_was_being_written_when_a_daemon_was_killed_is_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(RunDir::take(dir.path(), false).unwrap());
+        let half = dir.path().join("forks/.new-abc");
+        std::fs::write(&half, "{").unwrap();
+        let run_dir = RunDir::take(dir.path(), false).unwrap();
+        assert!(!half.exists());
+        assert_eq!(run_dir.saved_values::<u32>(Kind::Fork).unwrap().len(), 0);
     }
 
     #[test]

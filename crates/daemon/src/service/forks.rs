@@ -375,11 +375,21 @@ impl Service {
         ))
     }
 
-    /// Looks for the VMMs of forks with `file` whose pid was not told: those that map the file by the path that was made
-    /// for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid has to be told.
+    /// Looks for VMMs that are not known yet. Of forks with `file` whose pid was not told, those that map the file by the
+    /// path that was made for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid
+    /// has to be told.
     pub(crate) fn find_vmms(self: &Arc<Self>) {
         for fork in self.forks() {
-            let Kind::File(file) = &fork.kind else { continue };
+            let file = match &fork.kind {
+                Kind::File(file) => file,
+                Kind::Uffd(uffd) => {
+                    // Its event may still be on its way.
+                    if uffd.vmm.get().is_none() && fork.state() == ForkState::Serving {
+                        self.vmm_connected(&fork);
+                    }
+                    continue;
+                }
+            };
             let Some(placement) = file.placement.as_ref().filter(|_| file.state() == ForkState::Waiting) else {
                 continue;
             };
