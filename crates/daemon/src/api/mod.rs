@@ -155,7 +155,10 @@ mod tests {
             let calls = [&item.get, &item.put, &item.post, &item.delete];
             for call in calls.into_iter().flatten() {
                 let name = call.operation_id.clone().unwrap_or_default();
-                assert!(names.insert(name.clone()), "{path}: {name:?} is the name of another call");
+                assert!(
+                    names.insert(name.clone()),
+                    "{path}: {name:?} is the name of another call"
+                );
                 for status in ["403", "500"] {
                     assert!(call.responses.responses.contains_key(status), "{name}: {status}");
                 }
