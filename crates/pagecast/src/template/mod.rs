@@ -11,6 +11,8 @@ mod lease;
 mod mem_file;
 mod open;
 mod recording;
+#[cfg(target_os = "linux")]
+mod sidecar;
 mod slow_reads;
 mod source;
 mod working_set;
@@ -32,6 +34,8 @@ pub use lease::{Lease, LeaseError};
 pub use mem_file::MemFile;
 pub use open::OpenError;
 pub use recording::Recording;
+#[cfg(target_os = "linux")]
+pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
