@@ -9,7 +9,6 @@
 //! To complete a fork, [`Session::begin_completion`]; from then on [`Session::next_fill`] hands out what is left to
 //! install, run by run, after all demand faults, and at the end says that the regions can be unregistered.
 
-mod page_set;
 mod page_states;
 mod region;
 mod step;

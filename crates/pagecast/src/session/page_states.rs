@@ -1,7 +1,7 @@
 //! What is known of each page of a region.
 
-use super::page_set::PageSet;
 use crate::page::PageIndex;
+use crate::page_set::PageSet;
 
 /// The states of a region's pages.
 ///

@@ -10,14 +10,18 @@ mod lease;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+mod recording;
+#[cfg(target_os = "linux")]
+mod sidecar;
 mod slow_reads;
 mod source;
+mod working_set;
 mod zero_map;
 mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
@@ -29,9 +33,13 @@ pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+pub use recording::Recording;
+#[cfg(target_os = "linux")]
+pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
+pub use working_set::{Run, WorkingSet};
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
@@ -47,6 +55,8 @@ struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
+    /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
+    working_set: Mutex<Option<Arc<WorkingSet>>>,
     /// Why no byte of it may be given to anybody any more.
     withdrawn: OnceLock<String>,
 }
@@ -84,6 +94,7 @@ impl Template {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
+                working_set: Mutex::default(),
                 withdrawn: OnceLock::new(),
             }),
         }
@@ -145,6 +156,21 @@ impl Template {
         done: impl FnOnce(Result<Vec<u8>, SourceError>) + Send + 'static,
     ) {
         SlowReads::submit(&self.inner, at, length, Box::new(done));
+    }
+
+    /// What its forks touch first, as far as that was learned.
+    pub fn working_set(&self) -> Option<Arc<WorkingSet>> {
+        // No code that can panic runs under this lock.
+        let working_set = self.inner.working_set.lock();
+        working_set.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on new forks are given this working set, or none; those that are served go on with what they have. One of a
+    /// template of another length is taken for none.
+    pub fn set_working_set(&self, working_set: Option<Arc<WorkingSet>>) {
+        let fitting = working_set.filter(|set| set.template() == self.len());
+        let kept = self.inner.working_set.lock();
+        *kept.unwrap_or_else(PoisonError::into_inner) = fitting;
     }
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than

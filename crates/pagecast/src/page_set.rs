@@ -1,10 +1,10 @@
-//! A set of pages of one region.
+//! A set of pages of one region, or of one template.
 
 use crate::page::PageIndex;
 
 const BITS: usize = u64::BITS as usize;
 
-/// A set of pages, a bit each, of a region whose length is known.
+/// A set of pages, a bit each, of a region or template whose length is known.
 ///
 /// Made of zeroed memory that the allocator gets from the kernel untouched, so an idle fork of many pages costs little.
 #[derive(Clone, Debug)]
