@@ -11,6 +11,7 @@ use pagecast::template::MemFile;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
+use super::warm::warm_again;
 use super::{Entry, Service, State};
 use crate::config::Config;
 use crate::error::StartError;
@@ -78,6 +79,9 @@ impl Service {
                 Ok(template) => {
                     info!(event = "template_found", template = name, "template found again");
                     template.pages.find_zeros(Instant::now());
+                    if saved.resident && template.changed().is_none() {
+                        warm_again(&template);
+                    }
                     self.state().templates.insert(template.name.clone(), template);
                 }
                 Err(why) => {
@@ -125,7 +129,7 @@ impl Service {
                 match changed {
                     Some(_) => None,
                     None => self
-                        .place_template(&parsed, &saved.spec, &file, saved.protection)
+                        .place_template(&parsed, &saved.spec, &file, saved.protection, saved.resident)
                         .map_err(|error| error.message)?,
                 }
             }

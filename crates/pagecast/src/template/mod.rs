@@ -10,6 +10,8 @@ mod lease;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+#[cfg(target_os = "linux")]
+mod page_cache;
 mod recording;
 #[cfg(target_os = "linux")]
 mod sidecar;
@@ -33,6 +35,8 @@ pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+#[cfg(target_os = "linux")]
+pub use page_cache::{Loader, LockError, Locked, Wanted};
 pub use recording::Recording;
 #[cfg(target_os = "linux")]
 pub use sidecar::SidecarError;

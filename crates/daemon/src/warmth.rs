@@ -1,0 +1,224 @@
+//! Templates in memory ahead of their forks: brought into the page cache, and kept there where that is asked for.
+//!
+//! What is locked is locked by a mapping of this process, so it ends with it, however it ends. Nothing else is changed on the
+//! host: the memory file, its inode and whoever guards it stay the same.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pagecast::server::chain;
+use pagecast::template::{Loader, Locked, PageSource, Run, Wanted};
+use pagecast_client::template::{Warmth as Told, WarmthState};
+use tracing::{debug, info, warn};
+
+use crate::template::Template;
+
+/// How far a template has been brought into memory, and what keeps it there.
+#[derive(Default)]
+pub(crate) struct Warmth {
+    state: Mutex<State>,
+    /// Held by whoever changes what is wanted and keeps that in the run dir, so that both happen in one order.
+    pub(crate) asking: Mutex<()>,
+    /// A thread reads ahead of forks with `file`.
+    reading_ahead: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts what was wished for: whoever works for an earlier wish stops.
+    wish: u64,
+    told: Option<Told>,
+    locked: Vec<Locked>,
+    /// The template is gone, or no longer what it was: nothing is wished for any more.
+    over: bool,
+}
+
+/// A wish that was taken down, to be fulfilled.
+#[derive(Debug)]
+pub(crate) struct Wish {
+    number: u64,
+    resident: bool,
+    wanted: Wanted,
+}
+
+impl Warmth {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs under this lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is said of it.
+    pub(crate) fn told(&self) -> Option<Told> {
+        self.state().told.clone()
+    }
+
+    /// Takes down what is wished for from now on. What was locked for an earlier wish is let go. `None` where it is over.
+    pub(crate) fn wish(&self, wanted: Wanted, resident: bool) -> Option<Wish> {
+        let mut state = self.state();
+        if state.over {
+            return None;
+        }
+        state.wish += 1;
+        state.told = Some(Told {
+            state: WarmthState::Warming,
+            resident,
+            wanted_bytes: wanted.size().get(),
+            read_bytes: 0,
+            huge_bytes: 0,
+            locked_bytes: 0,
+            error: None,
+        });
+        let number = state.wish;
+        // Unmapping much takes a while.
+        let locked = std::mem::take(&mut state.locked);
+        drop(state);
+        drop(locked);
+        Some(Wish {
+            number,
+            resident,
+            wanted,
+        })
+    }
+
+    /// Nothing is wished for: whoever reads stops soon, and nothing is locked any more.
+    pub(crate) fn cool(&self) {
+        self.stop(false);
+    }
+
+    /// The same, for good.
+    pub(crate) fn end(&self) {
+        self.stop(true);
+    }
+
+    fn stop(&self, for_good: bool) {
+        let mut state = self.state();
+        state.wish += 1;
+        state.told = None;
+        state.over |= for_good;
+        let locked = std::mem::take(&mut state.locked);
+        drop(state);
+        drop(locked);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.state().over
+    }
+
+    /// Changes what is said, where the wish is still the last. `false` where it is not.
+    fn tell(&self, wish: &Wish, change: impl FnOnce(&mut State, &mut Told)) -> bool {
+        let mut state = self.state();
+        if state.wish != wish.number {
+            return false;
+        }
+        let Some(mut told) = state.told.take() else {
+            return false;
+        };
+        change(&mut state, &mut told);
+        state.told = Some(told);
+        true
+    }
+}
+
+/// Fulfils a wish, as long as it is the last one. Waits for the disk.
+pub(crate) fn fulfil(template: &Template, wish: &Wish) {
+    let done = read_all(template, wish);
+    let error = match &done {
+        Ok(true) => None,
+        // Somebody else wishes something else by now.
+        Ok(false) => return,
+        Err(error) => Some(error.clone()),
+    };
+    let mut given_up = Vec::new();
+    let is_last = template.warmth.tell(wish, |state, told| {
+        if error.is_some() {
+            given_up = std::mem::take(&mut state.locked);
+            told.locked_bytes = 0;
+            told.state = WarmthState::Failed;
+        } else {
+            told.state = WarmthState::Warm;
+        }
+        told.error.clone_from(&error);
+    });
+    drop(given_up);
+    match (is_last, template.warmth.told(), error) {
+        (true, _, Some(error)) => {
+            warn!(event = "template_not_warmed", template = %template.name, error, "cannot be brought into memory");
+        }
+        (true, Some(told), None) => info!(
+            event = "template_warmed",
+            template = %template.name,
+            read_bytes = told.read_bytes,
+            huge_bytes = told.huge_bytes,
+            locked_bytes = told.locked_bytes,
+            "template brought into memory"
+        ),
+        _ => {}
+    }
+}
+
+/// `false` where the wish is not the last any more.
+fn read_all(template: &Template, wish: &Wish) -> Result<bool, String> {
+    let mut loader = Loader::dropping(&template.file);
+    for &run in wish.wanted.runs() {
+        let huge = loader.load(run).map_err(|error| chain(&error))?;
+        let locked = wish.resident.then(|| Locked::new(&template.file, run)).transpose();
+        let locked = locked.map_err(|error| chain(&error))?;
+        let goes_on = template.warmth.tell(wish, |state, told| {
+            told.read_bytes += run.len.get();
+            told.huge_bytes += huge.get();
+            if let Some(locked) = locked {
+                told.locked_bytes += locked.len().get();
+                state.locked.push(locked);
+            }
+        });
+        if !goes_on {
+            return Ok(false);
+        }
+    }
+    template.file.check_unchanged().map_err(|error| chain(&error))?;
+    Ok(true)
+}
+
+/// Has the working set of a template brought into the page cache, in first-touch order, ahead of a fork with `file` that is
+/// just being made. Waits for nothing: one thread does it, however many forks are made meanwhile, and what is there already
+/// costs it next to nothing.
+pub(crate) fn read_ahead(template: &Arc<Template>) {
+    let is_kept = || {
+        let told = template.warmth.told();
+        told.is_some_and(|told| told.resident && told.state == WarmthState::Warm)
+    };
+    let Some(working_set) = template.pages.working_set() else {
+        return;
+    };
+    if is_kept() || template.warmth.reading_ahead.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    let read = Arc::clone(template);
+    let spawned = std::thread::Builder::new()
+        .name("pagecast-ahead".to_owned())
+        .spawn(move || {
+            let wanted = Wanted::working_set(&read.file, &working_set);
+            let done = load(&read, wanted.runs());
+            read.warmth.reading_ahead.store(false, Ordering::SeqCst);
+            match done {
+                Ok(()) => debug!(template = %read.name, bytes = wanted.size().get(), "working set read ahead of forks"),
+                // Whoever needs the bytes will say so too.
+                Err(error) => warn!(template = %read.name, error, "the working set cannot be read ahead of forks"),
+            }
+        });
+    if let Err(error) = spawned {
+        template.warmth.reading_ahead.store(false, Ordering::SeqCst);
+        warn!(template = %template.name, %error, "the working set is not read ahead of forks");
+    }
+}
+
+fn load(template: &Template, runs: &[Run]) -> Result<(), String> {
+    let mut loader = Loader::new(&template.file);
+    for &run in runs {
+        if template.warmth.is_over() {
+            return Ok(());
+        }
+        loader.load(run).map_err(|error| chain(&error))?;
+    }
+    Ok(())
+}
