@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagecast_uffd::ByteLen;
 
-use super::TemplateOffset;
+use super::{Run, TemplateOffset};
 use crate::page::PageSize;
 
 const BITS: u64 = u64::BITS as u64;
@@ -51,6 +51,18 @@ impl ZeroMap {
         })
     }
 
+    /// The next run of small pages at or after `from` that are known to be zeros.
+    pub fn next_run(&self, from: TemplateOffset) -> Option<Run> {
+        let word_at = |index: usize| self.words.get(index).map(|word| word.load(Ordering::Relaxed));
+        let start = seek(from.get().div_ceil(PageSize::SMALLEST), word_at)?;
+        let past = |index: usize| word_at(index).map(|word| !word);
+        let end = seek(start, past).unwrap_or(self.words.len() as u64 * BITS);
+        Some(Run {
+            at: TemplateOffset::new(start * PageSize::SMALLEST),
+            len: ByteLen::new((end - start) * PageSize::SMALLEST),
+        })
+    }
+
     /// How many bytes are known to be zeros.
     pub fn known_bytes(&self) -> ByteLen {
         let pages: u64 = self
@@ -60,6 +72,17 @@ impl ZeroMap {
             .sum();
         ByteLen::new(pages * PageSize::SMALLEST)
     }
+}
+
+/// The first bit at or after `from` that is set in the words that `word_at` tells, up to the first that it does not.
+fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
+    let mut index = usize::try_from(from / BITS).ok()?;
+    let mut word = word_at(index)? & (u64::MAX << (from % BITS));
+    while word == 0 {
+        index += 1;
+        word = word_at(index)?;
+    }
+    Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
 }
 
 /// Calls `f` with each word that holds bits `first..end` and the mask of those bits, while it says `true`.
@@ -142,6 +165,9 @@ mod tests {
             let known = |page: u64| runs.iter().any(|(first, pages)| (*first..first + pages).contains(&page)) && page < 300;
             let (first, pages) = probe;
             prop_assert_eq!(covers(&map, first, pages), (first..first + pages).all(known));
+            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..).take_while(|page| known(*page)).count() as u64));
+            let found = map.next_run(TemplateOffset::new(first * PAGE)).map(|run| (run.at.get() / PAGE, run.len.get() / PAGE));
+            prop_assert_eq!(found, expected);
         }
     }
 }
