@@ -13,9 +13,13 @@ mod open;
 mod prefault_plan;
 mod prefault_score;
 mod recording;
+#[cfg(target_os = "linux")]
+mod sidecar;
 mod slow_reads;
 mod source;
 mod working_set;
+#[cfg(target_os = "linux")]
+mod zero_file;
 mod zero_map;
 mod zero_search;
 
@@ -37,10 +41,14 @@ pub use prefault_plan::{Planned, PrefaultPlan};
 use prefault_score::Tallies;
 pub use prefault_score::{PrefaultScore, PrefaultTally};
 pub use recording::Recording;
+#[cfg(target_os = "linux")]
+pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use working_set::{Run, WorkingSet};
+#[cfg(target_os = "linux")]
+pub use zero_file::KeepError;
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
@@ -196,6 +204,13 @@ impl Template {
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {
         ZeroSearch::run(&self.inner, until);
+    }
+
+    /// The same for whenever there is time: forks and whoever else wants the processors go first. `done` is told how it
+    /// ended, on the searching thread, or here where all zeros are known already; it is never called where there is no thread
+    /// to be had.
+    pub fn find_zeros_in_background(&self, done: impl FnOnce(Result<(), &SourceError>) + Send + 'static) {
+        ZeroSearch::run_in_background(&self.inner, Box::new(done));
     }
 }
 

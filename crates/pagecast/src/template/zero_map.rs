@@ -85,6 +85,28 @@ fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
     Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
 }
 
+#[cfg(target_os = "linux")]
+impl ZeroMap {
+    /// The bits, that of the first page lowest in the first byte.
+    pub(super) fn to_le_bytes(&self) -> Vec<u8> {
+        let words = self.words.iter().map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+        words.flatten().collect()
+    }
+
+    /// Notes what [`to_le_bytes`](Self::to_le_bytes) of a map of the same template says. `false` where it is not of so
+    /// many bytes; then nothing is noted.
+    pub(super) fn set_le_bytes(&self, bytes: &[u8]) -> bool {
+        let (words, rest) = bytes.as_chunks();
+        let fits = rest.is_empty() && words.len() == self.words.len();
+        if fits {
+            for (word, bits) in self.words.iter().zip(words) {
+                word.fetch_or(u64::from_le_bytes(*bits), Ordering::Relaxed);
+            }
+        }
+        fits
+    }
+}
+
 /// Calls `f` with each word that holds bits `first..end` and the mask of those bits, while it says `true`.
 fn for_each_word(first: u64, end: u64, mut f: impl FnMut(usize, u64) -> bool) -> bool {
     let mut at = first;
@@ -165,7 +187,7 @@ mod tests {
             let known = |page: u64| runs.iter().any(|(first, pages)| (*first..first + pages).contains(&page)) && page < 300;
             let (first, pages) = probe;
             prop_assert_eq!(covers(&map, first, pages), (first..first + pages).all(known));
-            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..).take_while(|page| known(*page)).count() as u64));
+            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..300).take_while(|page| known(*page)).count() as u64));
             let found = map.next_run(TemplateOffset::new(first * PAGE)).map(|run| (run.at.get() / PAGE, run.len.get() / PAGE));
             prop_assert_eq!(found, expected);
         }

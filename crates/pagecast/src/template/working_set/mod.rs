@@ -1,5 +1,7 @@
 //! What the forks of a template touch soon after they have resumed.
 
+#[cfg(target_os = "linux")]
+mod file;
 mod run;
 
 use std::cmp::Reverse;
