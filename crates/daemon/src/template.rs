@@ -75,6 +75,8 @@ pub(crate) struct Template {
     pub(crate) placement: Option<Placement>,
     /// How far it is in memory ahead of its forks.
     pub(crate) warmth: Warmth,
+    /// Held while something is learned of it.
+    pub(crate) learning: Mutex<()>,
     lease: Mutex<Option<pagecast::template::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
@@ -98,6 +100,7 @@ impl Template {
             protection,
             placement,
             warmth: Warmth::default(),
+            learning: Mutex::new(()),
             lease: Mutex::new(lease),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),

@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::learned;
 use crate::metrics::requests::Requests;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
@@ -78,9 +79,12 @@ impl Service {
             match self.find_template(&name, &saved) {
                 Ok(template) => {
                     info!(event = "template_found", template = name, "template found again");
-                    template.pages.find_zeros(Instant::now());
-                    if saved.resident && template.changed().is_none() {
-                        warm_again(&template);
+                    // Nothing that is kept is of a file that has changed.
+                    if template.changed().is_none() {
+                        learned::take_up(&template);
+                        if saved.resident {
+                            warm_again(&template);
+                        }
                     }
                     self.state().templates.insert(template.name.clone(), template);
                 }

@@ -12,18 +12,22 @@ mod mem_file;
 mod open;
 #[cfg(target_os = "linux")]
 mod page_cache;
+mod prefault_plan;
+mod prefault_score;
 mod recording;
 #[cfg(target_os = "linux")]
 mod sidecar;
 mod slow_reads;
 mod source;
 mod working_set;
+#[cfg(target_os = "linux")]
+mod zero_file;
 mod zero_map;
 mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
@@ -37,6 +41,9 @@ pub use mem_file::MemFile;
 pub use open::OpenError;
 #[cfg(target_os = "linux")]
 pub use page_cache::{Loader, LockError, Locked, Wanted};
+pub use prefault_plan::{Planned, PrefaultPlan};
+use prefault_score::Tallies;
+pub use prefault_score::{PrefaultScore, PrefaultTally};
 pub use recording::Recording;
 #[cfg(target_os = "linux")]
 pub use sidecar::SidecarError;
@@ -44,6 +51,8 @@ pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use working_set::{Run, WorkingSet};
+#[cfg(target_os = "linux")]
+pub use zero_file::KeepError;
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
@@ -61,6 +70,8 @@ struct Inner {
     zero_search: ZeroSearch,
     /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
     working_set: Mutex<Option<Arc<WorkingSet>>>,
+    /// How the prefaults with it do.
+    tallies: Mutex<Tallies>,
     /// Why no byte of it may be given to anybody any more.
     withdrawn: OnceLock<String>,
 }
@@ -99,6 +110,7 @@ impl Template {
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
                 working_set: Mutex::default(),
+                tallies: Mutex::default(),
                 withdrawn: OnceLock::new(),
             }),
         }
@@ -175,12 +187,34 @@ impl Template {
         let fitting = working_set.filter(|set| set.template() == self.len());
         let kept = self.inner.working_set.lock();
         *kept.unwrap_or_else(PoisonError::into_inner) = fitting;
+        *self.tallies() = Tallies::default();
+    }
+
+    /// How well forks are given that working set ahead. Each new working set begins anew.
+    pub fn prefault_score(&self) -> PrefaultScore {
+        self.tallies().score()
+    }
+
+    pub(crate) fn note_prefault(&self, tally: PrefaultTally) {
+        self.tallies().add(tally);
+    }
+
+    fn tallies(&self) -> MutexGuard<'_, Tallies> {
+        // No code that can panic runs under this lock.
+        self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {
         ZeroSearch::run(&self.inner, until);
+    }
+
+    /// The same for whenever there is time: forks and whoever else wants the processors go first. `done` is told how it
+    /// ended, on the searching thread, or here where all zeros are known already; it is never called where there is no thread
+    /// to be had.
+    pub fn find_zeros_in_background(&self, done: impl FnOnce(Result<(), &SourceError>) + Send + 'static) {
+        ZeroSearch::run_in_background(&self.inner, Box::new(done));
     }
 }
 
