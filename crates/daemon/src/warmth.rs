@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
 use pagecast::template::{Loader, Locked, PageSource, Run, Wanted};
@@ -12,6 +13,10 @@ use pagecast_client::template::{Warmth as Told, WarmthState};
 use tracing::{debug, info, warn};
 
 use crate::template::Template;
+
+/// How long to wait until the zeros of a template are known, before all that may be data is read: a zero that is read costs as
+/// much memory as a byte that is none.
+const ZEROS_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How far a template has been brought into memory, and what keeps it there.
 #[derive(Default)]
@@ -158,8 +163,17 @@ pub(crate) fn fulfil(template: &Template, wish: &Wish) {
 
 /// `false` where the wish is not the last any more.
 fn read_all(template: &Template, wish: &Wish) -> Result<bool, String> {
+    let without_zeros = wish.wanted.is_all_data().then(|| {
+        template.pages.find_zeros(Instant::now() + ZEROS_PATIENCE);
+        Wanted::data(&template.file)
+    });
+    let wanted = without_zeros.as_ref().unwrap_or(&wish.wanted);
+    let bytes = wanted.size().get();
+    if !template.warmth.tell(wish, |_, told| told.wanted_bytes = bytes) {
+        return Ok(false);
+    }
     let mut loader = Loader::dropping(&template.file);
-    for &run in wish.wanted.runs() {
+    for &run in wanted.runs() {
         let huge = loader.load(run).map_err(|error| chain(&error))?;
         let locked = wish.resident.then(|| Locked::new(&template.file, run)).transpose();
         let locked = locked.map_err(|error| chain(&error))?;
@@ -221,4 +235,80 @@ fn load(template: &Template, runs: &[Run]) -> Result<(), String> {
         loader.load(run).map_err(|error| chain(&error))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use pagecast::template::{Page, Recording, TemplateOffset, WorkingSet};
+    use pagecast_client::{AddTemplate, Backend, Client, CreateFork};
+    use pagecast_testkit::skip::skip;
+    use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+    use rustix::fs::{Advice, fadvise, fdatasync};
+
+    use super::*;
+    use crate::Settings;
+    use crate::daemon::Daemon;
+
+    const PAGE: u64 = 4096;
+    const SIZE: u64 = 32 << 20;
+    const PATIENCE: Duration = Duration::from_secs(40);
+
+    fn is_cached(template: &Template, at: u64) -> bool {
+        let mut page = [0; PAGE as usize];
+        let read = template.file.try_read(TemplateOffset::new(at), &mut page);
+        !matches!(read.unwrap(), Page::NotReady)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_working_set_is_read_ahead_of_a_fork_with_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            run_dir: Some(folder.path().join("run")),
+            ..Settings::default()
+        };
+        let daemon = Daemon::start(settings.resolve().unwrap()).await.unwrap();
+        let file = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+        let client = Client::new(daemon.control_socket());
+        client.add_template("t", &AddTemplate::new(file.path())).await.unwrap();
+        let template = Arc::clone(&daemon.service().templates()[0]);
+        // Whoever looks for zeros reads.
+        template.pages.find_zeros(Instant::now() + PATIENCE);
+
+        let mut recording = Recording::new(template.pages.len());
+        // 24 MiB, and the very first page.
+        let pages = (SIZE / 4 / PAGE..SIZE / PAGE).chain([0]);
+        for page in pages {
+            recording.push(TemplateOffset::new(page * PAGE));
+        }
+        template
+            .pages
+            .set_working_set(Some(Arc::new(WorkingSet::of(&recording))));
+        fdatasync(template.file.as_fd()).unwrap();
+        fadvise(template.file.as_fd(), 0, None, Advice::DontNeed).unwrap();
+        // To ask for a page has the kernel read it, and what follows.
+        if is_cached(&template, SIZE - PAGE) {
+            return skip("the file system of temporary files keeps its pages in memory");
+        }
+        let fork = |backend| CreateFork {
+            backend: Some(backend),
+            ..CreateFork::of("t")
+        };
+        client.create_fork(&fork(Backend::Uffd)).await.unwrap();
+        assert!(
+            !template.warmth.reading_ahead.load(Ordering::SeqCst),
+            "it prefaults by itself"
+        );
+        client.create_fork(&fork(Backend::File)).await.unwrap();
+        let until = Instant::now() + PATIENCE;
+        while template.warmth.reading_ahead.load(Ordering::SeqCst) {
+            assert!(Instant::now() < until, "it is still being read");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        for at in [SIZE / 4, SIZE / 2, 0] {
+            assert!(is_cached(&template, at), "{at} is not in the page cache");
+        }
+        assert_eq!(template.warmth.told(), None, "nobody has asked for it");
+    }
 }

@@ -1,6 +1,7 @@
 //! Templates brought into memory ahead of their forks.
 
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use pagecast::cgroup::MemoryCgroup;
 use pagecast::template::Wanted;
@@ -14,6 +15,9 @@ use super::{Service, internal, refuse};
 use crate::run_dir::Kind;
 use crate::template::Template;
 use crate::warmth;
+
+/// How long zeros are looked for where a template would not fit into memory without knowing them.
+const SEARCH_PATIENCE: Duration = Duration::from_secs(20);
 
 /// This part of the memory that is available is left to everybody else.
 const SPARE_PART: u64 = 16;
@@ -31,7 +35,11 @@ impl Service {
                 && (told.state == WarmthState::Warming || (resident && told.state == WarmthState::Warm))
         });
         if !is_so {
-            let wanted = wanted(&template, resident)?;
+            let wanted = self::wanted(&template, resident).or_else(|_| {
+                // All that is not zeros may be much less than all that is not known to be.
+                template.pages.find_zeros(Instant::now() + SEARCH_PATIENCE);
+                self::wanted(&template, resident)
+            })?;
             if template.warmth.is_over() {
                 return Err(refuse(
                     ErrorCode::TemplateNotFound,

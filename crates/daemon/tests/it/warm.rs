@@ -1,8 +1,5 @@
 //! Templates brought into memory ahead of their forks, and kept there.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use pagecast_testkit::skip::skip;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
@@ -165,29 +162,4 @@ fn who_may_not_lock_memory_is_told_what_it_takes() {
     assert!(warmth["error"].as_str().unwrap().contains("CAP_IPC_LOCK"), "{warmth:#}");
     // It is as usable as it was.
     reads_right(&fixture.serving("vmm", "file"));
-}
-
-/// Of a template in very many pieces, most is not known to be zeros until it has been read.
-#[test]
-fn what_does_not_fit_into_memory_is_refused() {
-    let fixture = Fixture::new();
-    let path = fixture.folder.path().join("large");
-    let file = File::create(&path).unwrap();
-    for piece in 0..5000 {
-        file.write_all_at(&[7; 4096], piece * 8192).unwrap();
-    }
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
-    let total = total.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
-    file.set_len(total.next_multiple_of(HUGE) * 2).unwrap();
-    drop(file);
-    fixture
-        .send("PUT", "/v1/templates/t", &json!({ "mem_path": path }))
-        .ok(201);
-    for resident in [false, true] {
-        let refused = fixture.send("POST", WARM, &json!({ "resident": resident }));
-        let message = refused.error(503, "not_enough_memory");
-        assert!(message.contains("bytes are available"), "{message}");
-    }
-    assert_eq!(fixture.template()["warmth"], Value::Null);
 }

@@ -33,12 +33,16 @@ const MOST_FRUITLESS: u32 = 4;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     runs: Vec<Run>,
+    is_all_data: bool,
 }
 
 impl Wanted {
     /// Everything that is not known to be zeros, in whole pages of 2 MiB.
     pub fn data(file: &MemFile) -> Self {
-        let mut this = Self::default();
+        let mut this = Self {
+            is_all_data: true,
+            ..Self::default()
+        };
         let mut at = 0;
         while let Some(block) = block_of(file, at) {
             if !file.is_known_zero(block.at, block.len) {
@@ -78,6 +82,11 @@ impl Wanted {
     /// How many bytes it has.
     pub fn size(&self) -> ByteLen {
         ByteLen::new(self.runs.iter().map(|run| run.len.get()).sum())
+    }
+
+    /// Whether it is everything that is not known to be zeros, and would be less once more zeros are.
+    pub fn is_all_data(&self) -> bool {
+        self.is_all_data
     }
 
     /// Its parts, in the order in which to bring them in.
