@@ -5,12 +5,14 @@ mod filling;
 mod lane;
 mod watch;
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
 
+use super::crew::Crew;
 use super::failure::FailReason;
 use super::record::ForkRecord;
 use crate::page::PageSize;
@@ -37,19 +39,32 @@ pub(super) struct Scratch {
     bytes: Vec<u8>,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
     zeros: Vec<u8>,
+    /// The same for each thread that helps.
+    rooms: Vec<Vec<u8>>,
+    crew: Arc<Crew>,
     deliver: Deliver,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
+    /// Bytes a second.
+    completion_rate: Option<NonZeroU64>,
 }
 
 impl Scratch {
-    pub(super) fn new(deliver: Deliver, fault_deadline: Duration) -> Self {
+    pub(super) fn new(
+        deliver: Deliver,
+        crew: Arc<Crew>,
+        fault_deadline: Duration,
+        completion_rate: Option<NonZeroU64>,
+    ) -> Self {
         Self {
             events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: vec![0; PageSize::Huge.as_usize()],
+            rooms: Vec::new(),
+            crew,
             deliver,
             fault_deadline,
+            completion_rate,
         }
     }
 }
@@ -127,6 +142,8 @@ pub(super) struct ServedFork {
     reading: Option<Fill>,
     fills_read: u64,
     fill_pause: Option<Instant>,
+    /// Somebody waits for its completion.
+    at_once: bool,
     watch: Watch,
     watched: Option<Watched>,
     /// All regions are unregistered; what is left is to be sure that nobody waits for us.
@@ -158,6 +175,7 @@ impl ServedFork {
             reading: None,
             fills_read: 0,
             fill_pause: None,
+            at_once: false,
             watch: Watch::default(),
             watched: None,
             unregistered: false,
