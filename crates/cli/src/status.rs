@@ -98,7 +98,18 @@ impl Shown {
             format!("{status}: pagecast {version}, pid {pid}, up {uptime}"),
         );
         if let Some(rss) = rss_bytes {
-            facts.add("its memory", BinaryBytes(*rss));
+            let locked = |template: &Template| template.warmth.as_ref().map_or(0, |warmth| warmth.locked_bytes);
+            facts.add(
+                "its memory",
+                match self.templates.iter().map(locked).sum() {
+                    0 => BinaryBytes(*rss).to_string(),
+                    resident => format!(
+                        "{}, {} of it resident templates",
+                        BinaryBytes(*rss),
+                        BinaryBytes(resident)
+                    ),
+                },
+            );
         }
         let [pss, private, unshared] = [
             |group: &Group| group.pss,

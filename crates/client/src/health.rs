@@ -22,7 +22,8 @@ pub struct Health {
     pub templates: u64,
     /// How many forks there are in each state that any is in.
     pub forks: BTreeMap<ForkState, u64>,
-    /// Its own resident memory in bytes; `null` where the platform does not tell.
+    /// Its own resident memory in bytes, that of templates it keeps in memory included; `null` where the platform does not
+    /// tell.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub rss_bytes: Option<u64>,
 }

@@ -191,6 +191,8 @@ fn a_template_is_brought_into_memory_kept_there_and_let_go() {
     assert_eq!(resident(&daemon.prints(&["template", "ls"])).unwrap(), "4.00 MiB");
     let status = daemon.json(&["status"]);
     assert_eq!(status["templates"][0]["warmth"]["locked_bytes"], SIZE);
+    let status = daemon.prints(&["status"]);
+    assert!(status.contains(", 4.00 MiB of it resident templates\n"), "{status}");
 
     assert_eq!(daemon.prints(&["template", "warm", "base", "--off"]), "");
     assert!(!daemon.prints(&["template", "show", "base"]).contains("in memory"));
