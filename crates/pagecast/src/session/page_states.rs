@@ -76,6 +76,12 @@ impl PageStates {
     pub(crate) fn next_absent(&self, from: PageIndex, most: usize) -> Option<(PageIndex, usize)> {
         self.installed.next_run_outside(self.removed.as_ref(), from, most)
     }
+
+    /// Whether a fault of one of `count` pages from `first` on waits for its answer.
+    pub(crate) fn is_pending(&self, first: PageIndex, count: usize) -> bool {
+        let pending = self.pending.next_inside(first);
+        pending.is_some_and(|page| page.get() < first.get() + count)
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use pagecast_uffd::ByteLen;
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
+use super::Run;
 use super::identity::Identity;
 use super::open::OpenError;
 use super::sidecar::SidecarError;
@@ -231,6 +232,10 @@ impl PageSource for MemFile {
 
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
         self.zeros.covers(at, len)
+    }
+
+    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
+        self.zeros.next_run(from)
     }
 
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {

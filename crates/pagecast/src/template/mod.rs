@@ -10,6 +10,8 @@ mod lease;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+mod prefault_plan;
+mod prefault_score;
 mod recording;
 #[cfg(target_os = "linux")]
 mod sidecar;
@@ -23,7 +25,7 @@ mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
@@ -35,6 +37,9 @@ pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+pub use prefault_plan::{Planned, PrefaultPlan};
+use prefault_score::Tallies;
+pub use prefault_score::{PrefaultScore, PrefaultTally};
 pub use recording::Recording;
 #[cfg(target_os = "linux")]
 pub use sidecar::SidecarError;
@@ -61,6 +66,8 @@ struct Inner {
     zero_search: ZeroSearch,
     /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
     working_set: Mutex<Option<Arc<WorkingSet>>>,
+    /// How the prefaults with it do.
+    tallies: Mutex<Tallies>,
     /// Why no byte of it may be given to anybody any more.
     withdrawn: OnceLock<String>,
 }
@@ -99,6 +106,7 @@ impl Template {
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
                 working_set: Mutex::default(),
+                tallies: Mutex::default(),
                 withdrawn: OnceLock::new(),
             }),
         }
@@ -175,6 +183,21 @@ impl Template {
         let fitting = working_set.filter(|set| set.template() == self.len());
         let kept = self.inner.working_set.lock();
         *kept.unwrap_or_else(PoisonError::into_inner) = fitting;
+        *self.tallies() = Tallies::default();
+    }
+
+    /// How well forks are given that working set ahead. Each new working set begins anew.
+    pub fn prefault_score(&self) -> PrefaultScore {
+        self.tallies().score()
+    }
+
+    pub(crate) fn note_prefault(&self, tally: PrefaultTally) {
+        self.tallies().add(tally);
+    }
+
+    fn tallies(&self) -> MutexGuard<'_, Tallies> {
+        // No code that can panic runs under this lock.
+        self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than

@@ -74,10 +74,11 @@ impl MemFile {
 
     /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
     pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
-        let words = (self.len().get() / PageSize::SMALLEST).div_ceil(u64::from(u64::BITS));
+        let pages = self.len().get() / PageSize::SMALLEST;
+        let words = pages.div_ceil(u64::from(u64::BITS));
         let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
         let body = KIND.decode(self.identity(), &bytes)?;
-        if self.zeros.set_le_bytes(body) {
+        if self.zeros.set_le_bytes(body, pages) {
             Ok(())
         } else {
             Err(SidecarError::Damaged {
@@ -195,10 +196,14 @@ mod tests {
         let opened = MemFile::open(&path).unwrap();
         assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
         assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
-        // Of another size, but else sound.
-        KIND.write(&zeros, opened.identity(), &[0xff; 8]).unwrap();
-        let opened = MemFile::open(&path).unwrap();
-        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
-        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+        // Of another size, or with a page past the end, but else sound.
+        let mut past_the_end = [0; 16];
+        past_the_end[15] = 0x80;
+        for body in [&[0xff; 8][..], &past_the_end] {
+            KIND.write(&zeros, opened.identity(), body).unwrap();
+            let opened = MemFile::open(&path).unwrap();
+            assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
+            assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+        }
     }
 }
