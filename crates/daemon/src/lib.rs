@@ -8,6 +8,7 @@
 //! | `api` | HTTP: calls, bodies, statuses, connections |
 //! | `service` | what the calls do |
 //! | `template`, `fork` | what there is |
+//! | `learned` | what is learned of a template, and kept beside its memory file |
 //! | `backend` | which backend a fork gets, and why |
 //! | `placement`, `protection` | what is done to a memory file, and undone |
 //! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |

@@ -74,6 +74,8 @@ pub(crate) struct Template {
     pub(crate) placement: Option<Placement>,
     /// Held while something is learned of it.
     pub(crate) learning: Mutex<()>,
+    /// It was told that its working set is not used.
+    pub(crate) told_switched_off: AtomicBool,
     lease: Mutex<Option<pagecast::template::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
@@ -97,6 +99,7 @@ impl Template {
             protection,
             placement,
             learning: Mutex::new(()),
+            told_switched_off: AtomicBool::new(false),
             lease: Mutex::new(lease),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),
