@@ -168,7 +168,7 @@ fn take_up_kept(
         // Who cannot read it says so where that matters.
         if found.is_ok()
             && let Err(error) = searched.keep_zeros()
-            && !matches!(error, KeepError::Sidecar(SidecarError::TooFresh))
+            && !matches!(error, KeepError::TooFresh | KeepError::NotLeased)
         {
             drop(happenings.send(Happening::ZerosNotKept(error)));
         }

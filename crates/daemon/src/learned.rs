@@ -36,8 +36,9 @@ pub(crate) fn take_up(template: &Arc<Template>) {
         }
         match template.file.keep_zeros() {
             Ok(()) => debug!(template = %name, "its zeros are kept beside the memory file"),
-            Err(KeepError::Sidecar(SidecarError::TooFresh)) => {
-                info!(template = %name, "its zeros are not kept: the memory file was written just before it was added");
+            // Nothing is wrong.
+            Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
+                info!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
             }
             Err(error) => {
                 warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");

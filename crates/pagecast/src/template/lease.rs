@@ -110,6 +110,11 @@ impl MemFile {
         self.check_unchanged().map_err(LeaseError::Changed)?;
         Ok(lease)
     }
+
+    /// Whether there is a lease on it that nobody has broken.
+    pub(super) fn is_leased(&self) -> bool {
+        self.leased.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
+    }
 }
 
 impl Lease {
