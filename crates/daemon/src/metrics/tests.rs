@@ -333,7 +333,7 @@ async fn all_that_is_scraped_is_documented_and_the_other_way_round() {
     // As long as too few forks were given a working set ahead, there is nothing to say of these.
     let mut names = scrape.names();
     for name in ["pagecast_prefault_precision_ratio", "pagecast_prefault_recall_ratio"] {
-        assert!(names.insert(name.to_owned()), "{name}");
+        assert!(names.insert(name), "{name}");
     }
     assert_eq!(names, documented);
     let kinds = scrape.values_of("kind");

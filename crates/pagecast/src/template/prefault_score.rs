@@ -102,7 +102,9 @@ mod tests {
 
     fn score(tallies: &[PrefaultTally]) -> PrefaultScore {
         let mut sum = Tallies::default();
-        tallies.iter().for_each(|tally| sum.add(*tally));
+        for tally in tallies {
+            sum.add(*tally);
+        }
         sum.score()
     }
 

@@ -74,6 +74,17 @@ impl ZeroMap {
     }
 }
 
+/// The first bit at or after `from` that is set in the words that `word_at` tells, up to the first that it does not.
+fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
+    let mut index = usize::try_from(from / BITS).ok()?;
+    let mut word = word_at(index)? & (u64::MAX << (from % BITS));
+    while word == 0 {
+        index += 1;
+        word = word_at(index)?;
+    }
+    Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
+}
+
 #[cfg(target_os = "linux")]
 impl ZeroMap {
     /// The bits, that of the first page lowest in the first byte.
@@ -96,17 +107,6 @@ impl ZeroMap {
         }
         fits
     }
-}
-
-/// The first bit at or after `from` that is set in the words that `word_at` tells, up to the first that it does not.
-fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
-    let mut index = usize::try_from(from / BITS).ok()?;
-    let mut word = word_at(index)? & (u64::MAX << (from % BITS));
-    while word == 0 {
-        index += 1;
-        word = word_at(index)?;
-    }
-    Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
 }
 
 /// Calls `f` with each word that holds bits `first..end` and the mask of those bits, while it says `true`.
@@ -189,7 +189,7 @@ mod tests {
             let known = |page: u64| runs.iter().any(|(first, pages)| (*first..first + pages).contains(&page)) && page < 300;
             let (first, pages) = probe;
             prop_assert_eq!(covers(&map, first, pages), (first..first + pages).all(known));
-            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..).take_while(|page| known(*page)).count() as u64));
+            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..300).take_while(|page| known(*page)).count() as u64));
             let found = map.next_run(TemplateOffset::new(first * PAGE)).map(|run| (run.at.get() / PAGE, run.len.get() / PAGE));
             prop_assert_eq!(found, expected);
         }

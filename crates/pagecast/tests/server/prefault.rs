@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, mpsc};
 
-use pagecast::server::{ForkEvent, ForkState, Prefault};
+use pagecast::server::{ForkEvent, ForkOptions, ForkState, Prefault};
 use pagecast::template::{PrefaultTally, Recording, WorkingSet};
 use pagecast_testkit::sim_vmm::{Order, Pages, Read, RemoveRace};
 
@@ -53,7 +53,7 @@ fn working_set(pages: impl IntoIterator<Item = u64>) -> Arc<WorkingSet> {
 #[test]
 fn what_a_fork_touches_first_is_recorded_in_that_order_and_the_window_ends_by_itself() {
     let (fixture, events) = observed(1);
-    let (_fork, vmm) = fixture.fork_as("a", |options| options.record());
+    let (_fork, vmm) = fixture.fork_as("a", ForkOptions::record);
     let read = Read {
         pages: Pages::range(400..600),
         order: Order::Random(5),
@@ -78,7 +78,7 @@ fn what_a_fork_touches_first_is_recorded_in_that_order_and_the_window_ends_by_it
 #[test]
 fn a_fork_that_ends_early_is_recorded_all_the_same() {
     let (fixture, events) = observed(1);
-    let (_fork, vmm) = fixture.fork_as("a", |options| options.record());
+    let (_fork, vmm) = fixture.fork_as("a", ForkOptions::record);
     assert_reads_right(&vmm, read_range(0, 10));
     vmm.kill().unwrap();
     assert_eq!(recorded(&events).len(), 10);
@@ -117,7 +117,7 @@ fn without_prefault_nothing_is_installed_ahead() {
     let fixture = Fixture::new();
     fixture.template.set_working_set(Some(working_set(400..1000)));
     let (none, vmm) = fixture.fork_as("none", |options| options.prefault(Prefault::None));
-    let (recorded, other) = fixture.fork_as("recorded", |options| options.record());
+    let (recorded, other) = fixture.fork_as("recorded", ForkOptions::record);
     for vmm in [&vmm, &other] {
         assert_reads_right(vmm, read_range(400, 1000));
     }
