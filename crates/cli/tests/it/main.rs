@@ -18,3 +18,4 @@ mod served;
 mod status;
 mod template;
 mod terminal;
+mod train;
