@@ -16,7 +16,7 @@ use crate::template::Template;
 
 /// How long to wait until the zeros of a template are known, before all that may be data is read: a zero that is read costs as
 /// much memory as a byte that is none.
-const ZEROS_PATIENCE: Duration = Duration::from_secs(60);
+const ZEROS_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How far a template has been brought into memory, and what keeps it there.
 pub(crate) struct Warmth {
@@ -265,11 +265,12 @@ mod tests {
     use crate::daemon::Daemon;
 
     const PAGE: u64 = 4096;
+    const PAGE_LEN: usize = 4096;
     const SIZE: u64 = 32 << 20;
     const PATIENCE: Duration = Duration::from_secs(40);
 
     fn is_cached(template: &Template, at: u64) -> bool {
-        let mut page = [0; PAGE as usize];
+        let mut page = [0; PAGE_LEN];
         let read = template.file.try_read(TemplateOffset::new(at), &mut page);
         !matches!(read.unwrap(), Page::NotReady)
     }
