@@ -26,6 +26,7 @@ pub mod error;
 mod exit_watch;
 mod fork;
 mod inode;
+mod learned;
 pub mod logging;
 #[cfg(test)]
 mod mapper;

@@ -72,6 +72,8 @@ pub(crate) struct Template {
     pub(crate) protection: Applied,
     /// Where forks with `file` find the memory file; its own path where it could not be placed anywhere else.
     pub(crate) placement: Option<Placement>,
+    /// Held while something is learned of it.
+    pub(crate) learning: Mutex<()>,
     lease: Mutex<Option<pagecast::template::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
@@ -94,6 +96,7 @@ impl Template {
             file,
             protection,
             placement,
+            learning: Mutex::new(()),
             lease: Mutex::new(lease),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),

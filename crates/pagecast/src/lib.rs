@@ -40,6 +40,7 @@
 pub mod cgroup;
 pub mod handshake;
 mod page;
+mod page_set;
 pub mod server;
 pub mod session;
 pub mod template;

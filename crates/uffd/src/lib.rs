@@ -11,6 +11,7 @@
 //! | `peer` | who is at the other end of a unix socket (Linux) |
 //! | `pidfd` | a process that cannot be mistaken for another (Linux) |
 //! | `lease` | files that nobody can write without being made to wait (Linux) |
+//! | `mapped_file` | files in the page cache: in large pages, and kept there (Linux) |
 //!
 //! The first four are plain data and build on every platform; the rest exists on Linux only. All the kernel ABI of the
 //! project, and its `unsafe`, is in this crate.
@@ -31,6 +32,8 @@ pub mod fd_passing;
 #[cfg(target_os = "linux")]
 pub mod lease;
 #[cfg(target_os = "linux")]
+pub mod mapped_file;
+#[cfg(target_os = "linux")]
 pub mod peer;
 #[cfg(target_os = "linux")]
 pub mod pidfd;
@@ -44,6 +47,8 @@ pub use outcome::{Errno, Outcome};
 
 #[cfg(target_os = "linux")]
 pub use lease::LeaseBreaks;
+#[cfg(target_os = "linux")]
+pub use mapped_file::MappedFile;
 #[cfg(target_os = "linux")]
 pub use peer::Peer;
 #[cfg(target_os = "linux")]

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::learned;
 use crate::metrics::requests::Requests;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
@@ -77,7 +78,10 @@ impl Service {
             match self.find_template(&name, &saved) {
                 Ok(template) => {
                     info!(event = "template_found", template = name, "template found again");
-                    template.pages.find_zeros(Instant::now());
+                    // Nothing that is kept is of a file that has changed.
+                    if template.changed().is_none() {
+                        learned::take_up(&template);
+                    }
                     self.state().templates.insert(template.name.clone(), template);
                 }
                 Err(why) => {

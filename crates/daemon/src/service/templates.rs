@@ -3,7 +3,6 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use pagecast::PageSize;
 use pagecast::server::chain;
@@ -12,6 +11,7 @@ use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
 use super::{Entry, Service, guard, internal, refuse};
+use crate::learned;
 use crate::placement::{Placement, Plan};
 use crate::protection::Applied;
 use crate::run_dir::Kind;
@@ -61,8 +61,7 @@ impl Service {
         if template.is_lease_broken() {
             self.lease_broken(&template.name);
         }
-        // Goes on by itself.
-        template.pages.find_zeros(Instant::now());
+        learned::take_up(&template);
         Ok((template, true))
     }
 

@@ -12,7 +12,7 @@ use rustix::time::Timespec;
 use slab::Slab;
 
 use super::failure::{FailReason, Refusal};
-use super::fork::{Deadlines, ForkId, ForkState};
+use super::fork::{Deadlines, ForkId, ForkState, Plan};
 use super::handshaking::{Handshaken, Handshaking};
 use super::hugepages;
 use super::inbox::Inbox;
@@ -58,6 +58,7 @@ pub(super) enum Guests {
     /// For any number of VMMs, each a fork named with the prefix and a number.
     Any {
         template: Template,
+        plan: Plan,
         prefix: String,
         next: u64,
         /// How many are shaking hands.
@@ -332,9 +333,13 @@ impl Acceptor {
                 (record, None)
             }
             Guests::Any {
-                template, prefix, next, ..
+                template,
+                plan,
+                prefix,
+                next,
+                ..
             } => {
-                let Some(record) = new_fork(&self.registry, template, prefix, next) else {
+                let Some(record) = new_fork(&self.registry, template, *plan, prefix, next) else {
                     return;
                 };
                 (record, Some(slot))
@@ -473,11 +478,17 @@ fn deadline(entry: &Entry) -> Option<Instant> {
 }
 
 /// A new fork with the next free name. `None` never: `Server::listen` saw that the prefix leaves room for any number.
-fn new_fork(registry: &Registry, template: &Template, prefix: &str, next: &mut u64) -> Option<Arc<ForkRecord>> {
+fn new_fork(
+    registry: &Registry,
+    template: &Template,
+    plan: Plan,
+    prefix: &str,
+    next: &mut u64,
+) -> Option<Arc<ForkRecord>> {
     loop {
         *next += 1;
         let id: ForkId = format!("{prefix}-{next}").parse().ok()?;
-        if let Ok(record) = registry.insert(id, template.clone(), true) {
+        if let Ok(record) = registry.insert(id, template.clone(), plan, true) {
             return Some(record);
         }
     }

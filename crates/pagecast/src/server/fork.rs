@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::FailReason;
 use super::latency::Latency;
+use crate::template::{PrefaultTally, Recording};
 
 /// The name of a fork: `[a-z0-9][a-z0-9._-]{0,63}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -112,6 +113,26 @@ pub struct ForkOptions {
     pub(super) socket_path: PathBuf,
     pub(super) user: Option<u32>,
     pub(super) group: Option<u32>,
+    pub(super) plan: Plan,
+}
+
+/// What a fork is given ahead of its faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Prefault {
+    /// Nothing: each page is installed when it is asked for.
+    None,
+    /// The [working set](crate::template::Template::set_working_set) of its template, where there is one and it does well.
+    #[default]
+    WorkingSet,
+    /// The same, then all the rest. Unlike a completion, this keeps serving: what is given back is still noticed.
+    All,
+}
+
+/// What is planned for a fork.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Plan {
+    pub(super) prefault: Prefault,
+    pub(super) record: bool,
 }
 
 impl ForkOptions {
@@ -123,6 +144,7 @@ impl ForkOptions {
             socket_path: socket_path.into(),
             user: None,
             group: None,
+            plan: Plan::default(),
         }
     }
 
@@ -130,6 +152,21 @@ impl ForkOptions {
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
         self.user = Some(uid);
+        self
+    }
+
+    /// What it is given ahead of its faults; by default its working set.
+    #[must_use]
+    pub fn prefault(mut self, prefault: Prefault) -> Self {
+        self.plan.prefault = prefault;
+        self
+    }
+
+    /// Its first faults are recorded, in a window that ends by itself ([`ForkEvent::Recorded`]). It is given nothing ahead
+    /// then, whatever [`prefault`](Self::prefault) says: what is there does not fault.
+    #[must_use]
+    pub fn record(mut self) -> Self {
+        self.plan.record = true;
         self
     }
 
@@ -169,6 +206,21 @@ pub struct ForkStats {
     pub fault_latency_us: Latency,
     /// Bytes of the template copied into the fork.
     pub installed_bytes: u64,
+    /// Bytes of zeros that were given back to the kernel, which fills them in by itself.
+    pub given_back_bytes: u64,
+    /// How well its prefault has foreseen its first faults.
+    pub prefault: PrefaultCounts,
+}
+
+/// How well a prefault of the working set has foreseen the first faults of a fork. Counts of faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PrefaultCounts {
+    /// Of pages that were to be installed ahead, and whose turn had not come.
+    pub late: u64,
+    /// Of pages that are not in the working set.
+    pub missed: u64,
+    /// Of pages that were held out, to see whether they would be asked for.
+    pub held_out_used: u64,
 }
 
 /// Counts of faults and pages.
@@ -205,6 +257,21 @@ pub enum ForkEvent {
     },
     /// It has ended; also where its VMM was refused and it never began.
     Ended(ForkStatus),
+    /// The window in which its first faults were recorded is over.
+    Recorded {
+        /// Which fork.
+        id: ForkId,
+        /// What it touched.
+        recording: Arc<Recording>,
+    },
+    /// The window in which its prefault was watched is over. The [score](crate::template::Template::prefault_score) of its
+    /// template knows.
+    Prefaulted {
+        /// Which fork.
+        id: ForkId,
+        /// How well its faults were foreseen.
+        tally: PrefaultTally,
+    },
     /// It could not be completed, and is served as before.
     NotCompleted {
         /// Which fork.

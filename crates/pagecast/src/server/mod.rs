@@ -45,7 +45,8 @@ mod worker;
 pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};
 pub use fork::{
-    Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId,
+    Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId, Prefault,
+    PrefaultCounts,
 };
 pub use latency::{Latency, LatencyHistogram};
 pub use run::{Builder, Fork, Server};

@@ -6,7 +6,7 @@ use std::thread::ThreadId;
 use std::time::Instant;
 
 use super::failure::FailReason;
-use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus};
+use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Plan, PrefaultCounts};
 use super::latency::LatencyRecorder;
 use crate::session::Region;
 use crate::template::Template;
@@ -16,6 +16,8 @@ use crate::template::Template;
 pub(super) struct ForkRecord {
     pub(super) id: ForkId,
     pub(super) template: Template,
+    /// What it is to be given ahead of its faults, and whether they are recorded.
+    pub(super) plan: Plan,
     /// Nobody holds a handle on it: forget it once it has ended.
     pub(super) anonymous: bool,
     pub(super) counters: Counters,
@@ -57,10 +59,11 @@ pub(super) enum Wish {
 }
 
 impl ForkRecord {
-    pub(super) fn new(id: ForkId, template: Template, anonymous: bool) -> Self {
+    pub(super) fn new(id: ForkId, template: Template, plan: Plan, anonymous: bool) -> Self {
         Self {
             id,
             template,
+            plan,
             anonymous,
             counters: Counters::new(),
             regions: OnceLock::new(),
@@ -246,6 +249,11 @@ pub(super) struct Counters {
     pub(super) retried: Counter,
     pub(super) slow: Counter,
     pub(super) installed_bytes: Counter,
+    /// Zeros that the kernel fills in by itself.
+    pub(super) given_back_bytes: Counter,
+    pub(super) late: Counter,
+    pub(super) missed: Counter,
+    pub(super) held_out_used: Counter,
     /// From reading a fault to its page being in place.
     pub(super) fault_latency: LatencyRecorder,
     /// What the kernel took for putting a page in place that somebody waited for.
@@ -262,6 +270,10 @@ impl Counters {
             retried: Counter::default(),
             slow: Counter::default(),
             installed_bytes: Counter::default(),
+            given_back_bytes: Counter::default(),
+            late: Counter::default(),
+            missed: Counter::default(),
+            held_out_used: Counter::default(),
             fault_latency: LatencyRecorder::new(),
             install_latency: LatencyRecorder::new(),
         }
@@ -279,6 +291,12 @@ impl Counters {
             },
             fault_latency_us: self.fault_latency.load().summary(),
             installed_bytes: self.installed_bytes.get(),
+            given_back_bytes: self.given_back_bytes.get(),
+            prefault: PrefaultCounts {
+                late: self.late.get(),
+                missed: self.missed.get(),
+                held_out_used: self.held_out_used.get(),
+            },
         }
     }
 }
@@ -322,7 +340,12 @@ mod tests {
                 Ok(())
             }
         }
-        let record = ForkRecord::new("a".parse().unwrap(), Template::from_source(Nothing), false);
+        let record = ForkRecord::new(
+            "a".parse().unwrap(),
+            Template::from_source(Nothing),
+            Plan::default(),
+            false,
+        );
         assert!(record.end(ForkState::Failed, Some(Arc::new(FailReason::Killed))));
         assert!(!record.end(ForkState::Exited, None));
         assert_eq!(record.state(), ForkState::Failed);

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::Error;
 use super::failure::FailReason;
-use super::fork::{ForkEvent, ForkId, ForkState};
+use super::fork::{ForkEvent, ForkId, ForkState, Plan};
 use super::record::ForkRecord;
+use super::served_fork::Watched;
 use crate::template::Template;
 
 /// Told of every turn in the life of every fork, on the thread where it happens: it must not block.
@@ -35,11 +36,17 @@ impl Registry {
     }
 
     /// Takes the name for a new fork: looking and taking are one step, so no two forks can have it.
-    pub(super) fn insert(&self, id: ForkId, template: Template, anonymous: bool) -> Result<Arc<ForkRecord>, Error> {
+    pub(super) fn insert(
+        &self,
+        id: ForkId,
+        template: Template,
+        plan: Plan,
+        anonymous: bool,
+    ) -> Result<Arc<ForkRecord>, Error> {
         match self.forks().entry(id.clone()) {
             Entry::Occupied(_) => Err(Error::ForkExists(id)),
             Entry::Vacant(vacant) => {
-                let record = ForkRecord::new(id, template, anonymous);
+                let record = ForkRecord::new(id, template, plan, anonymous);
                 Ok(Arc::clone(vacant.insert(Arc::new(record))))
             }
         }
@@ -63,6 +70,18 @@ impl Registry {
 
     pub(super) fn observe(&self, event: ForkEvent) {
         (self.observer)(event);
+    }
+
+    /// Tells what a fork's first faults have shown.
+    pub(super) fn report(&self, record: &ForkRecord, watched: Watched) {
+        let id = || record.id.clone();
+        if let Some(recording) = watched.recording.map(Arc::new) {
+            self.observe(ForkEvent::Recorded { id: id(), recording });
+        }
+        if let Some(tally) = watched.tally {
+            record.template.note_prefault(tally);
+            self.observe(ForkEvent::Prefaulted { id: id(), tally });
+        }
     }
 
     /// Ends a fork and tells everybody, once.

@@ -141,7 +141,7 @@ impl Server {
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
-        let record = self.registry.insert(id, template.clone(), false)?;
+        let record = self.registry.insert(id, template.clone(), options.plan, false)?;
         // Checked only now: a template that is withdrawn is marked first, and then all its forks are looked for.
         let bound = template
             .check()
@@ -191,6 +191,7 @@ impl Server {
             user: expected_user(options),
             guests: Guests::Any {
                 template: template.clone(),
+                plan: options.plan,
                 prefix: prefix.to_string(),
                 next: 0,
                 handshakes: 0,

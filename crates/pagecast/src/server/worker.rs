@@ -256,6 +256,9 @@ impl Worker {
                 reason,
             });
         }
+        if let Some(watched) = served.fork.take_watched() {
+            self.registry.report(&served.fork.record, watched);
+        }
         match result {
             Ok(()) => self.note_restless(slot),
             Err(End::PeerGone) => self.finish(slot, ForkState::Exited, None),
@@ -294,12 +297,15 @@ impl Worker {
 
     /// Lets go of a fork, first of everything it holds, then says so.
     fn finish(&mut self, slot: usize, state: ForkState, reason: Option<FailReason>) {
-        let Some(Served { fork, .. }) = self.forks.try_remove(slot) else {
+        let Some(Served { mut fork, .. }) = self.forks.try_remove(slot) else {
             return;
         };
         // A userfaultfd stays in the epoll set for as long as the VMM has its copy, so closing ours is not enough.
         let _ = epoll::delete(&self.epoll, &fork.uffd);
         let record = Arc::clone(&fork.record);
+        if let Some(watched) = fork.end_watch() {
+            self.registry.report(&record, watched);
+        }
         drop(fork);
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.registry.end(&record, state, reason);
@@ -392,6 +398,10 @@ impl Worker {
             pid: fork.peer.pid,
             memory_bytes: record.memory_bytes(),
             regions: record.regions.get().map_or(0, |regions| regions.len()),
+        });
+        self.step(slot, |fork, _| {
+            fork.begin();
+            Ok(())
         });
         // Whatever was wanted of it before it came here.
         self.review(slot);

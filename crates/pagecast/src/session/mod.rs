@@ -6,27 +6,30 @@
 //! [`Session::release_parked`], which the driver calls after a pause of its choice; what needs bytes that are not there
 //! yet waits for [`Session::bytes_ready`].
 //!
-//! To complete a fork, [`Session::begin_completion`]; from then on [`Session::next_fill`] hands out what is left to
-//! install, run by run, after all demand faults, and at the end says that the regions can be unregistered.
+//! What is to be installed though nobody waits for it (a prefault, a completion) is handed out by [`Session::next_fill`],
+//! piece by piece: [`Session::fill_parts`] says what of a piece is still absent, [`Session::on_filled`] takes note of what
+//! came of it. Long runs of zeros need not be installed at all: [`Session::next_give_back`].
 
-mod page_set;
+mod filling;
+mod give_back;
 mod page_states;
 mod region;
 mod step;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use pagecast_uffd::{Event, FaultFlags, HostRange, Outcome, PageFault};
 
 use crate::page::{PageIndex, PageSize};
-use crate::template::TemplateOffset;
+use crate::template::{PrefaultPlan, Run, TemplateOffset};
+pub use filling::Fill;
+use filling::Filling;
+use give_back::GiveBack;
+pub use give_back::ZeroRange;
 use page_states::{PageState, PageStates};
 pub use region::{Region, RegionIndex, RegionMap};
-pub use step::{After, Content, FillRun, Install, Noted, PageRef, Purpose, Step, Violation};
-
-/// The most bytes one fill installs at once, so that a demand fault never waits long behind it. Chunks of 64 KiB and more
-/// run at the full speed of `UFFDIO_COPY`.
-const FILL_BYTES: u64 = 256 * 1024;
+pub use step::{After, Content, Install, Noted, PageRef, Step, Violation};
 
 /// How often in a row the same page may fault though it is installed before we call it lost. Threads that fault at once
 /// make a few; no VMM has this many.
@@ -46,17 +49,8 @@ pub struct Session {
     awaiting_bytes: usize,
     /// The page that last faulted though installed, and how often in a row.
     repeated: Option<(PageRef, u32)>,
-    completion: Option<Completion>,
-}
-
-/// How far a completion has come.
-#[derive(Clone, Copy, Debug)]
-struct Completion {
-    /// Everything before this has been installed or needs not be.
-    region: RegionIndex,
-    page: PageIndex,
-    /// Install single pages up to the end of this run: it spans mappings that were split.
-    single_pages: bool,
+    filling: Filling,
+    give_back: GiveBack,
 }
 
 impl Session {
@@ -73,7 +67,8 @@ impl Session {
             parked: Vec::new(),
             awaiting_bytes: 0,
             repeated: None,
-            completion: None,
+            filling: Filling::default(),
+            give_back: GiveBack::default(),
         }
     }
 
@@ -114,7 +109,12 @@ impl Session {
             return Ok(Noted::SameFault);
         }
         self.ready.push_back(at);
-        Ok(Noted::Fault)
+        let page_size = self.regions.get(region).map_or(PageSize::Small, Region::page_size);
+        let offset = self
+            .regions
+            .get(region)
+            .map_or(TemplateOffset::new(0), |region| region.offset_of(page));
+        Ok(Noted::Fault { offset, page_size })
     }
 
     fn on_remove(&mut self, range: HostRange) -> usize {
@@ -166,15 +166,8 @@ impl Session {
         self.next_step()
     }
 
-    /// Takes note of what an install came to.
+    /// Takes note of what the install of a demand fault came to.
     pub fn on_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
-        match install.purpose {
-            Purpose::Demand => self.on_demand_outcome(install, outcome),
-            Purpose::Fill => self.on_fill_outcome(install, outcome),
-        }
-    }
-
-    fn on_demand_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
         let at = install.at;
         match outcome {
             Outcome::Installed => {
@@ -221,126 +214,107 @@ impl Session {
         self.ready.extend(self.parked.drain(..));
     }
 
+    /// Installs this working set ahead of its faults. Where a completion goes on too, this comes first.
+    pub fn begin_working_set(&mut self, plan: Arc<PrefaultPlan>) {
+        self.filling.begin_working_set(plan);
+    }
+
+    /// Installs everything ahead of its faults, after what else there is, and goes on serving.
+    pub fn begin_all(&mut self) {
+        self.filling.begin_all();
+    }
+
+    /// Gives up what was to be installed ahead, but not a completion.
+    pub fn stop_prefault(&mut self) {
+        self.filling.stop_prefault();
+    }
+
     /// Begins to complete the fork. Idempotent.
     pub fn begin_completion(&mut self) {
-        self.completion.get_or_insert(Completion {
-            region: RegionIndex::FIRST,
-            page: PageIndex::new(0),
-            single_pages: false,
-        });
+        self.filling.begin_completion();
     }
 
     /// Gives the completion up; the fork is served as before. What was installed stays.
     pub fn abandon_completion(&mut self) {
-        self.completion = None;
+        self.filling.abandon_completion();
     }
 
     /// Whether a completion was begun and not given up.
     pub fn is_completing(&self) -> bool {
-        self.completion.is_some()
+        self.filling.is_completing()
     }
 
-    /// The next run to fill; `None` where everything is in place (or nothing is to be completed), and the regions can be
-    /// unregistered. The same again until [`fill_part`](Self::fill_part) has been taken to its end and reported.
-    pub fn next_fill(&mut self) -> Option<FillRun> {
-        loop {
-            let completion = self.completion.as_mut()?;
-            let region = self.regions.get(completion.region)?;
-            let most = usize::try_from(FILL_BYTES / region.page_size().bytes()).map_or(1, |pages| pages.max(1));
-            let states = self.states.get(completion.region.get())?;
-            if let Some((first, pages)) = states.next_absent(completion.page, most) {
-                completion.page = first;
-                return Some(FillRun {
-                    region: completion.region,
-                    first,
-                    pages,
-                    from: region.offset_of(first),
-                    page_size: region.page_size(),
-                });
-            }
-            completion.region = completion.region.next();
-            completion.page = PageIndex::new(0);
-        }
+    /// Whether there is something left for [`next_fill`](Self::next_fill) or [`next_give_back`](Self::next_give_back).
+    pub fn wants_to_fill(&self) -> bool {
+        self.filling.is_wanted() || !self.give_back.is_done()
     }
 
-    /// What of `run` is still to be installed, from where the last part ended. `None` at its end, or where the completion
-    /// has been given up, or begun again and not come to `run` yet.
-    pub fn fill_part(&mut self, run: &FillRun) -> Option<Install> {
-        let end = run.first.get() + run.pages;
-        // A run that an earlier completion asked for may lie ahead of this one, and its bytes belong nowhere else.
-        let here = |at: &&mut Completion| at.region == run.region && at.page >= run.first;
-        let completion = self.completion.as_mut().filter(here)?;
-        let left = end.checked_sub(completion.page.get()).filter(|left| *left > 0);
-        let most = if completion.single_pages { 1 } else { run.pages };
-        let states = self.states.get(run.region.get())?;
-        let found = left.and_then(|_| states.next_absent(completion.page, most));
-        let Some((first, pages)) = found.filter(|(first, _)| first.get() < end) else {
-            completion.page = completion.page.max(PageIndex::new(end));
-            completion.single_pages = false;
-            return None;
+    /// The next piece to fill, once each: it has to be carried to its end, or is lost to this prefault or completion. `None`
+    /// where everything has been handed out; once that is carried out too, and a completion was wanted, the regions can be
+    /// unregistered.
+    pub fn next_fill(&mut self) -> Option<Fill> {
+        self.filling.next(&self.regions, &self.states)
+    }
+
+    /// What of this piece is still to be installed, in ascending order. Nothing once it has come to its end.
+    pub fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
+        let (Some(region), Some(states)) = (self.regions.get(fill.region), self.states.get(fill.region.get())) else {
+            return Vec::new();
         };
-        completion.page = first;
-        let pages = pages.min(end - first.get());
-        let region = self.regions.get(run.region)?;
-        Some(Install {
-            at: PageRef {
-                region: run.region,
-                page: first,
-            },
-            pages,
-            to: region.range_of(first, pages),
-            page_size: run.page_size,
-            content: Content::Template(region.offset_of(first)),
-            purpose: Purpose::Fill,
-        })
-    }
-
-    /// The pages of this part are zeros in the template. They need not be installed: once unregistered, the kernel fills
-    /// them with zeros by itself.
-    pub fn skip_fill(&mut self, install: &Install) {
-        self.advance_fill(install.at, install.pages);
-    }
-
-    fn on_fill_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
-        let at = install.at;
-        match outcome {
-            Outcome::Installed => {
-                self.set_installed(at, install.pages);
-                self.advance_fill(at, install.pages);
-                After::Done
-            }
-            Outcome::Retry { installed } => {
-                let pages = usize::try_from(installed.get() / install.page_size.bytes()).unwrap_or(0);
-                self.set_installed(at, pages);
-                self.advance_fill(at, pages);
-                After::Parked
-            }
-            Outcome::AlreadyPresent => {
-                self.set_installed(at, 1);
-                self.advance_fill(at, 1);
-                After::Done
-            }
-            // The kernel installs into one mapping at a time and says the same where a run spans two.
-            Outcome::NotRegistered if install.pages > 1 => {
-                if let Some(completion) = &mut self.completion {
-                    completion.single_pages = true;
-                }
-                After::Done
-            }
-            Outcome::NotRegistered => {
-                self.advance_fill(at, 1);
-                After::Done
-            }
-            Outcome::OutOfMemory => After::OutOfMemory,
-            Outcome::PeerGone => After::PeerGone,
-            Outcome::Failed(errno) => After::Failed(errno),
+        let mut parts = Vec::new();
+        let mut from = fill.next;
+        while from < fill.end {
+            let most = if fill.single_pages {
+                1
+            } else {
+                fill.end.get() - from.get()
+            };
+            let Some((first, pages)) = states.next_absent(from, most).filter(|(first, _)| *first < fill.end) else {
+                break;
+            };
+            let pages = pages.min(fill.end.get() - first.get());
+            from = PageIndex::new(first.get() + pages);
+            parts.push(Install {
+                at: PageRef {
+                    region: fill.region,
+                    page: first,
+                },
+                pages,
+                to: region.range_of(first, pages),
+                page_size: fill.page_size,
+                content: Content::Template(region.offset_of(first)),
+            });
         }
+        parts
     }
 
-    fn advance_fill(&mut self, from: PageRef, pages: usize) {
-        if let Some(completion) = &mut self.completion {
-            completion.page = PageIndex::new(from.page.get() + pages);
-        }
+    /// Takes note of what installing a part of a piece came to: how many pages are there now, and what is left to do.
+    pub fn on_filled(&mut self, fill: &mut Fill, part: &Install, outcome: Outcome) -> (usize, After) {
+        let (present, after) = fill.on_outcome(part, outcome);
+        self.set_installed(part.at, present);
+        (present, after)
+    }
+
+    /// The kernel itself is to fill long runs of zeros: of these runs of the template, which are zeros, those that are worth
+    /// it.
+    pub fn begin_give_back(&mut self, zeros: impl IntoIterator<Item = Run>) {
+        self.give_back = GiveBack::new(&self.regions, zeros);
+    }
+
+    /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once.
+    pub fn next_give_back(&mut self) -> Option<ZeroRange> {
+        self.give_back.next(&self.regions, &self.states)
+    }
+
+    /// It was unregistered.
+    pub fn on_given_back(&mut self, range: &ZeroRange) {
+        // Whoever faulted there meanwhile finds it by a touch.
+        self.set_installed(range.at, range.pages);
+    }
+
+    /// Nothing more can be given back.
+    pub fn stop_give_back(&mut self) {
+        self.give_back = GiveBack::default();
     }
 
     /// Every run of absent pages, each within one region: what a completion would have to look at. As offset in the
@@ -394,7 +368,6 @@ impl Session {
             to: region.range_of(at.page, 1),
             page_size: region.page_size(),
             content,
-            purpose: Purpose::Demand,
         })
     }
 

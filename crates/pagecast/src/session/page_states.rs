@@ -1,7 +1,7 @@
 //! What is known of each page of a region.
 
-use super::page_set::PageSet;
 use crate::page::PageIndex;
+use crate::page_set::PageSet;
 
 /// The states of a region's pages.
 ///
@@ -75,6 +75,12 @@ impl PageStates {
     /// The next run of absent pages at or after `from`, cut at `most` pages.
     pub(crate) fn next_absent(&self, from: PageIndex, most: usize) -> Option<(PageIndex, usize)> {
         self.installed.next_run_outside(self.removed.as_ref(), from, most)
+    }
+
+    /// Whether a fault of one of `count` pages from `first` on waits for its answer.
+    pub(crate) fn is_pending(&self, first: PageIndex, count: usize) -> bool {
+        let pending = self.pending.next_inside(first);
+        pending.is_some_and(|page| page.get() < first.get() + count)
     }
 }
 

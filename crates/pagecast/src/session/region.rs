@@ -145,6 +145,27 @@ impl RegionMap {
         self.sorted.get(index.0)
     }
 
+    /// The pages that hold any of `len` bytes of the template from `at` on: of each region that has some, the first and how
+    /// many.
+    pub(crate) fn pages_of_template(
+        &self,
+        at: TemplateOffset,
+        len: ByteLen,
+    ) -> impl Iterator<Item = (RegionIndex, PageIndex, usize)> {
+        let end = at.get().saturating_add(len.get());
+        self.iter().filter_map(move |(index, region)| {
+            let offset = region.offset.get();
+            let from = at.get().max(offset);
+            let to = end.min(offset + region.memory.len().get());
+            let page = region.page_size.bytes();
+            (from < to).then(|| {
+                let first = (from - offset) / page;
+                let pages = (to - offset).div_ceil(page) - first;
+                (index, PageIndex::new(to_usize(first)), to_usize(pages))
+            })
+        })
+    }
+
     /// The first page of the first region, as memory of the VMM; `None` where there is no region.
     pub(crate) fn first_page(&self) -> Option<HostRange> {
         self.sorted.first().map(|region| region.range_of(PageIndex::new(0), 1))

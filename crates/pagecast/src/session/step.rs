@@ -35,8 +35,6 @@ pub struct Install {
     pub page_size: PageSize,
     /// What they hold.
     pub content: Content,
-    /// For whom.
-    pub purpose: Purpose,
 }
 
 /// What a page holds.
@@ -46,40 +44,6 @@ pub enum Content {
     Template(TemplateOffset),
     /// Zeros, because the guest gave the page back.
     Zeros,
-}
-
-/// For whom a page is installed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// Somebody waits for it.
-    Demand,
-    /// Nobody does: it is left to do until the fork is complete.
-    Fill,
-}
-
-/// A run of pages to fill. Some of them may be installed or removed by the time their bytes are there, so what is really
-/// installed comes from [`Session::fill_part`](super::Session::fill_part).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FillRun {
-    pub(super) region: RegionIndex,
-    pub(super) first: PageIndex,
-    pub(super) pages: usize,
-    /// Where their bytes begin in the template.
-    pub from: TemplateOffset,
-    /// The size of each page.
-    pub page_size: PageSize,
-}
-
-impl FillRun {
-    /// The length of the run, for a buffer.
-    pub fn bytes(&self) -> usize {
-        self.pages * self.page_size.as_usize()
-    }
-
-    /// Where `install`, a part of this run, lies within its bytes.
-    pub fn position_of(&self, install: &Install) -> usize {
-        install.at.page.get().saturating_sub(self.first.get()) * self.page_size.as_usize()
-    }
 }
 
 impl Install {
@@ -95,6 +59,26 @@ impl Install {
         }
     }
 
+    /// The same without its first `pages` pages; `None` where it has no more.
+    pub fn after(self, pages: usize) -> Option<Self> {
+        let left = self.pages.checked_sub(pages).filter(|left| *left > 0)?;
+        let skipped = ByteLen::new(pages as u64 * self.page_size.bytes());
+        let content = match self.content {
+            Content::Template(from) => Content::Template(TemplateOffset::new(from.get() + skipped.get())),
+            Content::Zeros => Content::Zeros,
+        };
+        Some(Self {
+            at: PageRef {
+                region: self.at.region,
+                page: PageIndex::new(self.at.page.get() + pages),
+            },
+            pages: left,
+            to: HostRange::between(HostAddr::new(self.to.start().get() + skipped.get()), self.to.end())?,
+            content,
+            ..self
+        })
+    }
+
     /// Its length in bytes, for a buffer.
     pub fn bytes(&self) -> usize {
         self.pages * self.page_size.as_usize()
@@ -105,7 +89,12 @@ impl Install {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Noted {
     /// A fault that now waits for its answer.
-    Fault,
+    Fault {
+        /// Where the page is in the template.
+        offset: TemplateOffset,
+        /// Its size.
+        page_size: PageSize,
+    },
     /// A fault of a page for which one waits already.
     SameFault,
     /// So many pages were removed.

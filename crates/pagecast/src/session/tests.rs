@@ -6,6 +6,7 @@ use pagecast_uffd::{ByteLen, FaultFlags, HostAddr};
 use proptest::prelude::*;
 
 use super::*;
+use crate::template::{Recording, WorkingSet};
 
 const PAGES: usize = 24;
 const THREADS: usize = 4;
@@ -27,6 +28,13 @@ fn offset(page: usize) -> u64 {
         page - FIRST_REGION
     };
     moved as u64 * PAGE
+}
+
+/// Which of the model's pages lies there in the template.
+fn page_in_template(index: usize) -> usize {
+    (0..PAGES)
+        .find(|page| offset(*page) == index as u64 * PAGE)
+        .expect("a page of the template")
 }
 
 fn page_of(address: HostAddr) -> usize {
@@ -69,7 +77,7 @@ struct Kernel {
     waiting: [Option<usize>; THREADS],
     faults: VecDeque<usize>,
     removers: Vec<(Remover, usize, usize)>,
-    registered: bool,
+    registered: [bool; PAGES],
     /// Pages that are zeros in the template.
     zeros: [bool; PAGES],
 }
@@ -82,7 +90,7 @@ impl Kernel {
             waiting: [None; THREADS],
             faults: VecDeque::new(),
             removers: Vec::new(),
-            registered: true,
+            registered: [true; PAGES],
             zeros,
         }
     }
@@ -92,7 +100,7 @@ impl Kernel {
             return;
         }
         match self.memory[page] {
-            Memory::Absent if self.registered => {
+            Memory::Absent if self.registered[page] => {
                 self.waiting[thread] = Some(page);
                 self.faults.push_back(page);
             }
@@ -118,8 +126,25 @@ impl Kernel {
 
     fn remove(&mut self, first: usize, count: usize) {
         let end = (first + count).min(PAGES);
-        if self.registered && self.removers.len() < 2 {
-            self.removers.push((Remover::Queued, first, end - first));
+        if self.removers.len() >= 2 {
+            return;
+        }
+        let mut from = first;
+        while from < end {
+            let registered = self.registered[from];
+            let to = (from..end)
+                .find(|page| self.registered[*page] != registered)
+                .unwrap_or(end);
+            if registered {
+                // Each mapping is given back by itself.
+                self.removers.push((Remover::Queued, from, to - from));
+            } else {
+                for page in from..to {
+                    self.memory[page] = Memory::Absent;
+                    self.dropped[page] = true;
+                }
+            }
+            from = to;
         }
     }
 
@@ -174,6 +199,9 @@ impl Kernel {
                 installed: ByteLen::ZERO,
             };
         }
+        if (first..first + count).any(|page| !self.registered[page]) {
+            return Outcome::NotRegistered;
+        }
         for done in 0..count {
             let page = first + done;
             if self.memory[page] != Memory::Absent {
@@ -206,7 +234,7 @@ impl Kernel {
 
     /// Somebody else puts the page in place and wakes nobody.
     fn install_by_another(&mut self, page: usize) {
-        if self.memory[page] == Memory::Absent && self.registered && !self.is_changing() {
+        if self.memory[page] == Memory::Absent && self.registered[page] && !self.is_changing() {
             let zeros = self.may_be_zeros(page);
             self.memory[page] = if zeros { Memory::Zeros } else { Memory::Template };
         }
@@ -222,9 +250,11 @@ impl Kernel {
         }
     }
 
-    fn unregister(&mut self) {
-        self.registered = false;
-        for page in 0..PAGES {
+    fn unregister(&mut self, first: usize, count: usize) {
+        for page in first..first + count {
+            self.registered[page] = false;
+            // A fault that was not read is not told any more.
+            self.faults.retain(|fault| *fault != page);
             self.wake(page);
         }
     }
@@ -242,7 +272,10 @@ enum Act {
     BytesArrive(usize),
     Complete,
     Abandon,
-    Fill,
+    Fill(usize),
+    Prefault,
+    All,
+    StopPrefault,
 }
 
 fn acts() -> impl Strategy<Value = Vec<Act>> {
@@ -257,7 +290,10 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         2 => (0..8usize).prop_map(Act::BytesArrive),
         1 => Just(Act::Complete),
         1 => Just(Act::Abandon),
-        3 => Just(Act::Fill),
+        3 => (0..8usize).prop_map(Act::Fill),
+        1 => Just(Act::Prefault),
+        1 => Just(Act::All),
+        1 => Just(Act::StopPrefault),
     ];
     proptest::collection::vec(act, 0..300)
 }
@@ -269,9 +305,41 @@ struct Driver {
     /// Whether a page's bytes are not there when first asked for.
     slow: [bool; PAGES],
     awaited: Vec<Install>,
+    /// Fills that were begun.
+    fills: Vec<Fill>,
+    /// The working set, if one is to be prefaulted.
+    working_set: Arc<WorkingSet>,
 }
 
 impl Driver {
+    fn new(zeros: [bool; PAGES], slow: [bool; PAGES], order: &[usize]) -> Self {
+        let mut recording = Recording::new(ByteLen::new(PAGES as u64 * PAGE));
+        for page in order {
+            recording.push(TemplateOffset::new(offset(*page)));
+        }
+        let mut session = Session::new(regions());
+        let mut runs: Vec<Run> = Vec::new();
+        for page in (0..PAGES).filter(|page| zeros[page_in_template(*page)]) {
+            let at = page as u64 * PAGE;
+            match runs.last_mut() {
+                Some(run) if run.at.get() + run.len.get() == at => run.len = ByteLen::new(run.len.get() + PAGE),
+                _ => runs.push(Run {
+                    at: TemplateOffset::new(at),
+                    len: ByteLen::new(PAGE),
+                }),
+            }
+        }
+        session.give_back = GiveBack::bounded(&session.regions, runs, 2, 3);
+        Self {
+            kernel: Kernel::new(zeros),
+            session,
+            slow,
+            awaited: Vec::new(),
+            fills: Vec::new(),
+            working_set: Arc::new(WorkingSet::of(&recording)),
+        }
+    }
+
     fn act(&mut self, act: &Act) {
         match *act {
             Act::Touch(thread, page) => self.kernel.touch(thread, page),
@@ -292,9 +360,19 @@ impl Driver {
                 }
             }
             Act::Complete => self.session.begin_completion(),
-            Act::Abandon if self.kernel.registered => self.session.abandon_completion(),
+            // Not once it is all but complete.
+            Act::Abandon if self.kernel.registered.contains(&true) => {
+                self.session.abandon_completion();
+                self.fills.clear();
+            }
             Act::Abandon => {}
-            Act::Fill => self.fill(),
+            Act::Fill(which) => self.fill(which),
+            Act::Prefault => {
+                let plan = PrefaultPlan::new(Arc::clone(&self.working_set), None);
+                self.session.begin_working_set(Arc::new(plan));
+            }
+            Act::All => self.session.begin_all(),
+            Act::StopPrefault => self.session.stop_prefault(),
         }
     }
 
@@ -329,34 +407,62 @@ impl Driver {
         }
     }
 
-    fn fill(&mut self) {
-        let Some(run) = self.session.next_fill() else {
+    /// One turn of filling. Each fill that is begun is carried on with until it is done, among others.
+    fn fill(&mut self, which: usize) {
+        if let Some(range) = self.session.next_give_back() {
+            let first = page_of(range.memory.start());
+            self.kernel.unregister(first, range.pages);
+            self.session.on_given_back(&range);
+            return;
+        }
+        self.fills.extend(self.session.next_fill());
+        if self.fills.is_empty() {
             if self.session.is_completing() {
-                self.kernel.unregister();
+                self.kernel.unregister(0, PAGES);
             }
             return;
-        };
-        while let Some(part) = self.session.fill_part(&run) {
+        }
+        let mut fill = self.fills.swap_remove(which % self.fills.len());
+        for part in self.session.fill_parts(&fill) {
+            if !self.fill_part(&mut fill, part) {
+                break;
+            }
+        }
+        if !self.session.fill_parts(&fill).is_empty() {
+            self.fills.push(fill);
+        }
+    }
+
+    fn fill_part(&mut self, fill: &mut Fill, part: Install) -> bool {
+        let mut left = Some(part);
+        while let Some(part) = left {
             let first = page_of(part.to.start());
             let Content::Template(from) = part.content else {
                 panic!("a fill of zeros");
             };
             assert_eq!(from.get(), offset(first));
-            if self.kernel.zeros[first] {
-                self.session.skip_fill(&part.truncated(1));
+            let zeros = self.kernel.zeros[first];
+            let pages = (first..first + part.pages)
+                .take_while(|page| self.kernel.zeros[*page] == zeros)
+                .count();
+            let piece = part.truncated(pages);
+            if zeros && fill.skips_zeros {
+                fill.skip(&piece);
+                left = part.after(pages);
                 continue;
             }
-            let pages = (first..first + part.pages)
-                .take_while(|page| !self.kernel.zeros[*page])
-                .count();
-            let part = part.truncated(pages);
             let outcome = self.kernel.install(first, pages, Memory::Template);
-            match self.session.on_outcome(&part, outcome) {
-                After::Done => {}
-                After::Parked => return,
+            match self.session.on_filled(fill, &piece, outcome) {
+                (_, After::Done) => match outcome {
+                    Outcome::NotRegistered if pages > 1 => return false,
+                    Outcome::AlreadyPresent | Outcome::NotRegistered => left = part.after(1),
+                    _ => left = part.after(pages),
+                },
+                (_, After::Parked) => return false,
                 other => panic!("{other:?}"),
             }
         }
+        true
     }
 
     /// Goes on until nobody waits for anything.
@@ -392,13 +498,9 @@ proptest! {
         zeros in any::<[bool; PAGES]>(),
         slow in any::<[bool; PAGES]>(),
         completes in any::<bool>(),
+        order in proptest::collection::vec(0..PAGES, 0..PAGES),
     ) {
-        let mut driver = Driver {
-            kernel: Kernel::new(zeros),
-            session: Session::new(regions()),
-            slow,
-            awaited: Vec::new(),
-        };
+        let mut driver = Driver::new(zeros, slow, &order);
         for act in &acts {
             driver.act(act);
         }
@@ -406,9 +508,9 @@ proptest! {
         if completes {
             driver.session.begin_completion();
             for _ in 0..100 {
-                driver.fill();
+                driver.fill(0);
             }
-            prop_assert!(!driver.kernel.registered, "never complete");
+            prop_assert_eq!(driver.kernel.registered, [false; PAGES], "never complete");
         }
         // Every page can be read, and `touch` checks what is there.
         for page in 0..PAGES {
@@ -479,7 +581,7 @@ fn a_page_that_keeps_faulting_though_installed_is_given_up_and_not_spun_on() {
 #[test]
 fn a_thread_hit_by_signals_does_not_fill_our_queues() {
     let mut session = Session::new(regions());
-    assert_eq!(session.on_event(&fault(3)), Ok(Noted::Fault));
+    assert!(matches!(session.on_event(&fault(3)), Ok(Noted::Fault { .. })));
     for _ in 0..1000 {
         assert_eq!(session.on_event(&fault(3)), Ok(Noted::SameFault));
     }
@@ -490,15 +592,60 @@ fn a_thread_hit_by_signals_does_not_fill_our_queues() {
 fn a_run_that_spans_two_mappings_is_filled_page_by_page() {
     let mut session = Session::new(regions());
     session.begin_completion();
-    let run = session.next_fill().unwrap();
-    let whole = session.fill_part(&run).unwrap();
+    let mut fill = session.next_fill().unwrap();
+    let [whole] = *session.fill_parts(&fill) else {
+        panic!("several parts");
+    };
     assert_eq!(whole.pages, FIRST_REGION);
-    assert_eq!(session.on_outcome(&whole, Outcome::NotRegistered), After::Done);
-    for page in 0..FIRST_REGION {
-        let part = session.fill_part(&run).unwrap();
-        assert_eq!((part.pages, page_of(part.to.start())), (1, page));
-        assert_eq!(session.on_outcome(&part, Outcome::Installed), After::Done);
+    let refused = session.on_filled(&mut fill, &whole, Outcome::NotRegistered);
+    assert_eq!(refused, (0, After::Done));
+    let parts = session.fill_parts(&fill);
+    let pages: Vec<usize> = parts.iter().map(|part| page_of(part.to.start())).collect();
+    assert_eq!(pages, (0..FIRST_REGION).collect::<Vec<_>>());
+    for part in &parts {
+        assert_eq!(session.on_filled(&mut fill, part, Outcome::Installed), (1, After::Done));
     }
-    assert_eq!(session.fill_part(&run), None);
-    assert_eq!(session.next_fill().map(|run| run.pages), Some(PAGES - FIRST_REGION));
+    assert!(session.fill_parts(&fill).is_empty());
+    let next = session.next_fill().unwrap();
+    assert_eq!(next.bytes() as u64, (PAGES - FIRST_REGION) as u64 * PAGE);
+    assert!(session.next_fill().is_none());
+}
+
+#[test]
+fn a_working_set_is_filled_in_first_touch_order_and_what_is_there_is_left_out() {
+    let mut driver = Driver::new([false; PAGES], [false; PAGES], &[20, 3, 4, 21]);
+    driver.session.begin_all();
+    let plan = PrefaultPlan::new(Arc::clone(&driver.working_set), None);
+    driver.session.begin_working_set(Arc::new(plan));
+    driver.kernel.touch(0, 21);
+    driver.read();
+    driver.act(&Act::Step);
+    let mut order = Vec::new();
+    while let Some(mut fill) = driver.session.next_fill() {
+        for part in driver.session.fill_parts(&fill) {
+            order.push((page_of(part.to.start()), part.pages));
+            assert!(driver.fill_part(&mut fill, part));
+        }
+    }
+    // The working set, then the rest of each region.
+    assert_eq!(order, [(20, 1), (3, 2), (0, 3), (5, 5), (10, 10), (22, 2)]);
+    assert_eq!(driver.kernel.memory, [Memory::Template; PAGES]);
+    assert!(!driver.session.is_completing());
+}
+
+#[test]
+fn zeros_are_not_given_back_where_a_fault_waits_or_a_page_is_there() {
+    let mut driver = Driver::new([true; PAGES], [false; PAGES], &[]);
+    driver.kernel.touch(0, 1);
+    driver.kernel.touch(1, 15);
+    driver.read();
+    driver.act(&Act::Step);
+    // Page 1 is there, page 15 waits.
+    let mut given = Vec::new();
+    while let Some(range) = driver.session.next_give_back() {
+        given.push((page_of(range.memory.start()), range.pages));
+        driver.session.on_given_back(&range);
+    }
+    assert_eq!(given, [(2, FIRST_REGION - 2)]);
+    assert_eq!(driver.session.unanswered(), 1);
 }

@@ -43,6 +43,39 @@ impl Identity {
         }
     }
 
+    /// How many bytes [`to_le_bytes`](Self::to_le_bytes) makes.
+    #[cfg(target_os = "linux")]
+    pub(super) const BYTES: usize = 40;
+
+    /// Its five numbers, little-endian, in the order in which they are declared.
+    #[cfg(target_os = "linux")]
+    pub(super) fn to_le_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let numbers = [
+            self.device.to_le_bytes(),
+            self.inode.to_le_bytes(),
+            self.size.to_le_bytes(),
+            self.modified_s.to_le_bytes(),
+            self.modified_ns.to_le_bytes(),
+        ];
+        bytes.copy_from_slice(numbers.as_flattened());
+        bytes
+    }
+
+    /// What [`to_le_bytes`](Self::to_le_bytes) was made of.
+    #[cfg(target_os = "linux")]
+    pub(super) fn from_le_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        let mut numbers = bytes.as_chunks().0.iter().copied();
+        let mut next = || numbers.next().unwrap_or_default();
+        Self {
+            device: u64::from_le_bytes(next()),
+            inode: u64::from_le_bytes(next()),
+            size: u64::from_le_bytes(next()),
+            modified_s: i64::from_le_bytes(next()),
+            modified_ns: i64::from_le_bytes(next()),
+        }
+    }
+
     /// Device and inode number.
     pub fn inode(&self) -> (u64, u64) {
         (self.device, self.inode)

@@ -3,16 +3,20 @@
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::time::SystemTime;
 
 use pagecast_uffd::ByteLen;
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
+use super::Run;
 use super::identity::Identity;
 use super::open::OpenError;
+use super::sidecar::SidecarError;
 use super::source::{Page, PageSource, SourceError, TemplateOffset};
 use super::zero_map::{ZeroMap, is_zero};
 use crate::page::PageSize;
@@ -24,6 +28,9 @@ const MOST_EXTENTS: usize = 4096;
 /// How much is read at once to find zeros.
 const SCAN_BYTES: usize = 1 << 20;
 
+/// `RWF_DONTCACHE` (Linux 6.14): what a read brings into the page cache does not stay there; what was there does.
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
 /// A mem-file: opened once, read-only, and held, so that renaming or replacing the path changes nothing for forks.
 ///
 /// Bytes come by `preadv2(RWF_NOWAIT)`, which answers from the page cache or says that it cannot. Unlike a mapping, this
@@ -33,13 +40,17 @@ pub struct MemFile {
     path: PathBuf,
     file: File,
     identity: Identity,
-    zeros: ZeroMap,
+    pub(super) zeros: ZeroMap,
+    /// All zeros were found by an earlier search; else why we do not know what it found.
+    kept_zeros: OnceLock<Result<(), SidecarError>>,
+    opened: SystemTime,
     /// There is a [`Lease`](super::Lease) on it.
     pub(super) leased: AtomicBool,
 }
 
 impl MemFile {
-    /// Opens the file at `path` and finds its holes.
+    /// Opens the file at `path` and finds its holes, and all other zeros where a map of them is
+    /// [kept](Self::kept_zeros) beside it.
     ///
     /// # Errors
     ///
@@ -78,13 +89,34 @@ impl MemFile {
         }
         let zeros = ZeroMap::new(ByteLen::new(size));
         find_holes(&file, size, &zeros).map_err(cannot_open)?;
-        Ok(Self {
+        let mem_file = Self {
             path: path.to_owned(),
             file,
             identity: Identity::of(&metadata),
             zeros,
+            kept_zeros: OnceLock::new(),
+            opened: SystemTime::now(),
             leased: AtomicBool::new(false),
-        })
+        };
+        mem_file.kept_zeros.get_or_init(|| mem_file.load_zeros(metadata.uid()));
+        Ok(mem_file)
+    }
+
+    /// Whether all its zeros were known when it was opened, from a map that was kept beside it; else why not. Where it was
+    /// not, they are found anew.
+    ///
+    /// # Errors
+    ///
+    /// [`SidecarError`]; [`Missing`](SidecarError::Missing) the first time.
+    pub fn kept_zeros(&self) -> Result<(), &SidecarError> {
+        self.kept_zeros
+            .get()
+            .map_or(Err(&SidecarError::Missing), |kept| kept.as_ref().copied())
+    }
+
+    /// When it was opened.
+    pub(super) fn opened(&self) -> SystemTime {
+        self.opened
     }
 
     /// The path it was opened at. It may lead elsewhere by now; see [`check_path`](Self::check_path).
@@ -116,6 +148,21 @@ impl MemFile {
             Some(how) => Err(SourceError::Changed { how }),
             None => Ok(()),
         }
+    }
+
+    /// Fills `buffer` like [`read`](PageSource::read), and leaves the page cache as it is where the kernel and the file system
+    /// can: a search of the whole template would push out what others read often.
+    fn read_past_cache(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let offset = at.get().saturating_add(filled as u64);
+            match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(rest)], offset, DONTCACHE) {
+                Ok(read) if read > 0 => filled += read,
+                // The end of the file, or a kernel or a file system without this: which of them, `read` tells.
+                _ => return self.read(at, buffer),
+            }
+        }
+        Ok(())
     }
 
     fn io_error(at: TemplateOffset) -> impl FnOnce(std::io::Error) -> SourceError {
@@ -187,7 +234,14 @@ impl PageSource for MemFile {
         self.zeros.covers(at, len)
     }
 
+    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
+        self.zeros.next_run(from)
+    }
+
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        if self.kept_zeros().is_ok() {
+            return self.check_unchanged();
+        }
         let end = at.get().saturating_add(len.get()).min(self.identity.size());
         let mut buffer = vec![0; SCAN_BYTES];
         let mut at = at.get();
@@ -197,7 +251,7 @@ impl PageSource for MemFile {
                 .get_mut(..usize::try_from(len).unwrap_or(SCAN_BYTES))
                 .unwrap_or_default();
             if !self.zeros.covers(TemplateOffset::new(at), ByteLen::new(len)) {
-                self.read(TemplateOffset::new(at), chunk)?;
+                self.read_past_cache(TemplateOffset::new(at), chunk)?;
                 for (index, page) in chunk.chunks(PageSize::Small.as_usize()).enumerate() {
                     if is_zero(page) {
                         let page_at = at + index as u64 * PageSize::SMALLEST;
@@ -275,6 +329,29 @@ mod tests {
     fn all_zeros_are_found_when_asked_for() {
         let (_dir, mem_file) = mem_file();
         mem_file.find_zeros(page(0), mem_file.len()).unwrap();
+        assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
+    }
+
+    #[test]
+    fn looking_for_zeros_leaves_the_page_cache_as_it_was() {
+        let (_dir, mem_file) = mem_file();
+        mem_file.file.sync_all().unwrap();
+        rustix::fs::fadvise(&mem_file.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let ready = |index| mem_file.try_read(page(index), &mut [0; PAGE]).unwrap() != Page::NotReady;
+        let probe = rustix::io::preadv2(&mem_file.file, &mut [], 0, DONTCACHE);
+        if ready(4) || probe.is_err() {
+            return pagecast_testkit::skip::skip("RWF_DONTCACHE here (Linux 6.14; ext4, XFS)");
+        }
+        mem_file.read(page(0), &mut [0; PAGE]).unwrap();
+        rustix::fs::fadvise(
+            &mem_file.file,
+            page(4).get(),
+            std::num::NonZero::new(PageSize::SMALLEST),
+            rustix::fs::Advice::DontNeed,
+        )
+        .unwrap();
+        mem_file.find_zeros(page(0), mem_file.len()).unwrap();
+        assert!(ready(0) && !ready(4));
         assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
     }
 

@@ -10,14 +10,22 @@ mod lease;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+mod prefault_plan;
+mod prefault_score;
+mod recording;
+#[cfg(target_os = "linux")]
+mod sidecar;
 mod slow_reads;
 mod source;
+mod working_set;
+#[cfg(target_os = "linux")]
+mod zero_file;
 mod zero_map;
 mod zero_search;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
@@ -29,9 +37,18 @@ pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+pub use prefault_plan::{Planned, PrefaultPlan};
+use prefault_score::Tallies;
+pub use prefault_score::{PrefaultScore, PrefaultTally};
+pub use recording::Recording;
+#[cfg(target_os = "linux")]
+pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
+pub use working_set::{Run, WorkingSet};
+#[cfg(target_os = "linux")]
+pub use zero_file::KeepError;
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
@@ -47,6 +64,10 @@ struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
+    /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
+    working_set: Mutex<Option<Arc<WorkingSet>>>,
+    /// How the prefaults with it do.
+    tallies: Mutex<Tallies>,
     /// Why no byte of it may be given to anybody any more.
     withdrawn: OnceLock<String>,
 }
@@ -84,6 +105,8 @@ impl Template {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
+                working_set: Mutex::default(),
+                tallies: Mutex::default(),
                 withdrawn: OnceLock::new(),
             }),
         }
@@ -147,10 +170,47 @@ impl Template {
         SlowReads::submit(&self.inner, at, length, Box::new(done));
     }
 
+    /// What its forks touch first, as far as that was learned.
+    pub fn working_set(&self) -> Option<Arc<WorkingSet>> {
+        // No code that can panic runs under this lock.
+        let working_set = self.inner.working_set.lock();
+        working_set.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on new forks are given this working set, or none; those that are served go on with what they have. One of a
+    /// template of another length is taken for none.
+    pub fn set_working_set(&self, working_set: Option<Arc<WorkingSet>>) {
+        let fitting = working_set.filter(|set| set.template() == self.len());
+        let kept = self.inner.working_set.lock();
+        *kept.unwrap_or_else(PoisonError::into_inner) = fitting;
+        *self.tallies() = Tallies::default();
+    }
+
+    /// How well forks are given that working set ahead. Each new working set begins anew.
+    pub fn prefault_score(&self) -> PrefaultScore {
+        self.tallies().score()
+    }
+
+    pub(crate) fn note_prefault(&self, tally: PrefaultTally) {
+        self.tallies().add(tally);
+    }
+
+    fn tallies(&self) -> MutexGuard<'_, Tallies> {
+        // No code that can panic runs under this lock.
+        self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {
         ZeroSearch::run(&self.inner, until);
+    }
+
+    /// The same for whenever there is time: forks and whoever else wants the processors go first. `done` is told how it
+    /// ended, on the searching thread, or here where all zeros are known already; it is never called where there is no thread
+    /// to be had.
+    pub fn find_zeros_in_background(&self, done: impl FnOnce(Result<(), &SourceError>) + Send + 'static) {
+        ZeroSearch::run_in_background(&self.inner, Box::new(done));
     }
 }
 

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use pagecast_uffd::ByteLen;
 
+use super::Run;
+use crate::page::PageSize;
+
 /// A position in a template, in bytes from its beginning.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TemplateOffset(u64);
@@ -85,6 +88,19 @@ pub trait PageSource: Send + Sync + 'static {
     /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
 
+    /// The next run of small pages that are *known* to be zeros, at or after `from`, from memory alone.
+    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
+        let page = PageSize::Small.len();
+        let known = |at: &u64| self.is_known_zero(TemplateOffset::new(*at), page);
+        let mut pages = (from.get()..self.len().get()).step_by(PageSize::Small.as_usize());
+        let first = pages.find(known)?;
+        let more = pages.take_while(known).count() as u64;
+        Some(Run {
+            at: TemplateOffset::new(first),
+            len: ByteLen::new((1 + more) * PageSize::SMALLEST),
+        })
+    }
+
     /// Finds out which of the pages in `len` bytes from `at` on are zeros, for [`is_known_zero`](Self::is_known_zero). May
     /// read them all, which takes as long as it takes.
     ///
@@ -118,6 +134,10 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
 
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
         (**self).is_known_zero(at, len)
+    }
+
+    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
+        (**self).next_known_zeros(from)
     }
 
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagecast_uffd::ByteLen;
 
-use super::TemplateOffset;
+use super::{Run, TemplateOffset};
 use crate::page::PageSize;
 
 const BITS: u64 = u64::BITS as u64;
@@ -51,6 +51,18 @@ impl ZeroMap {
         })
     }
 
+    /// The next run of small pages at or after `from` that are known to be zeros.
+    pub fn next_run(&self, from: TemplateOffset) -> Option<Run> {
+        let word_at = |index: usize| self.words.get(index).map(|word| word.load(Ordering::Relaxed));
+        let start = seek(from.get().div_ceil(PageSize::SMALLEST), word_at)?;
+        let past = |index: usize| word_at(index).map(|word| !word);
+        let end = seek(start, past).unwrap_or(self.words.len() as u64 * BITS);
+        Some(Run {
+            at: TemplateOffset::new(start * PageSize::SMALLEST),
+            len: ByteLen::new((end - start) * PageSize::SMALLEST),
+        })
+    }
+
     /// How many bytes are known to be zeros.
     pub fn known_bytes(&self) -> ByteLen {
         let pages: u64 = self
@@ -59,6 +71,39 @@ impl ZeroMap {
             .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
             .sum();
         ByteLen::new(pages * PageSize::SMALLEST)
+    }
+}
+
+/// The first bit at or after `from` that is set in the words that `word_at` tells, up to the first that it does not.
+fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
+    let mut index = usize::try_from(from / BITS).ok()?;
+    let mut word = word_at(index)? & (u64::MAX << (from % BITS));
+    while word == 0 {
+        index += 1;
+        word = word_at(index)?;
+    }
+    Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
+}
+
+#[cfg(target_os = "linux")]
+impl ZeroMap {
+    /// The bits, that of the first page lowest in the first byte.
+    pub(super) fn to_le_bytes(&self) -> Vec<u8> {
+        let words = self.words.iter().map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+        words.flatten().collect()
+    }
+
+    /// Notes what [`to_le_bytes`](Self::to_le_bytes) of a map of the same template says. `false` where it is not of so
+    /// many bytes; then nothing is noted.
+    pub(super) fn set_le_bytes(&self, bytes: &[u8]) -> bool {
+        let (words, rest) = bytes.as_chunks();
+        let fits = rest.is_empty() && words.len() == self.words.len();
+        if fits {
+            for (word, bits) in self.words.iter().zip(words) {
+                word.fetch_or(u64::from_le_bytes(*bits), Ordering::Relaxed);
+            }
+        }
+        fits
     }
 }
 
@@ -142,6 +187,9 @@ mod tests {
             let known = |page: u64| runs.iter().any(|(first, pages)| (*first..first + pages).contains(&page)) && page < 300;
             let (first, pages) = probe;
             prop_assert_eq!(covers(&map, first, pages), (first..first + pages).all(known));
+            let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..300).take_while(|page| known(*page)).count() as u64));
+            let found = map.next_run(TemplateOffset::new(first * PAGE)).map(|run| (run.at.get() / PAGE, run.len.get() / PAGE));
+            prop_assert_eq!(found, expected);
         }
     }
 }

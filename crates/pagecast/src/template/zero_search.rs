@@ -11,20 +11,43 @@ use super::source::{SourceError, TemplateOffset};
 /// How much is looked at in one go.
 const STEP_BYTES: u64 = 1 << 20;
 
+/// What the search in the background leaves to everybody else: all of it, where they want it (`nice`).
+#[cfg(target_os = "linux")]
+const NICE: i32 = 19;
+
+/// What is told of how a search in the background ended.
+type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
+
 /// The search for the zeros of one template: one at a time, however many want to know, and none once all are known.
 #[derive(Default)]
 pub(super) struct ZeroSearch {
-    progress: Mutex<Progress>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    progress: Progress,
+    /// Where the thread in the background has left off, for another one to go on.
+    left_off: Option<u64>,
+    /// Who wants to know how it ends.
+    done: Vec<Done>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Progress {
     #[default]
     Idle,
-    Running,
+    Running(Urgency),
     /// All are known.
     Done,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Urgency {
+    /// Nobody waits for it.
+    Background,
+    Urgent,
 }
 
 impl ZeroSearch {
@@ -32,57 +55,226 @@ impl ZeroSearch {
     /// whoever wants to know must not. The search itself goes on.
     pub(super) fn run(template: &Arc<Inner>, until: Instant) {
         let search = &template.zero_search;
-        let mut progress = search.lock();
-        if *progress == Progress::Idle {
-            let template = Arc::clone(template);
-            let spawned = std::thread::Builder::new()
-                .name("pagecast-zeros".to_owned())
-                .spawn(move || template.zero_search.finish(look(&template)));
-            if spawned.is_err() {
-                return;
+        let mut state = search.lock();
+        match state.progress {
+            Progress::Idle if spawn(template, |template| look(template, 0, Urgency::Urgent)) => {
+                state.progress = Progress::Running(Urgency::Urgent);
             }
-            *progress = Progress::Running;
+            // From here, because a thread inherits the weight of the one that makes it, and can only ever give it up.
+            Progress::Running(Urgency::Background) if spawn(template, take_over) => {
+                state.progress = Progress::Running(Urgency::Urgent);
+            }
+            Progress::Running(_) => {}
+            Progress::Idle | Progress::Done => return,
         }
-        drop(progress);
+        drop(state);
         search.wait(until);
+    }
+
+    /// Looks for the zeros when there is nothing better to do, and says how that ended.
+    pub(super) fn run_in_background(template: &Arc<Inner>, done: Done) {
+        let mut state = template.zero_search.lock();
+        match state.progress {
+            Progress::Idle if spawn(template, |template| look(template, 0, Urgency::Background)) => {
+                state.progress = Progress::Running(Urgency::Background);
+                state.done.push(done);
+            }
+            Progress::Running(_) => state.done.push(done),
+            Progress::Done => {
+                drop(state);
+                done(Ok(()));
+            }
+            Progress::Idle => {}
+        }
     }
 
     /// Waits until nobody is looking; `false` where somebody still is.
     pub(super) fn wait(&self, until: Instant) -> bool {
-        let mut progress = self.lock();
-        while *progress == Progress::Running {
+        let mut state = self.lock();
+        while matches!(state.progress, Progress::Running(_)) {
             let left = until.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
                 return false;
             }
             let (woken, _) = self
                 .changed
-                .wait_timeout(progress, left)
+                .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
-            progress = woken;
+            state = woken;
         }
         true
     }
 
-    fn finish(&self, result: Result<(), SourceError>) {
-        // What cannot be read is counted as data; whoever needs it will say why.
-        *self.lock() = result.map_or(Progress::Idle, |()| Progress::Done);
-        self.changed.notify_all();
+    /// Whether another thread goes on from `at`, because somebody waits.
+    fn leave_off(&self, at: u64) -> bool {
+        let mut state = self.lock();
+        let wanted = state.progress == Progress::Running(Urgency::Urgent);
+        if wanted {
+            state.left_off = Some(at);
+            self.changed.notify_all();
+        }
+        wanted
     }
 
-    fn lock(&self) -> MutexGuard<'_, Progress> {
+    fn finish(&self, result: &Result<(), SourceError>) {
+        let mut state = self.lock();
+        // What cannot be read is counted as data; whoever needs it will say why.
+        state.left_off = None;
+        state.progress = if result.is_ok() { Progress::Done } else { Progress::Idle };
+        let done = std::mem::take(&mut state.done);
+        drop(state);
+        self.changed.notify_all();
+        for done in done {
+            done(result.as_ref().copied());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn look(template: &Inner) -> Result<(), SourceError> {
-    let size = template.source.len().get();
-    let steps = (0..size.div_ceil(STEP_BYTES)).map(|step| step * STEP_BYTES);
-    for at in steps {
-        template.check_not_withdrawn()?;
-        let len = STEP_BYTES.min(size - at);
-        template.source.find_zeros(TemplateOffset::new(at), ByteLen::new(len))?;
+/// Searches on a thread of its own; `false` where there is none to be had.
+fn spawn(template: &Arc<Inner>, search: fn(&Inner)) -> bool {
+    let template = Arc::clone(template);
+    std::thread::Builder::new()
+        .name("pagecast-zeros".to_owned())
+        .spawn(move || search(&template))
+        .is_ok()
+}
+
+/// Goes on where the thread in the background leaves off, if it does before it has come to the end.
+fn take_over(template: &Inner) {
+    let search = &template.zero_search;
+    let mut state = search.lock();
+    let from = loop {
+        if let Some(from) = state.left_off.take() {
+            break from;
+        }
+        if !matches!(state.progress, Progress::Running(_)) {
+            return;
+        }
+        state = search.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    };
+    drop(state);
+    look(template, from, Urgency::Urgent);
+}
+
+/// Looks at everything from `from` on, or in the background until somebody waits for it.
+fn look(template: &Inner, from: u64, urgency: Urgency) {
+    #[cfg(target_os = "linux")]
+    if urgency == Urgency::Background {
+        // Of this thread alone (`setpriority(2)`, under "C library/kernel differences"). To look with more weight than is
+        // due does no harm.
+        let _ = rustix::process::setpriority_process(None, NICE);
     }
-    Ok(())
+    let size = template.source.len().get();
+    let mut at = from;
+    let mut result = Ok(());
+    while at < size && result.is_ok() {
+        if urgency == Urgency::Background && template.zero_search.leave_off(at) {
+            return;
+        }
+        let len = STEP_BYTES.min(size - at);
+        result = template
+            .check_not_withdrawn()
+            .and_then(|()| template.source.find_zeros(TemplateOffset::new(at), ByteLen::new(len)));
+        at += len;
+    }
+    template.zero_search.finish(&result);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+    use crate::Template;
+    use crate::template::{Page, PageSource};
+
+    const STEPS: u64 = 4;
+
+    /// The number of a step, and who does it.
+    type Step = (u64, std::thread::ThreadId);
+
+    /// A template that is looked at step by step: each says where and on which thread, then waits to be let go on.
+    struct Stepped {
+        steps: Mutex<(Sender<Step>, Receiver<bool>)>,
+    }
+
+    impl PageSource for Stepped {
+        fn len(&self) -> ByteLen {
+            ByteLen::new(STEPS * STEP_BYTES)
+        }
+        fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+            Ok(Page::NotReady)
+        }
+        fn read(&self, _: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn check_unchanged(&self) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn is_known_zero(&self, _: TemplateOffset, _: ByteLen) -> bool {
+            false
+        }
+        fn find_zeros(&self, at: TemplateOffset, _: ByteLen) -> Result<(), SourceError> {
+            let steps = self.steps.lock().unwrap();
+            steps
+                .0
+                .send((at.get() / STEP_BYTES, std::thread::current().id()))
+                .unwrap();
+            if steps.1.recv().unwrap() {
+                Ok(())
+            } else {
+                Err(SourceError::Truncated { end: at.get() })
+            }
+        }
+    }
+
+    fn stepped() -> (Template, Receiver<Step>, Sender<bool>) {
+        let (step, steps) = channel();
+        let (go, gone) = channel();
+        let template = Template::from_source(Stepped {
+            steps: Mutex::new((step, gone)),
+        });
+        (template, steps, go)
+    }
+
+    #[test]
+    fn whoever_waits_takes_over_from_the_background() {
+        let (template, steps, go) = stepped();
+        let (done, ended) = channel();
+        template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
+        let (first, background) = steps.recv().unwrap();
+        // Does not wait for it, but it should hurry.
+        template.find_zeros(Instant::now());
+        go.send(true).unwrap();
+        let (second, urgent) = steps.recv().unwrap();
+        assert_eq!((first, second), (0, 1));
+        assert_ne!(background, urgent);
+        for step in 2..STEPS {
+            go.send(true).unwrap();
+            assert_eq!(steps.recv().unwrap(), (step, urgent));
+        }
+        go.send(true).unwrap();
+        assert!(ended.recv().unwrap());
+        // Known by now, so nobody looks again.
+        let (done, ended) = channel();
+        template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
+        assert!(ended.recv().unwrap() && steps.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_search_that_failed_says_so_and_can_be_tried_again() {
+        let (template, steps, go) = stepped();
+        for _ in 0..2 {
+            let (done, ended) = channel();
+            template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
+            assert_eq!(steps.recv().unwrap().0, 0);
+            go.send(false).unwrap();
+            assert!(!ended.recv().unwrap());
+        }
+    }
 }

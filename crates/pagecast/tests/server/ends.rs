@@ -15,7 +15,9 @@ use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::Expected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::fixture::{Fixture, PATIENCE, cpu_time_over, eventually, failed_with, open_fds, short_deadlines};
+use crate::fixture::{
+    Fixture, PATIENCE, asked_or_given_back, cpu_time_over, eventually, failed_with, open_fds, short_deadlines,
+};
 
 /// Longer than any test: a deadline that plays no part.
 const NEVER: Duration = Duration::from_hours(1);
@@ -71,7 +73,7 @@ fn leaves_nothing_when(end: impl FnOnce(&SimVmm)) {
     let of_data = |offset: &u64| matches!(model.expected(*offset), Expected::Pattern(_));
     let data_pages = (0..SIZE).step_by(4096).filter(of_data).count();
     assert_eq!(ended.stats.installed_bytes, data_pages as u64 * 4096, "{ended:?}");
-    assert!(ended.stats.faults.demand >= SIZE / 4096, "{ended:?}");
+    assert!(asked_or_given_back(&ended) >= SIZE / 4096, "{ended:?}");
     assert_eq!(ended.pid, i32::try_from(vmm.pid()).ok());
     assert_eq!(open_fds(), before, "open is what was open before it came");
     assert!(!fork.socket_path().exists(), "its socket is gone");
@@ -522,7 +524,7 @@ fn any_number_of_vmms_on_one_socket_are_served_each_for_itself() {
             panic!("{name} ends")
         };
         assert_eq!((status.id.as_str(), status.state), (name, ForkState::Exited));
-        assert!(status.stats.faults.demand >= 256, "{status:?}");
+        assert!(asked_or_given_back(&status) >= 256, "{status:?}");
         assert_eq!(forks(), left);
     }
     assert_eq!(

@@ -56,10 +56,21 @@ impl Fixture {
 
     /// Registers a fork.
     pub(crate) fn register(&self, id: &str) -> Fork {
-        let options = ForkOptions::new(self.folder.path().join(id));
+        self.register_with(id, |options| options)
+    }
+
+    /// Registers a fork with something other than usual.
+    pub(crate) fn register_with(&self, id: &str, change: impl FnOnce(ForkOptions) -> ForkOptions) -> Fork {
+        let options = change(ForkOptions::new(self.folder.path().join(id)));
         self.server
             .register(id.parse().unwrap(), &self.template, &options)
             .unwrap()
+    }
+
+    /// Registers a fork with something other than usual, and connects a simulated VMM.
+    pub(crate) fn fork_as(&self, id: &str, change: impl FnOnce(ForkOptions) -> ForkOptions) -> (Fork, SimVmm) {
+        let fork = self.register_with(id, change);
+        self.connect(fork, |connect| connect)
     }
 
     /// Registers a fork and connects a simulated VMM to it, as Firecracker does.
@@ -70,6 +81,10 @@ impl Fixture {
     /// The same, with a VMM that does something other than usual.
     pub(crate) fn fork_with(&self, id: &str, change: impl FnOnce(Connect) -> Connect) -> (Fork, SimVmm) {
         let fork = self.register(id);
+        self.connect(fork, change)
+    }
+
+    fn connect(&self, fork: Fork, change: impl FnOnce(Connect) -> Connect) -> (Fork, SimVmm) {
         let vmm = SimVmm::spawn().unwrap();
         vmm.run(change(Connect::new(fork.socket_path(), self.file.model())))
             .unwrap();
@@ -86,7 +101,8 @@ pub(crate) fn model(size: u64) -> TemplateModel {
         seed: 1,
         layout: Layout {
             zero_every: NonZeroU64::new(7),
-            holes: vec![100..200, 1000..1024],
+            // One that is too short to be given back to the kernel.
+            holes: vec![100..200, 300..308, 1000..1024],
         },
     }
 }
@@ -131,6 +147,16 @@ impl Bystander {
         let report = self.vmm.run(read).unwrap();
         assert_eq!(report.checked.mismatches, 0, "{report:?}");
     }
+}
+
+/// How many pages of a fork were asked for, or would have been if the kernel did not fill them in by itself.
+pub(crate) fn asked_or_given_back(status: &ForkStatus) -> u64 {
+    status.stats.faults.demand + given_back(status)
+}
+
+/// How many pages of a fork the kernel fills in by itself: its long runs of zeros.
+pub(crate) fn given_back(status: &ForkStatus) -> u64 {
+    status.stats.given_back_bytes / 4096
 }
 
 /// The code of the reason why a fork failed.

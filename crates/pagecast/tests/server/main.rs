@@ -15,6 +15,7 @@ mod fixture;
 mod hugepages;
 mod kills;
 mod lease;
+mod prefault;
 mod removal;
 mod scripted_source;
 mod serving;

@@ -10,7 +10,7 @@ use pagecast_testkit::skip::skip;
 use rustix::process::Pid;
 use rustix::thread::CpuSet;
 
-use crate::fixture::{Fixture, PATIENCE, eventually, model};
+use crate::fixture::{Fixture, PATIENCE, eventually, given_back, model};
 use crate::scripted_source::{Access, Script};
 use crate::vmm_process::{self, alone, cpu_time_of, in_page_fault, in_removal};
 
@@ -52,7 +52,10 @@ fn removed_pages_read_as_zeros_whether_touched_before_or_not() {
     let removed: u64 = ranges.iter().map(|range| range.end - range.start).sum();
     vmm.run(Remove { ranges }).unwrap();
     read_all(&vmm);
-    assert_eq!(fork.status().stats.faults.removed, removed);
+    // What was given back to the kernel needs not be told to us: it is zeros before and after.
+    let status = fork.status();
+    let told = status.stats.faults.removed;
+    assert!(told <= removed && told + given_back(&status) >= removed, "{status:?}");
 
     let generation = NonZeroU32::MIN;
     let pages = Pages::range(950..1550);

@@ -139,10 +139,10 @@ fn a_written_template_is_noticed_where_only_zeros_are_asked_for() {
     let fixture = Fixture::new();
     let (fork, vmm) = fixture.fork("a");
     open_to_write(&fixture)
-        .write_all_at(&vec![0xEE; 4096], 150 * 4096)
+        .write_all_at(&vec![0xEE; 4096], 305 * 4096)
         .unwrap();
     let read = Read {
-        pages: Pages::range(150..151),
+        pages: Pages::range(305..306),
         ..Read::default()
     };
     assert!(vmm.start(read).unwrap().join_within(PATIENCE).is_err());

@@ -1,6 +1,9 @@
 //! One fork being served: carries out what its session decides.
 
 mod completion;
+mod filling;
+mod lane;
+mod watch;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -11,8 +14,10 @@ use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
 use super::failure::FailReason;
 use super::record::ForkRecord;
 use crate::page::PageSize;
-use crate::session::{After, Content, FillRun, Install, Noted, PageRef, Purpose, Session, Step, Violation};
+use crate::session::{After, Content, Fill, Install, Noted, PageRef, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
+use watch::Watch;
+pub(super) use watch::Watched;
 
 /// The first pause before a retry: about what the thread that the kernel waits for takes to run again.
 const FIRST_PAUSE: Duration = Duration::from_micros(50);
@@ -75,7 +80,8 @@ impl From<SourceError> for End {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Awaited {
     Fault(PageRef),
-    Fill(FillRun),
+    /// The fill of this number.
+    Fill(u64),
 }
 
 /// A read that has not come back.
@@ -115,7 +121,14 @@ pub(super) struct ServedFork {
     unread: bool,
     reads: Vec<Read>,
     retry: Option<Retry>,
+    /// Fills that were begun and not ended, for lack of room or because their mapping was split.
+    fills: Vec<Fill>,
+    /// The fill that waits for its bytes, and how many have.
+    reading: Option<Fill>,
+    fills_read: u64,
     fill_pause: Option<Instant>,
+    watch: Watch,
+    watched: Option<Watched>,
     /// All regions are unregistered; what is left is to be sure that nobody waits for us.
     unregistered: bool,
     given_up: Option<Arc<FailReason>>,
@@ -141,7 +154,12 @@ impl ServedFork {
             unread: false,
             reads: Vec::new(),
             retry: None,
+            fills: Vec::new(),
+            reading: None,
+            fills_read: 0,
             fill_pause: None,
+            watch: Watch::default(),
+            watched: None,
             unregistered: false,
             given_up: None,
         }
@@ -165,7 +183,12 @@ impl ServedFork {
             first_read.get_or_insert_with(Instant::now);
             for event in scratch.events.drain(..) {
                 match self.session.on_event(&event)? {
-                    Noted::Fault | Noted::SameFault => self.record.counters.demand.add(1),
+                    Noted::Fault { offset, page_size } => {
+                        self.record.counters.demand.add(1);
+                        self.watch
+                            .note(offset, page_size, &self.template, &self.record.counters);
+                    }
+                    Noted::SameFault => self.record.counters.demand.add(1),
                     Noted::Removed { pages } => self.record.counters.removed.add(pages as u64),
                 }
             }
@@ -243,37 +266,18 @@ impl ServedFork {
         let Tried { outcome, begun } = tried;
         let counters = &self.record.counters;
         if outcome == Outcome::Installed {
-            match install.purpose {
-                Purpose::Demand => {
-                    let now = Instant::now();
-                    counters.fault_latency.record(now.duration_since(since));
-                    counters.install_latency.record(now.duration_since(begun));
-                }
-                Purpose::Fill => counters.prefaulted.add(install.pages as u64),
-            }
+            let now = Instant::now();
+            counters.fault_latency.record(now.duration_since(since));
+            counters.install_latency.record(now.duration_since(begun));
         }
         match self.session.on_outcome(install, outcome) {
             After::Done => Ok(()),
             After::Wake(range) => self.wake(range),
             After::Parked => {
                 counters.retried.add(1);
-                match install.purpose {
-                    Purpose::Demand => self.park(since, false, deadline),
-                    Purpose::Fill => {
-                        self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
-                        Ok(())
-                    }
-                }
+                self.park(since, false, deadline)
             }
-            After::OutOfMemory => match install.purpose {
-                Purpose::Demand => self.park(since, true, deadline),
-                Purpose::Fill => {
-                    self.give_up_completion(FailReason::OutOfMemory {
-                        deadline: Duration::ZERO,
-                    });
-                    Ok(())
-                }
-            },
+            After::OutOfMemory => self.park(since, true, deadline),
             After::PeerGone => Err(End::PeerGone),
             After::Failed(errno) => Err(kernel("install a page", errno)),
         }
@@ -349,7 +353,7 @@ impl ServedFork {
                     self.finish(&install, tried, since, scratch.fault_deadline)
                 }
             },
-            Awaited::Fill(run) => self.fill_run(&run, Page::Bytes(&bytes), scratch.fault_deadline),
+            Awaited::Fill(_) => self.on_fill_bytes(&bytes, scratch),
         }
     }
 
@@ -358,11 +362,30 @@ impl ServedFork {
         let reads = self.reads.iter().map(|read| read.since + fault_deadline);
         let retry = self.retry.as_ref().map(|retry| retry.at);
         let unread = self.unread.then(Instant::now);
-        reads.chain(retry).chain(self.fill_pause).chain(unread).min()
+        let watch = self.watch.next_look();
+        reads
+            .chain(retry)
+            .chain(self.fill_pause)
+            .chain(watch)
+            .chain(unread)
+            .min()
+    }
+
+    /// What its first faults have shown, once.
+    pub(super) fn take_watched(&mut self) -> Option<Watched> {
+        self.watched.take()
+    }
+
+    /// The same, now that it ends.
+    pub(super) fn end_watch(&mut self) -> Option<Watched> {
+        self.watch.end(&self.record.counters)
     }
 
     /// Does what is due by now.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
+        if let Some(watched) = self.watch.look(now, &self.record.counters) {
+            self.watched = Some(watched);
+        }
         let deadline = scratch.fault_deadline;
         let mut overdue = self.reads.iter().filter(|read| read.since + deadline <= now).peekable();
         if overdue.peek().is_some() {
@@ -370,8 +393,8 @@ impl ServedFork {
             if overdue.any(|read| matches!(read.awaited, Awaited::Fault(_))) {
                 return Err(End::Failed(reason));
             }
-            // Nobody waits for what a completion reads, so nobody has to die for it.
-            self.give_up_completion(reason);
+            // Nobody waits for what a fill reads, so nobody has to die for it.
+            self.give_up_filling(reason);
         }
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;

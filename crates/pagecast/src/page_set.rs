@@ -1,10 +1,10 @@
-//! A set of pages of one region.
+//! A set of pages of one region, or of one template.
 
 use crate::page::PageIndex;
 
 const BITS: usize = u64::BITS as usize;
 
-/// A set of pages, a bit each, of a region whose length is known.
+/// A set of pages, a bit each, of a region or template whose length is known.
 ///
 /// Made of zeroed memory that the allocator gets from the kernel untouched, so an idle fork of many pages costs little.
 #[derive(Clone, Debug)]
@@ -86,6 +86,12 @@ impl PageSet {
         Some((PageIndex::new(first), (end - first).min(most)))
     }
 
+    /// The first page of this set at or after `from`.
+    pub(crate) fn next_inside(&self, from: PageIndex) -> Option<PageIndex> {
+        let word = |word: usize| self.words.get(word).copied().unwrap_or(0);
+        self.seek(from.get(), word).map(PageIndex::new)
+    }
+
     /// The first page at or after `from` whose bit is set in `word_at`.
     fn seek(&self, from: usize, word_at: impl Fn(usize) -> u64) -> Option<usize> {
         let mut index = from / BITS;
@@ -165,6 +171,8 @@ mod tests {
                 prop_assert_eq!(set.contains(PageIndex::new(page)), model.contains(&page));
             }
             for from in 0..=pages {
+                let next = set.next_inside(PageIndex::new(from)).map(PageIndex::get);
+                prop_assert_eq!(next, model.range(from..).next().copied());
                 let outside = |page: &usize| !model.contains(page) && !other_model.contains(page);
                 let expected = (from..pages).find(outside)
                     .map(|first| (first, (first..pages).take_while(outside).count().min(most)));

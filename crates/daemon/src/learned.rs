@@ -1,0 +1,89 @@
+//! What is learned of a template and kept beside its memory file: its zeros, and the working set of its forks.
+//!
+//! Neither is needed. What is not there, or cannot be used or kept, is a line in the log, and found or recorded anew.
+
+use std::sync::{Arc, PoisonError};
+
+use pagecast::server::chain;
+use pagecast::template::{KeepError, MemFile, Recording, SidecarError, WorkingSet};
+use tracing::{debug, info, warn};
+
+use crate::template::Template;
+
+/// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
+pub(crate) fn take_up(template: &Arc<Template>) {
+    let path = template.file.path();
+    let set_path = WorkingSet::path_for(path);
+    match WorkingSet::load(&set_path, template.file.identity()) {
+        Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
+        Err(error) => not_used(template, "working set", &set_path, &error),
+    }
+    let zeros = match template.file.kept_zeros() {
+        Ok(()) => return,
+        Err(error) => error,
+    };
+    not_used(template, "map of zeros", &MemFile::zeros_path_for(path), zeros);
+    let searched = Arc::downgrade(template);
+    template.pages.find_zeros_in_background(move |found| {
+        let Some(template) = searched.upgrade() else { return };
+        let name = &template.name;
+        if let Err(error) = found {
+            warn!(template = %name, error = chain(error), "not all of the template could be searched for zeros");
+            return;
+        }
+        match template.file.keep_zeros() {
+            Ok(()) => debug!(template = %name, "its zeros are kept beside the memory file"),
+            Err(KeepError::Sidecar(SidecarError::TooFresh)) => {
+                info!(template = %name, "its zeros are not kept: the memory file was written just before it was added");
+            }
+            Err(error) => {
+                warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");
+            }
+        }
+    });
+}
+
+/// Learns from what a fork has touched, and keeps it. May wait for the disk.
+pub(crate) fn learn(template: &Template, recording: &Recording) {
+    // One after the other: each goes on from what the one before has learned.
+    let _learning = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
+    let set = match template.pages.working_set() {
+        Some(known) => {
+            let mut set = WorkingSet::clone(&known);
+            set.merge(recording);
+            set
+        }
+        None => WorkingSet::of(recording),
+    };
+    let name = &template.name;
+    info!(
+        event = "working_set_learned",
+        template = %name,
+        recorded_bytes = recording.len() as u64 * pagecast::PageSize::SMALLEST,
+        size_bytes = set.size().get(),
+        recordings = set.recordings(),
+        "working set learned"
+    );
+    let set = Arc::new(set);
+    template.pages.set_working_set(Some(Arc::clone(&set)));
+    // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
+    let kept = template
+        .check()
+        .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
+    if let Ok(Err(error)) = kept {
+        warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
+    }
+}
+
+/// Says why something that is kept is not used, where there is something.
+fn not_used(template: &Template, what: &str, path: &std::path::Path, error: &SidecarError) {
+    if !matches!(error, SidecarError::Missing) {
+        warn!(
+            event = "kept_not_used",
+            template = %template.name,
+            path = %path.display(),
+            error = chain(error),
+            "the {what} kept beside the memory file is not used"
+        );
+    }
+}

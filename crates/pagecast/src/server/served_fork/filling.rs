@@ -1,0 +1,191 @@
+//! Installing what nobody waits for, in bounded steps: a prefault, or what a completion has left.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::lane::{Done, Lane};
+use super::watch::Watch;
+use super::{Awaited, End, FIRST_PAUSE, Scratch, ServedFork, kernel};
+use crate::server::failure::FailReason;
+use crate::server::fork::{Plan, Prefault};
+use crate::session::{After, Fill};
+use crate::template::{PrefaultPlan, Recording, Run, SourceError, TemplateOffset};
+
+/// How many runs of zeros are given back in one step: some microseconds each.
+const GIVEN_BACK_A_STEP: usize = 16;
+
+impl ServedFork {
+    /// Begins with what a new fork is given ahead of its faults.
+    pub(in crate::server) fn begin(&mut self) {
+        let source = self.template.source();
+        let mut at = TemplateOffset::new(0);
+        let zeros = std::iter::from_fn(|| {
+            let run: Run = source.next_known_zeros(at)?;
+            at = TemplateOffset::new(run.at.get() + run.len.get());
+            Some(run)
+        });
+        self.session.begin_give_back(zeros);
+        let Plan { prefault, record } = self.record.plan;
+        if record {
+            // What is there does not fault.
+            let recording = Recording::new(source.len());
+            self.watch = Watch::new(Some(recording), None);
+            return;
+        }
+        if prefault != Prefault::None
+            && let Some(set) = self.template.working_set()
+            && !self.template.prefault_score().switched_off
+        {
+            let plan = Arc::new(PrefaultPlan::new(set, Some(self.serial)));
+            self.session.begin_working_set(Arc::clone(&plan));
+            self.watch = Watch::new(None, Some(plan));
+        }
+        if prefault == Prefault::All {
+            self.session.begin_all();
+        }
+    }
+
+    /// Whether [`fill`](Self::fill) has something to do.
+    pub(in crate::server) fn wants_to_fill(&self) -> bool {
+        (self.session.wants_to_fill() || self.session.is_completing() || !self.fills.is_empty())
+            && self.fill_pause.is_none()
+            && self.reading.is_none()
+    }
+
+    /// The next bounded step. All events have been read, and all faults answered that can be.
+    pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+        if self.give_back()? {
+            return Ok(());
+        }
+        let Some(fill) = self.fills.pop().or_else(|| self.session.next_fill()) else {
+            return if self.session.is_completing() {
+                self.unregister(scratch)
+            } else {
+                Ok(())
+            };
+        };
+        self.fill_piece(fill, None, scratch)
+    }
+
+    /// Has the kernel fill some long runs of zeros by itself. Whether there were any.
+    fn give_back(&mut self) -> Result<bool, End> {
+        for step in 0..GIVEN_BACK_A_STEP {
+            let Some(zeros) = self.session.next_give_back() else {
+                return Ok(step > 0);
+            };
+            if step == 0 {
+                self.template.source().check_unchanged()?;
+            }
+            match self.uffd.unregister(zeros.memory) {
+                Ok(()) => {
+                    self.session.on_given_back(&zeros);
+                    self.record.counters.given_back_bytes.add(zeros.memory.len().get());
+                }
+                // No memory, too many mappings, or an address space that is gone, which others notice. The zeros that
+                // are left are installed on demand.
+                Err(_) => self.session.stop_give_back(),
+            }
+        }
+        Ok(true)
+    }
+
+    pub(super) fn fill_piece(&mut self, fill: Fill, bytes: Option<&[u8]>, scratch: &mut Scratch) -> Result<(), End> {
+        let parts = self.session.fill_parts(&fill);
+        let mut lane = Lane {
+            uffd: &self.uffd,
+            source: self.template.source(),
+            zeros: &scratch.zeros,
+            room: &mut scratch.bytes,
+        };
+        let done = lane.carry_out(&fill, &parts, bytes);
+        self.conclude(fill, done, scratch)
+    }
+
+    /// Takes note of what was done about a fill, and keeps it where there is more to do.
+    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, scratch: &Scratch) -> Result<(), End> {
+        for done in done {
+            let (part, zeros, outcome) = match done {
+                Done::Tried { part, zeros, outcome } => (part, zeros, outcome),
+                Done::Skipped(part) => {
+                    fill.skip(&part);
+                    continue;
+                }
+                Done::NotReady => {
+                    self.read_fill(fill, scratch);
+                    return Ok(());
+                }
+                Done::Unreadable(error) => return self.on_unreadable_fill(error),
+            };
+            let (installed, after) = self.session.on_filled(&mut fill, &part, outcome);
+            let counters = &self.record.counters;
+            counters.prefaulted.add(installed as u64);
+            if !zeros {
+                counters.installed_bytes.add(installed as u64 * part.page_size.bytes());
+            }
+            match after {
+                After::Done | After::Wake(_) => {}
+                After::Parked => {
+                    counters.retried.add(1);
+                    self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                }
+                After::OutOfMemory => {
+                    self.give_up_filling(FailReason::OutOfMemory {
+                        deadline: Duration::ZERO,
+                    });
+                    return Ok(());
+                }
+                After::PeerGone => return Err(End::PeerGone),
+                After::Failed(errno) => return Err(kernel("install a page", errno)),
+            }
+        }
+        if !self.session.fill_parts(&fill).is_empty() {
+            self.fills.push(fill);
+        }
+        Ok(())
+    }
+
+    fn read_fill(&mut self, fill: Fill, scratch: &Scratch) {
+        self.fills_read += 1;
+        let (from, length) = (fill.from, fill.bytes());
+        self.reading = Some(fill);
+        self.read_later(Awaited::Fill(self.fills_read), from, length, &scratch.deliver);
+    }
+
+    /// The bytes of a fill, read elsewhere, have come.
+    pub(super) fn on_fill_bytes(&mut self, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
+        match self.reading.take() {
+            Some(fill) => self.fill_piece(fill, Some(bytes), scratch),
+            None => Ok(()),
+        }
+    }
+
+    /// Nobody waits for what a fill reads, so where it merely cannot be read nobody has to die for it.
+    pub(super) fn on_unreadable_fill(&mut self, error: SourceError) -> Result<(), End> {
+        match error {
+            SourceError::Io { .. } => {
+                self.give_up_filling(FailReason::Template(error));
+                Ok(())
+            }
+            // A template that is not what it was has no more bytes for anybody.
+            SourceError::Changed { .. } | SourceError::Truncated { .. } => Err(error.into()),
+        }
+    }
+
+    /// Installs nothing any more that nobody waits for. Who asked for a completion hears of it; a prefault is best effort,
+    /// and its numbers tell how far it came.
+    pub(super) fn give_up_filling(&mut self, reason: FailReason) {
+        self.session.stop_prefault();
+        if self.session.is_completing() {
+            self.give_up_completion(reason);
+        }
+        self.drop_fills();
+    }
+
+    /// Forgets what was begun. Its bytes are not for what may be wanted later, which begins anew.
+    pub(super) fn drop_fills(&mut self) {
+        self.fills.clear();
+        self.reading = None;
+        self.fill_pause = None;
+        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
+    }
+}

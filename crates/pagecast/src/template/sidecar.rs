@@ -1,0 +1,315 @@
+//! What is kept beside a mem-file: a head that says of which file it is, a body, and a checksum.
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 8 | `pagecast` |
+//! | 4 | what it is: [`Kind::tag`] |
+//! | 4 | version of the format: 1 |
+//! | 40 | the mem-file: device, inode, size in bytes, time of its last change in seconds and nanoseconds |
+//! | any | the body |
+//! | 32 | SHA-256 of all that is before it |
+//!
+//! All numbers are little-endian.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use sha2::{Digest as _, Sha256};
+
+use super::identity::Identity;
+
+const MAGIC: &[u8; 8] = b"pagecast";
+const VERSION: u32 = 1;
+const HEAD: usize = MAGIC.len() + 4 + 4 + Identity::BYTES;
+const CHECKSUM: usize = 32;
+
+/// Permission bits of others than the owner that let them change a file.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// Why what is kept beside a mem-file cannot be used, or kept.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SidecarError {
+    /// There is none.
+    #[error("there is none")]
+    Missing,
+    /// It is of another mem-file, or of this one before it was written, or of another version of pagecast.
+    #[error("it is stale: {how}")]
+    Stale {
+        /// In what it differs.
+        how: String,
+    },
+    /// It was cut off or changed since it was written, or is something else.
+    #[error("it is damaged: {what}")]
+    Damaged {
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// It has more bytes than one of this mem-file can have.
+    #[error("it has {size} bytes, where {most} are the most")]
+    TooLarge {
+        /// How many bytes it has.
+        size: u64,
+        /// How many it may have.
+        most: u64,
+    },
+    /// Somebody else may have written it.
+    #[error("it is not to be trusted: {why}")]
+    Untrusted {
+        /// Why.
+        why: &'static str,
+    },
+    /// The mem-file was written so shortly before it was opened that the next write might leave no trace.
+    #[error("the mem-file was written just before it was opened")]
+    TooFresh,
+    /// The operating system says no.
+    #[error("cannot {what} it")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Something that is kept beside mem-files.
+pub(super) struct Kind {
+    /// What it begins with.
+    pub(super) tag: [u8; 4],
+    /// What the name of the mem-file is continued with.
+    pub(super) suffix: &'static str,
+}
+
+impl Kind {
+    /// Where it is kept for the mem-file at this path.
+    pub(super) fn path(&self, mem_file: &Path) -> PathBuf {
+        let mut path = OsString::from(mem_file);
+        path.push(self.suffix);
+        path.into()
+    }
+
+    /// A file with this body.
+    pub(super) fn encode(&self, identity: &Identity, body: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&self.tag);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&identity.to_le_bytes());
+        bytes.extend_from_slice(body);
+        let checksum = Sha256::digest(&bytes);
+        bytes.extend_from_slice(&checksum);
+        bytes
+    }
+
+    /// The body of a file, if it is whole and of this mem-file.
+    pub(super) fn decode<'a>(&self, identity: &Identity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
+        let damaged = |what| SidecarError::Damaged { what };
+        let (magic, rest) = bytes.split_first_chunk().ok_or(damaged("it is cut off"))?;
+        let (tag, rest) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
+        let (version, _) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
+        if magic != MAGIC || *tag != self.tag {
+            return Err(damaged("it is something else"));
+        }
+        // Before the checksum, which may be another one there.
+        let version = u32::from_le_bytes(*version);
+        if version != VERSION {
+            return Err(SidecarError::Stale {
+                how: format!("it has version {version} of the format, not {VERSION}"),
+            });
+        }
+        let (content, checksum) = bytes.split_last_chunk::<CHECKSUM>().ok_or(damaged("it is cut off"))?;
+        if Sha256::digest(content).as_slice() != checksum {
+            return Err(damaged("its checksum is wrong"));
+        }
+        let (head, body) = content.split_at_checked(HEAD).ok_or(damaged("it is cut off"))?;
+        let (_, of) = head.split_last_chunk().ok_or(damaged("it is cut off"))?;
+        match Identity::from_le_bytes(of).difference(identity) {
+            Some(how) => Err(SidecarError::Stale { how }),
+            None => Ok(body),
+        }
+    }
+
+    /// Writes a file that only we can read and write: all of it or, whatever happens meanwhile, nothing.
+    pub(super) fn write(&self, path: &Path, identity: &Identity, body: &[u8]) -> Result<(), SidecarError> {
+        let cannot = |source| SidecarError::Io { what: "write", source };
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut file = tempfile::Builder::new()
+            .prefix(".pagecast-")
+            .suffix(self.suffix)
+            .tempfile_in(folder)
+            .map_err(cannot)?;
+        file.write_all(&self.encode(identity, body)).map_err(cannot)?;
+        file.as_file().sync_all().map_err(cannot)?;
+        file.persist(path).map_err(|error| cannot(error.error))?;
+        // Without this the name may be lost with the power, and only it: what is there is whole either way.
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+        Ok(())
+    }
+}
+
+/// Reads a file with a body of at most so many bytes, which nobody can have written but we, root, or `owner`.
+pub(super) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
+    let cannot = |what| move |source| SidecarError::Io { what, source };
+    // Without O_NONBLOCK, opening a fifo would wait for somebody to write to it. Links may lead to what others wrote.
+    let file = File::options()
+        .read(true)
+        .custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed())
+        .open(path)
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => SidecarError::Missing,
+            _ => cannot("open")(error),
+        })?;
+    let metadata = file.metadata().map_err(cannot("look at"))?;
+    if !metadata.is_file() {
+        return Err(SidecarError::Damaged { what: "it is no file" });
+    }
+    let ours = rustix::process::geteuid().as_raw();
+    if metadata.uid() != ours && metadata.uid() != 0 && Some(metadata.uid()) != owner {
+        return Err(SidecarError::Untrusted {
+            why: "it belongs to another user",
+        });
+    }
+    if metadata.mode() & OTHERS_WRITE != 0 {
+        return Err(SidecarError::Untrusted {
+            why: "others than its owner may write it",
+        });
+    }
+    let most = most_body.saturating_add((HEAD + CHECKSUM) as u64);
+    let too_large = |size| SidecarError::TooLarge { size, most };
+    if metadata.len() > most {
+        return Err(too_large(metadata.len()));
+    }
+    let mut bytes = Vec::new();
+    let read = file.take(most.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(cannot("read"))?;
+    if bytes.len() as u64 > most {
+        return Err(too_large(bytes.len() as u64));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const KIND: Kind = Kind {
+        tag: *b"TEST",
+        suffix: ".test",
+    };
+
+    /// A folder with a mem-file, and its identity.
+    fn mem_file() -> (tempfile::TempDir, PathBuf, Identity) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let identity = Identity::of(&std::fs::metadata(&path).unwrap());
+        (dir, KIND.path(&path), identity)
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_nothing_else_is_left() {
+        let (dir, path, identity) = mem_file();
+        for body in [&b"one"[..], b"", b"another"] {
+            KIND.write(&path, &identity, body).unwrap();
+            let bytes = read(&path, 7, None).unwrap();
+            assert_eq!(KIND.decode(&identity, &bytes).unwrap(), body);
+        }
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let mut names: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["mem", "mem.test"]);
+    }
+
+    #[test]
+    fn what_is_of_another_file_or_format_is_stale() {
+        let (dir, path, identity) = mem_file();
+        KIND.write(&path, &identity, b"body").unwrap();
+        let mut bytes = read(&path, 4, None).unwrap();
+        std::fs::write(dir.path().join("other"), [1; 4096]).unwrap();
+        let other = Identity::of(&std::fs::metadata(dir.path().join("other")).unwrap());
+        assert!(matches!(KIND.decode(&other, &bytes), Err(SidecarError::Stale { .. })));
+        bytes[12] = 2;
+        assert!(matches!(
+            KIND.decode(&identity, &bytes),
+            Err(SidecarError::Stale { .. })
+        ));
+    }
+
+    #[test]
+    fn every_changed_and_every_missing_byte_is_noticed() {
+        let (_dir, _, identity) = mem_file();
+        let bytes = KIND.encode(&identity, b"body");
+        for index in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[index] ^= 1;
+            assert!(KIND.decode(&identity, &changed).is_err(), "byte {index}");
+            assert!(matches!(
+                KIND.decode(&identity, &bytes[..index]),
+                Err(SidecarError::Damaged { .. })
+            ));
+        }
+        let other = Kind { tag: *b"ELSE", ..KIND };
+        assert!(matches!(
+            other.decode(&identity, &bytes),
+            Err(SidecarError::Damaged { .. })
+        ));
+    }
+
+    #[test]
+    fn what_is_not_there_too_large_or_no_file_is_told_apart() {
+        let (dir, path, identity) = mem_file();
+        assert!(matches!(read(&path, 4, None), Err(SidecarError::Missing)));
+        KIND.write(&path, &identity, b"12345").unwrap();
+        assert!(matches!(
+            read(&path, 4, None),
+            Err(SidecarError::TooLarge { size: 93, most: 92 })
+        ));
+        assert!(matches!(read(dir.path(), 4, None), Err(SidecarError::Damaged { .. })));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(
+            read(&link, 5, None),
+            Err(SidecarError::Io { what: "open", .. })
+        ));
+        let nowhere = dir.path().join("nowhere/mem.test");
+        let written = KIND.write(&nowhere, &identity, b"");
+        assert!(matches!(written, Err(SidecarError::Io { what: "write", .. })));
+    }
+
+    #[test]
+    fn what_others_may_write_is_not_trusted() {
+        let (_dir, path, identity) = mem_file();
+        KIND.write(&path, &identity, b"body").unwrap();
+        for (mode, trusted) in [(0o644, true), (0o620, false), (0o602, false)] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let untrusted = matches!(read(&path, 4, None), Err(SidecarError::Untrusted { .. }));
+            assert_eq!(untrusted, !trusted, "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn what_another_user_wrote_is_trusted_only_where_the_mem_file_is_theirs() {
+        let (_dir, path, identity) = mem_file();
+        KIND.write(&path, &identity, b"body").unwrap();
+        if std::os::unix::fs::chown(&path, Some(12345), None).is_err() {
+            println!("skipped: only root can give a file away");
+            return;
+        }
+        assert!(matches!(read(&path, 4, None), Err(SidecarError::Untrusted { .. })));
+        assert!(matches!(read(&path, 4, Some(1)), Err(SidecarError::Untrusted { .. })));
+        read(&path, 4, Some(12345)).unwrap();
+    }
+}

@@ -1,0 +1,47 @@
+//! The pages of a working set, put together for as few installs as its order allows.
+
+use pagecast_uffd::ByteLen;
+
+use super::Entry;
+use crate::page::{PageIndex, PageSize};
+use crate::page_set::PageSet;
+use crate::template::TemplateOffset;
+
+/// A run stays within so many small pages, aligned: 256 KiB, which is installed at the full speed of the kernel and holds up
+/// a demand fault for some tens of microseconds.
+const CHUNK_PAGES: usize = 64;
+
+/// Consecutive small pages (4 KiB) of a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where the first of them begins.
+    pub at: TemplateOffset,
+    /// How many bytes they have: whole small pages, at least one.
+    pub len: ByteLen,
+}
+
+/// Puts `entries` together: each page takes along those around it that are not yet in a run.
+pub(super) fn merged(entries: &[Entry]) -> Vec<Run> {
+    let pages = entries.iter().map(|entry| entry.page as usize + 1).max().unwrap_or(0);
+    let mut left = PageSet::new(pages);
+    for entry in entries {
+        left.insert(PageIndex::new(entry.page as usize));
+    }
+    let mut runs = Vec::new();
+    for entry in entries {
+        let page = entry.page as usize;
+        let is_left = |page: &usize| left.contains(PageIndex::new(*page));
+        if !is_left(&page) {
+            continue;
+        }
+        let chunk = page - page % CHUNK_PAGES;
+        let before = (chunk..page).rev().take_while(is_left).count();
+        let from = (page..chunk + CHUNK_PAGES).take_while(is_left).count();
+        left.remove_run(PageIndex::new(page - before), before + from);
+        runs.push(Run {
+            at: TemplateOffset::new((page - before) as u64 * PageSize::SMALLEST),
+            len: ByteLen::new((before + from) as u64 * PageSize::SMALLEST),
+        });
+    }
+    runs
+}

@@ -1,0 +1,204 @@
+//! The zeros of a mem-file, kept beside it: `MEM-FILE.zeros`.
+//!
+//! The body of the file, after the head that all such files have (see the module `sidecar`), is a bit for each small page,
+//! that of the first page lowest in the first byte, in whole words of 8 bytes: set where the page is zeros.
+//!
+//! A bit that is wrong would be a wrong byte in a guest. So the map is taken only where nobody but the user we are, root, or
+//! the owner of the mem-file can have written it, and kept only where a later write to the mem-file must show in its
+//! identity.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::sidecar::{self, Kind, SidecarError};
+use super::source::PageSource;
+use super::{MemFile, SourceError};
+use crate::page::PageSize;
+
+const KIND: Kind = Kind {
+    tag: *b"ZERO",
+    suffix: ".zeros",
+};
+
+/// The clock of a file system that counts time in nanoseconds ticks at least so often, even where the kernel ticks 100
+/// times a second.
+const FINE_TICK: Duration = Duration::from_millis(50);
+
+/// That of one that counts seconds, or two of them as FAT does.
+const COARSE_TICK: Duration = Duration::from_secs(2);
+
+/// Why the zeros of a mem-file were not kept.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeepError {
+    /// The mem-file cannot be read, or has changed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The map cannot be written beside it.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+}
+
+impl MemFile {
+    /// Where the zeros of the mem-file at this path are kept: beside it.
+    pub fn zeros_path_for(mem_file: &Path) -> PathBuf {
+        KIND.path(mem_file)
+    }
+
+    /// Keeps what is known of the zeros beside the mem-file, for whoever opens it next. For when all have been looked for:
+    /// nobody looks again for what this says nothing of.
+    ///
+    /// # Errors
+    ///
+    /// [`KeepError`]; then they are found anew next time.
+    pub fn keep_zeros(&self) -> Result<(), KeepError> {
+        let modified = self.identity().modified();
+        let whole_seconds = modified
+            .duration_since(std::time::UNIX_EPOCH)
+            .is_ok_and(|since| since.subsec_nanos() == 0);
+        let tick = if whole_seconds { COARSE_TICK } else { FINE_TICK };
+        // A page that was read within the tick of the last write may have been written within it once more.
+        if self.opened().duration_since(modified).is_ok_and(|age| age > tick) {
+            self.check_unchanged()?;
+            self.check_path()?;
+            KIND.write(
+                &Self::zeros_path_for(self.path()),
+                self.identity(),
+                &self.zeros.to_le_bytes(),
+            )?;
+            Ok(())
+        } else {
+            Err(SidecarError::TooFresh.into())
+        }
+    }
+
+    /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
+    pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
+        let words = (self.len().get() / PageSize::SMALLEST).div_ceil(u64::from(u64::BITS));
+        let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
+        let body = KIND.decode(self.identity(), &bytes)?;
+        if self.zeros.set_le_bytes(body) {
+            Ok(())
+        } else {
+            Err(SidecarError::Damaged {
+                what: "it is of a mem-file of another size",
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::time::SystemTime;
+
+    use pagecast_uffd::ByteLen;
+
+    use super::*;
+    use crate::template::TemplateOffset;
+
+    const PAGES: u64 = 100;
+
+    fn at(page: u64) -> TemplateOffset {
+        TemplateOffset::new(page * PageSize::SMALLEST)
+    }
+
+    /// A mem-file of [`PAGES`] pages, every third of which has bytes, written some time ago.
+    fn mem_file() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        let file = File::create(&path).unwrap();
+        for page in 0..PAGES {
+            let byte = u8::from(page % 3 == 0);
+            file.write_all_at(&[byte; 4096], page * 4096).unwrap();
+        }
+        age(&file);
+        (dir, path)
+    }
+
+    fn age(file: &File) {
+        file.set_modified(SystemTime::now() - Duration::from_secs(10)).unwrap();
+    }
+
+    fn found(path: &Path) -> MemFile {
+        let mem_file = MemFile::open(path).unwrap();
+        mem_file.find_zeros(at(0), mem_file.len()).unwrap();
+        mem_file
+    }
+
+    #[test]
+    fn zeros_are_found_once_and_known_at_once_from_then_on() {
+        let (_dir, path) = mem_file();
+        let searched = found(&path);
+        assert!(matches!(searched.kept_zeros(), Err(SidecarError::Missing)));
+        searched.keep_zeros().unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        opened.kept_zeros().unwrap();
+        for page in 0..PAGES {
+            assert_eq!(opened.is_known_zero(at(page), PageSize::Small.len()), page % 3 != 0);
+        }
+    }
+
+    #[test]
+    fn a_mem_file_that_was_written_since_has_no_kept_zeros() {
+        let (_dir, path) = mem_file();
+        found(&path).keep_zeros().unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[1; 4096], 4096).unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Stale { .. })));
+        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+    }
+
+    #[test]
+    fn zeros_of_a_mem_file_that_changed_meanwhile_are_not_kept() {
+        let (dir, path) = mem_file();
+        let searched = found(&path);
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .write_all_at(&[1], 4096)
+            .unwrap();
+        assert!(matches!(searched.keep_zeros(), Err(KeepError::Source(_))));
+        assert!(!MemFile::zeros_path_for(&path).exists());
+        // Nor are those of one that another has replaced.
+        let searched = found(&path);
+        std::fs::copy(&path, dir.path().join("copy")).unwrap();
+        std::fs::rename(dir.path().join("copy"), &path).unwrap();
+        assert!(matches!(
+            searched.keep_zeros(),
+            Err(KeepError::Source(_) | KeepError::Sidecar(SidecarError::TooFresh))
+        ));
+    }
+
+    #[test]
+    fn zeros_of_a_mem_file_that_was_just_written_are_not_kept() {
+        let (_dir, path) = mem_file();
+        let file = File::options().write(true).open(&path).unwrap();
+        // A clock that was set back must not make it look old.
+        file.set_modified(SystemTime::now() + Duration::from_mins(1)).unwrap();
+        let kept = found(&path).keep_zeros();
+        assert!(matches!(kept, Err(KeepError::Sidecar(SidecarError::TooFresh))));
+    }
+
+    #[test]
+    fn a_damaged_map_is_not_taken_in_part() {
+        let (_dir, path) = mem_file();
+        found(&path).keep_zeros().unwrap();
+        let zeros = MemFile::zeros_path_for(&path);
+        let mut bytes = std::fs::read(&zeros).unwrap();
+        // A bit of page 0, which is not zeros.
+        bytes[56] |= 1;
+        std::fs::write(&zeros, &bytes).unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
+        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+        // Of another size, but else sound.
+        KIND.write(&zeros, opened.identity(), &[0xff; 8]).unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
+        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+    }
+}

@@ -1,0 +1,226 @@
+//! What a fork is given ahead of its faults: runs of zeros, its working set, everything.
+
+use std::sync::{Arc, mpsc};
+
+use pagecast::server::{ForkEvent, ForkOptions, ForkState, Prefault};
+use pagecast::template::{PrefaultTally, Recording, WorkingSet};
+use pagecast_testkit::sim_vmm::{Order, Pages, Read, RemoveRace};
+
+use crate::fixture::{
+    Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, eventually, given_back, model,
+    read_everything, read_range,
+};
+use crate::scripted_source::{Access, Script};
+
+/// All pages of the fixture's template that are not zeros.
+const SIZE: u64 = 8 << 20;
+const PAGES: u64 = SIZE / 4096;
+
+/// A fixture that tells its events.
+fn observed(workers: usize) -> (Fixture, mpsc::Receiver<ForkEvent>) {
+    let (send, events) = mpsc::channel();
+    let fixture = Fixture::with(SIZE, |builder| {
+        builder.workers(workers).observer(move |event| drop(send.send(event)))
+    });
+    (fixture, events)
+}
+
+fn recorded(events: &mpsc::Receiver<ForkEvent>) -> Arc<Recording> {
+    loop {
+        if let ForkEvent::Recorded { recording, .. } = events.recv_timeout(PATIENCE).unwrap() {
+            return recording;
+        }
+    }
+}
+
+fn tally(events: &mpsc::Receiver<ForkEvent>) -> PrefaultTally {
+    loop {
+        if let ForkEvent::Prefaulted { tally, .. } = events.recv_timeout(PATIENCE).unwrap() {
+            return tally;
+        }
+    }
+}
+
+/// A working set of these pages, in this order.
+fn working_set(pages: impl IntoIterator<Item = u64>) -> Arc<WorkingSet> {
+    let mut recording = Recording::new(pagecast_uffd::ByteLen::new(SIZE));
+    for page in pages {
+        recording.push(pagecast::template::TemplateOffset::new(page * 4096));
+    }
+    Arc::new(WorkingSet::of(&recording))
+}
+
+#[test]
+fn what_a_fork_touches_first_is_recorded_in_that_order_and_the_window_ends_by_itself() {
+    let (fixture, events) = observed(1);
+    let (_fork, vmm) = fixture.fork_as("a", ForkOptions::record);
+    let read = Read {
+        pages: Pages::range(400..600),
+        order: Order::Random(5),
+        ..Read::default()
+    };
+    assert_reads_right(&vmm, read);
+    let recording = recorded(&events);
+    let pages: Vec<u64> = recording.pages().map(|at| at.get() / 4096).collect();
+    let mut sorted = pages.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, (400..600).collect::<Vec<_>>());
+    assert_ne!(pages, sorted, "in the order of touches, which was random");
+    // The window is over: what comes later is not recorded, and nothing is left to do.
+    assert_lives_on(&vmm);
+    assert!(
+        events
+            .try_iter()
+            .all(|event| !matches!(event, ForkEvent::Recorded { .. }))
+    );
+}
+
+#[test]
+fn a_fork_that_ends_early_is_recorded_all_the_same() {
+    let (fixture, events) = observed(1);
+    let (_fork, vmm) = fixture.fork_as("a", ForkOptions::record);
+    assert_reads_right(&vmm, read_range(0, 10));
+    vmm.kill().unwrap();
+    assert_eq!(recorded(&events).len(), 10);
+}
+
+#[test]
+fn a_working_set_is_installed_before_it_is_asked_for() {
+    let (fixture, events) = observed(2);
+    fixture
+        .template
+        .set_working_set(Some(working_set((400..1000).chain(0..50))));
+    let (fork, vmm) = fixture.fork("a");
+    let prefaulted = || fork.status().stats.faults.prefaulted;
+    eventually("the working set is there", || {
+        let held_out = 650 / 64;
+        prefaulted() >= 650 - held_out - given_back(&fork.status())
+    });
+    let before = fork.status().stats.faults.demand;
+    assert_eq!(before, 0, "nobody has asked for anything yet");
+    assert_reads_right(&vmm, read_range(400, 1000));
+    let held_out = fork.status().stats.faults.demand;
+    assert!(held_out < 20, "{:?}", fork.status());
+    // Outside of it, as ever.
+    assert_reads_right(&vmm, Read::default());
+    let tally = tally(&events);
+    assert_eq!(tally.planned, 650);
+    assert_eq!((tally.held_out_used, tally.late), (tally.held_out, 0), "{tally:?}");
+    assert!(tally.missed > 500, "{tally:?}");
+    assert_lives_on(&vmm);
+    assert_eq!(fixture.template.prefault_score().forks, 1);
+    fixture.file.check_untouched().unwrap();
+}
+
+#[test]
+fn without_prefault_nothing_is_installed_ahead() {
+    let fixture = Fixture::new();
+    fixture.template.set_working_set(Some(working_set(400..1000)));
+    let (none, vmm) = fixture.fork_as("none", |options| options.prefault(Prefault::None));
+    let (recorded, other) = fixture.fork_as("recorded", ForkOptions::record);
+    for vmm in [&vmm, &other] {
+        assert_reads_right(vmm, read_range(400, 1000));
+    }
+    for fork in [none, recorded] {
+        let status = fork.status();
+        assert_eq!((status.stats.faults.demand, status.stats.faults.prefaulted), (600, 0));
+    }
+}
+
+#[test]
+fn a_fork_with_all_its_memory_ahead_is_still_served() {
+    let fixture = Fixture::new();
+    let (fork, vmm) = fixture.fork_as("a", |options| options.prefault(Prefault::All));
+    eventually("all is there", || {
+        let status = fork.status();
+        status.stats.faults.prefaulted + given_back(&status) == PAGES
+    });
+    assert_reads_right(&vmm, read_everything(1));
+    let status = fork.status();
+    assert_eq!(
+        (status.state, status.stats.faults.demand),
+        (ForkState::Serving, 0),
+        "{status:?}"
+    );
+    // What it gives back is noticed.
+    assert_lives_on(&vmm);
+    assert!(fork.status().stats.faults.removed > 0);
+    fixture.server.close(PATIENCE).unwrap();
+    assert_eq!(fork.status().state, ForkState::Complete);
+    assert_lives_on(&vmm);
+}
+
+#[test]
+fn pages_removed_while_they_are_prefaulted_are_never_the_templates_again() {
+    for round in 0..4 {
+        let fixture = Fixture::new();
+        fixture.template.set_working_set(Some(working_set(0..PAGES)));
+        let (fork, vmm) = fixture.fork_as("a", |options| options.prefault(Prefault::All));
+        let race = RemoveRace {
+            millis: 200,
+            threads: 3,
+            seed: round,
+        };
+        let report = vmm.run(race).unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+        assert_lives_on(&vmm);
+        assert_eq!(fork.status().state, ForkState::Serving);
+    }
+}
+
+#[test]
+fn twenty_forks_that_start_at_once_are_all_prefaulted_and_another_is_served_meanwhile() {
+    let fixture = Fixture::new();
+    let (running, runner) = fixture.fork_as("running", |options| options.prefault(Prefault::None));
+    let read = runner.start(read_everything(1)).unwrap();
+    fixture.template.set_working_set(Some(working_set(0..PAGES)));
+    let forks: Vec<_> = (0..20).map(|index| fixture.fork(&format!("fork-{index}"))).collect();
+    assert_right(read);
+    for (fork, vmm) in &forks {
+        assert_reads_right(vmm, Read::default());
+        assert_eq!(fork.status().state, ForkState::Serving);
+    }
+    assert_eq!(running.status().stats.faults.prefaulted, 0);
+    assert!(forks.iter().all(|(fork, _)| fork.status().stats.faults.prefaulted > 0));
+}
+
+#[test]
+fn a_working_set_that_cannot_be_read_is_given_up_and_kills_nobody() {
+    let script = Script::new(&model(SIZE), |page| match page {
+        0..1000 => Access::Ready,
+        _ => Access::Broken,
+    });
+    let (fixture, _script) = Fixture::scripted(script, |builder| builder);
+    fixture.template.set_working_set(Some(working_set(0..2000)));
+    let (fork, vmm) = fixture.fork("a");
+    assert_reads_right(&vmm, read_range(0, 1000));
+    let status = fork.status();
+    assert_eq!(
+        (status.state, status.reason.is_none()),
+        (ForkState::Serving, true),
+        "{status:?}"
+    );
+}
+
+#[test]
+fn a_prefault_that_nobody_uses_is_switched_off_and_another_working_set_switches_it_on() {
+    let (fixture, events) = observed(2);
+    fixture.template.set_working_set(Some(working_set(0..1900)));
+    // About seven pages are held out of each, and 64 are enough to tell.
+    let forks: Vec<_> = (0..20).map(|index| fixture.fork(&format!("fork-{index}"))).collect();
+    for (_, vmm) in &forks {
+        assert_reads_right(vmm, read_range(1900, 2000));
+    }
+    for _ in &forks {
+        let tally = tally(&events);
+        assert_eq!((tally.missed, tally.held_out_used), (100, 0));
+    }
+    let score = fixture.template.prefault_score();
+    assert!(score.switched_off && score.precision == Some(0.0), "{score:?}");
+    let (without, vmm) = fixture.fork("without");
+    assert_reads_right(&vmm, Read::default());
+    assert_eq!(without.status().stats.faults.prefaulted, 0);
+    fixture.template.set_working_set(Some(working_set(1900..2000)));
+    let (with, _vmm) = fixture.fork("with");
+    eventually("it is prefaulted", || with.status().stats.faults.prefaulted > 50);
+}

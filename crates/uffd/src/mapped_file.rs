@@ -1,0 +1,216 @@
+//! Parts of a file, mapped so that the page cache does something with them. Nobody reads or writes through the mapping.
+//!
+//! A mapping can ask for what no `read` can: pages of the page cache that are 2 MiB large (`MADV_HUGEPAGE`), and pages
+//! that stay (`mlock`). File systems that have such pages (ext4 since Linux 6.16, XFS, tmpfs with `huge=`) then let a VMM
+//! map 2 MiB of the file in one fault, though a write still copies 4 KiB only.
+
+use std::ffi::c_void;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use linux_raw_sys::general as sys;
+use rustix::fs::{Mode, OFlags};
+use rustix::ioctl::{Opcode, Updater, opcode};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::address::ByteLen;
+use crate::outcome::Errno;
+
+/// `PAGEMAP_SCAN` on `/proc/PID/pagemap` (Linux 6.7).
+const PAGEMAP_SCAN: Opcode = opcode::read_write::<sys::pm_scan_arg>(b'f', 16);
+const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
+
+/// How many runs of large pages are asked for at once.
+const REGIONS: usize = 32;
+
+/// A part of a file, mapped read-only and shared, for the sake of the page cache. Dropping it unmaps it, and unlocks what
+/// was locked; so does the end of the process, however it comes.
+#[derive(Debug)]
+pub struct MappedFile {
+    start: *mut c_void,
+    len: usize,
+}
+
+// SAFETY: nothing is ever read or written through the address; it is only handed to system calls, which any thread may make
+// on a mapping of its process.
+unsafe impl Send for MappedFile {}
+// SAFETY: as above; and the kernel orders such calls.
+unsafe impl Sync for MappedFile {}
+
+impl MappedFile {
+    /// Maps `len` bytes of `file` from `at` on, both multiples of 4 KiB. Where they are multiples of 2 MiB, so is the
+    /// address, on file systems that have pages of that size.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: `EINVAL` where `len` is zero or `at` is not a multiple of 4 KiB, `ENOMEM` where the process has too
+    /// many mappings, `EACCES` where the file is not open for reading, `ENODEV` where its file system has no mappings, …
+    pub fn new(file: BorrowedFd<'_>, at: u64, len: ByteLen) -> Result<Self, Errno> {
+        let len = usize::try_from(len.get()).map_err(|_| Errno::new(libc::EOVERFLOW))?;
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing, and nothing refers to it.
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, file, at) }?;
+        Ok(Self { start, len })
+    }
+
+    /// From now on, what is missing in the page cache comes in pages of 2 MiB where the file system has such; what is there
+    /// stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where the kernel has no transparent hugepages at all.
+    pub fn prefer_huge(&self) -> Result<(), Errno> {
+        self.advise(Advice::LinuxHugepage)
+    }
+
+    /// Brings all of it into the page cache, in order, and waits for the disk.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where the file ends before the mapping does or cannot be read, `EINVAL` before Linux 5.14, `ENOMEM`, …
+    pub fn populate(&self) -> Result<(), Errno> {
+        self.advise(Advice::LinuxPopulateRead)
+    }
+
+    /// Brings all of it into the page cache and keeps it there for as long as this lives (`mlock(2)`).
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` and `ENOMEM` where `RLIMIT_MEMLOCK` does not allow it (and without `CAP_IPC_LOCK`), `EAGAIN` and `ENOMEM`
+    /// where it cannot be read.
+    pub fn lock(&self) -> Result<(), Errno> {
+        // SAFETY: exactly what was mapped. Locking changes no byte of it, and no protection.
+        Ok(unsafe { rustix::mm::mlock(self.start, self.len) }?)
+    }
+
+    /// How much of it is in the page cache in pages of 2 MiB that were mapped as such, by a fault or by
+    /// [`populate`](Self::populate).
+    ///
+    /// # Errors
+    ///
+    /// `ENOTTY` before Linux 6.7.
+    pub fn huge_bytes(&self) -> Result<ByteLen, Errno> {
+        let pagemap = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let start = self.start.addr() as u64;
+        let end = start + self.len as u64;
+        let mut found = 0;
+        let mut at = start;
+        while at < end {
+            let mut regions = [sys::page_region {
+                start: 0,
+                end: 0,
+                categories: 0,
+            }; REGIONS];
+            let mut scan = sys::pm_scan_arg {
+                size: size_of::<sys::pm_scan_arg>() as u64,
+                flags: 0,
+                start: at,
+                end,
+                walk_end: 0,
+                vec: regions.as_mut_ptr().expose_provenance() as u64,
+                vec_len: REGIONS as u64,
+                max_pages: 0,
+                category_inverted: 0,
+                category_mask: u64::from(sys::PAGE_IS_HUGE),
+                category_anyof_mask: 0,
+                return_mask: u64::from(sys::PAGE_IS_HUGE),
+            };
+            // SAFETY: `PAGEMAP_SCAN` reads and writes a `struct pm_scan_arg`.
+            let call = unsafe { Updater::<PAGEMAP_SCAN, _>::new(&mut scan) };
+            // SAFETY: beside its argument, which lives through the call, this ioctl writes at most `vec_len` entries to
+            // `vec`, which is an array of so many that lives as long and is not read meanwhile. It changes no page, because
+            // no flag asks for it.
+            unsafe { rustix::ioctl::ioctl(pagemap.as_fd(), call) }?;
+            found += regions
+                .iter()
+                .map(|region| region.end.saturating_sub(region.start))
+                .sum::<u64>();
+            if scan.walk_end <= at {
+                break;
+            }
+            at = scan.walk_end;
+        }
+        Ok(ByteLen::new(found))
+    }
+
+    fn advise(&self, advice: Advice) -> Result<(), Errno> {
+        // SAFETY: exactly what was mapped. Neither advice changes a byte of it; both are about the page cache.
+        Ok(unsafe { rustix::mm::madvise(self.start, self.len, advice) }?)
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        // It can fail only for addresses that are none.
+        // SAFETY: exactly what was mapped, and nothing refers to it.
+        let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    const HUGE: u64 = 2 << 20;
+
+    fn file(name: &str, bytes: u64) -> File {
+        let path = std::env::temp_dir().join(format!("pagecast-{name}-{}", std::process::id()));
+        std::fs::write(&path, vec![7; usize::try_from(bytes).unwrap()]).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file
+    }
+
+    /// What the kernel says of a line of `/proc/self/status`, in KiB.
+    fn status(field: &str) -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        line.trim_matches([':', ' ', '\t', 'k', 'B']).parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_populated_is_there_and_large_pages_are_counted() {
+        let file = file("populate", 4 * HUGE);
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(4 * HUGE)).unwrap();
+        assert_eq!(mapped.huge_bytes().unwrap(), ByteLen::ZERO, "nothing is mapped yet");
+        mapped.prefer_huge().unwrap();
+        mapped.populate().unwrap();
+        let huge = mapped.huge_bytes().unwrap().get();
+        if huge == 0 {
+            println!("skipped: this file system has no large pages");
+        }
+        assert!(huge.is_multiple_of(HUGE) && huge <= 4 * HUGE, "{huge}");
+        let mut byte = [0];
+        let read = rustix::io::preadv2(
+            &file,
+            &mut [std::io::IoSliceMut::new(&mut byte)],
+            3 * HUGE,
+            rustix::io::ReadWriteFlags::NOWAIT,
+        );
+        assert_eq!((read, byte), (Ok(1), [7]));
+    }
+
+    #[test]
+    fn what_is_locked_is_counted_until_it_is_dropped() {
+        let file = file("lock", HUGE);
+        let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(HUGE)).unwrap();
+        let before = status("VmLck");
+        mapped.lock().unwrap();
+        assert_eq!(status("VmLck"), before + (HUGE >> 10));
+        drop(mapped);
+        assert_eq!(status("VmLck"), before);
+    }
+
+    #[test]
+    fn a_file_that_is_shorter_is_an_error_and_no_signal() {
+        let file = file("short", HUGE);
+        let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(2 * HUGE)).unwrap();
+        assert_eq!(mapped.populate(), Err(Errno::new(libc::EFAULT)));
+        assert!(mapped.lock().is_err());
+        assert!(MappedFile::new(file.as_fd(), 0, ByteLen::ZERO).is_err());
+        assert!(MappedFile::new(file.as_fd(), 1, ByteLen::new(HUGE)).is_err());
+    }
+}
