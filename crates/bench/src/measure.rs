@@ -86,6 +86,21 @@ impl Measure {
         }
     }
 
+    /// Whether it can be set beside what somebody else has: times and rates, not what is only there to be known.
+    pub(crate) fn is_compared(self) -> bool {
+        matches!(
+            self,
+            Self::FaultP50Us
+                | Self::FaultP99Us
+                | Self::FaultMaxUs
+                | Self::FaultsPerSecond
+                | Self::CpuPerFaultUs
+                | Self::ReadyMs
+                | Self::GibPerSecond
+                | Self::NanosPerPage
+        )
+    }
+
     /// How many decimals of `value` are worth showing.
     pub fn show(self, value: f64) -> String {
         let decimals = match self {

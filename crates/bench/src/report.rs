@@ -113,13 +113,6 @@ impl SectionReport {
             ));
         }
     }
-
-    /// The row of a subject.
-    pub(crate) fn row(&self, setting: &str, name: &str) -> Option<&Row> {
-        self.rows
-            .iter()
-            .find(|row| row.subject.setting == setting && row.subject.name == name)
-    }
 }
 
 #[cfg(test)]

@@ -106,7 +106,7 @@ impl Samples {
             let of_subject = self.values.range((index, Measure::FIRST)..=(index, Measure::LAST));
             let values: BTreeMap<Measure, Value> = of_subject
                 .filter_map(|((_, measure), values)| {
-                    let ratio = (subject.name != beside)
+                    let ratio = (measure.is_compared() && subject.name != beside)
                         .then(|| self.ratio(subject, &other, *measure))
                         .flatten()
                         .map(|spread| Ratio { to: beside, spread });

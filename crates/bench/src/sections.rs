@@ -2,14 +2,15 @@
 
 mod cold;
 mod fanout;
-mod faults;
-mod growth;
+pub(crate) mod faults;
+pub(crate) mod growth;
 mod idle;
 mod in_process;
-mod ready;
+mod prefault;
+pub(crate) mod ready;
 mod turns;
 mod working_set;
-mod zeros;
+pub(crate) mod zeros;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -69,7 +70,7 @@ fn measure(section: Section, bench: &Bench, interrupt: &Interrupt) -> Result<Sec
     match section {
         Section::Faults => faults::measure(bench, interrupt),
         Section::Ready => ready::measure(bench, interrupt),
-        Section::Prefault => Ok(SectionReport::new(section, &[], Vec::new())),
+        Section::Prefault => prefault::measure(bench, interrupt),
         Section::Zeros => zeros::measure(bench, interrupt),
         Section::Fanout => fanout::measure(bench, interrupt),
         Section::Growth => growth::measure(bench, interrupt),

@@ -277,7 +277,7 @@ fn shown(measure: Measure, value: Option<&Value>) -> String {
     };
     let mut text = measure.show(spread.median);
     let half = (spread.high - spread.low) / 2.0 / spread.median * 100.0;
-    if spread.count > 1 && half.is_finite() {
+    if spread.count > 1 && half >= 0.5 {
         let _ = write!(text, " +-{half:.0}%");
     }
     if let Some(ratio) = ratio.as_ref().map(|ratio| ratio.spread.median) {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use pagecast_client::fork::Prefault;
 use pagecast_client::{Backend, CreateFork};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
@@ -137,6 +138,7 @@ fn play(
     let created = (1..).zip(vmms).map(|(number, vmm)| {
         let wanted = CreateFork {
             backend: Some(system.backend),
+            prefault: (system.backend == Backend::Uffd).then_some(Prefault::None),
             pid: Some(vmm.pid().try_into()?),
             ..CreateFork::of(TEMPLATE)
         };

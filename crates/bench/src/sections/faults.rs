@@ -22,8 +22,8 @@ use crate::spread::to_f64;
 
 /// The template: data on every page, and in the page cache.
 const TEMPLATE_BYTES: u64 = 64 << 20;
-const FLOOR: &str = "floor: bare loop";
-const PAGECAST: &str = "pagecast";
+pub(crate) const FLOOR: &str = "floor: bare loop";
+pub(crate) const PAGECAST: &str = "pagecast";
 
 /// So many forks at once, of which each touches so many pages a turn.
 #[derive(Clone, Copy)]

@@ -29,11 +29,11 @@ const DATA_EVERY: u64 = (1 << 20) / LAYOUT_PAGE;
 const DATA_PAGES: u64 = 16;
 
 /// What is measured of a server with so many forks.
-const FORKS: &str = "forks of 1 GiB";
+pub(crate) const FORKS: &str = "forks of 1 GiB";
 const LOADED: &str = "all forks touch pages at once";
 const IDLE: &str = "idle afterwards";
 const ENDED: &str = "all forks ended";
-const TEMPLATES: &str = "one fork";
+pub(crate) const TEMPLATES: &str = "one fork";
 
 /// How much of it.
 struct Plan {

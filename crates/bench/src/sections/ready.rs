@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
+use pagecast::server::Prefault;
 use pagecast_client::{Backend, CreateFork};
 use pagecast_testkit::floor::{Floor, Strategy, read};
 use pagecast_testkit::process::MemoryUse;
@@ -14,6 +15,7 @@ use pagecast_testkit::template_file::TemplateFile;
 use tempfile::TempDir;
 
 use super::cold::{cached, drop_from_page_cache};
+use super::in_process::InProcess;
 use super::turns::in_turn;
 use super::working_set::WorkingSet;
 use super::{Bench, folder, rounds};
@@ -38,8 +40,10 @@ enum System {
     Plain { cold: bool },
     /// A fork with `file`.
     File { cold: bool },
-    /// A fork with `uffd` of which nothing is known.
+    /// A fork with `uffd` that is given nothing ahead.
     OnDemand,
+    /// A fork with `uffd` and the working set that another one has shown.
+    Prefault,
     /// The bare loop.
     BareLoop,
     /// All of the template at the first fault.
@@ -47,23 +51,23 @@ enum System {
 }
 
 impl System {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Plain { cold: false },
         Self::File { cold: false },
-        Self::Plain { cold: true },
-        Self::File { cold: true },
+        Self::Prefault,
         Self::OnDemand,
         Self::BareLoop,
         Self::AllAtOnce,
+        Self::Plain { cold: true },
+        Self::File { cold: true },
     ];
 
     fn name(self) -> &'static str {
         match self {
-            Self::Plain { cold: false } => PLAIN,
-            Self::File { cold: false } => FILE_WARM,
-            Self::Plain { cold: true } => "floor: plain MAP_PRIVATE, cold",
-            Self::File { cold: true } => "file, cold",
+            Self::Plain { .. } => PLAIN,
+            Self::File { .. } => FILE,
             Self::OnDemand => ON_DEMAND,
+            Self::Prefault => PREFAULT,
             Self::BareLoop => "rival: a page a fault",
             Self::AllAtOnce => "rival: all at the first fault",
         }
@@ -74,16 +78,19 @@ impl System {
     }
 
     fn subject(self) -> Subject {
-        Subject::new("", self.name())
+        Subject::new(if self.is_cold() { COLD } else { WARM }, self.name())
     }
 }
 
-const PLAIN: &str = "floor: plain MAP_PRIVATE, warm";
-const FILE_WARM: &str = "file, warm";
-const ON_DEMAND: &str = "uffd, on demand";
+pub(crate) const WARM: &str = "warm";
+pub(crate) const COLD: &str = "cold";
+pub(crate) const PLAIN: &str = "floor: plain MAP_PRIVATE";
+pub(crate) const FILE: &str = "file";
+pub(crate) const ON_DEMAND: &str = "uffd, on demand";
+pub(crate) const PREFAULT: &str = "uffd, prefault";
 
 /// Those that take no time.
-const WARM: [System; 2] = [System::Plain { cold: false }, System::File { cold: false }];
+const QUICK_ONES: [System; 2] = [System::Plain { cold: false }, System::File { cold: false }];
 
 /// All that is the same for all rounds.
 struct Setup<'a> {
@@ -94,6 +101,9 @@ struct Setup<'a> {
     file: File,
     bytes: Arc<[u8]>,
     daemon: Daemon,
+    server: InProcess,
+    /// How many forks the server has had.
+    forks: Cell<usize>,
     folder: TempDir,
     /// Whether all of the template is in the page cache.
     is_warm: Cell<bool>,
@@ -111,7 +121,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         samples.expect(system.subject(), None);
     }
     let mut systems = System::ALL.to_vec();
-    systems.retain(|system| !WARM.contains(system));
+    systems.retain(|system| !QUICK_ONES.contains(system));
     let mut warnings = Vec::new();
     drop_from_page_cache(&setup.file)?;
     let cached = cached(&setup.file, &setup.set.runs)?;
@@ -129,7 +139,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
             setup.measure(system, &mut samples)?;
         }
         for repeat in 0..repeats {
-            for system in in_turn(&WARM, round + repeat) {
+            for system in in_turn(&QUICK_ONES, round + repeat) {
                 setup.measure(system, &mut samples)?;
             }
         }
@@ -146,7 +156,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ),
         "Cold: the template was written to disk and its pages dropped from the page cache with posix_fadvise(DONTNEED), no \
          other file's; that they are gone is checked. Warm: all of it is in the page cache, and other forks have read it \
-         before. Forks are of a `pagecast serve`."
+         before. The working set of `prefault` was recorded from one fork."
             .to_owned(),
         "Rivals are strategies of Firecracker's two examples of handlers, the template's bytes at hand in memory: UFFDIO_COPY \
          of one page a fault, and of all the guest's memory at the first fault."
@@ -156,6 +166,16 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     report.warnings = warnings;
     let plain = System::Plain { cold: false }.subject();
     let warm = System::File { cold: false }.subject();
+    report.goal(
+        "working set ready, `uffd` with prefault",
+        Some("`uffd` on demand"),
+        Goal::AtMost(0.25),
+        samples.ratio(
+            &System::Prefault.subject(),
+            &System::OnDemand.subject(),
+            Measure::ReadyMs,
+        ),
+    );
     report.goal(
         "working set ready, `file`, warm",
         Some("a plain MAP_PRIVATE"),
@@ -176,6 +196,14 @@ impl<'a> Setup<'a> {
         let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
         daemon.add_template(template.path())?;
         let bytes = read(template.path())?;
+        let server = InProcess::start(template.path())?;
+        server.find_zeros();
+        let learned = server.learn(&sim_vmm::spawn(&bench.pagecast)?, template.model(), &set.runs)?;
+        ensure!(
+            learned == set.bytes(),
+            "of a working set of {} bytes {learned} were recorded",
+            set.bytes()
+        );
         progress.done(&format!("{} MiB", mib(set.model.size)));
         Ok(Self {
             pagecast: &bench.pagecast,
@@ -183,6 +211,8 @@ impl<'a> Setup<'a> {
             file,
             bytes,
             daemon,
+            server,
+            forks: Cell::new(0),
             folder,
             template,
             is_warm: Cell::new(true),
@@ -211,8 +241,9 @@ impl<'a> Setup<'a> {
                 let (resumed, private) = self.resume(&vmm, Memory::File(map))?;
                 (resumed, 0, private)
             }
-            System::File { .. } => self.fork(vmm, Backend::File)?,
-            System::OnDemand => self.fork(vmm, Backend::Uffd)?,
+            System::File { .. } => self.file(vmm)?,
+            System::OnDemand => self.uffd(&vmm, Prefault::None)?,
+            System::Prefault => self.uffd(&vmm, Prefault::WorkingSet)?,
             System::BareLoop => self.rival(&vmm, Strategy::Demand, self.set.bytes())?,
             System::AllAtOnce => self.rival(&vmm, Strategy::AllAtFirstFault, self.set.model.size)?,
         };
@@ -245,20 +276,24 @@ impl<'a> Setup<'a> {
         Ok((resumed, installs, private))
     }
 
-    /// A fork of the daemon's, and what the daemon has copied into it.
-    fn fork(&self, vmm: SimVmm, backend: Backend) -> Result<(Resumed, u64, u64)> {
+    fn uffd(&self, vmm: &SimVmm, prefault: Prefault) -> Result<(Resumed, u64, u64)> {
+        let number = self.forks.replace(self.forks.get() + 1);
+        let fork = self.server.register(number, |options| options.prefault(prefault))?;
+        let connect = Connect::new(fork.socket_path(), self.template.model());
+        let (resumed, private) = self.resume(vmm, Memory::Uffd(connect))?;
+        Ok((resumed, fork.status().stats.installed_bytes, private))
+    }
+
+    /// A fork of the daemon's.
+    fn file(&self, vmm: SimVmm) -> Result<(Resumed, u64, u64)> {
         let wanted = CreateFork {
-            backend: Some(backend),
+            backend: Some(Backend::File),
             pid: Some(vmm.pid().try_into()?),
             ..CreateFork::of(TEMPLATE)
         };
         let created = self.daemon.call(async |client| client.create_fork(&wanted).await)?;
-        let path = &created.mem_backend.backend_path;
-        let memory = match backend {
-            Backend::File => Memory::File(MapFile::new(path, self.template.model())),
-            _ => Memory::Uffd(Connect::new(path, self.template.model())),
-        };
-        let (resumed, private) = self.resume(&vmm, memory)?;
+        let map = MapFile::new(created.mem_backend.backend_path, self.template.model());
+        let (resumed, private) = self.resume(&vmm, Memory::File(map))?;
         drop(vmm);
         let fork = self.daemon.await_end(&created.id)?;
         self.daemon

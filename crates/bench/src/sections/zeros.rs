@@ -1,15 +1,17 @@
 //! What a page of zeros costs.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use pagecast::server::Fork;
 use pagecast_testkit::floor::{Floor, Strategy, read};
 use pagecast_testkit::sim_vmm::{Connect, MapAnonymous, SimVmm, Visit, Visited};
 use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
 
 use super::in_process::InProcess;
 use super::turns::in_turn;
-use super::{Bench, folder, rounds};
+use super::{Bench, PATIENCE, folder, rounds};
 use crate::goal::Goal;
 use crate::interrupt::Interrupt;
 use crate::measure::Measure;
@@ -22,8 +24,13 @@ use crate::spread::to_f64;
 /// The template begins with so many pages of data; the rest are zeros.
 const DATA_PAGES: u64 = 256;
 
-const ANONYMOUS: &str = "floor: plain anonymous memory";
-const UFFD: &str = "uffd";
+/// How often it is looked at whether zeros have been given back.
+const PACE: Duration = Duration::from_millis(1);
+
+/// How fresh memory is touched first, as a setting.
+pub(crate) const WRITTEN: &str = "written";
+pub(crate) const ANONYMOUS: &str = "floor: plain anonymous memory";
+pub(crate) const UFFD: &str = "uffd, given back";
 const BARE_LOOP: &str = "rival: a page a fault";
 
 /// How fresh memory is touched.
@@ -36,7 +43,7 @@ enum Touch {
 impl Touch {
     fn title(self) -> &'static str {
         match self {
-            Self::Write => "written",
+            Self::Write => WRITTEN,
             Self::Read => "read",
         }
     }
@@ -75,8 +82,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
                     })?,
                     UFFD => {
                         number += 1;
-                        server.connect(number, &vmm, file.model())?;
-                        begin(&vmm)?;
+                        let fork = server.connect(number, &vmm, file.model())?;
+                        wait_until_given_back(&fork, pages * LAYOUT_PAGE)?;
                     }
                     _ => {
                         let floor = Floor::start_with(Strategy::Demand, &folder.path().join("socket"), &bytes, 1)?;
@@ -97,7 +104,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 
     let about = [format!(
         "A guest touches {mib} MiB that are zeros in the template, page after page, one word each: as fresh memory, which a \
-         guest writes to first, and reading. Beside a process that does the same with memory of its own that nobody serves; \
+         guest writes to first, and reading. Runs of zeros are given back to the kernel at the start \
+         of a fork, and that is waited for. Beside a process that does the same with memory of its own that nobody serves; \
          the rival is the bare loop, which copies zeros."
     )];
     let mut report = SectionReport::new(Section::Zeros, &about, samples.rows(ANONYMOUS));
@@ -115,11 +123,21 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Touches a page of data and waits for it: what the server does at the start of a fork is done before its first fault is
-/// answered.
-fn begin(vmm: &SimVmm) -> Result<()> {
-    visit(vmm, 0..1, Touch::Read)?;
-    Ok(())
+/// Waits until so many bytes of zeros have been given back to the kernel, which happens once, at the start of a fork.
+fn wait_until_given_back(fork: &Fork, bytes: u64) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let stats = fork.status().stats;
+        if stats.given_back_bytes >= bytes {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "only {} of {bytes} bytes of zeros were given back",
+            stats.given_back_bytes
+        );
+        std::thread::sleep(PACE);
+    }
 }
 
 fn visit(vmm: &SimVmm, pages: Range<u64>, touch: Touch) -> Result<Visited> {
