@@ -212,7 +212,7 @@ impl Tables {
         }
         let _ = write!(
             text,
-            "\nNumbers are medians, +- is half of the interval that has the median with 95% confidence, x the median of the \
+            "\nNumbers are medians, ± is half of the interval that has the median with 95% confidence, x the median of the \
              ratios of paired turns to the floor.\n{}; {:.0} s\n",
             report.machine.line(),
             report.seconds
@@ -278,7 +278,11 @@ fn shown(measure: Measure, value: Option<&Value>) -> String {
     let mut text = measure.show(spread.median);
     let half = (spread.high - spread.low) / 2.0 / spread.median * 100.0;
     if spread.count > 1 && half >= 0.5 {
-        let _ = write!(text, " +-{half:.0}%");
+        if half < 99.5 {
+            let _ = write!(text, " ±{half:.0}%");
+        } else {
+            text += " ±>99%";
+        }
     }
     if let Some(ratio) = ratio.as_ref().map(|ratio| ratio.spread.median) {
         let decimals = if ratio < 9.995 { 2 } else { 0 };

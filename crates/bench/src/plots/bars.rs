@@ -7,9 +7,9 @@ pub(super) const ROW: f64 = 26.0;
 const GROUP_GAP: f64 = 12.0;
 const TITLE: f64 = 40.0;
 const AXIS: f64 = 30.0;
-const LABEL_SIZE: f64 = 13.0;
-const NOTE_SIZE: f64 = 12.5;
-const TICK_SIZE: f64 = 11.5;
+const LABEL_SIZE: f64 = 12.0;
+const NOTE_SIZE: f64 = 12.0;
+const TICK_SIZE: f64 = 11.0;
 
 /// How numbers become lengths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +80,7 @@ impl Bars {
         let tops = self.tops();
         let bottom = top + tops.last().copied().unwrap_or_default() + ROW + 4.0;
 
-        picture.bold(at(corner.x, corner.y + 12.0), &self.title, TEXT, 15.0, Anchor::Start);
+        picture.bold(at(corner.x, corner.y + 12.0), &self.title, TEXT, 13.0, Anchor::Start);
         let scale = Scale::of(self, left, right);
         for (value, text) in scale.ticks() {
             let x = scale.place(value);

@@ -96,14 +96,14 @@ impl Figure {
 /// A picture with title and foot, and room for so much between them.
 fn framed(title: &str, subtitle: &str, report: &Report, body: f64) -> Picture {
     let mut picture = Picture::new(WIDTH, HEAD + body + FOOT + 6.0);
-    picture.bold(at(MARGIN, 24.0), title, TEXT, 19.0, Anchor::Start);
-    picture.text(at(MARGIN, 46.0), subtitle, FAINT_TEXT, 13.0, Anchor::Start);
+    picture.bold(at(MARGIN, 24.0), title, TEXT, 17.0, Anchor::Start);
+    picture.text(at(MARGIN, 46.0), subtitle, FAINT_TEXT, 12.0, Anchor::Start);
     let foot = picture.height - 16.0;
     picture.text(
         at(MARGIN, foot),
         format!("pagecast bench, {}", report.machine.line()),
         FAINT_TEXT,
-        11.0,
+        10.5,
         Anchor::Start,
     );
     picture
@@ -214,9 +214,9 @@ fn ready_figure(section: &SectionReport) -> Option<Figure> {
     mark(&mut time, ready::WARM, ready::PREFAULT, 0.25, ready::ON_DEMAND);
     let memory = panel(
         section,
-        "Memory of the fork's own afterwards, MiB (all but what is written is shared with `file`)",
+        "Copied into the fork, MiB (with file it shares all that it has only read)",
         Measure::InstalledMib,
-        "MiB installed",
+        "MiB",
         Axis::Linear,
     )?;
     Some(Figure {
@@ -367,7 +367,7 @@ fn growing(
 fn goals_picture(report: &Report) -> Option<Picture> {
     const LEAST: f64 = 0.25;
     const MOST: f64 = 4.0;
-    const LABEL: f64 = 13.0;
+    const LABEL: f64 = 12.0;
     let goals: Vec<&GoalReport> = report.goals().map(|(_, goal)| goal).collect();
     if goals.is_empty() {
         return None;
@@ -396,7 +396,7 @@ fn goals_picture(report: &Report) -> Option<Picture> {
     picture.rect(at(place(1.0), top), at(right, bottom), GOAL.light_more());
     for (times, text) in [(0.25, "1/4"), (0.5, "1/2"), (1.0, "limit"), (2.0, "2 x"), (4.0, "4 x")] {
         picture.line(at(place(times), top), at(place(times), bottom), GRID, 1.0);
-        picture.text(at(place(times), bottom + 14.0), text, FAINT_TEXT, 11.5, Anchor::Middle);
+        picture.text(at(place(times), bottom + 14.0), text, FAINT_TEXT, 11.0, Anchor::Middle);
     }
     picture.line(at(place(1.0), top), at(place(1.0), bottom), TEXT, 1.5);
     let mut middle = top + row_height / 2.0;

@@ -8,8 +8,8 @@ const TITLE: f64 = 40.0;
 const AXIS: f64 = 50.0;
 const LEFT: f64 = 46.0;
 const RIGHT: f64 = 26.0;
-const TICK_SIZE: f64 = 11.5;
-const LABEL_SIZE: f64 = 12.5;
+const TICK_SIZE: f64 = 11.0;
+const LABEL_SIZE: f64 = 12.0;
 
 /// A number that grows, or does not.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ impl Lines {
     pub(super) fn draw(&self, picture: &mut Picture, corner: Point, width: f64) {
         let (left, right) = (corner.x + LEFT, corner.x + width - RIGHT);
         let (top, bottom) = (corner.y + TITLE, corner.y + HEIGHT - AXIS);
-        picture.bold(at(corner.x, corner.y + 12.0), &self.title, TEXT, 15.0, Anchor::Start);
+        picture.bold(at(corner.x, corner.y + 12.0), &self.title, TEXT, 13.0, Anchor::Start);
 
         let values = self
             .series

@@ -1,69 +1,163 @@
 //! Pictures as files.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::Once;
 
+use ab_glyph::{Font as _, FontRef, Glyph, PxScaleFont, ScaleFont as _};
 use anyhow::{Result, anyhow};
 use plotters::backend::{BitMapBackend, SVGBackend};
 use plotters::coord::Shift;
-use plotters::drawing::{DrawingArea, IntoDrawingArea as _};
+use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea as _};
 use plotters::element::{Circle, PathElement, Rectangle, Text};
 use plotters::prelude::DrawingBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{
-    Color as _, FontStyle, FontTransform, IntoFont as _, RGBAColor, RGBColor, ShapeStyle, register_font,
-};
+use plotters::style::{Color as _, FontDesc, FontFamily, FontStyle, RGBAColor, RGBColor, ShapeStyle, register_font};
 
 use super::picture::{Anchor, BACKGROUND, Ink, Picture, Point, Shape};
 
 /// How many pixels a PNG has for one of a picture: screens are dense.
 const PNG_SCALE: f64 = 2.0;
-/// The family of the built-in font. An SVG names it, and is shown in what the viewer has of that kind.
+/// What an SVG asks for: it is shown in what the viewer has of that kind, which is as wide as the built-in font, or nearly so.
 const FAMILY: &str = "sans-serif";
+/// plotters takes the size of a font as the height of its lines, and an SVG as that of its letter m.
+const LINE_HEIGHT: f64 = 1.24;
+/// How far below the middle of a text its letters stand, in parts of its size: half the height of an x.
+const HALF_X: f64 = 0.27;
 /// A dash, and as much between two of them, in pixels.
 const DASH: f64 = 5.0;
 
 pub(super) fn svg(picture: &Picture, path: &Path) -> Result<()> {
-    use_built_in_font();
+    // plotters wants to know a font even where it only names it.
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| {
+        // It fails only for what is no font.
+        let _ = register_font(FAMILY, FontStyle::Normal, notosans::REGULAR_TTF);
+    });
     let area = SVGBackend::new(path, size(picture, 1.0)).into_drawing_area();
-    render(picture, &area, 1.0)
+    render(picture, &area, 1.0, named_text)
 }
 
 pub(super) fn png(picture: &Picture, path: &Path) -> Result<()> {
-    use_built_in_font();
     let area = BitMapBackend::new(path, size(picture, PNG_SCALE)).into_drawing_area();
-    render(picture, &area, PNG_SCALE)
+    render(picture, &area, PNG_SCALE, drawn_text)
 }
 
 /// How wide a text is, in pixels.
 pub(super) fn width(text: &str, size: f64) -> f64 {
-    use_built_in_font();
-    (FAMILY, size)
-        .into_font()
-        .box_size(text)
-        .map_or(0.0, |(width, _)| f64::from(width))
+    let font = BuiltIn::of(false, size);
+    f64::from(font.glyphs(text).1)
 }
 
-fn use_built_in_font() {
-    static ONCE: OnceLock<()> = OnceLock::new();
-    ONCE.get_or_init(|| {
-        for (style, bytes) in [
-            (FontStyle::Normal, notosans::REGULAR_TTF),
-            (FontStyle::Bold, notosans::BOLD_TTF),
-        ] {
-            // It fails only for what is no font.
-            let _ = register_font(FAMILY, style, bytes);
+/// The built-in font in a size.
+struct BuiltIn {
+    font: PxScaleFont<FontRef<'static>>,
+}
+
+impl BuiltIn {
+    fn of(bold: bool, size: f64) -> Self {
+        let bytes = if bold {
+            notosans::BOLD_TTF
+        } else {
+            notosans::REGULAR_TTF
+        };
+        let font = FontRef::try_from_slice(bytes).expect("what is built in is a font");
+        let height = font.height_unscaled() / font.units_per_em().unwrap_or(1000.0);
+        #[expect(clippy::cast_possible_truncation, reason = "a size is a small number")]
+        let scale = size as f32 * height;
+        Self {
+            font: font.into_scaled(scale),
         }
-    });
+    }
+
+    /// The letters of a text, each with how far from its start it is, and how long it is.
+    fn glyphs(&self, text: &str) -> (Vec<(Glyph, f32)>, f32) {
+        let mut glyphs: Vec<(Glyph, f32)> = Vec::new();
+        let mut along = 0.0;
+        for letter in text.chars() {
+            let glyph = self.font.scaled_glyph(letter);
+            if let Some((last, _)) = glyphs.last() {
+                along += self.font.kern(last.id, glyph.id);
+            }
+            let advance = self.font.h_advance(glyph.id);
+            glyphs.push((glyph, along));
+            along += advance;
+        }
+        (glyphs, along)
+    }
 }
 
-fn render<B: DrawingBackend>(picture: &Picture, area: &DrawingArea<B, Shift>, scale: f64) -> Result<()> {
-    draw(picture, area, scale).map_err(|error| anyhow!("{error}"))
+/// A text to be drawn, in pixels of the file.
+struct Words<'a> {
+    point: (f64, f64),
+    text: &'a str,
+    ink: Ink,
+    size: f64,
+    bold: bool,
+    anchor: Anchor,
 }
 
-type Drawn<B> = Result<(), plotters::drawing::DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
+/// Names font and place.
+fn named_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>) -> Drawn<B> {
+    let style = if words.bold { FontStyle::Bold } else { FontStyle::Normal };
+    let font = FontDesc::new(FontFamily::Name(FAMILY), words.size * LINE_HEIGHT, style);
+    let side = match words.anchor {
+        Anchor::Start => HPos::Left,
+        Anchor::Middle => HPos::Center,
+        Anchor::End => HPos::Right,
+    };
+    let style = font.color(&colour(words.ink)).pos(Pos::new(side, VPos::Center));
+    let place = (pixel(words.point.0), pixel(words.point.1));
+    area.draw(&Text::new(words.text, place, style))
+}
 
-fn draw<B: DrawingBackend>(picture: &Picture, area: &DrawingArea<B, Shift>, scale: f64) -> Drawn<B> {
+/// Draws letter by letter. plotters could do it, but sets letters without the space that belongs before each.
+fn drawn_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>) -> Drawn<B> {
+    let built_in = BuiltIn::of(words.bold, words.size);
+    let (glyphs, width) = built_in.glyphs(words.text);
+    let before = match words.anchor {
+        Anchor::Start => 0.0,
+        Anchor::Middle => f64::from(width) / 2.0,
+        Anchor::End => f64::from(width),
+    };
+    let (left, baseline) = (words.point.0 - before, words.point.1 + words.size * HALF_X);
+    for (mut glyph, along) in glyphs {
+        #[expect(clippy::cast_possible_truncation, reason = "pictures have a few thousand pixels")]
+        let position = ab_glyph::point((left + f64::from(along)) as f32, baseline as f32);
+        glyph.position = position;
+        let Some(outline) = built_in.font.outline_glyph(glyph) else {
+            continue;
+        };
+        let bounds = outline.px_bounds();
+        let (x0, y0) = (pixel(bounds.min.x.into()), pixel(bounds.min.y.into()));
+        let mut dots = Vec::new();
+        outline.draw(|x, y, coverage| dots.push((x, y, coverage)));
+        for (x, y, coverage) in dots.into_iter().filter(|dot| dot.2 > 0.0) {
+            let ink = Ink {
+                opacity: words.ink.opacity * f64::from(coverage.min(1.0)),
+                ..words.ink
+            };
+            let place = (x0 + x.cast_signed(), y0 + y.cast_signed());
+            area.draw_pixel(place, &colour(ink))?;
+        }
+    }
+    Ok(())
+}
+
+type Drawn<B> = Result<(), DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
+
+/// How a backend writes.
+type Write<B> = fn(&DrawingArea<B, Shift>, &Words<'_>) -> Drawn<B>;
+
+fn render<B: DrawingBackend>(
+    picture: &Picture,
+    area: &DrawingArea<B, Shift>,
+    scale: f64,
+    write: Write<B>,
+) -> Result<()> {
+    draw(picture, area, scale, write).map_err(|error| anyhow!("{error}"))
+}
+
+fn draw<B: DrawingBackend>(picture: &Picture, area: &DrawingArea<B, Shift>, scale: f64, write: Write<B>) -> Drawn<B> {
     let place = |point: Point| (pixel(point.x * scale), pixel(point.y * scale));
     let stroke = |ink: Ink, width: f64| ShapeStyle {
         color: colour(ink),
@@ -106,20 +200,17 @@ fn draw<B: DrawingBackend>(picture: &Picture, area: &DrawingArea<B, Shift>, scal
                 size,
                 bold,
                 anchor,
-            } => {
-                let style = if *bold { FontStyle::Bold } else { FontStyle::Normal };
-                let font = (FAMILY, size * scale)
-                    .into_font()
-                    .style(style)
-                    .transform(FontTransform::None);
-                let side = match anchor {
-                    Anchor::Start => HPos::Left,
-                    Anchor::Middle => HPos::Center,
-                    Anchor::End => HPos::Right,
-                };
-                let style = font.color(&colour(*ink)).pos(Pos::new(side, VPos::Center));
-                area.draw(&Text::new(text.as_str(), place(*point), style))?;
-            }
+            } => write(
+                area,
+                &Words {
+                    point: (point.x * scale, point.y * scale),
+                    text,
+                    ink: *ink,
+                    size: size * scale,
+                    bold: *bold,
+                    anchor: *anchor,
+                },
+            )?,
         }
     }
     area.present()

@@ -39,7 +39,7 @@ struct Ready {
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
     let count: u32 = scale.choose(5, 1, 1);
-    let size = scale.choose((128, 64), (128, 16), (128, 1));
+    let size = scale.choose((128, 64), (128, 32), (128, 1));
     let size = Size {
         mem_mib: size.0,
         data_mib: size.1,

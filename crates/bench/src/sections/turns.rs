@@ -18,6 +18,6 @@ mod tests {
     fn each_is_first_in_its_turn() {
         let first: Vec<u8> = (0..4).map(|round| in_turn(&[1, 2, 3], round)[0]).collect();
         assert_eq!(first, [1, 2, 3, 1]);
-        assert_eq!(in_turn::<u8>(&[], 1), []);
+        assert!(in_turn::<u8>(&[], 1).is_empty());
     }
 }
