@@ -48,7 +48,7 @@ pub use outcome::{Errno, Outcome};
 #[cfg(target_os = "linux")]
 pub use lease::LeaseBreaks;
 #[cfg(target_os = "linux")]
-pub use mapped_file::MappedFile;
+pub use mapped_file::{MappedFile, MappedRange};
 #[cfg(target_os = "linux")]
 pub use peer::Peer;
 #[cfg(target_os = "linux")]

@@ -19,6 +19,11 @@ use crate::outcome::Errno;
 const PAGEMAP_SCAN: Opcode = opcode::read_write::<sys::pm_scan_arg>(b'f', 16);
 const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
+const PAGE: usize = 4096;
+
+/// How many pages are looked for in the page cache at once.
+const RESIDENT_PAGES: usize = 512;
+
 /// How many runs of large pages are asked for at once.
 const REGIONS: usize = 32;
 
@@ -132,9 +137,72 @@ impl MappedFile {
         Ok(ByteLen::new(found))
     }
 
+    /// `len` bytes of it from `at` on, both multiples of 4 KiB; `None` where it is not so long.
+    pub fn range(&self, at: u64, len: ByteLen) -> Option<MappedRange<'_>> {
+        let into = usize::try_from(at).ok()?;
+        let len = usize::try_from(len.get()).ok()?;
+        let fits = into.checked_add(len).is_some_and(|end| end <= self.len);
+        let aligned = into.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
+        (fits && aligned && len > 0).then_some(MappedRange { file: self, into, len })
+    }
+
     fn advise(&self, advice: Advice) -> Result<(), Errno> {
         // SAFETY: exactly what was mapped. Neither advice changes a byte of it; both are about the page cache.
         Ok(unsafe { rustix::mm::madvise(self.start, self.len, advice) }?)
+    }
+}
+
+/// A part of a [`MappedFile`], for [`Uffd::copy_mapped`](crate::Uffd::copy_mapped).
+#[derive(Clone, Copy, Debug)]
+pub struct MappedRange<'a> {
+    file: &'a MappedFile,
+    into: usize,
+    /// At least one page.
+    len: usize,
+}
+
+impl MappedRange<'_> {
+    /// Whether all of it is in the page cache (`mincore(2)`), so that nobody has to wait for a disk. The kernel says so of
+    /// everything where this process neither owns the file nor may write it.
+    pub fn is_resident(&self) -> bool {
+        let mut pages = [0u8; RESIDENT_PAGES];
+        let step = RESIDENT_PAGES * PAGE;
+        (0..self.len).step_by(step).all(|from| {
+            let len = (self.len - from).min(step);
+            // SAFETY: a range of the mapping, and as many bytes as it has pages; no byte of the mapping is touched.
+            let answer = unsafe { libc::mincore(self.start().wrapping_byte_add(from), len, pages.as_mut_ptr()) };
+            // The other bits are reserved.
+            answer == 0 && pages.iter().take(len / PAGE).all(|page| page & 1 == 1)
+        })
+    }
+
+    /// Lets go of it: it stays in the page cache, but this process has it resident no longer.
+    pub fn release(&self) {
+        // It can fail only where the mapping is locked, and then it has to stay.
+        // SAFETY: a range of the mapping, which is of a file and read-only: nothing is lost.
+        let _ = unsafe { rustix::mm::madvise(self.start(), self.len, Advice::LinuxDontNeed) };
+    }
+
+    /// The same without its first `skip` bytes, and no longer than `len`; `None` where nothing is left.
+    #[must_use]
+    pub fn part(&self, skip: u64, len: ByteLen) -> Option<Self> {
+        let into = u64::try_from(self.into).ok()?.checked_add(skip)?;
+        let end = self.into + self.len;
+        self.file.range(into, len).filter(|part| part.into + part.len <= end)
+    }
+
+    /// In bytes.
+    pub fn len(&self) -> ByteLen {
+        ByteLen::new(self.len as u64)
+    }
+
+    /// Never: it has at least a page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn start(&self) -> *mut c_void {
+        self.file.start.wrapping_byte_add(self.into)
     }
 }
 

@@ -11,6 +11,7 @@ use crate::abi;
 use crate::address::{ByteLen, HostAddr, HostRange};
 use crate::event::{Event, MESSAGE_SIZE, Parsed, parse};
 use crate::feature::Features;
+use crate::mapped_file::MappedRange;
 use crate::outcome::{Errno, Outcome};
 
 /// How many events one `read` takes at most.
@@ -247,6 +248,20 @@ impl Uffd {
         Outcome::of_install(result, copy.copy)
     }
 
+    /// Copies a part of a file to `to`, as [`copy`](Self::copy) does, without this process reading it. What is not in the
+    /// page cache is waited for; where the file ends early, this [fails](Outcome::Failed) with `EFAULT`.
+    pub fn copy_mapped(&self, to: HostAddr, bytes: MappedRange<'_>) -> Outcome {
+        let mut copy = abi::uffdio_copy {
+            dst: to.get(),
+            src: bytes.start().expose_provenance() as u64,
+            len: bytes.len().get(),
+            mode: 0,
+            copy: 0,
+        };
+        let result = update::<{ abi::COPY }, _>(self.fd.as_fd(), &mut copy);
+        Outcome::of_install(result, copy.copy)
+    }
+
     /// Maps the kernel's zero page all over `range` (`UFFDIO_ZEROPAGE`) and wakes whoever waits there.
     /// Not for hugetlbfs, where it [fails](Outcome::Failed) with `EINVAL`: copy zeros there.
     pub fn zeropage(&self, range: HostRange) -> Outcome {
@@ -339,7 +354,7 @@ fn set<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: T) -> rustix::io::
 fn run<I: Ioctl>(fd: BorrowedFd<'_>, ioctl: I) -> rustix::io::Result<I::Output> {
     // SAFETY: the ioctl object carries an opcode with its matching argument (see `update`). What the kernel changes
     // besides that argument is memory registered with this userfaultfd, whose owner promised in `register` that no
-    // Rust object lives there; the source of a copy is a slice that is borrowed for the call.
+    // Rust object lives there; the source of a copy is a slice or a mapping that is borrowed for the call.
     unsafe { rustix::ioctl::ioctl(fd, ioctl) }
 }
 

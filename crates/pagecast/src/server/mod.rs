@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | acceptor | listens, accepts, shakes hands, keeps deadlines |
 //! | workers | answer faults; a fork belongs to one of them for life |
+//! | crew | helps workers to fill forks, when cores are free |
 //! | readers | read what is not in memory; each template has its own few, and only while needed |
 
 mod error;
@@ -16,6 +17,8 @@ mod latency;
 
 #[cfg(target_os = "linux")]
 mod acceptor;
+#[cfg(target_os = "linux")]
+mod crew;
 #[cfg(target_os = "linux")]
 mod handle;
 #[cfg(target_os = "linux")]

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Door, Guests, Request};
+use super::crew::Crew;
 use super::error::{CloseError, Error, NotEnoughMemory};
 use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
@@ -75,10 +76,12 @@ impl Builder {
             source,
         };
         let registry = Arc::new(Registry::new(self.observer));
+        let crew = Arc::new(Crew::new());
         let mut workers = Vec::new();
         let mut threads = Vec::new();
         for index in 0..self.workers {
-            let (worker, thread) = Worker::start(index, Arc::clone(&registry), self.deadlines.fault).map_err(failed)?;
+            let (worker, thread) =
+                Worker::start(index, Arc::clone(&registry), Arc::clone(&crew), self.deadlines.fault).map_err(failed)?;
             workers.push(worker);
             threads.push(thread);
         }

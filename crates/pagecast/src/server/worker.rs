@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
+use super::crew::Crew;
 use super::failure::FailReason;
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
@@ -132,6 +133,7 @@ impl Worker {
     pub(super) fn start(
         index: usize,
         registry: Arc<Registry>,
+        crew: Arc<Crew>,
         fault_deadline: Duration,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
@@ -148,7 +150,7 @@ impl Worker {
             count: Arc::clone(&forks),
             forks: Slab::new(),
             inbox: Arc::clone(&inbox),
-            scratch: Scratch::new(deliver, fault_deadline),
+            scratch: Scratch::new(deliver, crew, fault_deadline),
             restless: Vec::new(),
             next_to_fill: 0,
             stopping: false,

@@ -29,6 +29,8 @@ pub struct Fill {
     pub(super) single_pages: bool,
     /// Zeros need not be installed: once a completed fork is unregistered, what is absent is zeros by itself.
     pub skips_zeros: bool,
+    /// It is of the working set: other forks have touched it.
+    pub is_planned: bool,
     /// Where the bytes of its first page are in the template.
     pub from: TemplateOffset,
     /// The size of each page.
@@ -183,7 +185,7 @@ impl Filling {
 
     /// The next piece, once. `None` where everything that is wanted has been handed out.
     pub(super) fn next(&mut self, regions: &RegionMap, states: &[PageStates]) -> Option<Fill> {
-        let fill = |index: RegionIndex, first: PageIndex, end: usize, skips_zeros| {
+        let fill = |index: RegionIndex, first: PageIndex, end: usize, is_planned, skips_zeros| {
             let region = regions.get(index)?;
             Some(Fill {
                 region: index,
@@ -192,6 +194,7 @@ impl Filling {
                 end: PageIndex::new(end),
                 single_pages: false,
                 skips_zeros,
+                is_planned,
                 from: region.offset_of(first),
                 page_size: region.page_size(),
             })
@@ -205,7 +208,7 @@ impl Filling {
                 let end = first.get() + pages;
                 let absent = states.get(index.get())?.next_absent(first, 1);
                 if absent.is_some_and(|(absent, _)| absent.get() < end) {
-                    return fill(index, first, end, false);
+                    return fill(index, first, end, true, false);
                 }
             }
         }
@@ -224,7 +227,7 @@ impl Filling {
             let most = usize::try_from(FILL_BYTES / region.page_size().bytes()).map_or(1, |pages| pages.max(1));
             let end = (first.get() + most).min(region.pages());
             cursor.page = PageIndex::new(end);
-            return fill(cursor.region, first, end, self.completing);
+            return fill(cursor.region, first, end, false, self.completing);
         }
         None
     }

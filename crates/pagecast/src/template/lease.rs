@@ -108,6 +108,7 @@ impl MemFile {
         wait.recv().map_err(died)??;
         // Nobody can have written it since this.
         self.check_unchanged().map_err(LeaseError::Changed)?;
+        self.trust.grant();
         Ok(lease)
     }
 }
@@ -121,6 +122,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        self.mem_file.trust.revoke();
         // It may be gone: taken away, or never taken.
         let _ = lease::release(self.mem_file.as_fd());
         self.mem_file.leased.store(false, Ordering::Release);
@@ -170,6 +172,7 @@ fn watch(mem_file: &MemFile, breaks: &LeaseBreaks, stop: &OwnedFd, on_break: imp
             breaks.clear();
             // Anybody may send a SIGIO.
             if !lease::is_held(mem_file.as_fd()).is_ok_and(|held| held) {
+                mem_file.trust.revoke();
                 on_break();
                 return;
             }

@@ -17,6 +17,8 @@ mod recording;
 mod sidecar;
 mod slow_reads;
 mod source;
+#[cfg(target_os = "linux")]
+mod trust;
 mod working_set;
 #[cfg(target_os = "linux")]
 mod zero_file;

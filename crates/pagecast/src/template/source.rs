@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use pagecast_uffd::ByteLen;
+#[cfg(target_os = "linux")]
+use pagecast_uffd::MappedRange;
 
 use super::Run;
 use crate::page::PageSize;
@@ -77,6 +79,15 @@ pub trait PageSource: Send + Sync + 'static {
     /// [`SourceError`], as for [`try_read`](Self::try_read).
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError>;
 
+    /// The bytes from `at` on, mapped and in memory, for a long run that is installed without being read. By default none.
+    ///
+    /// Whoever installs it has to [check](Self::check_unchanged) afterwards that it was what it should be.
+    #[cfg(target_os = "linux")]
+    fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        let _ = (at, len);
+        None
+    }
+
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
     /// given to a fork, so it has to be fast.
     ///
@@ -126,6 +137,11 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
 
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
         (**self).read(at, buffer)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        (**self).mapped(at, len)
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::lane::{Done, Lane};
 use super::watch::Watch;
-use super::{Awaited, End, FIRST_PAUSE, Scratch, ServedFork, kernel};
+use super::{Awaited, Deliver, End, FIRST_PAUSE, Scratch, ServedFork, kernel};
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
 use crate::session::{After, Fill};
@@ -52,19 +52,26 @@ impl ServedFork {
             && self.reading.is_none()
     }
 
-    /// The next bounded step. All events have been read, and all faults answered that can be.
+    /// The next bounded step. All events have been read, and all faults answered that can be; no more are read before it is
+    /// over, on whatever threads it is. So no page is installed ahead whose removal has been read.
     pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
         if self.give_back()? {
             return Ok(());
         }
-        let Some(fill) = self.fills.pop().or_else(|| self.session.next_fill()) else {
-            return if self.session.is_completing() {
-                self.unregister(scratch)
-            } else {
-                Ok(())
-            };
-        };
-        self.fill_piece(fill, None, scratch)
+        let next = || self.fills.pop().or_else(|| self.session.next_fill());
+        let mut fills: Vec<Fill> = std::iter::from_fn(next).take(1).collect();
+        if !fills.is_empty() {
+            let free = scratch.crew.free();
+            let next = || self.fills.pop().or_else(|| self.session.next_fill());
+            fills.extend(std::iter::from_fn(next).take(free));
+        }
+        if !fills.is_empty() {
+            return self.fill_pieces(fills, scratch);
+        }
+        if self.session.is_completing() {
+            return self.unregister(scratch);
+        }
+        Ok(())
     }
 
     /// Has the kernel fill some long runs of zeros by itself. Whether there were any.
@@ -89,7 +96,29 @@ impl ServedFork {
         Ok(true)
     }
 
-    pub(super) fn fill_piece(&mut self, fill: Fill, bytes: Option<&[u8]>, scratch: &mut Scratch) -> Result<(), End> {
+    /// Installs several fills, each on a thread of its own, the first on this one.
+    fn fill_pieces(&mut self, fills: Vec<Fill>, scratch: &mut Scratch) -> Result<(), End> {
+        scratch
+            .rooms
+            .resize_with(fills.len().max(scratch.rooms.len()), Vec::new);
+        let lanes = fills.iter().zip(&mut scratch.rooms).map(|(fill, room)| {
+            let parts = self.session.fill_parts(fill);
+            let mut lane = Lane {
+                uffd: &self.uffd,
+                source: self.template.source(),
+                zeros: &scratch.zeros,
+                room,
+            };
+            move || lane.carry_out(fill, &parts, None)
+        });
+        let done = scratch.crew.run(lanes.collect());
+        for (fill, done) in fills.into_iter().zip(done) {
+            self.conclude(fill, done, &scratch.deliver)?;
+        }
+        Ok(())
+    }
+
+    fn fill_with(&mut self, fill: Fill, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
         let parts = self.session.fill_parts(&fill);
         let mut lane = Lane {
             uffd: &self.uffd,
@@ -97,12 +126,12 @@ impl ServedFork {
             zeros: &scratch.zeros,
             room: &mut scratch.bytes,
         };
-        let done = lane.carry_out(&fill, &parts, bytes);
-        self.conclude(fill, done, scratch)
+        let done = lane.carry_out(&fill, &parts, Some(bytes));
+        self.conclude(fill, done, &scratch.deliver)
     }
 
     /// Takes note of what was done about a fill, and keeps it where there is more to do.
-    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, scratch: &Scratch) -> Result<(), End> {
+    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, deliver: &Deliver) -> Result<(), End> {
         for done in done {
             let (part, zeros, outcome) = match done {
                 Done::Tried { part, zeros, outcome } => (part, zeros, outcome),
@@ -111,7 +140,7 @@ impl ServedFork {
                     continue;
                 }
                 Done::NotReady => {
-                    self.read_fill(fill, scratch);
+                    self.read_fill(fill, deliver);
                     return Ok(());
                 }
                 Done::Unreadable(error) => return self.on_unreadable_fill(error),
@@ -144,17 +173,21 @@ impl ServedFork {
         Ok(())
     }
 
-    fn read_fill(&mut self, fill: Fill, scratch: &Scratch) {
+    /// Has a fill read where that may take a while, one at a time.
+    fn read_fill(&mut self, fill: Fill, deliver: &Deliver) {
+        if self.reading.is_some() {
+            return self.fills.push(fill);
+        }
         self.fills_read += 1;
         let (from, length) = (fill.from, fill.bytes());
         self.reading = Some(fill);
-        self.read_later(Awaited::Fill(self.fills_read), from, length, &scratch.deliver);
+        self.read_later(Awaited::Fill(self.fills_read), from, length, deliver);
     }
 
     /// The bytes of a fill, read elsewhere, have come.
     pub(super) fn on_fill_bytes(&mut self, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
         match self.reading.take() {
-            Some(fill) => self.fill_piece(fill, Some(bytes), scratch),
+            Some(fill) => self.fill_with(fill, bytes, scratch),
             None => Ok(()),
         }
     }

@@ -1,10 +1,10 @@
 //! One piece of a fill being installed, on whatever thread: reads and installs, and decides nothing.
 
-use pagecast_uffd::{Outcome, Uffd};
+use pagecast_uffd::{MappedRange, Outcome, Uffd};
 
 use crate::page::PageSize;
 use crate::session::{Content, Fill, Install};
-use crate::template::{Page, PageSource, SourceError, leading_zero_pages};
+use crate::template::{Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
 
 /// What a lane works with.
 pub(super) struct Lane<'a> {
@@ -12,7 +12,7 @@ pub(super) struct Lane<'a> {
     pub(super) source: &'a dyn PageSource,
     /// A huge page of zeros.
     pub(super) zeros: &'a [u8],
-    /// Room for a whole fill.
+    /// Room for what has to be read.
     pub(super) room: &'a mut Vec<u8>,
 }
 
@@ -33,85 +33,154 @@ pub(super) enum Done {
     Unreadable(SourceError),
 }
 
+/// The bytes of a part.
+#[derive(Clone, Copy)]
+enum Bytes<'a> {
+    /// Zeros, all of them.
+    Zero,
+    Read(&'a [u8]),
+    /// In the page cache.
+    Mapped(MappedRange<'a>),
+}
+
 impl Lane<'_> {
     /// Installs the parts of `fill` in order, up to the first that cannot be: with `bytes`, which are those of the whole
     /// fill, else with what the source has ready.
     pub(super) fn carry_out(&mut self, fill: &Fill, parts: &[Install], bytes: Option<&[u8]>) -> Vec<Done> {
         let mut done = Vec::new();
+        let mut room = std::mem::take(self.room);
         for part in parts {
-            let Content::Template(from) = part.content else {
-                continue;
-            };
-            let mut room = std::mem::take(self.room);
-            let page = match bytes {
+            let found = match bytes {
                 Some(bytes) => {
                     let start = fill.position_of(part);
-                    Ok(Page::Bytes(bytes.get(start..start + part.bytes()).unwrap_or_default()))
+                    Ok(Bytes::Read(bytes.get(start..start + part.bytes()).unwrap_or_default()))
                 }
-                None => self.source.try_read(from, super::room(&mut room, part.bytes())),
+                None => self.find(fill, part, &mut room),
             };
-            // After reading, before anybody sees it: what was read is the template's.
-            let page = page.and_then(|page| self.source.check_unchanged().map(|()| page));
-            let goes_on = match page {
-                Ok(page) => self.install(fill, *part, page, &mut done),
-                Err(error) => {
-                    done.push(Done::Unreadable(error));
-                    false
+            match found {
+                Ok(bytes) => {
+                    let goes_on = self.install(fill, *part, bytes, &mut done);
+                    if let Bytes::Mapped(range) = bytes {
+                        range.release();
+                    }
+                    if goes_on {
+                        continue;
+                    }
                 }
-            };
-            *self.room = room;
-            if !goes_on {
-                break;
+                Err(stop) => done.push(stop),
             }
+            break;
         }
+        *self.room = room;
         done
     }
 
-    /// Installs one part, zeros as zeros. Whether to go on.
-    fn install(&self, fill: &Fill, part: Install, page: Page<'_>, done: &mut Vec<Done>) -> bool {
+    /// The bytes of a part, as far as they are there.
+    fn find<'a>(&'a self, fill: &Fill, part: &Install, room: &'a mut Vec<u8>) -> Result<Bytes<'a>, Done> {
+        let Content::Template(from) = part.content else {
+            return Ok(Bytes::Zero);
+        };
+        // What other forks have touched is data, as a rule, and needs not be looked into for zeros.
+        if fill.is_planned
+            && let Some(range) = self.source.mapped(from, part.to.len())
+        {
+            return Ok(Bytes::Mapped(range));
+        }
+        let page = self.source.try_read(from, super::room(room, part.bytes()));
+        match page.map_err(Done::Unreadable)? {
+            Page::NotReady => Err(Done::NotReady),
+            Page::Zero => Ok(Bytes::Zero),
+            Page::Bytes(bytes) => Ok(Bytes::Read(bytes)),
+        }
+    }
+
+    /// Installs one part, piece by piece, zeros as zeros. Whether to go on.
+    fn install(&self, fill: &Fill, part: Install, bytes: Bytes<'_>, done: &mut Vec<Done>) -> bool {
+        // What was read is the template's: looked at after reading, and before anybody sees it.
+        if let Err(error) = self.source.check_unchanged() {
+            done.push(Done::Unreadable(error));
+            return false;
+        }
         let mut left = Some(part);
-        while let Some(part_left) = left {
-            let (piece, bytes) = match page {
-                Page::NotReady => {
-                    done.push(Done::NotReady);
-                    return false;
-                }
-                Page::Zero => (part_left, None),
-                Page::Bytes(bytes) => {
-                    let start = part.bytes() - part_left.bytes();
-                    let bytes = bytes.get(start..).unwrap_or_default();
-                    let (zeros, pages) = leading_zero_pages(bytes, part.page_size);
-                    let piece = part_left.truncated(pages);
-                    (piece, bytes.get(..piece.bytes()).filter(|_| !zeros))
-                }
+        while let Some(rest) = left {
+            let Some((piece, bytes)) = self.next_piece(part, rest, bytes) else {
+                // Never: a part is as long as its bytes. If it were, they would be read anew.
+                done.push(Done::NotReady);
+                return false;
             };
-            let tried = match bytes {
-                Some(bytes) => Some((piece, self.uffd.copy(piece.to.start(), bytes))),
-                None if fill.skips_zeros => None,
-                None => Some(self.install_zeros(piece)),
-            };
-            let passed = match tried {
-                None => {
+            let (piece, outcome) = match bytes {
+                Bytes::Zero if fill.skips_zeros => {
                     done.push(Done::Skipped(piece));
-                    piece.pages
+                    left = rest.after(piece.pages);
+                    continue;
                 }
-                Some((part, outcome)) => {
-                    done.push(Done::Tried {
-                        part,
-                        zeros: bytes.is_none(),
-                        outcome,
-                    });
-                    match outcome {
-                        Outcome::Installed => part.pages,
-                        // Its first page is; the next may not be.
-                        Outcome::AlreadyPresent => 1,
-                        _ => return false,
-                    }
-                }
+                Bytes::Zero => self.install_zeros(piece),
+                Bytes::Read(bytes) => (piece, self.uffd.copy(piece.to.start(), bytes)),
+                Bytes::Mapped(range) => (piece, self.uffd.copy_mapped(piece.to.start(), range)),
             };
-            left = part_left.after(passed);
+            // This was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM
+            // does not live to use it.
+            if matches!(bytes, Bytes::Mapped(_))
+                && let Err(error) = self.source.check_unchanged()
+            {
+                done.push(Done::Unreadable(error));
+                return false;
+            }
+            done.push(Done::Tried {
+                part: piece,
+                zeros: matches!(bytes, Bytes::Zero),
+                outcome,
+            });
+            left = match outcome {
+                Outcome::Installed => rest.after(piece.pages),
+                // Its first page is; the next may not be.
+                Outcome::AlreadyPresent => rest.after(1),
+                _ => return false,
+            };
         }
         true
+    }
+
+    /// The first pages of `rest`, which is what is left of `part`, that are all zeros or all not, and their bytes.
+    fn next_piece<'a>(&self, part: Install, rest: Install, bytes: Bytes<'a>) -> Option<(Install, Bytes<'a>)> {
+        let start = part.bytes() - rest.bytes();
+        match bytes {
+            Bytes::Zero => Some((rest, Bytes::Zero)),
+            Bytes::Read(bytes) => {
+                let bytes = bytes.get(start..part.bytes())?;
+                let (zeros, pages) = leading_zero_pages(bytes, rest.page_size);
+                let piece = rest.truncated(pages);
+                if zeros {
+                    return Some((piece, Bytes::Zero));
+                }
+                Some((piece, Bytes::Read(bytes.get(..piece.bytes())?)))
+            }
+            Bytes::Mapped(range) => {
+                let (zeros, pages) = self.known_zero_pages(rest);
+                let piece = rest.truncated(pages);
+                if zeros {
+                    return Some((piece, Bytes::Zero));
+                }
+                Some((piece, Bytes::Mapped(range.part(start as u64, piece.to.len())?)))
+            }
+        }
+    }
+
+    /// Whether the first page of `rest` is known to be zeros, and how many pages that is true of.
+    fn known_zero_pages(&self, rest: Install) -> (bool, usize) {
+        let Content::Template(from) = rest.content else {
+            return (true, rest.pages);
+        };
+        let page = rest.page_size.len();
+        let known = |index: usize| {
+            let at = TemplateOffset::new(from.get() + index as u64 * page.get());
+            self.source.is_known_zero(at, page)
+        };
+        let first = known(0);
+        (
+            first,
+            1 + (1..rest.pages).take_while(|index| known(*index) == first).count(),
+        )
     }
 
     /// One huge page of zeros at a time.

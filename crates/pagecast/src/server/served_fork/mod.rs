@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
 
+use super::crew::Crew;
 use super::failure::FailReason;
 use super::record::ForkRecord;
 use crate::page::PageSize;
@@ -37,17 +38,22 @@ pub(super) struct Scratch {
     bytes: Vec<u8>,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
     zeros: Vec<u8>,
+    /// The same for each thread that helps.
+    rooms: Vec<Vec<u8>>,
+    crew: Arc<Crew>,
     deliver: Deliver,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
 }
 
 impl Scratch {
-    pub(super) fn new(deliver: Deliver, fault_deadline: Duration) -> Self {
+    pub(super) fn new(deliver: Deliver, crew: Arc<Crew>, fault_deadline: Duration) -> Self {
         Self {
             events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: vec![0; PageSize::Huge.as_usize()],
+            rooms: Vec::new(),
+            crew,
             deliver,
             fault_deadline,
         }
