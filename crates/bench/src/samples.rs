@@ -61,7 +61,15 @@ pub struct Ratio {
 #[derive(Debug, Default)]
 pub(crate) struct Samples {
     subjects: Vec<(Subject, Option<u64>)>,
-    values: BTreeMap<(usize, Measure), Vec<f64>>,
+    values: BTreeMap<(usize, Measure), Vec<Sample>>,
+    round: u32,
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    round: u32,
+    value: f64,
 }
 
 impl Samples {
@@ -72,26 +80,49 @@ impl Samples {
         }
     }
 
+    /// What is added from now on is of another round: only what is of the same round is set beside each other.
+    pub(crate) fn next_round(&mut self) {
+        self.round += 1;
+    }
+
     /// Adds what this round came to.
     pub(crate) fn add(&mut self, subject: &Subject, measure: Measure, value: f64) {
         let index = self.index(subject).unwrap_or_else(|| {
             self.subjects.push((subject.clone(), None));
             self.subjects.len() - 1
         });
-        self.values.entry((index, measure)).or_default().push(value);
+        let round = self.round;
+        self.values
+            .entry((index, measure))
+            .or_default()
+            .push(Sample { round, value });
     }
 
     pub(crate) fn spread(&self, subject: &Subject, measure: Measure) -> Option<Spread> {
-        Spread::of(self.of(subject, measure)?.iter().copied())
+        Spread::of(self.of(subject, measure)?.iter().map(|sample| sample.value))
     }
 
-    /// What each round of one was to the same round of the other.
+    /// What each turn of one was to the turn of the other beside it: the one of the same round with the same number, or the
+    /// median of that round where there were not as many.
     pub(crate) fn ratio(&self, subject: &Subject, to: &Subject, measure: Measure) -> Option<Spread> {
         let (these, others) = (self.of(subject, measure)?, self.of(to, measure)?);
-        Spread::of(these.iter().zip(others).map(|(this, other)| this / other))
+        let of_round = |samples: &[Sample], round: u32| -> Vec<f64> {
+            let of_round = samples.iter().filter(|sample| sample.round == round);
+            of_round.map(|sample| sample.value).collect()
+        };
+        let mut ratios = Vec::new();
+        for round in 0..=self.round {
+            let (these, others) = (of_round(these, round), of_round(others, round));
+            if these.len() == others.len() {
+                ratios.extend(these.iter().zip(&others).map(|(this, other)| this / other));
+            } else if let Some(other) = Spread::of(others) {
+                ratios.extend(these.iter().map(|this| this / other.median));
+            }
+        }
+        Spread::of(ratios)
     }
 
-    fn of(&self, subject: &Subject, measure: Measure) -> Option<&Vec<f64>> {
+    fn of(&self, subject: &Subject, measure: Measure) -> Option<&Vec<Sample>> {
         self.values.get(&(self.index(subject)?, measure))
     }
 
@@ -110,7 +141,7 @@ impl Samples {
                         .then(|| self.ratio(subject, &other, *measure))
                         .flatten()
                         .map(|spread| Ratio { to: beside, spread });
-                    let spread = Spread::of(values.iter().copied())?;
+                    let spread = Spread::of(values.iter().map(|sample| sample.value))?;
                     Some((*measure, Value { spread, ratio }))
                 })
                 .collect();
@@ -141,6 +172,29 @@ mod tests {
         let rows = samples.rows("floor");
         assert!(rows[0].values[&Measure::FaultP50Us].ratio.is_none());
         assert_eq!(rows[1].values[&Measure::FaultP50Us].ratio.as_ref().unwrap().to, "floor");
+    }
+
+    #[test]
+    fn turns_are_set_beside_those_of_their_own_round() {
+        let (floor, ours) = (Subject::new("", "floor"), Subject::new("", "pagecast"));
+        let mut samples = Samples::default();
+        for (floors, ours_ms) in [
+            ([1.0, 2.0, 3.0], 4.0),
+            ([10.0, 20.0, 30.0], 60.0),
+            ([1.0, 1.0, 1.0], 9.0),
+        ] {
+            for floor_ms in floors {
+                samples.add(&floor, Measure::ReadyMs, floor_ms);
+            }
+            samples.add(&ours, Measure::ReadyMs, ours_ms);
+            samples.next_round();
+        }
+        let ratio = samples.ratio(&ours, &floor, Measure::ReadyMs).unwrap();
+        assert_eq!(ratio.count, 3);
+        assert!(
+            (ratio.min - 2.0).abs() < 1e-9 && (ratio.median - 3.0).abs() < 1e-9,
+            "{ratio:?}"
+        );
     }
 
     #[test]

@@ -385,7 +385,7 @@ fn goals_picture(report: &Report) -> Option<Picture> {
     };
     let (left, right) = (
         MARGIN + widest(&title_of) + 16.0,
-        WIDTH - MARGIN - widest(&note_of) - 16.0,
+        WIDTH - MARGIN - widest(&note_of) - 22.0,
     );
     let place = |times: f64| {
         let part = (times.clamp(LEAST, MOST) / LEAST).log2() / (MOST / LEAST).log2();
@@ -414,7 +414,7 @@ fn goals_picture(report: &Report) -> Option<Picture> {
         picture.line(at(one.min(other), middle), at(one.max(other), middle), ink, 4.0);
         picture.dot(at(place(times(goal.measured.median)), middle), 6.5, ink);
         picture.text(at(left - 10.0, middle), title_of(goal), TEXT, LABEL, Anchor::End);
-        picture.text(at(right + 10.0, middle), note_of(goal), ink, LABEL, Anchor::Start);
+        picture.text(at(right + 16.0, middle), note_of(goal), ink, LABEL, Anchor::Start);
         middle += row_height;
     }
     Some(picture)

@@ -61,6 +61,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
             samples.add(&subject, Measure::GibPerSecond, gib / seconds);
             samples.add(&subject, Measure::ProcessorsUsed, cpu / seconds);
         }
+        samples.next_round();
         progress.advance(1);
     }
     progress.done("measured");

@@ -146,6 +146,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
                 setup.measure(system, &mut samples)?;
             }
         }
+        samples.next_round();
         progress.advance(1);
     }
     progress.done("measured");

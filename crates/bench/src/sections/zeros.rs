@@ -97,6 +97,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
                 samples.add(&subject, Measure::NanosPerPage, nanos);
             }
         }
+        samples.next_round();
         progress.advance(1);
     }
     progress.done("measured");
