@@ -16,6 +16,10 @@ use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::output::{Column, Output, harmless};
 
+mod warm;
+
+use warm::Warm;
+
 /// Add, show and remove templates: snapshots to fork from.
 #[derive(Args)]
 pub(crate) struct TemplateArgs {
@@ -35,6 +39,7 @@ enum TemplateCommand {
     Add(Add),
     Ls(List),
     Show(Show),
+    Warm(Warm),
     Rm(Remove),
 }
 
@@ -84,11 +89,12 @@ struct Remove {
     name: String,
 }
 
-pub(crate) const COLUMNS: [Column; 8] = [
+pub(crate) const COLUMNS: [Column; 9] = [
     Column::Text("template"),
     Column::Text("state"),
     Column::Number("size"),
     Column::Number("zeros"),
+    Column::Number("resident"),
     Column::Number("forks"),
     Column::Number("memory"),
     Column::Number("unshared"),
@@ -122,6 +128,7 @@ impl TemplateArgs {
                 let template = client.template(&name).await.map_err(DaemonError::from)?;
                 self::show(&template, self.json, output)
             }
+            TemplateCommand::Warm(warm) => warm.call(&client, self.json, output).await,
             TemplateCommand::Rm(Remove { name }) => {
                 Ok(client.remove_template(&name).await.map_err(DaemonError::from)?)
             }
@@ -163,11 +170,16 @@ pub(crate) fn row(template: &Template) -> Vec<Cell> {
         Some(memory) => BinaryBytes(of(memory)).to_string(),
         None => "-".to_owned(),
     };
+    let resident = match &template.warmth {
+        Some(warmth) if warmth.resident => BinaryBytes(warmth.locked_bytes).to_string(),
+        _ => "-".to_owned(),
+    };
     vec![
         Cell::new(&template.name),
         Cell::new(state).fg(colour),
         Cell::new(BinaryBytes(template.size_bytes)),
         Cell::new(BinaryBytes(template.zero_bytes)),
+        Cell::new(resident),
         Cell::new(template.forks),
         Cell::new(memory(|memory| memory.pss)),
         Cell::new(memory(|memory| memory.unshared)),
@@ -175,7 +187,7 @@ pub(crate) fn row(template: &Template) -> Vec<Cell> {
     ]
 }
 
-fn show(template: &Template, json: bool, output: Output) -> Result<()> {
+pub(crate) fn show(template: &Template, json: bool, output: Output) -> Result<()> {
     if json {
         return output.print_json(template);
     }
@@ -212,6 +224,9 @@ fn show(template: &Template, json: bool, output: Output) -> Result<()> {
         Protection::Immutable => "immutable",
     };
     facts.add("guard", format!("{protection}; {guard}"));
+    if let Some(warmth) = &template.warmth {
+        facts.add("in memory", warm::describe(warmth));
+    }
     facts.add("forks", template.forks);
     if let Some(memory) = &template.memory {
         facts.add(

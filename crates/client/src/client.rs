@@ -12,7 +12,7 @@ use crate::error::{ApiError, ErrorBody};
 use crate::fork::{CreateFork, CreatedFork, Fork};
 use crate::health::Health;
 use crate::http::{Answer, HttpError, UnixHttp};
-use crate::template::{AddTemplate, Template};
+use crate::template::{AddTemplate, Template, Warm};
 
 /// How long the daemon may take to answer. Measuring the memory of very many forks is what takes longest.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -111,6 +111,27 @@ impl Client {
     /// [`ClientError`].
     pub async fn remove_template(&self, name: &str) -> Result<(), ClientError> {
         self.call(Method::DELETE, &template_path(name), None::<&()>).await?;
+        Ok(())
+    }
+
+    /// Begins to bring a template into memory; its [`warmth`](Template::warmth) says how far that is.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn warm_template(&self, name: &str, warm: Warm) -> Result<Template, ClientError> {
+        let path = format!("{}/warm", template_path(name));
+        self.read(&self.call(Method::POST, &path, Some(&warm)).await?)
+    }
+
+    /// Stops bringing a template into memory, or keeping it there.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn cool_template(&self, name: &str) -> Result<(), ClientError> {
+        let path = format!("{}/warm", template_path(name));
+        self.call(Method::DELETE, &path, None::<&()>).await?;
         Ok(())
     }
 

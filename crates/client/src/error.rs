@@ -69,7 +69,7 @@ pub enum ErrorCode {
     PathInvalid,
     /// 429: as many forks live as the configuration allows.
     TooManyForks,
-    /// 503: completing would drive the host out of memory.
+    /// 503: completing a fork, or keeping a template in memory, would drive the host out of memory.
     NotEnoughMemory,
     /// 503: the daemon is stopping.
     Closing,

@@ -82,9 +82,59 @@ pub struct Template {
     /// What is known of its working set: nothing yet.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub working_set: Option<WorkingSet>,
+    /// How far it has been brought into memory ahead of its forks; `null` where nobody has asked for that.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub warmth: Option<Warmth>,
     /// What its living forks cost together; `null` where it was not asked for, or not one could be measured.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<TemplateMemory>,
+}
+
+/// How to bring a template into memory: the body of `POST /v1/templates/{name}/warm`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Warm {
+    /// Keep it there: all of it that is not zeros is locked in memory until it is asked for otherwise, or the template is
+    /// removed. Else the kernel may give up what nobody uses.
+    #[serde(default)]
+    pub resident: bool,
+}
+
+/// How far a template has been brought into memory: into the page cache, which its forks with `file` map, in pages of
+/// 2 MiB where its file system has such. Lengths are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Warmth {
+    /// Whether that is done.
+    pub state: WarmthState,
+    /// Whether it is to stay.
+    pub resident: bool,
+    /// How much is to be brought in: the working set, or where there is none, or it is to stay, all that is not known to be
+    /// zeros.
+    pub wanted_bytes: u64,
+    /// How much has been. Unless it is locked, the kernel may have given up some of it since.
+    pub read_bytes: u64,
+    /// How much of that came in pages of 2 MiB, which forks map in one fault each.
+    pub huge_bytes: u64,
+    /// How much is locked in memory now. It counts as memory of the daemon.
+    pub locked_bytes: u64,
+    /// Why it failed; then nothing is locked.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub error: Option<String>,
+}
+
+/// How far a template has been brought into memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum WarmthState {
+    /// It is being read.
+    Warming,
+    /// All of it has been.
+    Warm,
+    /// That has failed.
+    Failed,
 }
 
 /// The pages that forks touch soon after resume. There is none yet.

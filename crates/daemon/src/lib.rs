@@ -9,6 +9,7 @@
 //! | `service` | what the calls do |
 //! | `template`, `fork` | what there is |
 //! | `backend` | which backend a fork gets, and why |
+//! | `warmth` | templates in memory ahead of their forks |
 //! | `placement`, `protection` | what is done to a memory file, and undone |
 //! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
 //! | `run_dir` | what is kept |
@@ -39,6 +40,7 @@ mod serve;
 mod service;
 mod template;
 mod vmm_process;
+mod warmth;
 
 pub use api::openapi;
 pub use config::{Config, Settings};

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
+use crate::warmth::Warmth;
 
 /// The name of a template: `[a-z0-9][a-z0-9._-]{0,63}`, as the ids of forks are.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,6 +73,8 @@ pub(crate) struct Template {
     pub(crate) protection: Applied,
     /// Where forks with `file` find the memory file; its own path where it could not be placed anywhere else.
     pub(crate) placement: Option<Placement>,
+    /// How far it is in memory ahead of its forks.
+    pub(crate) warmth: Warmth,
     /// Held while something is learned of it.
     pub(crate) learning: Mutex<()>,
     lease: Mutex<Option<pagecast::template::Lease>>,
@@ -96,11 +99,29 @@ impl Template {
             file,
             protection,
             placement,
+            warmth: Warmth::default(),
             learning: Mutex::new(()),
             lease: Mutex::new(lease),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),
         }
+    }
+
+    /// What is kept of it in the run dir.
+    pub(crate) fn saved(&self, resident: bool) -> SavedTemplate {
+        SavedTemplate {
+            spec: self.spec.clone(),
+            identity: *self.file.identity(),
+            protection: self.protection,
+            place: self.placement.clone().map(Place::Done),
+            resident,
+        }
+    }
+
+    /// From now on nothing of it is kept in memory, and nothing more is kept of it in the run dir for that.
+    pub(crate) fn end_warmth(&self) {
+        let _asking = self.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        self.warmth.end();
     }
 
     /// Makes sure that it can be forked: the file that is held, and the path it came from, are what they were.
@@ -184,6 +205,9 @@ pub(crate) struct SavedTemplate {
     pub(crate) identity: Identity,
     pub(crate) protection: Applied,
     pub(crate) place: Option<Place>,
+    /// It is to stay in memory.
+    #[serde(default)]
+    pub(crate) resident: bool,
 }
 
 /// Where a memory file was put, or was about to be.

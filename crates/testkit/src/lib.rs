@@ -9,10 +9,12 @@
 //! | [`pattern`] | bytes that tell where they belong |
 //! | [`process`] | what a process holds |
 //! | [`floor`] | the smallest page server, to measure others against |
+//! | [`cgroup`] | a memory cgroup for the time of a test |
 //! | [`hugepages`] | hugepages for the time of a test |
 //! | [`skip`] | tests that cannot run here, and say so |
 #![deny(unsafe_code)]
 
+pub mod cgroup;
 pub mod firecracker;
 pub mod floor;
 pub mod hugepages;

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use pagecast_client::fork::BackendType;
+use pagecast_client::template::{Warm, WarmthState};
 use pagecast_client::{Backend, CreateFork, ForkState};
 use pagecast_testkit::firecracker::{GuestRange, MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm};
+use pagecast_testkit::skip::skip;
 
 use crate::served::{Served, eventually};
 
@@ -183,6 +185,53 @@ fn twenty_real_forks_with_uffd_read_write_and_outlive_the_daemon() {
     });
 }
 
+/// One fault maps 2 MiB of the template, and a write copies 4 KiB all the same.
+#[test]
+fn real_forks_with_file_map_a_warm_template_in_pages_of_2_mib() {
+    if kvm().unwrap().skips() {
+        return;
+    }
+    let fleet = Fleet::new();
+    fleet
+        .served
+        .call(fleet.served.client.warm_template("t", Warm { resident: true }));
+    let mut told = None;
+    eventually("the template is in memory", || {
+        told = fleet.served.call(fleet.served.client.template("t")).warmth;
+        told.as_ref().is_some_and(|told| told.state != WarmthState::Warming)
+    });
+    let told = told.unwrap();
+    assert_eq!((told.state, told.locked_bytes), (WarmthState::Warm, told.wanted_bytes));
+
+    let mut forks = fleet.restore(Backend::File, 3);
+    for fork in &mut forks {
+        verify(fork, fleet.snapshot.filled);
+        let mapped = in_rollup(fork, "FilePmdMapped:");
+        println!("{mapped} bytes mapped in pages of 2 MiB, {told:?}");
+        let filled = u64::from(fleet.snapshot.filled.count_mib) << 20;
+        if told.huge_bytes == told.wanted_bytes {
+            assert!(mapped >= filled, "{mapped} of {filled}");
+        } else {
+            skip("the file system of temporary files has no pages of 2 MiB, or the host no memory for them");
+        }
+    }
+    read_and_write(&mut forks, &fleet.snapshot);
+    let whole = fleet.snapshot.whole;
+    for fork in &mut forks {
+        verify(fork, whole);
+        // One page in eight, and what Firecracker itself needs: far from what copying 2 MiB for each would come to.
+        let written = in_rollup(fork, "Private_Dirty:");
+        assert!(written < 16 << 20, "{written}");
+    }
+}
+
+/// What the kernel says of all memory of a VMM together, in bytes.
+fn in_rollup(fork: &MicroVm, field: &str) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", fork.pid())).unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
 /// Both at once, from one template.
 #[test]
 fn real_forks_of_both_backends_live_beside_each_other() {
@@ -214,7 +263,7 @@ fn who_overwrites_a_template_gets_in_only_after_its_real_forks_are_dead_or_compl
     }
     let fleet = Fleet::new();
     if fleet.served.call(fleet.served.client.template("t")).guard != pagecast_client::template::Guard::Lease {
-        return pagecast_testkit::skip::skip("the file system of temporary files has no leases");
+        return skip("the file system of temporary files has no leases");
     }
     let mut file = fleet.restore(Backend::File, 3);
     let mut uffd = fleet.restore(Backend::Uffd, 2);

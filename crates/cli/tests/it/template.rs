@@ -1,5 +1,6 @@
 //! `pagecast template`.
 
+use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
 use crate::command::{output, text};
@@ -152,7 +153,70 @@ fn wrong_usage_is_exit_code_2() {
         &["template", "add", "base", "--mem-file", "m", "--page-size", "1G"],
         &["template", "add", "base", "--mem-file", "m", "--protect", "very"],
         &["template", "show"],
+        &["template", "warm"],
+        &["template", "warm", "base", "--resident", "--off"],
     ] {
         assert_eq!(output(arguments).status.code(), Some(2), "{arguments:?}");
     }
+}
+
+#[test]
+fn a_template_is_brought_into_memory_kept_there_and_let_go() {
+    let daemon = Daemon::start();
+    let file = template();
+    daemon.add_template("base", file.path());
+    let warm = daemon.prints(&["template", "warm", "base"]);
+    assert!(warm.contains("in memory  4.00 MiB read, "), "{warm}");
+    assert!(warm.contains("the kernel may give it up\n"), "{warm}");
+    let resident = |table: &str| {
+        table
+            .lines()
+            .nth(1)
+            .unwrap()
+            .split("  ")
+            .filter(|cell| !cell.is_empty())
+            .nth(4)
+            .map(str::trim)
+            .map(str::to_owned)
+    };
+    assert_eq!(resident(&daemon.prints(&["template", "ls"])).unwrap(), "-");
+
+    let warmth = daemon.json(&["template", "warm", "base", "--resident"])["warmth"].clone();
+    assert_eq!(
+        (&warmth["state"], &warmth["resident"], &warmth["locked_bytes"]),
+        (&"warm".into(), &true.into(), &SIZE.into())
+    );
+    let shown = daemon.prints(&["template", "show", "base"]);
+    assert!(shown.contains("; 4.00 MiB kept there\n"), "{shown}");
+    assert_eq!(resident(&daemon.prints(&["template", "ls"])).unwrap(), "4.00 MiB");
+    let status = daemon.json(&["status"]);
+    assert_eq!(status["templates"][0]["warmth"]["locked_bytes"], SIZE);
+
+    assert_eq!(daemon.prints(&["template", "warm", "base", "--off"]), "");
+    assert!(!daemon.prints(&["template", "show", "base"]).contains("in memory"));
+    let said = daemon.refuses(&["template", "warm", "none"], 4);
+    assert!(said.ends_with("(template_not_found)\n"), "{said}");
+}
+
+#[test]
+fn a_template_that_does_not_fit_into_memory_is_not_brought_there() {
+    // It outlives the daemon.
+    let Some(cgroup) = Cgroup::new().unwrap() else { return };
+    let daemon = Daemon::start();
+    let file = TemplateFile::create(TemplateModel::of_data(64 << 20, 1)).unwrap();
+    daemon.add_template("base", file.path());
+    cgroup.take(daemon.pid()).unwrap();
+    cgroup.limit(48 << 20).unwrap();
+    for how in [
+        &["template", "warm", "base"][..],
+        &["template", "warm", "base", "--resident"],
+    ] {
+        let said = daemon.refuses(how, 4);
+        assert!(said.ends_with("(not_enough_memory)\n"), "{said}");
+        assert!(said.contains(cgroup.path().to_str().unwrap()), "{said}");
+    }
+    // What fits is brought there. The kernel may give it up again, so it may be nearly all that there is.
+    cgroup.limit(80 << 20).unwrap();
+    let warmth = daemon.json(&["template", "warm", "base"])["warmth"].clone();
+    assert_eq!(warmth["state"], "warm", "{warmth:#}");
 }

@@ -53,6 +53,7 @@ fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
     let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(templates::list))
         .routes(routes!(templates::show, templates::add, templates::remove))
+        .routes(routes!(templates::warm, templates::cool))
         .routes(routes!(forks::list, forks::create))
         .routes(routes!(forks::show, forks::remove))
         .routes(routes!(forks::complete))
@@ -170,6 +171,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(names.len(), 11, "{names:?}");
+        assert_eq!(names.len(), 13, "{names:?}");
     }
 }

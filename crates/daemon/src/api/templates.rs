@@ -7,6 +7,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use pagecast_client::error::ErrorBody;
+use pagecast_client::template::Warm;
 use pagecast_client::{AddTemplate, Template};
 use serde::Deserialize;
 
@@ -97,5 +98,47 @@ pub(super) async fn add(
 ))]
 pub(super) async fn remove(State(service): State<Arc<Service>>, Segment(name): Segment) -> Result<StatusCode, Failure> {
     blocking(move || service.remove_template(&name)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Bring a template into memory
+///
+/// Into the page cache, which its forks with `file` map, in pages of 2 MiB where its file system has such: its working set,
+/// else all that is not known to be zeros. Resident, all of that is locked there, and found again by the next daemon. What
+/// was asked for last holds. `warmth` says how far it is.
+#[utoipa::path(post, path = "/v1/templates/{name}/warm", operation_id = "warm_template", tag = "templates",
+    params(("name" = String, Path, description = "the name of the template")),
+    request_body = Warm, responses(
+    (status = 202, body = Template, description = "begun, or done already"),
+    (status = 400, body = ErrorBody, description = "bad_request"),
+    (status = 404, body = ErrorBody, description = "template_not_found"),
+    (status = 409, body = ErrorBody, description = "template_changed"),
+    (status = 413, body = ErrorBody, description = "body_too_large"),
+    (status = 422, body = ErrorBody, description = "invalid_field"),
+    (status = 503, body = ErrorBody, description = "not_enough_memory, closing"),
+))]
+pub(super) async fn warm(
+    State(service): State<Arc<Service>>,
+    Segment(name): Segment,
+    Body(warm): Body<Warm>,
+) -> Result<(StatusCode, Json<Template>), Failure> {
+    blocking(move || {
+        let template = service.warm_template(&name, warm.resident)?;
+        Ok((StatusCode::ACCEPTED, Json(service.describe_template(&template, false))))
+    })
+    .await
+}
+
+/// Keep a template in memory no longer
+///
+/// Stops bringing it there too. What is in the page cache stays until the kernel needs the memory.
+#[utoipa::path(delete, path = "/v1/templates/{name}/warm", operation_id = "cool_template", tag = "templates",
+    params(("name" = String, Path, description = "the name of the template")), responses(
+    (status = 204, description = "nothing of it is locked in memory"),
+    (status = 400, body = ErrorBody, description = "bad_request"),
+    (status = 404, body = ErrorBody, description = "template_not_found"),
+))]
+pub(super) async fn cool(State(service): State<Arc<Service>>, Segment(name): Segment) -> Result<StatusCode, Failure> {
+    blocking(move || service.cool_template(&name)).await?;
     Ok(StatusCode::NO_CONTENT)
 }

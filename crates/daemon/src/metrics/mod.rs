@@ -120,6 +120,21 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
         "How much of the memory file is known to be zeros.",
         of_each(|template| template.file.zeros().known_bytes().get()),
     );
+    families.gauge(
+        "pagecast_template_warm_bytes",
+        "How much of it was brought into memory ahead of its forks, as last asked for.",
+        of_each(|template| template.warmth.told().map_or(0, |told| told.read_bytes)),
+    );
+    families.gauge(
+        "pagecast_template_huge_bytes",
+        "How much of that came in pages of 2 MiB.",
+        of_each(|template| template.warmth.told().map_or(0, |told| told.huge_bytes)),
+    );
+    families.gauge(
+        "pagecast_template_locked_bytes",
+        "How much of it is locked in memory now.",
+        of_each(|template| template.warmth.told().map_or(0, |told| told.locked_bytes)),
+    );
 }
 
 fn of_forks(families: &mut Families, templates: &[Arc<Template>], forks: &[Arc<Fork>]) {

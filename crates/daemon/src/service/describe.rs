@@ -36,6 +36,7 @@ impl Service {
             guard: template.guard(),
             forks: living.len() as u64,
             working_set: None,
+            warmth: template.warmth.told(),
             memory: if memory { measure(&living) } else { None },
         }
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use pagecast::server::{Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, chain};
 use pagecast_client::fork::{BackendType, CreateFork, Prefault};
+use pagecast_client::template::WarmthState;
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
 use tracing::{info, warn};
 
@@ -20,6 +21,7 @@ use crate::placement::{Placement, Plan};
 use crate::run_dir::Kind as Saved;
 use crate::template::{Place, Template};
 use crate::vmm_process::{self, VmmProcess};
+use crate::warmth;
 
 /// How long a killed VMM may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -194,6 +196,8 @@ impl Service {
         reason: String,
         wanted: &CreateFork,
     ) -> Result<Arc<Fork>, ApiError> {
+        warmth::read_ahead(&template);
+        let reason = with_warmth(reason, &template);
         let vmm = wanted.pid.map(VmmProcess::open).transpose();
         let vmm = vmm
             .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("pid: {}", chain(&error))))?
@@ -413,6 +417,20 @@ impl Service {
                 self.watch(&fork, &vmm);
             }
         }
+    }
+}
+
+/// Says beside the reason for `file` what was done ahead of the fork.
+fn with_warmth(reason: String, template: &Template) -> String {
+    match template.warmth.told() {
+        Some(told) if told.state == WarmthState::Warm => {
+            let stays = if told.resident { ", where it stays" } else { "" };
+            let (read, huge) = (told.read_bytes, told.huge_bytes);
+            format!(
+                "{reason}; {read} bytes of it were brought into memory ahead{stays}, {huge} of them in pages of 2 MiB"
+            )
+        }
+        _ => reason,
     }
 }
 

@@ -64,6 +64,7 @@ impl Service {
 
     /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
+        template.end_warmth();
         let served = self.server.withdraw(&template.pages, how);
         // Whoever was told where the file is and comes only now finds nothing there.
         let mut paths: Vec<PathBuf> = template.placement.iter().map(|place| place.path().to_owned()).collect();

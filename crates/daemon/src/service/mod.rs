@@ -5,6 +5,7 @@
 //! | `templates` | those on templates |
 //! | `forks` | those on forks |
 //! | `describe` | what is said of them |
+//! | `warm` | templates in memory ahead of their forks |
 //! | `guard` | what happens when a template changes |
 //! | `restore` | what is found in the run dir at the start |
 //!
@@ -16,6 +17,7 @@ mod forks;
 mod guard;
 mod restore;
 mod templates;
+mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
@@ -401,6 +403,9 @@ impl Service {
 impl Drop for Service {
     /// Completes its forks, or kills their VMMs, while they can still be forgotten.
     fn drop(&mut self) {
+        for template in self.templates() {
+            template.warmth.end();
+        }
         if self.server.close(DROP_PATIENCE).is_err() {
             let _ = self.server.kill(DROP_PATIENCE);
         }

@@ -11,6 +11,7 @@ use pagecast::template::MemFile;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
+use super::warm::warm_again;
 use super::{Entry, Service, State};
 use crate::config::Config;
 use crate::error::StartError;
@@ -81,6 +82,9 @@ impl Service {
                     // Nothing that is kept is of a file that has changed.
                     if template.changed().is_none() {
                         learned::take_up(&template);
+                        if saved.resident {
+                            warm_again(&template);
+                        }
                     }
                     self.state().templates.insert(template.name.clone(), template);
                 }
@@ -129,7 +133,7 @@ impl Service {
                 match changed {
                     Some(_) => None,
                     None => self
-                        .place_template(&parsed, &saved.spec, &file, saved.protection)
+                        .place_template(&parsed, &saved.spec, &file, saved.protection, saved.resident)
                         .map_err(|error| error.message)?,
                 }
             }

@@ -113,7 +113,7 @@ impl Service {
         let lease = self.lease(&name, &file)?;
         let protection = Applied::plan(file.as_fd(), spec.protect)
             .map_err(|error| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {}", chain(&error))))?;
-        let placement = self.place_template(&name, &spec, &file, protection)?;
+        let placement = self.place_template(&name, &spec, &file, protection, false)?;
         let template = Template::new(name, spec, file, protection, placement, lease);
         // After the link was made, which the immutable flag refuses.
         if let Err(error) = protection.enforce(template.file.as_fd()) {
@@ -157,12 +157,14 @@ impl Service {
         spec: &Spec,
         file: &MemFile,
         protection: Applied,
+        resident: bool,
     ) -> Result<Option<Placement>, ApiError> {
         let mut saved = SavedTemplate {
             spec: spec.clone(),
             identity: *file.identity(),
             protection,
             place: None,
+            resident,
         };
         let save = |saved: &SavedTemplate| {
             let kept = self.run_dir.save(Kind::Template, name.as_str(), saved);
@@ -251,6 +253,7 @@ impl Service {
             }
             state.busy.insert(template.name.clone());
         }
+        template.end_warmth();
         undo(&template);
         self.forget_template(&template.name);
         self.state().busy.remove(&template.name);

@@ -12,3 +12,4 @@ mod http;
 mod life;
 mod openapi;
 mod protect;
+mod warm;

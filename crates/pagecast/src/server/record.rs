@@ -43,6 +43,8 @@ struct Life {
 pub(super) enum Asker {
     /// Somebody who asked for just this fork, and does not wait.
     Request,
+    /// Somebody who has to take its template away.
+    Vacator,
     /// A thread that closes the server, and wants it no longer once it has lost patience.
     Closer(ThreadId),
 }
@@ -53,7 +55,10 @@ pub(super) enum Wish {
     /// Answer its faults.
     Serve,
     /// Complete it, and answer its faults meanwhile.
-    Complete,
+    Complete {
+        /// As fast as can be, because somebody waits.
+        at_once: bool,
+    },
     /// Kill its VMM. Whoever is told of this has to do it: nobody else is.
     Kill(FailReason),
 }
@@ -135,7 +140,9 @@ impl ForkRecord {
         match life.doom.take() {
             Some(reason) => Wish::Kill(reason),
             None if life.askers.is_empty() => Wish::Serve,
-            None => Wish::Complete,
+            None => Wish::Complete {
+                at_once: life.askers.iter().any(|asker| *asker != Asker::Request),
+            },
         }
     }
 

@@ -1,6 +1,7 @@
 //! The server as its owner sees it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,6 +23,9 @@ use crate::template::{SourceError, Template};
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How many bytes a second a completion installs at most, where nobody says otherwise.
+const COMPLETION_RATE: u64 = 1 << 30;
+
 /// How long completing one fork looks for zeros where memory is short without them.
 const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -29,6 +33,8 @@ const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 pub struct Builder {
     workers: usize,
     deadlines: Deadlines,
+    completion_rate: Option<NonZeroU64>,
+    busy_poll: Duration,
     observer: Observer,
 }
 
@@ -37,6 +43,8 @@ impl Builder {
         Self {
             workers: std::thread::available_parallelism().map_or(2, |processors| (2 * processors.get()).min(8)),
             deadlines: Deadlines::default(),
+            completion_rate: NonZeroU64::new(COMPLETION_RATE),
+            busy_poll: Duration::ZERO,
             observer: Box::new(|_| {}),
         }
     }
@@ -54,6 +62,26 @@ impl Builder {
     #[must_use]
     pub fn deadlines(mut self, deadlines: Deadlines) -> Self {
         self.deadlines = deadlines;
+        self
+    }
+
+    /// How many bytes a second the completion of one fork installs at most, where nobody waits for it; by default 1 GiB,
+    /// which leaves others a part of the memory's bandwidth. `None` for as many as can be.
+    ///
+    /// [`close`](Server::close) and [`vacate`](Server::vacate) do not heed this.
+    #[must_use]
+    pub fn completion_rate(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {
+        self.completion_rate = bytes_per_second;
+        self
+    }
+
+    /// How long a worker looks for the next fault without sleeping after it has answered one; by default not at all.
+    ///
+    /// Where cores are free this saves the time that waking a thread on another core takes, which can be most of a fault.
+    /// Meanwhile a worker uses its core in full, which is then not there for a vCPU; it sleeps once no fault came for so long.
+    #[must_use]
+    pub fn busy_poll(mut self, time: Duration) -> Self {
+        self.busy_poll = time;
         self
     }
 
@@ -80,8 +108,15 @@ impl Builder {
         let mut workers = Vec::new();
         let mut threads = Vec::new();
         for index in 0..self.workers {
-            let (worker, thread) =
-                Worker::start(index, Arc::clone(&registry), Arc::clone(&crew), self.deadlines.fault).map_err(failed)?;
+            let (worker, thread) = Worker::start(
+                index,
+                Arc::clone(&registry),
+                Arc::clone(&crew),
+                self.deadlines.fault,
+                self.completion_rate,
+                self.busy_poll,
+            )
+            .map_err(failed)?;
             workers.push(worker);
             threads.push(thread);
         }
@@ -217,11 +252,15 @@ impl Server {
     /// [`Error::NotEnoughMemory`] where completing it, beside the others that are being completed, would drive the host
     /// out of memory: try again later.
     pub fn complete(&self, id: &ForkId) -> Result<(), Error> {
+        self.complete_for(id, Asker::Request)
+    }
+
+    fn complete_for(&self, id: &ForkId, asker: Asker) -> Result<(), Error> {
         let record = self.record(id)?;
         let mut forks = Vec::new();
-        let state = self.ask_where_room(&record, &mut forks).or_else(|_| {
+        let state = self.ask_where_room(&record, asker, &mut forks).or_else(|_| {
             memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
-            self.ask_where_room(&record, &mut forks)
+            self.ask_where_room(&record, asker, &mut forks)
         })?;
         match state {
             ForkState::Serving | ForkState::Complete => Ok(()),
@@ -235,6 +274,7 @@ impl Server {
     fn ask_where_room(
         &self,
         record: &Arc<ForkRecord>,
+        asker: Asker,
         forks: &mut Vec<Arc<ForkRecord>>,
     ) -> Result<ForkState, NotEnoughMemory> {
         // It guards no data, so a panic under it leaves nothing behind.
@@ -244,7 +284,7 @@ impl Server {
         if record.state() == ForkState::Serving && !record.is_completing() {
             memory::check_room(forks)?;
         }
-        let state = record.ask_completion(Asker::Request);
+        let state = record.ask_completion(asker);
         drop(admission);
         self.tell_workers(|| Message::Review);
         Ok(state)
@@ -298,9 +338,9 @@ impl Server {
         let until = Instant::now() + patience / 2;
         let mut forks = self.forks_of(template);
         // Those that cannot be completed are withdrawn from.
-        forks.retain(|fork| self.complete(&fork.id).is_ok());
+        forks.retain(|fork| self.complete_for(&fork.id, Asker::Vacator).is_ok());
         for fork in &forks {
-            fork.wait_completed(Asker::Request, until);
+            fork.wait_completed(Asker::Vacator, until);
         }
         self.withdraw(template, how);
         self.wait_withdrawn(template, patience / 2)

@@ -1,6 +1,7 @@
 //! A thread that answers the faults of its forks.
 
 use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -125,6 +126,9 @@ pub(super) struct Worker {
     restless: Vec<usize>,
     /// Where the next round of fills begins, so that all get their turn.
     next_to_fill: usize,
+    /// How long to look for faults without sleeping after there was one.
+    busy_poll: Duration,
+    busy_until: Option<Instant>,
     stopping: bool,
 }
 
@@ -135,6 +139,8 @@ impl Worker {
         registry: Arc<Registry>,
         crew: Arc<Crew>,
         fault_deadline: Duration,
+        completion_rate: Option<NonZeroU64>,
+        busy_poll: Duration,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
         let forks = Arc::new(AtomicUsize::new(0));
@@ -150,9 +156,11 @@ impl Worker {
             count: Arc::clone(&forks),
             forks: Slab::new(),
             inbox: Arc::clone(&inbox),
-            scratch: Scratch::new(deliver, crew, fault_deadline),
+            scratch: Scratch::new(deliver, crew, fault_deadline, completion_rate),
             restless: Vec::new(),
             next_to_fill: 0,
+            busy_poll,
+            busy_until: None,
             stopping: false,
         };
         let thread = std::thread::Builder::new()
@@ -164,8 +172,13 @@ impl Worker {
     fn run(mut self) {
         let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
         while !(self.stopping && self.forks.is_empty()) {
-            let timeout = self.timeout();
-            if let Some(pause) = &timeout {
+            let is_busy = self.is_busy();
+            let timeout = if is_busy {
+                Some(Timespec::default())
+            } else {
+                self.timeout()
+            };
+            if let Some(pause) = timeout.as_ref().filter(|_| !is_busy) {
                 // `epoll_wait` rounds up to milliseconds, and a retry may be due in 50 us. (`epoll_pwait2` needs Linux 5.11,
                 // which is more than Firecracker does.)
                 let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
@@ -187,7 +200,12 @@ impl Worker {
                     Token::Inbox => mail = true,
                     // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
-                    Token::Uffd(slot) => self.step(slot, ServedFork::serve),
+                    Token::Uffd(slot) => {
+                        self.step(slot, ServedFork::serve);
+                        if !self.busy_poll.is_zero() {
+                            self.busy_until = Some(Instant::now() + self.busy_poll);
+                        }
+                    }
                     Token::Process(slot) => self.check_process(slot),
                     Token::Socket(slot) => self.drop_socket(slot),
                 }
@@ -197,6 +215,12 @@ impl Worker {
             }
             self.serve_restless();
         }
+    }
+
+    /// Whether a fault may come any moment, and is not to be slept for.
+    fn is_busy(&mut self) -> bool {
+        self.busy_until = self.busy_until.filter(|until| Instant::now() < *until);
+        self.busy_until.is_some()
     }
 
     /// How long to sleep at most; `None` for as long as nothing happens.
@@ -345,8 +369,8 @@ impl Worker {
                 fork.abandon_completion();
                 Ok(())
             }),
-            Wish::Complete => self.step(slot, |fork, _| {
-                fork.begin_completion();
+            Wish::Complete { at_once } => self.step(slot, |fork, _| {
+                fork.begin_completion(at_once);
                 Ok(())
             }),
             Wish::Kill(reason) => self.kill(slot, reason),

@@ -10,6 +10,8 @@ mod lease;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+#[cfg(target_os = "linux")]
+mod page_cache;
 mod prefault_plan;
 mod prefault_score;
 mod recording;
@@ -39,6 +41,8 @@ pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
 pub use mem_file::MemFile;
 pub use open::OpenError;
+#[cfg(target_os = "linux")]
+pub use page_cache::{Loader, LockError, Locked, Wanted};
 pub use prefault_plan::{Planned, PrefaultPlan};
 use prefault_score::Tallies;
 pub use prefault_score::{PrefaultScore, PrefaultTally};

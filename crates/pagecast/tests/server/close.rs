@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use pagecast::Template;
 use pagecast::server::{CloseError, Error, ForkOptions, ForkState, Server};
+use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::process::{Pid, Signal};
 
-use crate::cgroup::Cgroup;
 use crate::fixture::{
     Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, big_fork, eventually, half_stuck, model,
     read_everything, read_range, too_big,
@@ -358,16 +358,16 @@ fn a_close_that_would_exhaust_the_host_is_refused_and_nothing_changes() {
 
 #[test]
 fn a_close_that_would_exhaust_the_cgroup_of_a_vmm_is_refused_until_there_is_room() {
-    let Some(cgroup) = Cgroup::new() else { return };
+    let Some(cgroup) = Cgroup::new().unwrap() else { return };
     let fixture = Fixture::new();
     let (fork, vmm) = fixture.fork("a");
-    cgroup.take(&vmm);
-    cgroup.limit(5 << 20);
+    cgroup.take(vmm.pid()).unwrap();
+    cgroup.limit(5 << 20).unwrap();
     let refused = place(fixture.server.close(PATIENCE));
-    assert!(refused.contains(cgroup.name()), "{refused}");
+    assert!(refused.contains(cgroup.path().to_str().unwrap()), "{refused}");
     assert_reads_right(&vmm, read_range(0, 200));
     assert_eq!(fork.status().state, ForkState::Serving, "{:?}", fork.status());
-    cgroup.limit(64 << 20);
+    cgroup.limit(64 << 20).unwrap();
     fixture.server.close(PATIENCE).unwrap();
     assert_lives_on(&vmm);
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use pagecast::Template;
 use pagecast::server::{CloseError, Deadlines, Error, ForkEvent, ForkId, ForkState, NotEnoughMemory};
+use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{Read, RemoveRace, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
-use crate::cgroup::Cgroup;
 use crate::fixture::{
     Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, big_fork, eventually, failed_with,
     half_stuck, model, read_everything, read_range, too_big,
@@ -229,24 +229,24 @@ fn a_completion_that_would_exhaust_the_host_is_refused_and_others_are_not() {
 
 #[test]
 fn room_that_one_completion_needs_is_not_given_to_another() {
-    let Some(cgroup) = Cgroup::new() else { return };
+    let Some(cgroup) = Cgroup::new().unwrap() else { return };
     let (fixture, script, first_fork, first) = half_stuck();
     let (second_fork, second) = fixture.fork("second");
     for vmm in [&first, &second] {
         assert_reads_right(vmm, read_range(0, 1024));
-        cgroup.take(vmm);
+        cgroup.take(vmm.pid()).unwrap();
     }
     // Each needs 4 MiB more at most.
     let room = (7 << 20) * 16 / 15;
-    cgroup.limit(cgroup.used() + room);
+    cgroup.limit(cgroup.used().unwrap() + room).unwrap();
     fixture.server.complete(first_fork.id()).unwrap();
     let missing = not_enough(fixture.server.complete(second_fork.id()));
     assert_eq!((missing.forks, missing.needed), (2, 8 << 20), "{missing:?}");
-    assert!(missing.place.contains(cgroup.name()), "{missing:?}");
+    assert!(missing.place.contains(cgroup.path().to_str().unwrap()), "{missing:?}");
     script.open_gate();
     let status = first_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
-    cgroup.limit(64 << 20);
+    cgroup.limit(64 << 20).unwrap();
     fixture.server.complete(second_fork.id()).unwrap();
     let status = second_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
@@ -256,7 +256,7 @@ fn room_that_one_completion_needs_is_not_given_to_another() {
 
 #[test]
 fn zeros_are_looked_for_where_memory_is_short_without_them() {
-    let Some(cgroup) = Cgroup::new() else { return };
+    let Some(cgroup) = Cgroup::new().unwrap() else { return };
     let mut fixture = Fixture::new();
     // Zeros that were written: no file system tells of them.
     let all_zeros = TemplateModel {
@@ -270,8 +270,8 @@ fn zeros_are_looked_for_where_memory_is_short_without_them() {
     fixture.file = TemplateFile::create(all_zeros).unwrap();
     fixture.template = Template::open(fixture.file.path()).unwrap();
     let (fork, vmm) = fixture.fork("a");
-    cgroup.take(&vmm);
-    cgroup.limit(5 << 20);
+    cgroup.take(vmm.pid()).unwrap();
+    cgroup.limit(5 << 20).unwrap();
     fixture.server.complete(fork.id()).unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");

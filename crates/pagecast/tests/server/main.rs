@@ -6,7 +6,6 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 mod bad_input;
-mod cgroup;
 mod close;
 mod complete;
 mod embedded;

@@ -9,9 +9,10 @@ use super::{End, FIRST_PAUSE, Scratch, ServedFork};
 use crate::server::failure::FailReason;
 
 impl ServedFork {
-    /// From now on installs everything that is left, whenever `fill` gets a turn.
-    pub(in crate::server) fn begin_completion(&mut self) {
+    /// From now on installs everything that is left, whenever `fill` gets a turn: at the rate that is set, or `at_once`.
+    pub(in crate::server) fn begin_completion(&mut self, at_once: bool) {
         self.session.begin_completion();
+        self.at_once = at_once;
     }
 
     /// Nobody wants it complete any more: serves the fork as before, where it is not all but complete.

@@ -66,7 +66,10 @@ impl ServedFork {
             fills.extend(std::iter::from_fn(next).take(free));
         }
         if !fills.is_empty() {
-            return self.fill_pieces(fills, scratch);
+            let (begun, before) = (Instant::now(), self.record.counters.installed_bytes.get());
+            self.fill_pieces(fills, scratch)?;
+            self.keep_rate(begun, self.record.counters.installed_bytes.get() - before, scratch);
+            return Ok(());
         }
         if self.session.is_completing() {
             return self.unregister(scratch);
@@ -94,6 +97,21 @@ impl ServedFork {
             }
         }
         Ok(true)
+    }
+
+    /// Pauses a completion that nobody waits for, so that installing so many bytes since `begun` was not too fast.
+    fn keep_rate(&mut self, begun: Instant, bytes: u64, scratch: &Scratch) {
+        let Some(rate) = scratch
+            .completion_rate
+            .filter(|_| self.session.is_completing() && !self.at_once)
+        else {
+            return;
+        };
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.get());
+        let until = begun + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        if until > Instant::now() {
+            self.fill_pause = self.fill_pause.max(Some(until));
+        }
     }
 
     /// Installs several fills, each on a thread of its own, the first on this one.

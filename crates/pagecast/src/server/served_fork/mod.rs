@@ -5,6 +5,7 @@ mod filling;
 mod lane;
 mod watch;
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,10 +45,17 @@ pub(super) struct Scratch {
     deliver: Deliver,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
+    /// Bytes a second.
+    completion_rate: Option<NonZeroU64>,
 }
 
 impl Scratch {
-    pub(super) fn new(deliver: Deliver, crew: Arc<Crew>, fault_deadline: Duration) -> Self {
+    pub(super) fn new(
+        deliver: Deliver,
+        crew: Arc<Crew>,
+        fault_deadline: Duration,
+        completion_rate: Option<NonZeroU64>,
+    ) -> Self {
         Self {
             events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
             bytes: vec![0; PageSize::Huge.as_usize()],
@@ -56,6 +64,7 @@ impl Scratch {
             crew,
             deliver,
             fault_deadline,
+            completion_rate,
         }
     }
 }
@@ -133,6 +142,8 @@ pub(super) struct ServedFork {
     reading: Option<Fill>,
     fills_read: u64,
     fill_pause: Option<Instant>,
+    /// Somebody waits for its completion.
+    at_once: bool,
     watch: Watch,
     watched: Option<Watched>,
     /// All regions are unregistered; what is left is to be sure that nobody waits for us.
@@ -164,6 +175,7 @@ impl ServedFork {
             reading: None,
             fills_read: 0,
             fill_pause: None,
+            at_once: false,
             watch: Watch::default(),
             watched: None,
             unregistered: false,

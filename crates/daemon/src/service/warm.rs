@@ -1,0 +1,147 @@
+//! Templates brought into memory ahead of their forks.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use pagecast::cgroup::MemoryCgroup;
+use pagecast::template::Wanted;
+use pagecast_client::template::WarmthState;
+use pagecast_client::{ApiError, ErrorCode};
+use procfs::Current;
+use tracing::{info, warn};
+
+use super::templates::changed;
+use super::{Service, internal, refuse};
+use crate::run_dir::Kind;
+use crate::template::Template;
+use crate::warmth;
+
+/// How long zeros are looked for where a template would not fit into memory without knowing them.
+const SEARCH_PATIENCE: Duration = Duration::from_secs(20);
+
+/// This part of the memory that is available is left to everybody else.
+const SPARE_PART: u64 = 16;
+
+impl Service {
+    /// Begins to bring a template into memory, where with `resident` it stays.
+    pub(crate) fn warm_template(&self, name: &str, resident: bool) -> Result<Arc<Template>, ApiError> {
+        self.check_open()?;
+        let template = self.template(name)?;
+        template.check().map_err(|how| changed(&template, &how))?;
+        let asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        // Once it is locked, it is there; and one that is being read is not begun anew.
+        let is_so = template.warmth.told().is_some_and(|told| {
+            told.resident == resident
+                && (told.state == WarmthState::Warming || (resident && told.state == WarmthState::Warm))
+        });
+        if !is_so {
+            let wanted = self::wanted(&template, resident).or_else(|_| {
+                // All that is not zeros may be much less than all that is not known to be.
+                template.pages.find_zeros(Instant::now() + SEARCH_PATIENCE);
+                self::wanted(&template, resident)
+            })?;
+            if template.warmth.is_over() {
+                return Err(refuse(
+                    ErrorCode::TemplateNotFound,
+                    format_args!("no template is named {name:?}"),
+                ));
+            }
+            self.keep_resident(&template, resident)?;
+            begin(&template, wanted, resident)?;
+            info!(
+                event = "template_warming",
+                template = name,
+                resident,
+                "bringing the template into memory"
+            );
+        }
+        drop(asking);
+        Ok(template)
+    }
+
+    /// Stops bringing a template into memory, or keeping it there.
+    pub(crate) fn cool_template(&self, name: &str) -> Result<(), ApiError> {
+        let template = self.template(name)?;
+        let _asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        template.warmth.cool();
+        if template.warmth.is_over() {
+            return Ok(());
+        }
+        info!(
+            event = "template_cooled",
+            template = name,
+            "the template is no longer kept in memory"
+        );
+        self.keep_resident(&template, false)
+    }
+
+    fn keep_resident(&self, template: &Template, resident: bool) -> Result<(), ApiError> {
+        self.run_dir
+            .save(Kind::Template, template.name.as_str(), &template.saved(resident))
+            .map_err(|error| internal("keep the template in the run dir", &error))
+    }
+}
+
+/// Goes on with what an earlier daemon was asked for: the template stays in memory.
+pub(super) fn warm_again(template: &Arc<Template>) {
+    if let Err(error) = wanted(template, true).and_then(|wanted| begin(template, wanted, true)) {
+        warn!(event = "template_not_warmed", template = %template.name, error = error.message, "cannot be kept in memory any more");
+    }
+}
+
+/// What is to be brought into memory; refused where that is too much.
+fn wanted(template: &Template, resident: bool) -> Result<Wanted, ApiError> {
+    let wanted = match template.pages.working_set() {
+        Some(working_set) if !resident => Wanted::working_set(&template.file, &working_set),
+        _ => Wanted::data(&template.file),
+    };
+    check_room(template, wanted.size().get(), resident)?;
+    Ok(wanted)
+}
+
+/// Begins to bring it in, on a thread of its own.
+fn begin(template: &Arc<Template>, wanted: Wanted, resident: bool) -> Result<(), ApiError> {
+    let Some(wish) = template.warmth.wish(wanted, resident) else {
+        return Ok(());
+    };
+    let warmed = Arc::clone(template);
+    let spawned = std::thread::Builder::new()
+        .name("pagecast-warm".to_owned())
+        .spawn(move || warmth::fulfil(&warmed, &wish));
+    spawned.map(drop).map_err(|error| {
+        template.warmth.cool();
+        internal("bring the template into memory", &error)
+    })
+}
+
+/// Refuses what the memory of the host, or of a cgroup of ours, which is charged for what we read, cannot hold. What is to
+/// stay has to fit into what is available. What the kernel may give up again has to fit at all, else it would drive itself
+/// out.
+fn check_room(template: &Template, wanted: u64, resident: bool) -> Result<(), ApiError> {
+    let told = template.warmth.told();
+    // It is let go first.
+    let locked = told.map_or(0, |told| told.locked_bytes);
+    let check = |room: Option<u64>, place: &str| {
+        let Some(room) = room.map(|bytes| bytes - bytes / SPARE_PART) else {
+            return Ok(());
+        };
+        if wanted <= room.saturating_add(locked) {
+            return Ok(());
+        }
+        Err(refuse(
+            ErrorCode::NotEnoughMemory,
+            format_args!(
+                "{wanted} bytes of template {} are to be in memory, and {room} bytes are available {place}: free memory, \
+                 or give it more",
+                template.name
+            ),
+        ))
+    };
+    let available = procfs::Meminfo::current().ok().and_then(|info| info.mem_available);
+    check(available, "on this host")?;
+    for cgroup in MemoryCgroup::own() {
+        let room = if resident { cgroup.available() } else { cgroup.limit() };
+        check(room, &format!("in the cgroup {}", cgroup.folder().display()))?;
+    }
+    Ok(())
+}
