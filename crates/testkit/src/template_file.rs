@@ -39,9 +39,6 @@ pub struct Layout {
     pub zero_every: Option<NonZeroU64>,
     /// Ranges of pages that are holes of the file, in ascending order.
     pub holes: Vec<Range<u64>>,
-    /// Ranges of pages that are written as zeros, in ascending order.
-    #[serde(default)]
-    pub written_zeros: Vec<Range<u64>>,
 }
 
 /// What a page of a template holds.
@@ -80,7 +77,7 @@ impl TemplateModel {
             .layout
             .zero_every
             .is_some_and(|every| page % every == every.get() - 1);
-        if zero || self.is_hole(page) || contains(&self.layout.written_zeros, page) {
+        if zero || self.is_hole(page) {
             Expected::Zero
         } else {
             Expected::Pattern(Pattern::of_template(self.seed))
@@ -88,14 +85,10 @@ impl TemplateModel {
     }
 
     fn is_hole(&self, page: u64) -> bool {
-        contains(&self.layout.holes, page)
+        let holes = &self.layout.holes;
+        let hole = holes.partition_point(|hole| hole.end <= page);
+        holes.get(hole).is_some_and(|hole| hole.contains(&page))
     }
-}
-
-/// Whether one of the ranges, which ascend, has the page.
-fn contains(ranges: &[Range<u64>], page: u64) -> bool {
-    let range = ranges.partition_point(|range| range.end <= page);
-    ranges.get(range).is_some_and(|range| range.contains(&page))
 }
 
 /// A mem-file on disk and what should be in it.
@@ -243,7 +236,6 @@ mod tests {
             layout: Layout {
                 zero_every: NonZeroU64::new(5),
                 holes: vec![10..20, 599..600],
-                written_zeros: std::iter::once(30..34).collect(),
             },
         })
         .unwrap()
@@ -257,8 +249,6 @@ mod tests {
         let page = |page: usize| &bytes[page * 4096..(page + 1) * 4096];
         assert!(page(4).iter().all(|byte| *byte == 0), "a page of zeros");
         assert!(page(12).iter().all(|byte| *byte == 0), "a hole");
-        assert!(page(33).iter().all(|byte| *byte == 0), "written zeros");
-        assert_eq!(Pattern::of_template(3).first_wrong_word(35 * 4096, page(35)), None);
         assert_eq!(Pattern::of_template(3).first_wrong_word(300 * 4096, page(300)), None);
         let file = File::open(template.path()).unwrap();
         let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(0)).unwrap();

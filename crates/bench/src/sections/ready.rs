@@ -194,7 +194,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 impl<'a> Setup<'a> {
     fn new(bench: &'a Bench, set: WorkingSet) -> Result<Self> {
         let progress = Progress::start("writing a template");
-        let template = TemplateFile::create(set.model.clone())?;
+        let template = set.write()?;
         let file = File::open(template.path()).context("failed to open the template")?;
         let folder = folder()?;
         let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;

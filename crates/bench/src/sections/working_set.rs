@@ -1,8 +1,11 @@
 //! A template as snapshots are, mostly zeros, and the working set of its forks.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 
-use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateModel};
+use anyhow::{Context as _, Result};
+use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
 
 /// Of so many pages one has data: 80% are zeros, as snapshots of real guests have been found to be.
 const DATA_ONE_IN: u64 = 5;
@@ -47,7 +50,7 @@ impl WorkingSet {
             }
         }
         let layout = Layout {
-            written_zeros: zeros,
+            holes: zeros,
             ..Layout::default()
         };
         Self {
@@ -58,6 +61,21 @@ impl WorkingSet {
             },
             runs: visited,
         }
+    }
+
+    /// The template as a file without holes.
+    pub(super) fn write(&self) -> Result<TemplateFile> {
+        let template = TemplateFile::create(self.model.clone())?;
+        let file = File::options().write(true).open(template.path());
+        let file = file.context("failed to open the template")?;
+        let longest = 2 * (DATA_ONE_IN - 1) * MEAN_RUN * LAYOUT_PAGE;
+        let zeros = vec![0; usize::try_from(longest)?];
+        for hole in &self.model.layout.holes {
+            let len = usize::try_from((hole.end - hole.start) * LAYOUT_PAGE)?;
+            file.write_all_at(&zeros[..len], hole.start * LAYOUT_PAGE)
+                .context("failed to write zeros")?;
+        }
+        Ok(template)
     }
 
     /// How much is read, in bytes.
@@ -81,5 +99,19 @@ mod tests {
         let percent = zeros * 100 / (set.model.size / LAYOUT_PAGE);
         assert!((78..=82).contains(&percent), "{percent}% zeros");
         assert!(set.runs.iter().cloned().flatten().all(|page| !is_zero(page)));
+    }
+
+    #[test]
+    fn its_zeros_are_written_out() {
+        let set = WorkingSet::new(1 << 20, 64 << 10);
+        let template = set.write().unwrap();
+        let file = File::open(template.path()).unwrap();
+        let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(0)).unwrap();
+        assert_eq!(hole, 1 << 20, "the end is the first hole");
+        let bytes = std::fs::read(template.path()).unwrap();
+        for (page, bytes) in (0..).zip(bytes.chunks(4096)) {
+            let is_zero = set.model.expected(page * LAYOUT_PAGE) == Expected::Zero;
+            assert_eq!(bytes.iter().all(|byte| *byte == 0), is_zero, "page {page}");
+        }
     }
 }
