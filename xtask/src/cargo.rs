@@ -64,28 +64,3 @@ pub(crate) fn build_pagecast() -> Result<PathBuf> {
         .map(PathBuf::from)
         .context("cargo did not say where it built pagecast")
 }
-
-/// Builds the simulated VMM where it is looked for, which is beside us, and as we were built.
-pub(crate) fn build_sim_vmm() -> Result<()> {
-    if cfg!(debug_assertions) {
-        build_sim_vmm_with(&[])
-    } else {
-        build_sim_vmm_for_release()
-    }
-}
-
-/// Builds the simulated VMM for speed.
-pub(crate) fn build_sim_vmm_for_release() -> Result<()> {
-    build_sim_vmm_with(&["--release"])
-}
-
-fn build_sim_vmm_with(options: &[&str]) -> Result<()> {
-    let mut build = cargo("build");
-    build.args(["--locked", "--quiet", "--package", "pagecast-testkit", "--bins"]);
-    let status = build.args(options).stdout(Stdio::null()).status();
-    ensure!(
-        status.context("failed to start cargo")?.success(),
-        "the simulated VMM does not build"
-    );
-    Ok(())
-}

@@ -1,19 +1,26 @@
 //! `cargo xtask demo`: many forks of one template, with each backend, every byte checked, and what each backend costs.
 
 mod report;
+mod scenario;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
+use pagecast_bench::fleet::{Kind, Size, create_template};
+use pagecast_bench::interrupt::Interrupt;
+use pagecast_bench::progress::say;
 use pagecast_client::Backend;
-use pagecast_testkit::firecracker::{Kvm, kvm};
 
 use self::report::Report;
+use self::scenario::Scenario;
 use crate::cargo::build_pagecast;
-use crate::fanout::{Scenario, create_template};
-use crate::interrupt::Interrupt;
-use crate::progress::say;
+
+/// The template, of which each fork reads all data.
+const SIZE: Size = Size {
+    mem_mib: 128,
+    data_mib: 64,
+};
 
 /// In this order, beside each other. The first is what a fork gets for which nothing is asked.
 const BACKENDS: [Backend; 2] = [Backend::Auto, Backend::Uffd];
@@ -51,8 +58,8 @@ impl Demo {
     }
 
     fn show(&self, interrupt: &Interrupt) -> Result<Report> {
-        let kvm = kvm()?;
-        if let Kvm::Missing(why) = &kvm {
+        let kind = Kind::here()?;
+        if let Kind::Simulated(why) = &kind {
             say(&format!("{why}: simulated VMMs take the place of Firecracker"));
         }
         let pagecast = build_pagecast()?;
@@ -60,7 +67,7 @@ impl Demo {
             .prefix("pagecast-demo-")
             .tempdir()
             .context("failed to create a folder for the template")?;
-        let template = create_template(&kvm, folder.path())?;
+        let template = create_template(&kind, &pagecast, folder.path(), SIZE)?;
         interrupt.check()?;
 
         let mut played = Vec::new();
@@ -75,7 +82,7 @@ impl Demo {
             };
             played.push(scenario.play(&folder_of(folder.path(), backend)?)?);
         }
-        Ok(Report::new(&kvm, &played))
+        Ok(Report::new(&kind, &played))
     }
 }
 

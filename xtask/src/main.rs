@@ -3,13 +3,9 @@
 
 mod bench;
 mod cargo;
-mod daemon;
 mod demo;
-mod fanout;
-mod interrupt;
 mod lint;
 mod openapi;
-mod progress;
 mod test;
 
 use std::process::ExitCode;

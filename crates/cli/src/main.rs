@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod argument;
+mod bench;
 mod completions;
 mod daemon;
 mod doctor;
@@ -42,6 +43,7 @@ enum Command {
     Fork(fork::ForkArgs),
     Status(status::Status),
     Run(run::Run),
+    Bench(bench::BenchArgs),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
@@ -54,6 +56,9 @@ fn main() -> ExitCode {
     if let Some(exec) = run::Exec::asked_for() {
         return exit_code(exec.run());
     }
+    if pagecast_bench::sim_vmm::asked_for() {
+        return exit_code(pagecast_bench::sim_vmm::run().map(|()| ExitCode::SUCCESS));
+    }
     exit_code(match Cli::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
@@ -64,6 +69,7 @@ fn main() -> ExitCode {
         Command::Fork(fork) => fork.run(),
         Command::Status(status) => status.run(),
         Command::Run(run) => run.run(),
+        Command::Bench(bench) => bench.run(),
     })
 }
 

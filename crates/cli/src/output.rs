@@ -64,6 +64,28 @@ impl Output {
         table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
     }
 
+    /// The table in Markdown.
+    pub(crate) fn markdown(columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::ASCII_MARKDOWN);
+        table.force_no_tty();
+        table.set_header(columns.iter().map(|column| column.heading()));
+        table.add_rows(rows);
+        for (drawn, column) in table.column_iter_mut().zip(columns) {
+            drawn.set_cell_alignment(column.alignment());
+        }
+        // The style knows no alignment; Markdown does.
+        let marks = columns.iter().map(|column| match column {
+            Column::Text(_) => " --- |",
+            Column::Number(_) => " ---: |",
+        });
+        let marks = format!("|{}", marks.collect::<String>());
+        let lines = table.lines().enumerate();
+        lines
+            .map(|(number, line)| if number == 1 { marks.clone() } else { line } + "\n")
+            .collect()
+    }
+
     /// Prints text, to the last byte.
     ///
     /// # Errors
@@ -166,6 +188,15 @@ mod tests {
         };
         let table = without_colours.table(&COLUMNS, rows());
         assert!(table.contains('┌') && !table.contains('\u{1b}'), "{table}");
+    }
+
+    #[test]
+    fn a_table_in_markdown_says_to_which_side_its_columns_go() {
+        let table = Output::markdown(&COLUMNS, rows());
+        assert_eq!(
+            table,
+            "| fork   |   faults |\n| --- | ---: |\n| a      |        1 |\n| longer | 22000000 |\n"
+        );
     }
 
     #[test]

@@ -34,7 +34,7 @@ mod tool;
 
 pub use binary::binary;
 pub use console::{Inflated, Touched, Verified, Written};
-pub use guest::{build_guest, guest_command};
+pub use guest::{build_guest, guest_command, has_guest_source};
 pub use kvm::{Kvm, kvm};
 pub use microvm::{BlankVmm, MemBackend, MicroVm};
 pub use range::GuestRange;

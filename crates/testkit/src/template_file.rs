@@ -37,7 +37,7 @@ pub struct TemplateModel {
 pub struct Layout {
     /// Of every so many pages the last one is written as zeros.
     pub zero_every: Option<NonZeroU64>,
-    /// Ranges of pages that are holes of the file.
+    /// Ranges of pages that are holes of the file, in ascending order.
     pub holes: Vec<Range<u64>>,
 }
 
@@ -85,7 +85,9 @@ impl TemplateModel {
     }
 
     fn is_hole(&self, page: u64) -> bool {
-        self.layout.holes.iter().any(|hole| hole.contains(&page))
+        let holes = &self.layout.holes;
+        let hole = holes.partition_point(|hole| hole.end <= page);
+        holes.get(hole).is_some_and(|hole| hole.contains(&page))
     }
 }
 

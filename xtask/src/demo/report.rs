@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use comfy_table::{Cell, CellAlignment, Color, Table, presets};
+use pagecast_bench::fleet::{Kind, Size, WRITE_EVERY};
 use pagecast_client::Backend;
-use pagecast_testkit::firecracker::Kvm;
 use serde::Serialize;
 
-use crate::fanout::{DATA_MIB, MEM_MIB, Played, PlayedFork, WRITE_EVERY};
+use super::SIZE;
+use super::scenario::{Played, PlayedFork};
 
 /// What came of it all.
 #[derive(Debug, Serialize)]
@@ -77,11 +78,11 @@ struct Times {
 }
 
 impl Report {
-    pub(super) fn new(kvm: &Kvm, played: &[Played]) -> Self {
+    pub(super) fn new(kind: &Kind, played: &[Played]) -> Self {
         Self {
-            simulated_because: match kvm {
-                Kvm::Usable => None,
-                Kvm::Missing(why) => Some(why.clone()),
+            simulated_because: match kind {
+                Kind::Firecracker => None,
+                Kind::Simulated(why) => Some(why.clone()),
             },
             backends: played.iter().map(BackendReport::new).collect(),
         }
@@ -110,10 +111,11 @@ impl Report {
             None => "Firecracker microVMs".to_owned(),
             Some(why) => format!("SIMULATED VMMs, not Firecracker ({why}),"),
         };
+        let Size { mem_mib, data_mib } = SIZE;
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "\n{} {vmms} of {MEM_MIB} MiB with each backend, forked from one template;\neach read {DATA_MIB} MiB and wrote to \
+            "\n{} {vmms} of {mem_mib} MiB with each backend, forked from one template;\neach read {data_mib} MiB and wrote to \
              1/{WRITE_EVERY} of its pages\n\n{}",
             self.backends.first().map_or(0, |backend| backend.forks.len()),
             self.table()

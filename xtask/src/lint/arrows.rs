@@ -8,14 +8,25 @@ use cargo_metadata::{DependencyKind, Metadata};
 use crate::cargo::workspace_root;
 
 /// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
-const MAY_USE: [(&str, &[&str]); 7] = [
+const MAY_USE: [(&str, &[&str]); 8] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
     ("pagecast-daemon", &["pagecast", "pagecast-client", "pagecast-uffd"]),
     (
         "pagecast-cli",
-        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-daemon"],
+        &[
+            "pagecast-uffd",
+            "pagecast",
+            "pagecast-client",
+            "pagecast-daemon",
+            "pagecast-bench",
+        ],
+    ),
+    // It asks a daemon, and is none.
+    (
+        "pagecast-bench",
+        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-testkit"],
     ),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
     (
@@ -25,6 +36,7 @@ const MAY_USE: [(&str, &[&str]); 7] = [
             "pagecast",
             "pagecast-client",
             "pagecast-daemon",
+            "pagecast-bench",
             "pagecast-testkit",
         ],
     ),
@@ -128,6 +140,8 @@ mod tests {
             arrow("pagecast", "pagecast-uffd", DependencyKind::Normal),
             arrow("pagecast-cli", "pagecast", DependencyKind::Normal),
             arrow("pagecast", "pagecast-testkit", DependencyKind::Development),
+            arrow("pagecast-cli", "pagecast-bench", DependencyKind::Normal),
+            arrow("pagecast-bench", "pagecast-testkit", DependencyKind::Normal),
             arrow("xtask", "pagecast-testkit", DependencyKind::Normal),
         ];
         assert!(wrong(&["pagecast".to_owned()], &inside).is_empty());
@@ -141,6 +155,7 @@ mod tests {
             ("pagecast", "pagecast-cli", DependencyKind::Build),
             ("pagecast", "pagecast-testkit", DependencyKind::Normal),
             ("pagecast-cli", "pagecast-testkit", DependencyKind::Normal),
+            ("pagecast-bench", "pagecast-daemon", DependencyKind::Normal),
             ("pagecast-testkit", "xtask", DependencyKind::Normal),
         ] {
             let problems = wrong(&[], &[arrow(from, to, kind)]);

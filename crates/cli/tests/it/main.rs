@@ -1,6 +1,7 @@
 //! The `pagecast` command as people use it.
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
+mod bench;
 mod command;
 mod completions;
 mod daemon;
@@ -18,3 +19,4 @@ mod served;
 mod status;
 mod template;
 mod terminal;
+mod train;

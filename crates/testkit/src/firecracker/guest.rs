@@ -31,6 +31,16 @@ pub fn build_guest() -> Result<PathBuf> {
     Ok(target_folder.join(TARGET).join("release").join(NAME))
 }
 
+/// Whether the source of the guest is where it was when this was built: a program that is carried to another machine has
+/// to do without the guest.
+pub fn has_guest_source() -> bool {
+    folder().join("Cargo.toml").is_file()
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest")
+}
+
 fn ensure_target_is_installed() -> Result<()> {
     let folder = tool::run(guest_command("rustc").args(["--print", "target-libdir", "--target", TARGET]))
         .context("failed to ask rustc for its targets")?;
@@ -46,7 +56,7 @@ fn ensure_target_is_installed() -> Result<()> {
 /// build of the workspace.
 pub fn guest_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("guest"));
+    command.current_dir(folder());
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(is_about_another_build) {
             command.env_remove(name);

@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use pagecast_uffd::Uffd;
@@ -34,7 +34,10 @@ pub(crate) struct GuestRegion {
     offset: u64,
     /// The number of its first page among all pages of the guest.
     first_page: u64,
-    pages: Vec<PageState>,
+    /// How many pages it has.
+    pages: u64,
+    /// One for each page, made when somebody first asks: whoever only touches pages needs none, and would measure them.
+    states: OnceLock<Box<[PageState]>>,
 }
 
 /// What has happened to a page. Readers take no lock, so that they race with removals; changes exclude each other.
@@ -107,11 +110,18 @@ impl PageState {
 struct Page<'a> {
     number: u64,
     region: &'a GuestRegion,
-    state: &'a PageState,
+    /// Its number in the region.
+    index: usize,
     /// Where it is in the region, in bytes.
     start: usize,
     /// Where its content is in the template, in bytes.
     offset: u64,
+}
+
+impl<'a> Page<'a> {
+    fn state(self) -> &'a PageState {
+        &self.region.states()[self.index]
+    }
 }
 
 /// The first words that were wrong in a look at a page.
@@ -129,12 +139,18 @@ impl GuestRegion {
             memory,
             offset,
             first_page,
-            pages: (0..pages).map(|_| PageState::default()).collect(),
+            pages,
+            states: OnceLock::new(),
         }
     }
 
     fn last_page(&self) -> u64 {
-        self.first_page + self.pages.len() as u64
+        self.first_page + self.pages
+    }
+
+    fn states(&self) -> &[PageState] {
+        self.states
+            .get_or_init(|| (0..self.pages).map(|_| PageState::default()).collect())
     }
 }
 
@@ -150,18 +166,25 @@ impl Guest {
         page.region.memory.load(page.start);
     }
 
+    /// Writes a word of a page and makes no note of it: what it holds cannot be checked afterwards.
+    pub(crate) fn scribble(&self, number: u64) {
+        let page = self.page(number);
+        page.region.memory.store(page.start, number | 1);
+    }
+
     /// Reads a page and checks every word of it.
     ///
     /// The first look takes no lock, so it races with removals as vCPUs do. Where a change was under way meanwhile, it
     /// only tells whether there were bytes that nothing can excuse; a second look, with changes excluded, is exact.
     pub(crate) fn check(&self, number: u64, checked: &mut Checked) {
         let page = self.page(number);
-        let before = page.state.version();
+        let state = page.state();
+        let before = state.version();
         let mut look = self.look(page, before.history());
-        if !before.is_settled() || page.state.version_after_reads() != before {
+        if !before.is_settled() || state.version_after_reads() != before {
             let unexcused = look.stale;
-            let _no_changes = page.state.exclude_changes();
-            look = self.look(page, page.state.version().history());
+            let _no_changes = state.exclude_changes();
+            look = self.look(page, state.version().history());
             look.stale = unexcused.or(look.stale);
         }
         let wrong = look.stale.or(look.wrong);
@@ -175,16 +198,17 @@ impl Guest {
     pub(crate) fn write(&self, number: u64, generation: NonZeroU32) {
         let page = self.page(number);
         let pattern = Pattern::of_writes(self.template.seed, generation.get());
-        let _no_other_changes = page.state.exclude_changes();
-        let history = page.state.version().history();
-        page.state.begin_change();
+        let state = page.state();
+        let _no_other_changes = state.exclude_changes();
+        let history = state.version().history();
+        state.begin_change();
         let words = (page.start..)
             .step_by(WORD_SIZE)
             .zip((page.offset..page.offset + self.page_size).step_by(WORD_SIZE));
         for (at, offset) in words.filter(|(_, offset)| is_written(*offset)) {
             page.region.memory.store(at, pattern.word(offset));
         }
-        page.state.end_change(History {
+        state.end_change(History {
             written: Some(generation),
             ..history
         });
@@ -208,7 +232,7 @@ impl Guest {
         let first = usize::try_from(range.start - region.first_page)?;
         let last = usize::try_from(range.end - region.first_page)?;
         let page_size = usize::try_from(self.page_size)?;
-        let states = &region.pages[first..last];
+        let states = &region.states()[first..last];
         // In ascending order, and nobody waits for a page with a higher one locked.
         let no_other_changes: Vec<_> = states.iter().map(PageState::exclude_changes).collect();
         states.iter().for_each(PageState::begin_change);
@@ -236,7 +260,7 @@ impl Guest {
         Page {
             number,
             region,
-            state: &region.pages[usize::try_from(index).expect(fits)],
+            index: usize::try_from(index).expect(fits),
             start: usize::try_from(start).expect(fits),
             offset: region.offset + start,
         }

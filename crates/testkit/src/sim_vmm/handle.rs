@@ -65,7 +65,7 @@ impl SimVmm {
     ///
     /// The binary is not there (the error says how to build it), or cannot be started.
     pub fn spawn() -> Result<Self> {
-        Self::start_process(std::process::Command::new(binary()?))
+        Self::spawn_by(std::process::Command::new(binary()?))
     }
 
     /// Starts one as another user. Takes root, and a binary that this user may execute.
@@ -76,10 +76,16 @@ impl SimVmm {
     pub fn spawn_as(uid: u32) -> Result<Self> {
         let mut command = std::process::Command::new(binary()?);
         command.uid(uid);
-        Self::start_process(command)
+        Self::spawn_by(command)
     }
 
-    fn start_process(mut command: std::process::Command) -> Result<Self> {
+    /// Starts one by a command of the caller's: a program that calls [`run`](super::run) and does nothing else with its
+    /// stdin and stdout.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn spawn_by(mut command: std::process::Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

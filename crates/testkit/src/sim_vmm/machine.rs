@@ -13,10 +13,14 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::guest::{Guest, GuestRegion};
-use super::protocol::{Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapFile, Request};
-use super::work;
+use super::protocol::{
+    Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapAnonymous, MapFile, Memory, Request,
+    Resume, Resumed,
+};
+use super::work::{self, nanos};
 use crate::memory::{GuestMemory, PageSize};
 use crate::peer::{self, micros};
+use crate::template_file::{Layout, TemplateModel};
 
 /// Runs a simulated VMM on stdin and stdout until stdin ends.
 ///
@@ -75,6 +79,8 @@ impl Machine {
         match command {
             Command::Connect(connect) => value(self.connect(&connect)?),
             Command::MapFile(map) => value(self.map_file(&map)?),
+            Command::MapAnonymous(map) => value(self.map_anonymous(map)?),
+            Command::Resume(resume) => value(self.resume(&resume)?),
             Command::AwaitClose(wait) => value(self.await_close(wait)?),
             Command::Read(read) => value(work::read(self.guest()?, &read)?),
             Command::Write(write) => value(work::write(self.guest()?, &write)?),
@@ -86,6 +92,7 @@ impl Machine {
             Command::RemoveRace(race) => value(work::remove_race(self.guest()?, &race)?),
             Command::Latency(latency) => value(work::latency(self.guest()?, &latency)?),
             Command::Touch(touch) => value(work::touch(self.guest()?, &touch)?),
+            Command::Visit(visit) => value(work::visit(self.guest()?, &visit)?),
             Command::TouchOutside(_) => value(work::touch_outside(self.guest()?)?),
             Command::ClearNonblock(_) => {
                 let uffd = self.guest()?.uffd.as_ref().context("the userfaultfd was closed")?;
@@ -158,6 +165,43 @@ impl Machine {
         };
         ensure!(self.guest.set(guest).is_ok(), "a guest already");
         Ok(())
+    }
+
+    fn map_anonymous(&self, map: MapAnonymous) -> Result<()> {
+        let memory =
+            GuestMemory::map(map.size, PageSize::Base).with_context(|| format!("failed to map {} bytes", map.size))?;
+        let page_size = PageSize::Base.bytes();
+        let template = TemplateModel {
+            size: map.size,
+            seed: 0,
+            layout: Layout {
+                holes: std::iter::once(0..map.size / page_size).collect(),
+                ..Layout::default()
+            },
+        };
+        let guest = Guest {
+            regions: vec![GuestRegion::new(memory, 0, 0, page_size)],
+            page_size,
+            template,
+            uffd: None,
+            socket: None,
+        };
+        ensure!(self.guest.set(guest).is_ok(), "a guest already");
+        Ok(())
+    }
+
+    fn resume(&self, resume: &Resume) -> Result<Resumed> {
+        let started = Instant::now();
+        match &resume.memory {
+            Memory::Uffd(connect) => drop(self.connect(connect)?),
+            Memory::File(map) => self.map_file(map)?,
+        }
+        let mapped = started.elapsed();
+        work::visit(self.guest()?, &resume.visit)?;
+        Ok(Resumed {
+            mapped_ns: nanos(mapped),
+            ready_ns: nanos(started.elapsed()),
+        })
     }
 
     fn await_close(&self, wait: AwaitClose) -> Result<Closed> {

@@ -34,6 +34,10 @@ pub enum Command {
     Connect(Connect),
     /// See [`MapFile`].
     MapFile(MapFile),
+    /// See [`MapAnonymous`].
+    MapAnonymous(MapAnonymous),
+    /// See [`Resume`].
+    Resume(Resume),
     /// See [`AwaitClose`].
     AwaitClose(AwaitClose),
     /// See [`Read`].
@@ -48,6 +52,8 @@ pub enum Command {
     Latency(Latency),
     /// See [`Touch`].
     Touch(Touch),
+    /// See [`Visit`].
+    Visit(Visit),
     /// See [`TouchOutside`].
     TouchOutside(TouchOutside),
     /// See [`ClearNonblock`].
@@ -66,6 +72,8 @@ impl Command {
         match self {
             Self::Connect(_) => "connect",
             Self::MapFile(_) => "map_file",
+            Self::MapAnonymous(_) => "map_anonymous",
+            Self::Resume(_) => "resume",
             Self::AwaitClose(_) => "await_close",
             Self::Read(_) => "read",
             Self::Write(_) => "write",
@@ -73,6 +81,7 @@ impl Command {
             Self::RemoveRace(_) => "remove_race",
             Self::Latency(_) => "latency",
             Self::Touch(_) => "touch",
+            Self::Visit(_) => "visit",
             Self::TouchOutside(_) => "touch_outside",
             Self::ClearNonblock(_) => "clear_nonblock",
             Self::RawHandshake(_) => "raw_handshake",
@@ -105,6 +114,8 @@ macro_rules! work {
 work! {
     Connect -> Connected,
     MapFile -> (),
+    MapAnonymous -> (),
+    Resume -> Resumed,
     AwaitClose -> Closed,
     Read -> ReadReport,
     Write -> Touched,
@@ -112,6 +123,7 @@ work! {
     RemoveRace -> RaceReport,
     Latency -> LatencyReport,
     Touch -> Touched,
+    Visit -> Visited,
     TouchOutside -> (),
     ClearNonblock -> (),
     RawHandshake -> RawReport,
@@ -208,6 +220,43 @@ impl MapFile {
             template: template.clone(),
         }
     }
+}
+
+/// Become a guest whose memory is plain anonymous memory, which the kernel fills with zeros by itself: what nobody can be
+/// faster than for pages without content. Once per process, unless it failed; instead of [`Connect`].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct MapAnonymous {
+    /// Its size in bytes, whole pages of 4 KiB.
+    pub size: u64,
+}
+
+/// Become a guest and visit its working set at once, as a VM that is resumed does. Nobody is asked between the two, so
+/// that nothing else is in the times.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Resume {
+    /// Where the guest's memory comes from.
+    pub memory: Memory,
+    /// Its working set.
+    pub visit: Visit,
+}
+
+/// Where a guest's memory comes from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Memory {
+    /// See [`Connect`].
+    Uffd(Connect),
+    /// See [`MapFile`].
+    File(MapFile),
+}
+
+/// A guest has visited its working set.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Resumed {
+    /// From the start until it had memory, in nanoseconds.
+    pub mapped_ns: u64,
+    /// From the start until it had visited all of its working set, in nanoseconds.
+    pub ready_ns: u64,
 }
 
 /// Wait until the server closes the connection of [`Connect`].
@@ -451,6 +500,24 @@ pub struct Touch {
     pub threads: usize,
     /// In which order.
     pub order: Order,
+}
+
+/// Touch a word of pages in this very order from one thread, as fast as it goes, and check nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Visit {
+    /// Ranges of pages, as [`Pages`] counts, one after the other.
+    pub runs: Vec<Range<u64>>,
+    /// Whether the word is written instead of read. No note is made of it: such pages cannot be checked any more.
+    pub write: bool,
+}
+
+/// Pages were visited.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Visited {
+    /// How many.
+    pub pages: u64,
+    /// From the first to the end of the last, in nanoseconds.
+    pub elapsed_ns: u64,
 }
 
 /// Register one more page that the handshake did not mention, and touch it. Answered only if somebody installs it.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use super::guest::Guest;
 use super::protocol::{
     Checked, Latency, LatencyReport, Order, Pages, RaceReport, Read, ReadReport, RemoveRace, Share, Touch, Touched,
-    Write,
+    Visit, Visited, Write,
 };
 use crate::memory::{GuestMemory, PageSize};
 use crate::peer::micros;
@@ -67,6 +67,28 @@ pub(crate) fn touch(guest: &Guest, touch: &Touch) -> Result<Touched> {
     let pages = select(guest, &touch.pages)?;
     let lists = spread(&pages, touch.threads.max(1), touch.order, Share::Divided, 0);
     Ok(visit_all(&lists, |page| guest.touch(page)))
+}
+
+pub(crate) fn visit(guest: &Guest, visit: &Visit) -> Result<Visited> {
+    for run in &visit.runs {
+        ensure!(
+            run.end <= guest.pages(),
+            "pages {run:?} of a guest that has {}",
+            guest.pages()
+        );
+    }
+    let started = Instant::now();
+    for run in visit.runs.iter().cloned() {
+        if visit.write {
+            run.for_each(|page| guest.scribble(page));
+        } else {
+            run.for_each(|page| guest.touch(page));
+        }
+    }
+    Ok(Visited {
+        elapsed_ns: nanos(started.elapsed()),
+        pages: visit.runs.iter().map(|run| run.end.saturating_sub(run.start)).sum(),
+    })
 }
 
 pub(crate) fn latency(guest: &Guest, latency: &Latency) -> Result<LatencyReport> {
@@ -249,7 +271,7 @@ fn spread(pages: &[u64], threads: usize, order: Order, share: Share, pass: u32) 
     }
 }
 
-fn nanos(duration: Duration) -> u64 {
+pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 

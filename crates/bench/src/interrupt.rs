@@ -19,14 +19,18 @@ const PACE: Duration = Duration::from_millis(20);
 /// From that signal on, every process that we start is killed, so that whoever waits for one fails, returns, and cleans
 /// up on the way, as after any error.
 #[derive(Debug, Clone)]
-pub(crate) struct Interrupt {
+pub struct Interrupt {
     /// The signal; 0 before there was one.
     signal: Arc<AtomicI32>,
 }
 
 impl Interrupt {
     /// Watches from now on until we end, instead of ending at once.
-    pub(crate) fn watch() -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Signals cannot be watched for.
+    pub fn watch() -> Result<Self> {
         let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("failed to watch for signals")?;
         let signal = Arc::new(AtomicI32::new(0));
         let seen = Arc::clone(&signal);
@@ -43,12 +47,16 @@ impl Interrupt {
     }
 
     /// The signal, if there was one.
-    pub(crate) fn signal(&self) -> Option<i32> {
+    pub fn signal(&self) -> Option<i32> {
         Some(self.signal.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
     }
 
     /// An error if there was a signal.
-    pub(crate) fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// There was one.
+    pub fn check(&self) -> Result<()> {
         match self.signal() {
             None => Ok(()),
             Some(signal) => bail!("interrupted by signal {signal}"),

@@ -1,67 +1,61 @@
 //! What forks of one template do, from their restore to their last look at their memory; the same for every backend.
 
-use std::num::NonZeroU8;
 use std::ops::Range;
 use std::path::Path;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
+use pagecast_bench::daemon::{Daemon, TEMPLATE};
+use pagecast_bench::fleet::{Blank, Mismatches, Template, Vmm, WRITE_EVERY, at_once, tag};
+use pagecast_bench::interrupt::Interrupt;
+use pagecast_bench::progress::Progress;
 use pagecast_client::fork::{Faults, Latency};
 use pagecast_client::{Backend, CreateFork, CreatedFork, ForkState};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
-use super::vmm::{Blank, Mismatches, Template, Vmm};
-use super::{DATA_MIB, WRITE_EVERY};
-use crate::daemon::{Daemon, TEMPLATE};
-use crate::interrupt::Interrupt;
-use crate::progress::Progress;
+use super::SIZE;
 
 /// How much a guest is asked to check at once, in MiB, so that there is progress to show.
 const STEP_MIB: u32 = 8;
 
 /// Many forks of one template at once, with one backend, and a daemon of their own.
-pub(crate) struct Scenario<'a> {
+pub(super) struct Scenario<'a> {
     /// The command.
-    pub(crate) pagecast: &'a Path,
-    pub(crate) template: &'a dyn Template,
-    pub(crate) forks: u32,
+    pub(super) pagecast: &'a Path,
+    pub(super) template: &'a dyn Template,
+    pub(super) forks: u32,
     /// What the daemon is asked for.
-    pub(crate) backend: Backend,
-    pub(crate) interrupt: &'a Interrupt,
+    pub(super) backend: Backend,
+    pub(super) interrupt: &'a Interrupt,
 }
 
 /// What came of it.
-pub(crate) struct Played {
-    pub(crate) asked: Backend,
+pub(super) struct Played {
+    pub(super) asked: Backend,
     /// What the daemon has chosen, and why.
-    pub(crate) backend: Backend,
-    pub(crate) reason: String,
-    pub(crate) forks: Vec<PlayedFork>,
-    /// All VMMs before they had a guest.
-    pub(crate) blank: Vec<MemoryUse>,
-    /// All VMMs after their guests had been resumed, and before they were asked for anything.
-    pub(crate) idle: Vec<MemoryUse>,
+    pub(super) backend: Backend,
+    pub(super) reason: String,
+    pub(super) forks: Vec<PlayedFork>,
     /// What the daemon held and had used when all forks had read all their memory.
-    pub(crate) server: ProcessUse,
+    pub(super) server: ProcessUse,
 }
 
 /// What came of one fork.
-pub(crate) struct PlayedFork {
+pub(super) struct PlayedFork {
     /// From 1 on.
-    pub(crate) number: u32,
-    pub(crate) pid: u32,
+    pub(super) number: u32,
+    pub(super) pid: u32,
     /// To load the template and resume.
-    pub(crate) resumed_in: Duration,
+    pub(super) resumed_in: Duration,
     /// The same, and to read and check the working set.
-    pub(crate) read_in: Duration,
+    pub(super) read_in: Duration,
     /// Of all times that it checked.
-    pub(crate) mismatches: Mismatches,
+    pub(super) mismatches: Mismatches,
     /// After it had read and written its working set, while it was served.
-    pub(crate) memory: MemoryUse,
+    pub(super) memory: MemoryUse,
     /// What the daemon says; nothing where the kernel answers the faults.
-    pub(crate) faults: Option<Faults>,
-    pub(crate) fault_latency_us: Option<Latency>,
+    pub(super) faults: Option<Faults>,
+    pub(super) fault_latency_us: Option<Latency>,
 }
 
 /// A fork that lives.
@@ -75,7 +69,7 @@ struct Fork {
 
 impl Scenario<'_> {
     /// Ends with the daemon gone and all forks ended. `folder` must be there, and for this alone.
-    pub(crate) fn play(&self, folder: &Path) -> Result<Played> {
+    pub(super) fn play(&self, folder: &Path) -> Result<Played> {
         let mut daemon = Daemon::start(self.pagecast, folder, &[])?;
         let played = self.play_with(&mut daemon);
         played.map_err(|error| daemon.explain(&error))
@@ -85,13 +79,11 @@ impl Scenario<'_> {
         daemon.add_template(self.template.mem_file())?;
         let progress = Progress::start(&format!("starting {} VMMs", self.forks));
         let vmms = at_once((0..self.forks).collect(), |_| self.template.start())?;
-        let blank = memory_of(vmms.iter().map(|vmm| vmm.pid()))?;
         progress.done("none has memory yet");
 
         let (created, mut forks) = self.restore(daemon, vmms)?;
-        let idle = memory_of(forks.iter().map(|fork| fork.vmm.pid()))?;
         let (working_set, whole) = (self.template.working_set(), self.template.whole());
-        let what = format!("each reads and checks its working set of {DATA_MIB} MiB");
+        let what = format!("each reads and checks its working set of {} MiB", SIZE.data_mib);
         self.check(&what, &working_set, &mut forks, |fork, started| {
             fork.read_in = fork.resumed_in + started.elapsed();
         })?;
@@ -129,8 +121,6 @@ impl Scenario<'_> {
                     fault_latency_us,
                 })
                 .collect(),
-            blank,
-            idle,
             server,
         })
     }
@@ -180,7 +170,7 @@ impl Scenario<'_> {
     ) -> Result<()> {
         let found = |forks: &[Fork]| forks.iter().map(|fork| fork.mismatches.count).sum::<u64>();
         let before = found(forks);
-        let progress = Progress::of_mib(what, u64::from(self.forks) * u64::from(mib.end - mib.start));
+        let progress = Progress::of(what, "MiB", u64::from(self.forks) * u64::from(mib.end - mib.start));
         at_once(forks.iter_mut().collect(), |fork| {
             let started = Instant::now();
             for start in mib.clone().step_by(STEP_MIB as usize) {
@@ -233,62 +223,6 @@ fn id(number: u32) -> String {
     format!("fork-{number}")
 }
 
-/// Tells apart what forks write, as far as there are enough tags: 254.
-fn tag(number: u32) -> NonZeroU8 {
-    let tag = u8::try_from(number % 254).expect("it is less than 254");
-    NonZeroU8::MIN.saturating_add(tag)
-}
-
 fn memory_of(pids: impl Iterator<Item = u32>) -> Result<Vec<MemoryUse>> {
     pids.map(MemoryUse::of).collect()
-}
-
-/// Works on all items at the same time, a thread each. The first error, once all are done.
-fn at_once<I: Send, T: Send>(items: Vec<I>, work: impl Fn(I) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let work = &work;
-    thread::scope(|scope| {
-        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || work(item))).collect();
-        // All are waited for before any outcome is looked at.
-        let outcomes: Vec<_> = threads.into_iter().map(thread::ScopedJoinHandle::join).collect();
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
-            .collect()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbours_have_different_tags() {
-        for number in 1..1000 {
-            assert_ne!(tag(number), tag(number + 1), "{number}");
-            assert!(tag(number).get() < u8::MAX, "one more than it is a pattern");
-        }
-    }
-
-    #[test]
-    fn all_work_is_done_in_order_and_at_the_same_time() {
-        let barrier = std::sync::Barrier::new(20);
-        let doubled = at_once((0..20).collect(), |number: u32| {
-            barrier.wait();
-            Ok(2 * number)
-        });
-        assert_eq!(doubled.unwrap(), (0..20).map(|number| 2 * number).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn one_error_and_one_panic_are_errors() {
-        assert!(
-            at_once(vec![1, 2], |number| if number == 2 {
-                Err(anyhow!("two"))
-            } else {
-                Ok(())
-            })
-            .is_err()
-        );
-        assert!(at_once(vec![1, 0], |number: u32| Ok(1_u32.div_euclid(number))).is_err());
-    }
 }

@@ -2,15 +2,16 @@
 
 use std::num::{NonZeroU8, NonZeroU32};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use pagecast_client::fork::{BackendType, MemBackend};
-use pagecast_testkit::sim_vmm::{Connect, MapFile, Pages, Read, SimVmm, Write};
+use pagecast_testkit::sim_vmm::{Connect, MapFile, Pages, Read, SimVmm, Visit, Write};
 use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
 
-use super::vmm::{Blank, DATA_MIB, MEM_MIB, Mismatches, Template, Vmm, WRITE_EVERY};
+use super::vmm::{Blank, Mismatches, Size, Template, Vmm, WRITE_EVERY};
+use crate::sim_vmm;
 
 const MIB: u64 = 1 << 20;
 const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
@@ -18,21 +19,28 @@ const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
 /// A mem-file that is like the one of the tiny guest.
 pub(super) struct Simulated {
     file: TemplateFile,
+    size: Size,
+    /// The program that is run as a simulated VMM.
+    pagecast: PathBuf,
 }
 
 impl Simulated {
     /// Writes it into the folder.
-    pub(super) fn create(folder: &Path) -> Result<Self> {
+    pub(super) fn create(pagecast: &Path, folder: &Path, size: Size) -> Result<Self> {
         let pages = |mib: u32| u64::from(mib) * PAGES_PER_MIB;
         let mut layout = Layout::default();
-        layout.holes.push(pages(DATA_MIB)..pages(MEM_MIB));
+        layout.holes.push(pages(size.data_mib)..pages(size.mem_mib));
         let model = TemplateModel {
-            size: u64::from(MEM_MIB) * MIB,
+            size: u64::from(size.mem_mib) * MIB,
             seed: 1,
             layout,
         };
         let file = TemplateFile::create_at(&folder.join("mem"), model).context("failed to write the template")?;
-        Ok(Self { file })
+        Ok(Self {
+            file,
+            size,
+            pagecast: pagecast.to_owned(),
+        })
     }
 }
 
@@ -42,16 +50,16 @@ impl Template for Simulated {
     }
 
     fn working_set(&self) -> Range<u32> {
-        0..DATA_MIB
+        0..self.size.data_mib
     }
 
     fn whole(&self) -> Range<u32> {
-        0..MEM_MIB
+        0..self.size.mem_mib
     }
 
     fn start(&self) -> Result<Box<dyn Blank + '_>> {
         Ok(Box::new(Started {
-            vmm: SimVmm::spawn()?,
+            vmm: sim_vmm::spawn(&self.pagecast)?,
             model: self.file.model(),
         }))
     }
@@ -90,6 +98,14 @@ struct Fork {
 impl Vmm for Fork {
     fn pid(&self) -> u32 {
         self.vmm.pid()
+    }
+
+    fn touch(&mut self, mib: Range<u32>) -> Result<()> {
+        self.vmm.run(Visit {
+            runs: std::iter::once(u64::from(mib.start) * PAGES_PER_MIB..u64::from(mib.end) * PAGES_PER_MIB).collect(),
+            write: false,
+        })?;
+        Ok(())
     }
 
     fn verify(&mut self, mib: Range<u32>) -> Result<Mismatches> {

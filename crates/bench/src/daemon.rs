@@ -3,18 +3,20 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use pagecast_client::{AddTemplate, Client, ClientError};
+use pagecast_client::fork::Fork;
+use pagecast_client::{AddTemplate, Client, ClientError, ForkState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::runtime::Runtime;
 
 /// The one template that it has here.
-pub(crate) const TEMPLATE: &str = "template";
+pub const TEMPLATE: &str = "template";
 
 /// How long it may take to start.
 const START_PATIENCE: Duration = Duration::from_secs(30);
@@ -22,11 +24,16 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 const START_PACE: Duration = Duration::from_millis(100);
 /// How long it may take to complete all forks and end.
 const STOP_PATIENCE: Duration = Duration::from_mins(2);
+/// How long forks may take to be where they are waited for.
+const FORK_PATIENCE: Duration = Duration::from_mins(1);
+/// How often they are looked at.
+const FORK_PACE: Duration = Duration::from_millis(10);
 /// How many lines of its log an error shows.
 const TAIL_LINES: usize = 15;
 
 /// A daemon in a folder of its own, killed when this is dropped.
-pub(crate) struct Daemon {
+#[derive(Debug)]
+pub struct Daemon {
     child: Child,
     client: Client,
     runtime: Runtime,
@@ -35,12 +42,17 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts it with its run dir and log in `folder`, which must be there and its own, and waits until it is ready.
-    pub(crate) fn start(pagecast: &Path, folder: &Path, settings: &[&str]) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started, or is not ready in time; with the end of its log.
+    pub fn start(pagecast: &Path, folder: &Path, settings: &[&str]) -> Result<Self> {
         let (run_dir, log, notify) = (folder.join("run"), folder.join("log"), folder.join("notify"));
         // As a service manager does, so that nothing is tried until it works.
         let ready = UnixDatagram::bind(&notify).context("failed to bind a socket for its readiness")?;
         ready.set_read_timeout(Some(START_PACE))?;
         let child = Command::new(pagecast)
+            .arg0("pagecast")
             .args(["serve", "--run-dir"])
             .arg(&run_dir)
             .args(settings)
@@ -87,24 +99,79 @@ impl Daemon {
         }
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Makes a call, which may be made from any thread.
-    pub(crate) fn call<T>(&self, call: impl AsyncFnOnce(&Client) -> Result<T, ClientError>) -> Result<T> {
+    ///
+    /// # Errors
+    ///
+    /// Those of the call.
+    pub fn call<T>(&self, call: impl AsyncFnOnce(&Client) -> Result<T, ClientError>) -> Result<T> {
         Ok(self.runtime.block_on(call(&self.client))?)
     }
 
     /// Adds the mem-file as [`TEMPLATE`].
-    pub(crate) fn add_template(&self, mem_file: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// It is refused.
+    pub fn add_template(&self, mem_file: &Path) -> Result<()> {
         self.call(async |client| client.add_template(TEMPLATE, &AddTemplate::new(mem_file)).await)
             .context("the template is refused")?;
         Ok(())
     }
 
+    /// Waits for the end of a fork, and what is known of it then.
+    ///
+    /// # Errors
+    ///
+    /// It does not end in time.
+    pub fn await_end(&self, id: &str) -> Result<Fork> {
+        let deadline = Instant::now() + FORK_PATIENCE;
+        loop {
+            let fork = self.call(async |client| client.fork(id).await)?;
+            if fork.state.is_end() {
+                return Ok(fork);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{id} is {} after {FORK_PATIENCE:?}",
+                fork.state
+            );
+            std::thread::sleep(FORK_PACE);
+        }
+    }
+
+    /// Waits until so many forks are in this state.
+    ///
+    /// # Errors
+    ///
+    /// They are not in time.
+    pub fn await_state(&self, state: ForkState, count: u32) -> Result<()> {
+        let deadline = Instant::now() + FORK_PATIENCE;
+        loop {
+            let health = self.call(async |client| client.health().await)?;
+            if health.forks.get(&state).copied().unwrap_or_default() == u64::from(count) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "not {count} forks are {state} after {FORK_PATIENCE:?}: {:?}",
+                health.forks
+            );
+            std::thread::sleep(FORK_PACE);
+        }
+    }
+
     /// Has it complete all forks and end (SIGTERM), and waits until it has.
-    pub(crate) fn stop(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// It does not end in time, or not well.
+    pub fn stop(&mut self) -> Result<()> {
         let pid = Pid::from_child(&self.child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("failed to open a pidfd of pagecast")?;
         kill_process(pid, Signal::TERM).context("failed to signal pagecast")?;
@@ -120,7 +187,7 @@ impl Daemon {
     }
 
     /// The error, and the last that it said.
-    pub(crate) fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+    pub fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().collect();

@@ -7,12 +7,13 @@ use console::{StyledObject, style};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 /// Says it on a line of its own. That nobody reads stderr any more is no reason to stop.
-pub(crate) fn say(line: &str) {
+pub fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Something that takes its time. If it is dropped before it is done, only its bar vanishes.
-pub(crate) struct Progress {
+#[derive(Debug)]
+pub struct Progress {
     bar: ProgressBar,
     what: String,
     started: Instant,
@@ -20,18 +21,15 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// Begins something that nobody knows the end of.
-    pub(crate) fn start(what: &str) -> Self {
+    pub fn start(what: &str) -> Self {
         Self::with_bar(what, ProgressBar::new_spinner(), "{spinner:.cyan} {msg} {elapsed:.dim}")
     }
 
-    /// Begins something that is over after so many MiB.
-    pub(crate) fn of_mib(what: &str, mib: u64) -> Self {
-        let bar = ProgressBar::new(mib);
-        Self::with_bar(
-            what,
-            bar,
-            "{spinner:.cyan} {msg} {wide_bar:.cyan/dim} {pos}/{len} MiB {elapsed:.dim}",
-        )
+    /// Begins something that is over after so many of a unit.
+    pub fn of(what: &str, unit: &str, count: u64) -> Self {
+        let template =
+            format!("{{spinner:.cyan}} {{msg}} {{wide_bar:.cyan/dim}} {{pos}}/{{len}} {unit} {{elapsed:.dim}}");
+        Self::with_bar(what, ProgressBar::new(count), &template)
     }
 
     fn with_bar(what: &str, bar: ProgressBar, template: &str) -> Self {
@@ -52,18 +50,18 @@ impl Progress {
         }
     }
 
-    /// So many MiB more are done.
-    pub(crate) fn advance(&self, mib: u64) {
-        self.bar.inc(mib);
+    /// So many more are done.
+    pub fn advance(&self, count: u64) {
+        self.bar.inc(count);
     }
 
     /// It is over, and this came of it.
-    pub(crate) fn done(self, outcome: &str) {
+    pub fn done(self, outcome: &str) {
         self.end(style("ok").green(), outcome);
     }
 
     /// It is over, and this came of it, which should not be.
-    pub(crate) fn failed(self, outcome: &str) {
+    pub fn failed(self, outcome: &str) {
         self.end(style("FAILED").red().bold(), outcome);
     }
 

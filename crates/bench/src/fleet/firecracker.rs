@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use pagecast_client::fork::{BackendType, MemBackend};
 use pagecast_testkit::firecracker::{self, BlankVmm, GuestRange, MicroVm, Snapshot, SnapshotOptions};
 
-use super::vmm::{Blank, DATA_MIB, MEM_MIB, Mismatches, Template, Vmm, WRITE_EVERY};
+use super::vmm::{Blank, Mismatches, Size, Template, Vmm, WRITE_EVERY};
 
 const TEMPLATE_PATTERN: u8 = 1;
 
@@ -20,10 +20,10 @@ pub(super) struct Snapshotted {
 
 impl Snapshotted {
     /// Boots the guest, fills its memory and snapshots it into the folder.
-    pub(super) fn create(folder: &Path) -> Result<Self> {
+    pub(super) fn create(folder: &Path, size: Size) -> Result<Self> {
         let options = SnapshotOptions {
-            mem_mib: MEM_MIB,
-            fill_mib: DATA_MIB,
+            mem_mib: size.mem_mib,
+            fill_mib: size.data_mib,
             pattern: TEMPLATE_PATTERN,
             ..SnapshotOptions::default()
         };
@@ -91,6 +91,11 @@ struct Fork {
 impl Vmm for Fork {
     fn pid(&self) -> u32 {
         self.microvm.pid()
+    }
+
+    fn touch(&mut self, mib: Range<u32>) -> Result<()> {
+        self.microvm.touch(range(&mib))?;
+        Ok(())
     }
 
     fn verify(&mut self, mib: Range<u32>) -> Result<Mismatches> {

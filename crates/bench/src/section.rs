@@ -1,0 +1,69 @@
+//! What can be measured, and how much of it.
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// A part of the benchmark, about one question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Section {
+    /// What a page fault costs
+    Faults,
+    /// How soon a fork has read its working set
+    Ready,
+    /// How fast memory is installed that nobody waits for
+    Prefault,
+    /// What a page of zeros costs
+    Zeros,
+    /// Many forks at once, in the real Firecracker where there is KVM
+    Fanout,
+    /// How cost grows with forks and templates, and what idle forks cost
+    Growth,
+}
+
+impl Section {
+    /// All of them, in their order.
+    pub const ALL: [Self; 6] = [
+        Self::Faults,
+        Self::Ready,
+        Self::Prefault,
+        Self::Zeros,
+        Self::Fanout,
+        Self::Growth,
+    ];
+
+    /// Its name, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Faults => "faults",
+            Self::Ready => "ready",
+            Self::Prefault => "prefault",
+            Self::Zeros => "zeros",
+            Self::Fanout => "fanout",
+            Self::Growth => "growth",
+        }
+    }
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scale {
+    /// As much as numbers to publish need.
+    Full,
+    /// Less than a minute in all.
+    Quick,
+    /// As little as shows that it works; its numbers mean nothing.
+    Tiny,
+}
+
+impl Scale {
+    /// What fits it.
+    pub(crate) fn choose<T>(self, full: T, quick: T, tiny: T) -> T {
+        match self {
+            Self::Full => full,
+            Self::Quick => quick,
+            Self::Tiny => tiny,
+        }
+    }
+}

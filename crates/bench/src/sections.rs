@@ -1,0 +1,91 @@
+//! The sections, one after the other.
+
+mod cold;
+mod fanout;
+pub(crate) mod faults;
+pub(crate) mod growth;
+mod idle;
+mod in_process;
+mod prefault;
+pub(crate) mod ready;
+mod turns;
+mod working_set;
+pub(crate) mod zeros;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use crate::interrupt::Interrupt;
+use crate::machine::Machine;
+use crate::progress::Progress;
+use crate::report::{Report, SectionReport};
+use crate::section::{Scale, Section};
+
+/// How long anything may take that is not measured.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct Bench {
+    /// What about.
+    pub sections: Vec<Section>,
+    /// How much.
+    pub scale: Scale,
+    /// The command, to run daemons and simulated VMMs of: it must do as [`sim_vmm::asked_for`](crate::sim_vmm::asked_for)
+    /// says.
+    pub pagecast: PathBuf,
+}
+
+/// Measures. What happens meanwhile is told on stderr; `done` gets each section as soon as it is there.
+///
+/// # Errors
+///
+/// Something that should work does not, or a signal came; those of `done`.
+pub fn run(bench: &Bench, interrupt: &Interrupt, mut done: impl FnMut(&SectionReport) -> Result<()>) -> Result<Report> {
+    let machine = Machine::here();
+    let started = Instant::now();
+    let mut sections = Vec::new();
+    for section in &bench.sections {
+        interrupt.check()?;
+        let began = Instant::now();
+        let measured = measure(*section, bench, interrupt);
+        // What fails after a signal fails because of it.
+        let measured = measured.map_err(|error| interrupt.check().err().unwrap_or(error));
+        let mut report = measured.with_context(|| format!("the section \"{}\" failed", section.name()))?;
+        report.seconds = began.elapsed().as_secs_f64();
+        done(&report)?;
+        sections.push(report);
+    }
+    Ok(Report {
+        machine,
+        scale: bench.scale,
+        sections,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+fn measure(section: Section, bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
+    match section {
+        Section::Faults => faults::measure(bench, interrupt),
+        Section::Ready => ready::measure(bench, interrupt),
+        Section::Prefault => prefault::measure(bench, interrupt),
+        Section::Zeros => zeros::measure(bench, interrupt),
+        Section::Fanout => fanout::measure(bench, interrupt),
+        Section::Growth => growth::measure(bench, interrupt),
+    }
+}
+
+/// Progress over the rounds of a section.
+fn rounds(section: Section, count: u32) -> Progress {
+    Progress::of(section.name(), "rounds", count.into())
+}
+
+/// A folder that goes away with all that is in it.
+fn folder() -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("pagecast-bench-")
+        .tempdir()
+        .context("failed to create a folder")
+}

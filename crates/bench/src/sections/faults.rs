@@ -1,0 +1,191 @@
+//! What a page fault costs.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use pagecast_testkit::floor::{Floor, Strategy, read};
+use pagecast_testkit::sim_vmm::{Connect, Job, Latency, LatencyReport, Order, Pages, SimVmm};
+use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+
+use super::in_process::{InProcess, own_cpu};
+use super::turns::in_turn;
+use super::{Bench, folder, rounds};
+use crate::goal::Goal;
+use crate::interrupt::Interrupt;
+use crate::measure::Measure;
+use crate::report::SectionReport;
+use crate::samples::{Samples, Subject};
+use crate::section::Section;
+use crate::sim_vmm;
+use crate::spread::to_f64;
+
+/// The template: data on every page, and in the page cache.
+const TEMPLATE_BYTES: u64 = 64 << 20;
+pub(crate) const FLOOR: &str = "floor: bare loop";
+pub(crate) const PAGECAST: &str = "pagecast";
+
+/// So many forks at once, of which each touches so many pages a turn.
+#[derive(Clone, Copy)]
+struct Setting {
+    forks: u32,
+    pages: u64,
+}
+
+impl Setting {
+    fn title(self) -> String {
+        match self.forks {
+            1 => "1 fork".to_owned(),
+            forks => format!("{forks} forks"),
+        }
+    }
+}
+
+/// Forks that are served by one of the two.
+struct Side {
+    name: &'static str,
+    vmms: Vec<SimVmm>,
+}
+
+pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
+    let scale = bench.scale;
+    let (sets, turns): (u32, u32) = (scale.choose(10, 3, 1), scale.choose(8, 5, 1));
+    let setting = |forks, pages| Setting {
+        forks,
+        pages: scale.choose(pages, pages, 16),
+    };
+    let settings = [setting(1, 1024), setting(4, 512), setting(20, 512)];
+    let file = TemplateFile::create(TemplateModel::of_data(TEMPLATE_BYTES, 1))?;
+    let bytes = read(file.path())?;
+    let mut samples = Samples::default();
+    let progress = rounds(Section::Faults, sets * 3);
+    for set in 0..sets {
+        for setting in settings {
+            interrupt.check()?;
+            measure_set(bench, set, turns, setting, &file, &bytes, &mut samples)?;
+            progress.advance(1);
+        }
+    }
+    let about = [
+        format!(
+            "Each fork touches {TEMPLATE_MIB} MiB of data in random order, page by page, from one thread. The template is in the \
+             page cache. The forks are simulated VMMs, a process each.",
+            TEMPLATE_MIB = TEMPLATE_BYTES >> 20
+        ),
+        format!(
+            "The floor is a thread a fork with a blocking read and UFFDIO_COPY of one page from memory: what Firecracker's own \
+             example does on demand, with less around it. {sets} times fresh servers and forks, {turns} turns each, in which \
+             floor and pagecast alternate."
+        ),
+    ];
+    let mut report = SectionReport::new(Section::Faults, &about, samples.rows(FLOOR));
+    for setting in settings {
+        let ours = Subject::new(setting.title(), PAGECAST);
+        let floor = Subject::new(setting.title(), FLOOR);
+        let ratio = |measure| samples.ratio(&ours, &floor, measure);
+        match setting.forks {
+            1 => report.goal(
+                "demand fault p50, 1 fork",
+                Some(FLOOR),
+                Goal::AtMost(1.15),
+                ratio(Measure::FaultP50Us),
+            ),
+            20 => report.goal(
+                "faults per second, 20 forks",
+                Some(FLOOR),
+                Goal::AtLeast(0.95),
+                ratio(Measure::FaultsPerSecond),
+            ),
+            _ => {}
+        }
+        let measure = if setting.forks == 1 {
+            Measure::FaultP50Us
+        } else {
+            Measure::FaultsPerSecond
+        };
+        report.warn_if_noisy(&samples, &floor, measure);
+    }
+    progress.done("measured");
+    Ok(report)
+}
+
+/// Fresh servers with fresh forks, which take turns.
+fn measure_set(
+    bench: &Bench,
+    set: u32,
+    turns: u32,
+    setting: Setting,
+    file: &TemplateFile,
+    bytes: &Arc<[u8]>,
+    samples: &mut Samples,
+) -> Result<()> {
+    let spawn = || {
+        (0..setting.forks)
+            .map(|_| sim_vmm::spawn(&bench.pagecast))
+            .collect::<Result<Vec<_>>>()
+    };
+    let folder = folder()?;
+    let floor = Side {
+        name: FLOOR,
+        vmms: spawn()?,
+    };
+    let loops = Floor::start_with(Strategy::Demand, &folder.path().join("floor"), bytes, floor.vmms.len())?;
+    for vmm in &floor.vmms {
+        vmm.run(Connect::new(loops.socket(), file.model()))?;
+    }
+    loops.wait_until_all_have_connected();
+
+    let server = InProcess::start(file.path())?;
+    let ours = Side {
+        name: PAGECAST,
+        vmms: spawn()?,
+    };
+    for (number, vmm) in ours.vmms.iter().enumerate() {
+        server.connect(number, vmm, file.model())?;
+    }
+    for turn in 0..turns {
+        for side in in_turn(&[&floor, &ours], set + turn) {
+            measure_turn(side, turn, setting, samples)?;
+        }
+    }
+    server.end()
+}
+
+fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples) -> Result<()> {
+    let subject = Subject::new(setting.title(), side.name);
+    samples.expect(subject.clone(), Some(setting.forks.into()));
+    let first = u64::from(turn) * setting.pages;
+    let cpu_before = own_cpu();
+    let started = Instant::now();
+    let jobs = (0..).zip(&side.vmms).map(|(seed, vmm)| {
+        vmm.start(Latency {
+            pages: Pages::range(first..first + setting.pages),
+            order: Order::Random(seed),
+        })
+    });
+    let jobs = jobs.collect::<Result<Vec<_>>>()?;
+    let mut forks = jobs
+        .into_iter()
+        .map(Job::join)
+        .collect::<Result<Vec<LatencyReport>>>()?;
+    let elapsed = started.elapsed();
+    // Floor and server run in this process, and nothing else does meanwhile.
+    let cpu = own_cpu().saturating_sub(cpu_before);
+    let faults = to_f64(setting.pages * u64::from(setting.forks));
+    // The forks' own figures differ little; the one in the middle stands for all.
+    let mut middle = |key: fn(&LatencyReport) -> u64| {
+        forks.sort_unstable_by_key(key);
+        micros(key(&forks[forks.len() / 2]))
+    };
+    samples.add(&subject, Measure::FaultP50Us, middle(|fork| fork.p50_ns));
+    samples.add(&subject, Measure::FaultP99Us, middle(|fork| fork.p99_ns));
+    let slowest = forks.iter().map(|fork| fork.max_ns).max().unwrap_or_default();
+    samples.add(&subject, Measure::FaultMaxUs, micros(slowest));
+    samples.add(&subject, Measure::FaultsPerSecond, faults / elapsed.as_secs_f64());
+    samples.add(&subject, Measure::CpuPerFaultUs, cpu.as_secs_f64() * 1e6 / faults);
+    Ok(())
+}
+
+fn micros(nanos: u64) -> f64 {
+    to_f64(nanos) / 1000.0
+}

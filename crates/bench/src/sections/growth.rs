@@ -1,0 +1,412 @@
+//! How cost grows with forks and templates, and what idle forks cost.
+
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use pagecast_client::{Backend, CreateFork, ForkState};
+use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, SimVmm, Touch};
+use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
+
+use super::idle::{Seen, Watch, peak_bytes};
+use super::{Bench, folder, rounds};
+use crate::daemon::{Daemon, TEMPLATE};
+use crate::goal::Goal;
+use crate::interrupt::Interrupt;
+use crate::measure::Measure;
+use crate::progress::Progress;
+use crate::report::SectionReport;
+use crate::samples::{Samples, Subject};
+use crate::section::{Scale, Section};
+use crate::sim_vmm;
+use crate::spread::{Spread, mib, to_f64};
+
+/// Each fork's memory where there are many.
+const FORK_BYTES: u64 = 1 << 30;
+/// It has data at the start of each so many pages, and holes between.
+const DATA_EVERY: u64 = (1 << 20) / LAYOUT_PAGE;
+/// So many pages of data there.
+const DATA_PAGES: u64 = 16;
+
+/// What is measured of a server with so many forks.
+pub(crate) const FORKS: &str = "forks of 1 GiB";
+const LOADED: &str = "all forks touch pages at once";
+const IDLE: &str = "idle afterwards";
+const ENDED: &str = "all forks ended";
+pub(crate) const TEMPLATES: &str = "one fork";
+
+/// How much of it.
+struct Plan {
+    /// How many forks are served at a time, ascending.
+    steps: &'static [u32],
+    /// How many more are registered without a VMM.
+    waiting: u32,
+    /// How long an idle server is watched.
+    idle: Duration,
+    /// How often all of it is done with the same server.
+    times: u32,
+    /// How many times each fork touches a page in each MiB of its memory.
+    loads: u64,
+    /// How large the templates are, in MiB, ascending.
+    templates: &'static [u64],
+    /// How many pages are touched in each of them.
+    pages: u64,
+    /// How often.
+    rounds: u32,
+}
+
+impl Plan {
+    fn of(scale: Scale) -> Self {
+        match scale {
+            Scale::Full => Self {
+                steps: &[1, 10, 50, 100, 150, 200],
+                waiting: 800,
+                idle: Duration::from_secs(10),
+                times: 3,
+                loads: 2,
+                templates: &[128, 512, 2048, 8192],
+                pages: 4096,
+                rounds: 7,
+            },
+            Scale::Quick => Self {
+                steps: &[1, 50, 200],
+                waiting: 0,
+                idle: Duration::from_secs(2),
+                times: 1,
+                loads: 1,
+                templates: &[128, 1024, 8192],
+                pages: 2048,
+                rounds: 3,
+            },
+            Scale::Tiny => Self {
+                steps: &[1, 3],
+                waiting: 1,
+                idle: Duration::from_millis(100),
+                times: 2,
+                loads: 1,
+                templates: &[16, 32],
+                pages: 16,
+                rounds: 1,
+            },
+        }
+    }
+}
+
+pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
+    let plan = Plan::of(bench.scale);
+    let mut samples = Samples::default();
+    let many = Many::measure(bench, interrupt, &plan, &mut samples)?;
+    let progress = rounds(Section::Growth, plan.rounds);
+    for round in 0..plan.rounds {
+        for size in plan.templates {
+            interrupt.check()?;
+            measure_template(bench, *size << 20, &plan, round, &mut samples)?;
+        }
+        progress.advance(1);
+    }
+    progress.done("templates of all sizes measured");
+
+    let most = plan.steps.last().copied().unwrap_or_default();
+    let about = [
+        format!(
+            "One `pagecast serve` and more and more simulated VMMs with 1 GiB each, up to {most}, which then touch {} pages each \
+             at once, spread over all their memory, in random order, and are left alone for {:.0} s.{}{}",
+            plan.loads * (FORK_BYTES >> 20),
+            plan.idle.as_secs_f64(),
+            if plan.waiting > 0 {
+                format!(
+                    " {} more forks are registered and wait for a VMM meanwhile.",
+                    plan.waiting
+                )
+            } else {
+                String::new()
+            },
+            if plan.times > 1 {
+                format!(" All end; {} times, with the same server.", plan.times)
+            } else {
+                String::new()
+            },
+        ),
+        format!(
+            "And one fork of sparse templates from {} MiB to {} MiB, which touches {} pages all over it.",
+            plan.templates.first().copied().unwrap_or_default(),
+            plan.templates.last().copied().unwrap_or_default(),
+            plan.pages
+        ),
+    ];
+    let mut report = SectionReport::new(Section::Growth, &about, samples.rows(""));
+    report.goal(
+        format!("server resident with {most} forks of 1 GiB, at most ever, MiB"),
+        None,
+        Goal::AtMost(32.0),
+        Spread::of([mib(many.peak_bytes)]),
+    );
+    report.goal(
+        format!("CPU of the idle server with {most} forks, ms a second"),
+        None,
+        Goal::AtMost(1.0),
+        Spread::of(
+            many.idle_cpu_s
+                .iter()
+                .map(|seconds| seconds * 1e3 / plan.idle.as_secs_f64()),
+        ),
+    );
+    Ok(report)
+}
+
+/// What was seen of a server with many forks.
+struct Many {
+    peak_bytes: u64,
+    /// Each time that it was left alone.
+    idle_cpu_s: Vec<f64>,
+}
+
+impl Many {
+    fn measure(bench: &Bench, interrupt: &Interrupt, plan: &Plan, samples: &mut Samples) -> Result<Self> {
+        let progress = Progress::start("growth: writing a template");
+        let template = TemplateFile::create(many_model())?;
+        progress.done("1 GiB, sparse");
+        let folder = folder()?;
+        // Those that nobody connects to are to wait for as long as this takes.
+        let daemon = Daemon::start(&bench.pagecast, folder.path(), &["--connect-deadline", "1h"])?;
+        daemon.add_template(template.path())?;
+        let mut many = Self {
+            peak_bytes: 0,
+            idle_cpu_s: Vec::new(),
+        };
+        let most = plan.steps.last().copied().unwrap_or_default();
+        let progress = Progress::of("growth: forks", "forks", u64::from(most * plan.times));
+        for time in 0..plan.times {
+            let all = Time {
+                bench,
+                interrupt,
+                plan,
+                template: &template,
+                daemon: &daemon,
+                progress: &progress,
+                number: time,
+            };
+            all.measure(&mut many, samples)
+                .map_err(|error| daemon.explain(&error))?;
+        }
+        many.peak_bytes = peak_bytes(daemon.pid())?;
+        progress.done("measured");
+        Ok(many)
+    }
+}
+
+/// One time that all forks are started, loaded, left alone and ended.
+struct Time<'a> {
+    bench: &'a Bench,
+    interrupt: &'a Interrupt,
+    plan: &'a Plan,
+    template: &'a TemplateFile,
+    daemon: &'a Daemon,
+    progress: &'a Progress,
+    /// Counted from 0.
+    number: u32,
+}
+
+impl Time<'_> {
+    fn measure(&self, many: &mut Many, samples: &mut Samples) -> Result<()> {
+        let plan = self.plan;
+        let mut watch = Watch::of(self.daemon.pid())?;
+        let waiting: Vec<String> = (0..plan.waiting).map(|number| format!("waiting-{number}")).collect();
+        for id in &waiting {
+            self.create(id)?;
+        }
+        let mut vmms: Vec<SimVmm> = Vec::new();
+        for step in plan.steps {
+            let added = *step - u32::try_from(vmms.len())?;
+            watch.end()?;
+            while vmms.len() < *step as usize {
+                self.interrupt.check()?;
+                vmms.push(self.start(vmms.len())?);
+                self.progress.advance(1);
+            }
+            self.daemon.await_state(ForkState::Serving, *step)?;
+            let seen = watch.end()?;
+            let subject = Subject::new(step.to_string(), FORKS);
+            samples.expect(subject.clone(), Some((*step).into()));
+            samples.add(
+                &subject,
+                Measure::StartMs,
+                seen.elapsed.as_secs_f64() * 1e3 / f64::from(added),
+            );
+            add(samples, &subject, &seen);
+        }
+        let most = vmms.len();
+        let loaded = Subject::new(most.to_string(), LOADED);
+        let started = Instant::now();
+        let faults = self.load(&vmms)?;
+        let elapsed = started.elapsed();
+        let seen = watch.end()?;
+        samples.add(
+            &loaded,
+            Measure::FaultsPerSecond,
+            to_f64(faults) / elapsed.as_secs_f64(),
+        );
+        samples.add(
+            &loaded,
+            Measure::CpuPerFaultUs,
+            seen.cpu.as_secs_f64() * 1e6 / to_f64(faults),
+        );
+        add(samples, &loaded, &seen);
+
+        // Not to wait for something, but to see that nothing happens.
+        std::thread::sleep(plan.idle);
+        let idle = watch.end()?;
+        add(samples, &Subject::new(most.to_string(), IDLE), &idle);
+        many.idle_cpu_s.push(idle.cpu.as_secs_f64());
+
+        let ids: Vec<String> = (0..most).map(|number| self.id(number)).chain(waiting).collect();
+        drop(vmms);
+        self.daemon.await_state(ForkState::Exited, u32::try_from(most)?)?;
+        for id in &ids {
+            self.daemon.call(async |client| client.remove_fork(id, false).await)?;
+        }
+        let seen = watch.end()?;
+        add(samples, &Subject::new("0", ENDED), &seen);
+        Ok(())
+    }
+
+    fn id(&self, number: usize) -> String {
+        format!("fork-{}-{number}", self.number)
+    }
+
+    fn create(&self, id: &str) -> Result<std::path::PathBuf> {
+        let wanted = CreateFork {
+            id: Some(id.to_owned()),
+            backend: Some(Backend::Uffd),
+            ..CreateFork::of(TEMPLATE)
+        };
+        let created = self.daemon.call(async |client| client.create_fork(&wanted).await)?;
+        Ok(created.mem_backend.backend_path)
+    }
+
+    fn start(&self, number: usize) -> Result<SimVmm> {
+        let socket = self.create(&self.id(number))?;
+        let vmm = sim_vmm::spawn(&self.bench.pagecast)?;
+        vmm.run(Connect::new(socket, self.template.model()))?;
+        Ok(vmm)
+    }
+
+    /// Has all VMMs touch pages at once; how many.
+    fn load(&self, vmms: &[SimVmm]) -> Result<u64> {
+        let every = NonZeroU32::new(u32::try_from(DATA_EVERY)?).context("a MiB has pages")?;
+        let mut faults = 0;
+        for load in 0..self.plan.loads {
+            let jobs = (0..).zip(vmms).map(|(seed, vmm)| {
+                vmm.start(Touch {
+                    pages: Pages {
+                        start: load,
+                        end: None,
+                        every,
+                    },
+                    threads: 1,
+                    order: Order::Random(seed),
+                })
+            });
+            for job in jobs.collect::<Result<Vec<_>>>()? {
+                faults += job.join()?.pages;
+            }
+        }
+        Ok(faults)
+    }
+}
+
+fn add(samples: &mut Samples, subject: &Subject, seen: &Seen) {
+    for (measure, value) in [
+        (Measure::ServerMib, mib(seen.resident_bytes)),
+        (Measure::ServerCpuSeconds, seen.cpu.as_secs_f64()),
+        (Measure::Wakeups, to_f64(seen.wakeups)),
+        (Measure::Fds, to_f64(seen.fds as u64)),
+        (Measure::Threads, to_f64(seen.threads)),
+    ] {
+        samples.add(subject, measure, value);
+    }
+}
+
+/// 64 KiB of data in each MiB.
+fn many_model() -> TemplateModel {
+    let mut holes = Vec::new();
+    let mut start = 0;
+    while start < FORK_BYTES / LAYOUT_PAGE {
+        holes.push(start + DATA_PAGES..start + DATA_EVERY);
+        start += DATA_EVERY;
+    }
+    TemplateModel {
+        size: FORK_BYTES,
+        seed: 1,
+        layout: Layout {
+            holes,
+            ..Layout::default()
+        },
+    }
+}
+
+/// One fork of a template of so many bytes, which has data on as many pages as are touched, evenly spread.
+fn measure_template(bench: &Bench, size: u64, plan: &Plan, round: u32, samples: &mut Samples) -> Result<()> {
+    let every = size / LAYOUT_PAGE / plan.pages;
+    let holes = (0..plan.pages).map(|page| page * every + 1..(page + 1) * every);
+    let model = TemplateModel {
+        size,
+        seed: 1,
+        layout: Layout {
+            holes: holes.collect(),
+            ..Layout::default()
+        },
+    };
+    let template = TemplateFile::create(model)?;
+    let folder = folder()?;
+    let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
+    let started = Instant::now();
+    daemon.add_template(template.path())?;
+    let added_in = started.elapsed();
+
+    let vmm = sim_vmm::spawn(&bench.pagecast)?;
+    let wanted = CreateFork {
+        backend: Some(Backend::Uffd),
+        ..CreateFork::of(TEMPLATE)
+    };
+    let started = Instant::now();
+    let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
+    // The model is large where the template is, and nothing here is checked against it.
+    let connect = Connect::new(created.mem_backend.backend_path, &TemplateModel::of_data(size, 1));
+    vmm.run(connect)?;
+    daemon.await_state(ForkState::Serving, 1)?;
+    let started_in = started.elapsed();
+    let mut watch = Watch::of(daemon.pid())?;
+    let latency = vmm.run(Latency {
+        pages: Pages {
+            start: 0,
+            end: None,
+            every: NonZeroU32::new(u32::try_from(every)?).context("more is touched than there is")?,
+        },
+        order: Order::Random(round.into()),
+    })?;
+    let seen = watch.end()?;
+    let subject = Subject::new(size_title(size), TEMPLATES);
+    samples.expect(subject.clone(), Some(size));
+    for (measure, value) in [
+        (Measure::AddTemplateMs, added_in.as_secs_f64() * 1e3),
+        (Measure::StartMs, started_in.as_secs_f64() * 1e3),
+        (Measure::FaultP50Us, to_f64(latency.p50_ns) / 1e3),
+        (Measure::FaultP99Us, to_f64(latency.p99_ns) / 1e3),
+        (
+            Measure::CpuPerFaultUs,
+            seen.cpu.as_secs_f64() * 1e6 / to_f64(latency.count),
+        ),
+        (Measure::ServerMib, mib(seen.resident_bytes)),
+    ] {
+        samples.add(&subject, measure, value);
+    }
+    Ok(())
+}
+
+fn size_title(bytes: u64) -> String {
+    match bytes >> 20 {
+        gib if gib.is_multiple_of(1024) => format!("{} GiB template", gib / 1024),
+        mib => format!("{mib} MiB template"),
+    }
+}

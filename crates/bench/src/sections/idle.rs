@@ -1,0 +1,118 @@
+//! Looking at a server from outside: what it holds, what it uses, how often it wakes.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use pagecast_testkit::process::{MemoryUse, ProcessUse};
+use procfs::process::Process;
+
+/// What a server has used since some moment.
+pub(super) struct Watch {
+    pid: u32,
+    started: Instant,
+    threads: HashMap<i32, Thread>,
+}
+
+/// What a thread has come to so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Thread {
+    /// How often it has slept.
+    sleeps: u64,
+    /// Nanoseconds on a processor.
+    cpu: u64,
+}
+
+/// What it came to.
+pub(super) struct Seen {
+    pub(super) elapsed: Duration,
+    /// Less what threads that have ended meanwhile used last.
+    pub(super) cpu: Duration,
+    /// How often a thread of it slept and woke.
+    pub(super) wakeups: u64,
+    /// Now, exactly.
+    pub(super) resident_bytes: u64,
+    pub(super) fds: usize,
+    pub(super) threads: u64,
+}
+
+impl Watch {
+    pub(super) fn of(pid: u32) -> Result<Self> {
+        Ok(Self {
+            pid,
+            threads: threads(pid)?,
+            started: Instant::now(),
+        })
+    }
+
+    /// What has been since, and now. The next begins.
+    pub(super) fn end(&mut self) -> Result<Seen> {
+        let elapsed = self.started.elapsed();
+        let threads = threads(self.pid)?;
+        let now = ProcessUse::of(self.pid)?;
+        let ended = self.threads.keys().filter(|tid| !threads.contains_key(tid)).count() as u64;
+        let seen = Seen {
+            elapsed,
+            cpu: Duration::from_nanos(added(&self.threads, &threads, |thread| thread.cpu)),
+            // One for each thread that has ended, of which no more is known.
+            wakeups: ended + added(&self.threads, &threads, |thread| thread.sleeps),
+            // The counter in `stat` is not exact.
+            resident_bytes: MemoryUse::of(self.pid)?.rss_bytes,
+            fds: now.fds,
+            threads: now.threads,
+        };
+        *self = Self::of(self.pid)?;
+        Ok(seen)
+    }
+}
+
+/// The most that was ever resident, in bytes.
+pub(super) fn peak_bytes(pid: u32) -> Result<u64> {
+    let status = Process::new(pid.try_into()?)?.status()?;
+    Ok(status.vmhwm.context("the kernel does not tell the peak")? << 10)
+}
+
+/// What each of its threads has come to so far.
+fn threads(pid: u32) -> Result<HashMap<i32, Thread>> {
+    let mut threads = HashMap::new();
+    for task in Process::new(pid.try_into()?)?.tasks()? {
+        // One that has ended meanwhile does nothing more.
+        let Ok((tid, status, times)) = task.and_then(|task| Ok((task.tid, task.status()?, task.schedstat()?))) else {
+            continue;
+        };
+        let thread = Thread {
+            sleeps: status.voluntary_ctxt_switches.unwrap_or_default(),
+            cpu: times.sum_exec_runtime,
+        };
+        threads.insert(tid, thread);
+    }
+    Ok(threads)
+}
+
+/// How much more there is than before, in threads that have not ended.
+fn added(before: &HashMap<i32, Thread>, after: &HashMap<i32, Thread>, of: fn(&Thread) -> u64) -> u64 {
+    let of_thread = |(tid, now): (&i32, &Thread)| of(now).saturating_sub(before.get(tid).map_or(0, of));
+    after.iter().map(of_thread).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_end_do_not_hide_what_others_did() {
+        let thread = |sleeps| Thread { sleeps, cpu: 0 };
+        let before = HashMap::from([(1, thread(1000)), (2, thread(10))]);
+        let after = HashMap::from([(2, thread(15)), (3, thread(2))]);
+        assert_eq!(added(&before, &after, |thread| thread.sleeps), 7);
+    }
+
+    #[test]
+    fn this_process_is_seen_at_work() {
+        let mut watch = Watch::of(std::process::id()).unwrap();
+        let worked: u64 = (0..20_000_000).map(std::hint::black_box).sum();
+        let seen = watch.end().unwrap();
+        assert!(worked > 0 && !seen.cpu.is_zero(), "{:?}", seen.cpu);
+        assert!(seen.threads > 0 && seen.fds > 0 && seen.resident_bytes > 0);
+    }
+}

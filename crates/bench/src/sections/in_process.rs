@@ -1,0 +1,93 @@
+//! A page server in this very process, so that its CPU time can be told to the microsecond.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use pagecast::Template;
+use pagecast::server::{Fork, ForkEvent, ForkOptions, ForkState, Prefault, Server};
+use pagecast::template::{Recording, WorkingSet};
+use pagecast_testkit::sim_vmm::{Connect, Memory, Resume, SimVmm, Visit};
+use pagecast_testkit::template_file::TemplateModel;
+use rustix::time::{ClockId, clock_gettime};
+use tempfile::TempDir;
+
+use super::{PATIENCE, folder};
+
+/// A server for forks of one template.
+pub(super) struct InProcess {
+    server: Server,
+    template: Template,
+    folder: TempDir,
+    recordings: Receiver<Arc<Recording>>,
+}
+
+impl InProcess {
+    pub(super) fn start(mem_file: &Path) -> Result<Self> {
+        let (tell, recordings) = channel();
+        let server = Server::builder().observer(move |event| {
+            if let ForkEvent::Recorded { recording, .. } = event {
+                // Nobody listens only where nobody asked for it.
+                let _ = tell.send(recording);
+            }
+        });
+        Ok(Self {
+            server: server.start()?,
+            template: Template::open(mem_file)?,
+            folder: folder()?,
+            recordings,
+        })
+    }
+
+    /// A fork that waits for its VMM.
+    pub(super) fn register(&self, number: usize, wanted: impl FnOnce(ForkOptions) -> ForkOptions) -> Result<Fork> {
+        let id = format!("fork-{number}").parse()?;
+        let options = ForkOptions::new(self.folder.path().join(number.to_string()));
+        Ok(self.server.register(id, &self.template, &wanted(options))?)
+    }
+
+    /// Connects a VMM to a new fork that is given nothing ahead, and waits until it is served.
+    pub(super) fn connect(&self, number: usize, vmm: &SimVmm, model: &TemplateModel) -> Result<Fork> {
+        let fork = self.register(number, |options| options.prefault(Prefault::None))?;
+        vmm.run(Connect::new(fork.socket_path(), model))?;
+        let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
+        ensure!(status.state == ForkState::Serving, "not served: {status:?}");
+        Ok(fork)
+    }
+
+    /// Looks at all of the template for zeros, as a daemon does in the background.
+    pub(super) fn find_zeros(&self) {
+        self.template.find_zeros(Instant::now() + PATIENCE);
+    }
+
+    /// Has one fork visit these pages, and takes what was recorded of it as the template's working set; its size in bytes.
+    pub(super) fn learn(&self, vmm: &SimVmm, model: &TemplateModel, runs: &[Range<u64>]) -> Result<u64> {
+        let fork = self.register(usize::MAX, ForkOptions::record)?;
+        vmm.run(Resume {
+            memory: Memory::Uffd(Connect::new(fork.socket_path(), model)),
+            visit: Visit {
+                runs: runs.to_vec(),
+                write: false,
+            },
+        })?;
+        vmm.kill()?;
+        let recording = self.recordings.recv_timeout(PATIENCE).context("nothing was recorded")?;
+        let set = WorkingSet::of(&recording);
+        let size = set.size().get();
+        self.template.set_working_set(Some(Arc::new(set)));
+        Ok(size)
+    }
+
+    /// Ends, and kills all VMMs.
+    pub(super) fn end(self) -> Result<()> {
+        self.server.kill(PATIENCE).context("the server does not end")
+    }
+}
+
+/// CPU time that this process has used so far.
+pub(super) fn own_cpu() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
+}

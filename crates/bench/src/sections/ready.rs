@@ -1,0 +1,301 @@
+//! How soon a fork has read its working set.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use pagecast::server::Prefault;
+use pagecast_client::{Backend, CreateFork};
+use pagecast_testkit::floor::{Floor, Strategy, read};
+use pagecast_testkit::sim_vmm::{Connect, MapFile, Memory, Resume, Resumed, SimVmm, Visit};
+use pagecast_testkit::template_file::TemplateFile;
+use tempfile::TempDir;
+
+use super::cold::{cached, drop_from_page_cache};
+use super::in_process::InProcess;
+use super::turns::in_turn;
+use super::working_set::WorkingSet;
+use super::{Bench, folder, rounds};
+use crate::daemon::{Daemon, TEMPLATE};
+use crate::goal::Goal;
+use crate::interrupt::Interrupt;
+use crate::measure::Measure;
+use crate::progress::Progress;
+use crate::report::SectionReport;
+use crate::samples::{Samples, Subject};
+use crate::section::Section;
+use crate::sim_vmm;
+use crate::spread::{mib, to_f64};
+
+/// What of a cold file may be in the page cache although it was dropped.
+const STILL_CACHED: f64 = 0.02;
+
+/// Who gets a fork ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum System {
+    /// A mapping of the template, without pagecast.
+    Plain { cold: bool },
+    /// A fork with `file`.
+    File { cold: bool },
+    /// A fork with `uffd` that is given nothing ahead.
+    OnDemand,
+    /// A fork with `uffd` and the working set that another one has shown.
+    Prefault,
+    /// The bare loop.
+    BareLoop,
+    /// All of the template at the first fault.
+    AllAtOnce,
+}
+
+impl System {
+    const ALL: [Self; 8] = [
+        Self::Plain { cold: false },
+        Self::File { cold: false },
+        Self::Prefault,
+        Self::OnDemand,
+        Self::BareLoop,
+        Self::AllAtOnce,
+        Self::Plain { cold: true },
+        Self::File { cold: true },
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain { .. } => PLAIN,
+            Self::File { .. } => FILE,
+            Self::OnDemand => ON_DEMAND,
+            Self::Prefault => PREFAULT,
+            Self::BareLoop => "rival: a page a fault",
+            Self::AllAtOnce => "rival: all at the first fault",
+        }
+    }
+
+    fn is_cold(self) -> bool {
+        matches!(self, Self::Plain { cold: true } | Self::File { cold: true })
+    }
+
+    fn subject(self) -> Subject {
+        Subject::new(if self.is_cold() { COLD } else { WARM }, self.name())
+    }
+}
+
+pub(crate) const WARM: &str = "warm";
+pub(crate) const COLD: &str = "cold";
+pub(crate) const PLAIN: &str = "floor: plain MAP_PRIVATE";
+pub(crate) const FILE: &str = "file";
+pub(crate) const ON_DEMAND: &str = "uffd, on demand";
+pub(crate) const PREFAULT: &str = "uffd, prefault";
+
+/// Those that take no time.
+const QUICK_ONES: [System; 2] = [System::Plain { cold: false }, System::File { cold: false }];
+
+/// All that is the same for all rounds.
+struct Setup<'a> {
+    pagecast: &'a Path,
+    set: WorkingSet,
+    template: TemplateFile,
+    /// Of the template.
+    file: File,
+    bytes: Arc<[u8]>,
+    daemon: Daemon,
+    server: InProcess,
+    /// How many forks the server has had.
+    forks: Cell<usize>,
+    folder: TempDir,
+    /// Whether all of the template is in the page cache.
+    is_warm: Cell<bool>,
+}
+
+pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
+    let scale = bench.scale;
+    let count: u32 = scale.choose(15, 3, 1);
+    // What takes no time is done more often, so that its median is as sure.
+    let repeats: u32 = scale.choose(4, 4, 1);
+    let (template, working_set): (u64, u64) = scale.choose((512, 64), (512, 64), (16, 2));
+    let setup = Setup::new(bench, WorkingSet::new(template << 20, working_set << 20))?;
+    let mut samples = Samples::default();
+    for system in System::ALL {
+        samples.expect(system.subject(), None);
+    }
+    let mut systems = System::ALL.to_vec();
+    systems.retain(|system| !QUICK_ONES.contains(system));
+    let mut warnings = Vec::new();
+    drop_from_page_cache(&setup.file)?;
+    let cached = cached(&setup.file, &setup.set.runs)?;
+    if cached > STILL_CACHED {
+        systems.retain(|system| !system.is_cold());
+        warnings.push(format!(
+            "nothing cold was measured: {:.0}% of the working set stayed in the page cache, where the temporary folder is",
+            cached * 100.0
+        ));
+    }
+    let progress = rounds(Section::Ready, count);
+    for round in 0..count {
+        for system in in_turn(&systems, round) {
+            interrupt.check()?;
+            // Disks are slow, and vary little beside what they are compared with.
+            if system.is_cold() && round % 2 == 1 {
+                continue;
+            }
+            setup.measure(system, &mut samples)?;
+        }
+        for repeat in 0..repeats {
+            for system in in_turn(&QUICK_ONES, round + repeat) {
+                setup.measure(system, &mut samples)?;
+            }
+        }
+        samples.next_round();
+        progress.advance(1);
+    }
+    progress.done("measured");
+
+    let about = [
+        format!(
+            "A template of {template} MiB, 80% of it zeros that are written out, the rest data in runs of 1 to 31 pages; a fork \
+             reads a word of each of {} MiB of pages with data, run by run in random order, from one thread. The clock starts \
+             with the restore and stops when all have been read.",
+            mib(setup.set.bytes())
+        ),
+        "Cold: the template was written to disk and its pages dropped from the page cache with posix_fadvise(DONTNEED), no \
+         other file's; that they are gone is checked. Warm: all of it is in the page cache, and other forks have read it \
+         before. The working set of `prefault` was recorded from one fork."
+            .to_owned(),
+        "Rivals are strategies of Firecracker's two examples of handlers, the template's bytes at hand in memory: UFFDIO_COPY \
+         of one page a fault, and of all the guest's memory at the first fault."
+            .to_owned(),
+    ];
+    let mut report = SectionReport::new(Section::Ready, &about, samples.rows(PLAIN));
+    report.warnings = warnings;
+    let plain = System::Plain { cold: false }.subject();
+    let warm = System::File { cold: false }.subject();
+    report.goal(
+        "working set ready, `uffd` with prefault",
+        Some("`uffd` on demand"),
+        Goal::AtMost(0.25),
+        samples.ratio(
+            &System::Prefault.subject(),
+            &System::OnDemand.subject(),
+            Measure::ReadyMs,
+        ),
+    );
+    report.goal(
+        "working set ready, `file`, warm",
+        Some("a plain MAP_PRIVATE"),
+        Goal::AtMost(1.1),
+        samples.ratio(&warm, &plain, Measure::ReadyMs),
+    );
+    report.warn_if_noisy(&samples, &plain, Measure::ReadyMs);
+    report.warn_if_noisy(&samples, &System::BareLoop.subject(), Measure::ReadyMs);
+    Ok(report)
+}
+
+impl<'a> Setup<'a> {
+    fn new(bench: &'a Bench, set: WorkingSet) -> Result<Self> {
+        let progress = Progress::start("writing a template");
+        let template = set.write()?;
+        let file = File::open(template.path()).context("failed to open the template")?;
+        let folder = folder()?;
+        let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
+        daemon.add_template(template.path())?;
+        let bytes = read(template.path())?;
+        let server = InProcess::start(template.path())?;
+        server.find_zeros();
+        let learned = server.learn(&sim_vmm::spawn(&bench.pagecast)?, template.model(), &set.runs)?;
+        ensure!(
+            learned == set.bytes(),
+            "of a working set of {} bytes {learned} were recorded",
+            set.bytes()
+        );
+        progress.done(&format!("{} MiB", mib(set.model.size)));
+        Ok(Self {
+            pagecast: &bench.pagecast,
+            set,
+            file,
+            bytes,
+            daemon,
+            server,
+            forks: Cell::new(0),
+            folder,
+            template,
+            is_warm: Cell::new(true),
+        })
+    }
+
+    /// Gets one fork ready.
+    fn measure(&self, system: System, samples: &mut Samples) -> Result<()> {
+        if system.is_cold() {
+            self.is_warm.set(false);
+            drop_from_page_cache(&self.file)?;
+            let cached = cached(&self.file, &self.set.runs)?;
+            ensure!(
+                cached <= STILL_CACHED,
+                "{:.0}% of what was dropped from the page cache is there again",
+                cached * 100.0
+            );
+        } else if !self.is_warm.replace(true) {
+            let mut file = File::open(self.template.path()).context("failed to open the template")?;
+            std::io::copy(&mut file, &mut std::io::sink()).context("failed to read the template")?;
+        }
+        let vmm = sim_vmm::spawn(self.pagecast)?;
+        let (resumed, installed) = match system {
+            System::Plain { .. } => {
+                let map = MapFile::new(self.template.path(), self.template.model());
+                (self.resume(&vmm, Memory::File(map))?, 0)
+            }
+            System::File { .. } => self.file(vmm)?,
+            System::OnDemand => self.uffd(&vmm, Prefault::None)?,
+            System::Prefault => self.uffd(&vmm, Prefault::WorkingSet)?,
+            System::BareLoop => self.rival(&vmm, Strategy::Demand, self.set.bytes())?,
+            System::AllAtOnce => self.rival(&vmm, Strategy::AllAtFirstFault, self.set.model.size)?,
+        };
+        let subject = system.subject();
+        samples.add(&subject, Measure::ReadyMs, to_f64(resumed.ready_ns) / 1e6);
+        samples.add(&subject, Measure::InstalledMib, mib(installed));
+        Ok(())
+    }
+
+    /// Lets a VMM have memory from there.
+    fn resume(&self, vmm: &SimVmm, memory: Memory) -> Result<Resumed> {
+        vmm.run(Resume {
+            memory,
+            visit: Visit {
+                runs: self.set.runs.clone(),
+                write: false,
+            },
+        })
+    }
+
+    fn rival(&self, vmm: &SimVmm, strategy: Strategy, installs: u64) -> Result<(Resumed, u64)> {
+        let folder = tempfile::tempdir_in(&self.folder).context("failed to create a folder")?;
+        let floor = Floor::start_with(strategy, &folder.path().join("socket"), &self.bytes, 1)?;
+        let connect = Connect::new(floor.socket(), self.template.model());
+        Ok((self.resume(vmm, Memory::Uffd(connect))?, installs))
+    }
+
+    fn uffd(&self, vmm: &SimVmm, prefault: Prefault) -> Result<(Resumed, u64)> {
+        let number = self.forks.replace(self.forks.get() + 1);
+        let fork = self.server.register(number, |options| options.prefault(prefault))?;
+        let connect = Connect::new(fork.socket_path(), self.template.model());
+        let resumed = self.resume(vmm, Memory::Uffd(connect))?;
+        Ok((resumed, fork.status().stats.installed_bytes))
+    }
+
+    /// A fork of the daemon's.
+    fn file(&self, vmm: SimVmm) -> Result<(Resumed, u64)> {
+        let wanted = CreateFork {
+            backend: Some(Backend::File),
+            pid: Some(vmm.pid().try_into()?),
+            ..CreateFork::of(TEMPLATE)
+        };
+        let created = self.daemon.call(async |client| client.create_fork(&wanted).await)?;
+        let map = MapFile::new(created.mem_backend.backend_path, self.template.model());
+        let resumed = self.resume(&vmm, Memory::File(map))?;
+        drop(vmm);
+        let fork = self.daemon.await_end(&created.id)?;
+        self.daemon
+            .call(async |client| client.remove_fork(&created.id, false).await)?;
+        Ok((resumed, fork.installed_bytes))
+    }
+}
