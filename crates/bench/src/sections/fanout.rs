@@ -38,7 +38,7 @@ struct Ready {
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
-    let count: u32 = scale.choose(5, 1, 1);
+    let count: u32 = scale.choose(6, 1, 1);
     let size = scale.choose((128, 64), (128, 32), (128, 1));
     let size = Size {
         mem_mib: size.0,
@@ -75,7 +75,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         format!(
             "{kind}, {} MiB each, restored at once. Each reads a word of each page of its working set of {} MiB (ready: from the \
              start of the restore until then), then writes to 1 of {WRITE_EVERY} pages of it; then memory is measured. {count} \
-             rounds with a `pagecast serve` of its own for each.",
+             rounds, each with a `pagecast serve` of its own.",
             size.mem_mib, size.data_mib
         ),
         "The least that the forks could cost together: one working set, what all of them wrote, and the same VMMs without a \

@@ -125,7 +125,7 @@ struct Setup<'a> {
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
-    let count: u32 = scale.choose(15, 3, 1);
+    let count: u32 = scale.choose(25, 3, 1);
     // What takes no time is done more often, so that its median is as sure.
     let repeats: u32 = scale.choose(4, 4, 1);
     let (template, working_set): (u64, u64) = scale.choose((512, 64), (512, 64), (16, 2));
