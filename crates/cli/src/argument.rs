@@ -1,7 +1,7 @@
 //! Values of arguments that several commands take.
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use pagecast_client::Backend;
+use pagecast_client::{Backend, Prefault};
 
 /// A backend, by its name.
 pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
@@ -14,6 +14,20 @@ pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
         "uffd" => Backend::Uffd,
         "file" => Backend::File,
         _ => Backend::Auto,
+    })
+}
+
+/// What is given ahead, by its name.
+pub(crate) fn prefault() -> impl TypedValueParser<Value = Prefault> {
+    PossibleValuesParser::new([
+        PossibleValue::new("none").help("Nothing: each page comes when it is touched"),
+        PossibleValue::new("working-set").help("What forks touch first, as far as that was learned"),
+        PossibleValue::new("all").help("The same, then everything else; takes uffd"),
+    ])
+    .map(|name| match name.as_str() {
+        "working-set" => Prefault::WorkingSet,
+        "all" => Prefault::All,
+        _ => Prefault::None,
     })
 }
 

@@ -9,8 +9,8 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, Color};
 use indicatif::{BinaryBytes, ProgressBar};
-use pagecast_client::fork::ForkMemory;
-use pagecast_client::{Backend, Client, CreateFork, Fork, ForkState};
+use pagecast_client::fork::{ForkMemory, ForkPrefault};
+use pagecast_client::{Backend, Client, CreateFork, Fork, ForkState, Prefault};
 
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
@@ -75,6 +75,14 @@ struct Create {
     /// The group of its socket.
     #[arg(long)]
     gid: Option<u32>,
+
+    /// What it is given ahead of its faults [default: the working set, where there is one]
+    #[arg(long, value_parser = argument::prefault())]
+    prefault: Option<Prefault>,
+
+    /// Record what it touches first, for the working set of its template; takes uffd, and gives it nothing ahead.
+    #[arg(long, conflicts_with = "prefault")]
+    record: bool,
 
     /// The page size of the guest [default: the template's]
     #[arg(long, value_parser = argument::page_size())]
@@ -194,7 +202,8 @@ impl Create {
             path: self.path.as_deref().map(absolute).transpose()?,
             uid: self.uid,
             gid: self.gid,
-            prefault: None,
+            prefault: self.prefault,
+            record: self.record,
             page_size: self.page_size,
             pid: self.pid,
         };
@@ -299,11 +308,35 @@ fn show(fork: &Fork, json: bool, output: Output) -> Result<()> {
         facts.add(
             "pages",
             format!(
-                "{} copied, {} prefaulted, {} given back",
+                "{} copied, {} prefaulted, {} given back; {} of zeros left to the kernel",
                 BinaryBytes(fork.installed_bytes),
                 faults.prefaulted,
-                faults.removed
+                faults.removed,
+                BinaryBytes(fork.given_back_bytes)
             ),
+        );
+    }
+    if let Some(prefault) = &fork.prefault {
+        let ForkPrefault {
+            what,
+            late,
+            missed,
+            held_out_used,
+        } = prefault;
+        let faults = match what {
+            Prefault::None => String::new(),
+            _ => format!("; first faults: {missed} not foreseen, {late} too early, {held_out_used} held out"),
+        };
+        facts.add("prefault", format!("{what}{faults}"));
+    }
+    if let Some(recording) = &fork.recording {
+        facts.add(
+            "recording",
+            if recording.learned {
+                format!("{} learned from", BinaryBytes(recording.size_bytes))
+            } else {
+                "goes on".to_owned()
+            },
         );
     }
     if let Some(latency) = &fork.fault_latency_us {

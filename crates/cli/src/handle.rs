@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server};
-use pagecast::template::{Lease, LeaseError, MemFile, Template};
+use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server, chain};
+use pagecast::template::{KeepError, Lease, LeaseError, MemFile, SidecarError, Template, WorkingSet};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -80,6 +80,8 @@ enum Happening {
     Closed(Result<(), CloseError>),
     /// Somebody wants to write the template, and is held up.
     LeaseBroken,
+    /// The zeros of the template were found, and will have to be found again.
+    ZerosNotKept(KeepError),
     /// No fork needs the template any more, or not all could be helped.
     Vacated(bool),
 }
@@ -109,10 +111,11 @@ impl Handle {
         if let Some(group) = self.group {
             options = options.group(group);
         }
+        let reporter = Reporter::new(if self.json { Format::Json } else { Format::Human });
+        take_up_kept(&mem_file, &template, &reporter, &happenings);
         let prefix = "vmm".parse().context("the prefix of fork names")?;
         server.listen(&prefix, &template, &options)?;
 
-        let reporter = Reporter::new(if self.json { Format::Json } else { Format::Human });
         reporter.report(&Line::Listening {
             socket: &self.socket,
             mem_file: &self.mem_file,
@@ -138,6 +141,38 @@ impl Handle {
         }
         .until_closed(&happened)
     }
+}
+
+/// Takes up what is kept beside the mem-file: the working set of its forks, and its zeros, which are looked for where they are
+/// not known. Neither is needed.
+fn take_up_kept(
+    mem_file: &Arc<MemFile>,
+    template: &Template,
+    reporter: &Reporter,
+    happenings: &mpsc::Sender<Happening>,
+) {
+    let not_used = |what, error: &SidecarError| {
+        if !matches!(error, SidecarError::Missing) {
+            let error = &chain(error);
+            reporter.report(&Line::KeptNotUsed { what, error });
+        }
+    };
+    match WorkingSet::load(&WorkingSet::path_for(mem_file.path()), mem_file.identity()) {
+        Ok(set) => template.set_working_set(Some(Arc::new(set))),
+        Err(error) => not_used("working set", &error),
+    }
+    let Err(error) = mem_file.kept_zeros() else { return };
+    not_used("zeros", error);
+    let (searched, happenings) = (Arc::clone(mem_file), happenings.clone());
+    template.find_zeros_in_background(move |found| {
+        // Who cannot read it says so where that matters.
+        if found.is_ok()
+            && let Err(error) = searched.keep_zeros()
+            && !matches!(error, KeepError::TooFresh | KeepError::NotLeased)
+        {
+            drop(happenings.send(Happening::ZerosNotKept(error)));
+        }
+    });
 }
 
 /// Holds writers off the mem-file, where its file system lets us; elsewhere a write fails the forks once it has happened.
@@ -180,6 +215,10 @@ impl Handling {
                 }
                 Happening::Closed(Ok(())) => return Ok(self.closed(happened, ExitCode::SUCCESS)),
                 Happening::Closed(Err(error)) => self.reporter.report(&Line::Staying { why: &error }),
+                Happening::ZerosNotKept(error) => self.reporter.report(&Line::NotKept {
+                    what: "zeros",
+                    error: &chain(&error),
+                }),
                 Happening::LeaseBroken => {
                     self.reporter.report(&Line::Vacating {
                         forks: self.server.forks().len(),

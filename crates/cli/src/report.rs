@@ -42,6 +42,16 @@ pub(crate) enum Line<'a> {
         id: &'a ForkId,
         error: &'a FailReason,
     },
+    /// What is kept beside the template is not used.
+    KeptNotUsed {
+        what: &'static str,
+        error: &'a str,
+    },
+    /// What was found out of the template cannot be kept beside it.
+    NotKept {
+        what: &'static str,
+        error: &'a str,
+    },
     Closing {
         forks: usize,
     },
@@ -131,6 +141,8 @@ impl Display for Line<'_> {
             Self::NotCompleted { id, error } => {
                 write!(f, "{id}: cannot be completed, is served on: {}", chain(*error))
             }
+            Self::KeptNotUsed { what, error } => write!(f, "the {what} kept beside the template: not used: {error}"),
+            Self::NotKept { what, error } => write!(f, "the {what} cannot be kept beside the template: {error}"),
             Self::Closing { forks } => {
                 write!(
                     f,

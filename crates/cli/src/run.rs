@@ -2,6 +2,7 @@
 //!
 //! | module | holds |
 //! | --- | --- |
+//! | [`setup`] | what is looked at and made before anything is started |
 //! | [`firecracker`] | the binary, looked at before anything is started |
 //! | [`exec`] | processes that do not outlive us, however we end |
 //! | [`vmm`] | one Firecracker process |
@@ -10,6 +11,7 @@
 //! | [`folder`] | the folder of a run, and those that dead runs left |
 //! | [`life`], [`interrupt`] | what ends a run early: the daemon's end, signals |
 //! | [`report`], [`table`], [`progress`] | what came of it, and how far it is |
+//! | [`train`] | one fork, to record what it touches first |
 
 mod exec;
 mod firecracker;
@@ -20,31 +22,29 @@ mod launch;
 mod life;
 mod progress;
 mod report;
+mod setup;
 mod table;
+mod train;
 mod vmm;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
-use pagecast_client::template::TemplateState;
-use pagecast_client::{Backend, Client};
-use rustix::fs::{Access, access};
+use pagecast_client::{Backend, Prefault};
 
 pub(crate) use self::exec::Exec;
-use self::firecracker::Firecracker;
-use self::fleet::{Fleet, catching_panics, clean_up};
-use self::folder::{LeftFolder, RunFolder};
+use self::fleet::{Fleet, catching_panics};
 use self::interrupt::Interrupt;
-use self::launch::Plan;
 use self::life::Life;
 use self::progress::{Progress, say};
 use self::report::{Report, State};
+use self::setup::{Prepared, Starting, Wanted};
+pub(crate) use self::train::{Train, describe as describe_working_set};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, block_on};
-use crate::output::{Output, harmless};
+use crate::output::Output;
 
 /// Start many real Firecrackers from one template, resume them all at once, and say what each took and costs.
 ///
@@ -70,29 +70,20 @@ pub(crate) struct Run {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
     count: u16,
 
-    /// The Firecracker to run [default: the first `firecracker` on PATH]
-    #[arg(long, value_name = "PATH")]
-    firecracker: Option<PathBuf>,
-
     /// Where their memory comes from [default: what the daemon chooses]
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
-    /// The state file of the snapshot [default: the one that the template was added with]
-    #[arg(long, value_name = "PATH")]
-    vmstate: Option<PathBuf>,
+    /// What each is given ahead of its faults [default: the working set, where there is one]
+    #[arg(long, value_parser = argument::prefault())]
+    prefault: Option<Prefault>,
 
     /// Keep them running until SIGINT (Ctrl-C), SIGTERM or SIGHUP.
     #[arg(long)]
     keep: bool,
 
-    /// Where to make the folder of the run [default: the folder for temporary files]
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-
-    /// How long each step of each Firecracker may take: to start, to load, to resume.
-    #[arg(long, value_name = "TIME", default_value = "1min", value_parser = humantime::parse_duration)]
-    timeout: Duration,
+    #[command(flatten)]
+    starting: Starting,
 
     /// Print JSON.
     #[arg(long)]
@@ -134,9 +125,9 @@ impl Run {
         let prepared = tokio::select! {
             biased;
             signal = interrupt.signalled() => return Ok(ended_by(signal)),
-            prepared = self.prepare() => prepared?,
+            prepared = self.starting.prepare(self.daemon.client(), self.wanted()) => prepared?,
         };
-        let (plan, daemon, folder) = prepared;
+        let Prepared { plan, daemon, folder } = prepared;
         let firecracker = plan.firecracker.clone();
         let mut fleet = Fleet::start(plan, folder, self.count);
         let folder = fleet.folder().path().to_owned();
@@ -153,12 +144,9 @@ impl Run {
         for problem in &problems {
             say(problem);
         }
-        let stopped = conducted.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        match stopped {
-            Some(Stopped::Signal(signal)) if problems.is_empty() => return Ok(ended_by(signal)),
-            Some(Stopped::Signal(signal)) => return Ok(ExitCode::from(SIGNALLED.saturating_add(signal))),
-            Some(Stopped::DaemonEnded) => return Err(DaemonError::Ended.into()),
-            None => {}
+        let early = conducted.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        if let Some(early) = early {
+            return stopped(&early, problems.is_empty());
         }
         if !self.keep {
             self.print(&report)?;
@@ -171,48 +159,13 @@ impl Run {
         })
     }
 
-    /// All that can be wrong before anything is started.
-    async fn prepare(&self) -> Result<(Plan, Life, RunFolder)> {
-        let firecracker = Firecracker::find(self.firecracker.as_deref())?;
-        let client = self.daemon.client();
-        let vmstate = self.vmstate(&client).await?;
-        let daemon = Life::of_listener(client.socket())
-            .await
-            .context("cannot see the daemon's process")?;
-        let base = self.dir.clone().unwrap_or_else(std::env::temp_dir);
-        for problem in clean_up(LeftFolder::find(&base)).await {
-            say(&problem);
-        }
-        let folder = RunFolder::create(&base, client.socket())?;
-        let plan = Plan {
-            client,
-            firecracker,
+    fn wanted(&self) -> Wanted {
+        Wanted {
             template: self.template.clone(),
             backend: self.backend,
-            vmstate,
-            patience: self.timeout,
-        };
-        Ok((plan, daemon, folder))
-    }
-
-    /// The state file, which is there.
-    async fn vmstate(&self, client: &Client) -> Result<PathBuf> {
-        let template = client.template(&self.template).await.map_err(DaemonError::from)?;
-        if template.state == TemplateState::Changed {
-            let how = harmless(template.changed.as_deref().unwrap_or("it is another file now"));
-            bail!("the template {} cannot be forked any more: {how}", self.template);
+            prefault: self.prefault,
+            record: false,
         }
-        let vmstate = match &self.vmstate {
-            Some(path) => std::path::absolute(path).context("cannot tell the current folder")?,
-            None => template.vmstate_path.with_context(|| {
-                let name = &self.template;
-                format!("the template {name} was added without a state file: say with --vmstate where it is")
-            })?,
-        };
-        // Firecracker would say so too, but for each fork.
-        access(&vmstate, Access::READ_OK)
-            .with_context(|| format!("cannot read the state file {}", vmstate.display()))?;
-        Ok(vmstate)
     }
 
     async fn conduct(&self, mut conductor: Conductor<'_>) -> Result<Option<Stopped>> {
@@ -324,6 +277,15 @@ impl Conductor<'_> {
         if let Some(fork) = self.report.forks.get_mut(event.number) {
             fork.turn(event.turn);
         }
+    }
+}
+
+/// What is said of a run that was stopped, after which everything was cleaned up, or not.
+fn stopped(early: &Stopped, clean: bool) -> Result<ExitCode> {
+    match early {
+        Stopped::Signal(signal) if clean => Ok(ended_by(*signal)),
+        Stopped::Signal(signal) => Ok(ExitCode::from(SIGNALLED.saturating_add(*signal))),
+        Stopped::DaemonEnded => Err(DaemonError::Ended.into()),
     }
 }
 

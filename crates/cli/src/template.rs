@@ -15,12 +15,13 @@ use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::output::{Column, Output, harmless};
+use crate::run::{Train, describe_working_set};
 
 mod warm;
 
 use warm::Warm;
 
-/// Add, show and remove templates: snapshots to fork from.
+/// Add, show, warm, train and remove templates: snapshots to fork from.
 #[derive(Args)]
 pub(crate) struct TemplateArgs {
     #[command(subcommand)]
@@ -41,6 +42,7 @@ enum TemplateCommand {
     Show(Show),
     Warm(Warm),
     Rm(Remove),
+    Train(Train),
 }
 
 /// Add a template, or find that the same is there already.
@@ -104,35 +106,37 @@ pub(crate) const COLUMNS: [Column; 9] = [
 impl TemplateArgs {
     /// Does it, and prints what the daemon answers.
     pub(crate) fn run(self) -> Result<ExitCode> {
-        block_on(self.call())?;
-        Ok(ExitCode::SUCCESS)
+        block_on(self.call())
     }
 
-    async fn call(self) -> Result<()> {
+    async fn call(self) -> Result<ExitCode> {
         let client = self.daemon.client();
         let output = Output::stdout();
         match self.command {
             TemplateCommand::Add(add) => {
                 let (name, template) = (add.name.clone(), add.into_template()?);
                 let template = client.add_template(&name, &template).await.map_err(DaemonError::from)?;
-                self::show(&template, self.json, output)
+                self::show(&template, self.json, output)?;
             }
             TemplateCommand::Ls(List {}) => {
                 let templates = client.templates().await.map_err(DaemonError::from)?;
                 if self.json {
-                    return output.print_json(&templates);
+                    output.print_json(&templates)?;
+                } else {
+                    output.print(&output.table(&COLUMNS, templates.iter().map(row).collect()))?;
                 }
-                output.print(&output.table(&COLUMNS, templates.iter().map(row).collect()))
             }
             TemplateCommand::Show(Show { name }) => {
                 let template = client.template(&name).await.map_err(DaemonError::from)?;
-                self::show(&template, self.json, output)
+                self::show(&template, self.json, output)?;
             }
-            TemplateCommand::Warm(warm) => warm.call(&client, self.json, output).await,
+            TemplateCommand::Warm(warm) => warm.call(&client, self.json, output).await?,
             TemplateCommand::Rm(Remove { name }) => {
-                Ok(client.remove_template(&name).await.map_err(DaemonError::from)?)
+                client.remove_template(&name).await.map_err(DaemonError::from)?;
             }
+            TemplateCommand::Train(train) => return train.call(client, self.json).await,
         }
+        Ok(ExitCode::SUCCESS)
     }
 }
 
@@ -228,6 +232,9 @@ pub(crate) fn show(template: &Template, json: bool, output: Output) -> Result<()
         facts.add("in memory", warm::describe(warmth));
     }
     facts.add("forks", template.forks);
+    if let Some(set) = &template.working_set {
+        facts.add("working set", describe_working_set(set));
+    }
     if let Some(memory) = &template.memory {
         facts.add(
             "memory",

@@ -35,9 +35,14 @@ pub struct CreateFork {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub gid: Option<u32>,
-    /// What is installed before it is asked for.
+    /// What is installed before it is asked for; by default the working set of the template, where there is one and it does
+    /// well. `all` takes `uffd`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefault: Option<Prefault>,
+    /// Whether its first faults are recorded for the working set of the template. Takes `uffd`, and no prefault: what is there
+    /// before it is touched does not fault.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub record: bool,
     /// The page size of the guest in bytes, 4096 or 2097152; by default the template's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
@@ -83,10 +88,16 @@ impl fmt::Display for Backend {
 pub enum Prefault {
     /// Nothing.
     None,
-    /// The working set. Not available yet.
+    /// The working set of the template, where there is one and it does well.
     WorkingSet,
-    /// Everything. Not available yet.
+    /// The same, then everything else. Unlike a fork that is complete, this one still needs the daemon.
     All,
+}
+
+impl fmt::Display for Prefault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// Firecracker's `mem_backend`, to paste into `PUT /snapshot/load`.
@@ -192,6 +203,14 @@ pub struct Fork {
     pub fault_latency_us: Option<Latency>,
     /// Bytes of the template copied into it.
     pub installed_bytes: u64,
+    /// Bytes of zeros that the kernel fills in by itself.
+    pub given_back_bytes: u64,
+    /// What it is given ahead of its faults, and how well these were foreseen; `null` with `file`.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub prefault: Option<ForkPrefault>,
+    /// What was recorded of its first faults; `null` where they are not.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub recording: Option<ForkRecording>,
     /// What it costs; `null` where its VMM is not known, has exited, or was not asked for.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<ForkMemory>,
@@ -223,6 +242,30 @@ pub struct Faults {
     pub retried: u64,
     /// Faults that waited for the template to be read from disk.
     pub slow: u64,
+}
+
+/// What a fork is given ahead of its faults, and how well its first faults were foreseen. Counts of faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ForkPrefault {
+    /// What it was to be given.
+    pub what: Prefault,
+    /// Of pages that were to be installed ahead, and whose turn had not come.
+    pub late: u64,
+    /// Of pages that are not in the working set.
+    pub missed: u64,
+    /// Of pages of the working set that were held out, to see whether they would be asked for.
+    pub held_out_used: u64,
+}
+
+/// What was recorded of a fork's first faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ForkRecording {
+    /// Whether it is over, and part of the working set of the template.
+    pub learned: bool,
+    /// What was touched until then, in bytes; 0 while it goes on.
+    pub size_bytes: u64,
 }
 
 /// Times in microseconds.

@@ -36,6 +36,6 @@ pub mod http;
 #[cfg(unix)]
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode};
-pub use fork::{Backend, CreateFork, CreatedFork, Fork, ForkState};
+pub use fork::{Backend, CreateFork, CreatedFork, Fork, ForkState, Prefault};
 pub use health::Health;
 pub use template::{AddTemplate, Template};

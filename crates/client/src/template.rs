@@ -79,7 +79,7 @@ pub struct Template {
     pub guard: Guard,
     /// How many of its forks wait or are alive.
     pub forks: u64,
-    /// What is known of its working set: nothing yet.
+    /// What its forks touch first, as far as that was learned.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub working_set: Option<WorkingSet>,
     /// How far it has been brought into memory ahead of its forks; `null` where nobody has asked for that.
@@ -137,12 +137,24 @@ pub enum WarmthState {
     Failed,
 }
 
-/// The pages that forks touch soon after resume. There is none yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The pages that forks touch soon after resume, and how forks do that are given them ahead.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkingSet {
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// How many recordings it was learned from.
+    pub recordings: u64,
+    /// How many forks have been given it ahead, and watched, since it was last learned.
+    pub forks: u64,
+    /// Which part of what they were given they have used, from 0 to 1; `null` where too little is known.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub precision: Option<f64>,
+    /// Which part of what they have used they were given, from 0 to 1; `null` where too little is known.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub recall: Option<f64>,
+    /// Too little of it was used: forks are not given it any more, until something else is learned.
+    pub switched_off: bool,
 }
 
 /// Whether a template can be forked.

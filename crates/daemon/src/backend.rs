@@ -10,11 +10,22 @@ pub(crate) struct Facts<'a> {
     pub(crate) page_size: PageSize,
     /// The file system of the template, where it is not a local one.
     pub(crate) remote: Option<&'a str>,
+    /// What is wanted that can only be had where faults come to us.
+    pub(crate) needs_faults: Option<&'a str>,
 }
 
 /// A backend that is not `auto`, and why it is the one; or why it cannot be.
 pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, String), String> {
     let huge = facts.page_size != PageSize::Small;
+    if let Some(what) = facts.needs_faults {
+        return match wanted {
+            Backend::File => Err(format!(
+                "with `file` the kernel answers the faults, so {what} cannot be had; use `uffd` or `auto`"
+            )),
+            Backend::Uffd => Ok((wanted, "it was asked for".to_owned())),
+            Backend::Auto => Ok((Backend::Uffd, format!("only `uffd` has {what}"))),
+        };
+    }
     match wanted {
         Backend::File if huge => Err(
             "`file` cannot back a guest with 2 MiB pages: Firecracker maps the file, which has none; use `uffd` or `auto`"
@@ -68,6 +79,7 @@ mod tests {
     const LOCAL: Facts<'_> = Facts {
         page_size: PageSize::Small,
         remote: None,
+        needs_faults: None,
     };
 
     #[test]
@@ -88,6 +100,17 @@ mod tests {
             }),
             Backend::Uffd
         );
+    }
+
+    #[test]
+    fn what_needs_faults_gets_them_or_is_refused() {
+        let recorded = Facts {
+            needs_faults: Some("a recording"),
+            ..LOCAL
+        };
+        assert_eq!(choose(Backend::Auto, recorded).unwrap().0, Backend::Uffd);
+        assert_eq!(choose(Backend::Uffd, recorded).unwrap().0, Backend::Uffd);
+        assert!(choose(Backend::File, recorded).unwrap_err().contains("a recording"));
     }
 
     #[test]

@@ -61,6 +61,12 @@ pub struct Settings {
     #[arg(long, value_name = "HOW", value_parser = parse_protection)]
     pub protect: Option<Protection>,
 
+    /// Complete a fork with `uffd` once it has had no page fault for so long, so that it does not need the daemon any more
+    /// [default: never]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[serde(default, with = "humantime_serde")]
+    pub complete_idle_after: Option<Duration>,
+
     /// Serve the metrics on this TCP address too, to anybody who can reach it
     #[arg(long, value_name = "ADDR:PORT")]
     pub metrics_addr: Option<SocketAddr>,
@@ -146,6 +152,7 @@ impl Settings {
             allowed_dirs: self.allowed_dirs.or(other.allowed_dirs),
             backend: self.backend.or(other.backend),
             protect: self.protect.or(other.protect),
+            complete_idle_after: self.complete_idle_after.or(other.complete_idle_after),
             metrics_addr: self.metrics_addr.or(other.metrics_addr),
             log_format: self.log_format.or(other.log_format),
         }
@@ -184,6 +191,7 @@ impl Settings {
             allowed_dirs: self.allowed_dirs.unwrap_or_default(),
             backend: self.backend.unwrap_or_default(),
             protect: self.protect.unwrap_or_default(),
+            complete_idle_after: self.complete_idle_after,
             metrics_addr: self.metrics_addr,
             log_format: self.log_format.unwrap_or_default(),
         })
@@ -213,6 +221,8 @@ pub struct Config {
     pub backend: Backend,
     /// How templates are protected that do not ask for it.
     pub protect: Protection,
+    /// How long a fork with `uffd` has no page fault until it is completed; never where this is `None`.
+    pub complete_idle_after: Option<Duration>,
     /// Where else the metrics are.
     pub metrics_addr: Option<SocketAddr>,
     /// How log lines look.
@@ -257,6 +267,7 @@ mod tests {
             allowed_dirs = ["/srv/jailer"]
             backend = "file"
             protect = "readonly"
+            complete_idle_after = "10m"
             metrics_addr = "127.0.0.1:9100"
             log_format = "json"
             "#,
@@ -267,6 +278,7 @@ mod tests {
         assert_eq!(config.backend, Backend::File);
         assert_eq!(config.protect, Protection::Readonly);
         assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.complete_idle_after, Some(Duration::from_mins(10)));
         assert_eq!(config.allowed_uids, [1000]);
     }
 

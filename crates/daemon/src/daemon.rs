@@ -36,6 +36,7 @@ impl Daemon {
         let shared = !config.allowed_uids.is_empty();
         let run_dir = RunDir::take(&config.run_dir, shared)?;
         let allowed = config.allowed_uids.clone();
+        let idle = config.complete_idle_after;
         let metrics = match config.metrics_addr {
             Some(addr) => {
                 let listener = TcpListener::bind(addr).await;
@@ -83,6 +84,9 @@ impl Daemon {
             ));
         }
         tasks.spawn(Arc::clone(&service).watch_templates());
+        if let Some(after) = idle {
+            tasks.spawn(Arc::clone(&service).complete_idle(after));
+        }
         info!(
             event = "ready",
             control_socket = %service.run_dir().control_socket().display(),

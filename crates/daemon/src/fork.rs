@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pagecast::server::ForkId;
-use pagecast_client::fork::{BackendType, ForkError, MemBackend};
+use pagecast_client::fork::{BackendType, ForkError, MemBackend, Prefault};
 use pagecast_client::{Backend, CreatedFork, ForkState};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,12 @@ pub(crate) struct UffdFork {
     pub(crate) served: pagecast::server::Fork,
     /// Its VMM, once it has shaken hands: one that is complete lives on, and may have exited since.
     pub(crate) vmm: OnceLock<Arc<VmmProcess>>,
+    /// What it is given ahead of its faults.
+    pub(crate) prefault: Prefault,
+    /// Whether they are recorded.
+    pub(crate) record: bool,
+    /// How many bytes were recorded, once that is over and has been learned from.
+    pub(crate) recorded: OnceLock<u64>,
 }
 
 /// A fork with `file`: its VMM maps the memory file and never speaks to us.

@@ -2,12 +2,15 @@
 //!
 //! Neither is needed. What is not there, or cannot be used or kept, is a line in the log, and found or recorded anew.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use pagecast::PageSize;
 use pagecast::server::chain;
 use pagecast::template::{KeepError, MemFile, Recording, SidecarError, WorkingSet};
 use tracing::{debug, info, warn};
 
+use crate::fork::{Fork, Kind};
 use crate::template::Template;
 
 /// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
@@ -33,8 +36,9 @@ pub(crate) fn take_up(template: &Arc<Template>) {
         }
         match template.file.keep_zeros() {
             Ok(()) => debug!(template = %name, "its zeros are kept beside the memory file"),
-            Err(KeepError::Sidecar(SidecarError::TooFresh)) => {
-                info!(template = %name, "its zeros are not kept: the memory file was written just before it was added");
+            // Nothing is wrong.
+            Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
+                info!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
             }
             Err(error) => {
                 warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");
@@ -44,7 +48,8 @@ pub(crate) fn take_up(template: &Arc<Template>) {
 }
 
 /// Learns from what a fork has touched, and keeps it. May wait for the disk.
-pub(crate) fn learn(template: &Template, recording: &Recording) {
+pub(crate) fn learn(fork: &Fork, recording: &Recording) {
+    let template = &fork.template;
     // One after the other: each goes on from what the one before has learned.
     let _learning = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
     let set = match template.pages.working_set() {
@@ -56,22 +61,43 @@ pub(crate) fn learn(template: &Template, recording: &Recording) {
         None => WorkingSet::of(recording),
     };
     let name = &template.name;
+    let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
     info!(
         event = "working_set_learned",
         template = %name,
-        recorded_bytes = recording.len() as u64 * pagecast::PageSize::SMALLEST,
+        fork = %fork.id,
+        recorded_bytes,
         size_bytes = set.size().get(),
         recordings = set.recordings(),
         "working set learned"
     );
     let set = Arc::new(set);
     template.pages.set_working_set(Some(Arc::clone(&set)));
+    template.told_switched_off.store(false, Ordering::Relaxed);
     // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
     let kept = template
         .check()
         .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
     if let Ok(Err(error)) = kept {
         warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
+    }
+    // Last: whoever sees this finds all of the above.
+    if let Kind::Uffd(uffd) = &fork.kind {
+        let _ = uffd.recorded.set(recorded_bytes);
+    }
+}
+
+/// Says that the working set of a template does so badly that forks are not given it any more, once.
+pub(crate) fn tell_switched_off(template: &Template) {
+    let score = template.pages.prefault_score();
+    if score.switched_off && !template.told_switched_off.swap(true, Ordering::Relaxed) {
+        warn!(
+            event = "prefault_switched_off",
+            template = %template.name,
+            precision = score.precision,
+            forks = score.forks,
+            "forks use too little of the working set and are not given it any more, until something else is learned"
+        );
     }
 }
 

@@ -8,6 +8,7 @@
 //! | `api` | HTTP: calls, bodies, statuses, connections |
 //! | `service` | what the calls do |
 //! | `template`, `fork` | what there is |
+//! | `learned` | what is learned of a template, and kept beside its memory file |
 //! | `backend` | which backend a fork gets, and why |
 //! | `warmth` | templates in memory ahead of their forks |
 //! | `placement`, `protection` | what is done to a memory file, and undone |

@@ -77,6 +77,8 @@ pub(crate) struct Template {
     pub(crate) warmth: Warmth,
     /// Held while something is learned of it.
     pub(crate) learning: Mutex<()>,
+    /// It was told that its working set is not used.
+    pub(crate) told_switched_off: AtomicBool,
     lease: Mutex<Option<pagecast::template::Lease>>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
@@ -96,11 +98,12 @@ impl Template {
             name,
             spec,
             pages: pagecast::Template::from_source(Arc::clone(&file)),
+            warmth: Warmth::new(Arc::clone(&file)),
             file,
             protection,
             placement,
-            warmth: Warmth::default(),
             learning: Mutex::new(()),
+            told_switched_off: AtomicBool::new(false),
             lease: Mutex::new(lease),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),

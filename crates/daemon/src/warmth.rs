@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
-use pagecast::template::{Loader, Locked, PageSource, Run, Wanted};
+use pagecast::template::{Loader, Locked, MemFile, PageSource, Run, Wanted};
 use pagecast_client::template::{Warmth as Told, WarmthState};
 use tracing::{debug, info, warn};
 
@@ -16,11 +16,11 @@ use crate::template::Template;
 
 /// How long to wait until the zeros of a template are known, before all that may be data is read: a zero that is read costs as
 /// much memory as a byte that is none.
-const ZEROS_PATIENCE: Duration = Duration::from_secs(60);
+const ZEROS_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How far a template has been brought into memory, and what keeps it there.
-#[derive(Default)]
 pub(crate) struct Warmth {
+    file: Arc<MemFile>,
     state: Mutex<State>,
     /// Held by whoever changes what is wanted and keeps that in the run dir, so that both happen in one order.
     pub(crate) asking: Mutex<()>,
@@ -47,6 +47,15 @@ pub(crate) struct Wish {
 }
 
 impl Warmth {
+    pub(crate) fn new(file: Arc<MemFile>) -> Self {
+        Self {
+            file,
+            state: Mutex::default(),
+            asking: Mutex::default(),
+            reading_ahead: AtomicBool::new(false),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -64,6 +73,7 @@ impl Warmth {
             return None;
         }
         state.wish += 1;
+        self.file.set_pinned(false);
         state.told = Some(Told {
             state: WarmthState::Warming,
             resident,
@@ -98,6 +108,7 @@ impl Warmth {
     fn stop(&self, for_good: bool) {
         let mut state = self.state();
         state.wish += 1;
+        self.file.set_pinned(false);
         state.told = None;
         state.over |= for_good;
         let locked = std::mem::take(&mut state.locked);
@@ -141,6 +152,8 @@ pub(crate) fn fulfil(template: &Template, wish: &Wish) {
             told.state = WarmthState::Failed;
         } else {
             told.state = WarmthState::Warm;
+            // Said under this lock, as is that it is no more.
+            template.file.set_pinned(told.resident && wish.wanted.is_all_data());
         }
         told.error.clone_from(&error);
     });
@@ -252,11 +265,12 @@ mod tests {
     use crate::daemon::Daemon;
 
     const PAGE: u64 = 4096;
+    const PAGE_LEN: usize = 4096;
     const SIZE: u64 = 32 << 20;
     const PATIENCE: Duration = Duration::from_secs(40);
 
     fn is_cached(template: &Template, at: u64) -> bool {
-        let mut page = [0; PAGE as usize];
+        let mut page = [0; PAGE_LEN];
         let read = template.file.try_read(TemplateOffset::new(at), &mut page);
         !matches!(read.unwrap(), Page::NotReady)
     }

@@ -62,6 +62,7 @@ fn the_example_configuration_shows_the_defaults() {
         allowed_uids: defaults.allowed_uids.clone(),
         allowed_dirs: defaults.allowed_dirs.clone(),
         metrics_addr: defaults.metrics_addr,
+        complete_idle_after: defaults.complete_idle_after,
         ..config(&uncommented())
     };
     assert_eq!(format!("{shown:?}"), format!("{defaults:?}"));

@@ -76,17 +76,6 @@ impl MappedFile {
         self.advise(Advice::LinuxPopulateRead)
     }
 
-    /// Brings all of it into the page cache and keeps it there for as long as this lives (`mlock(2)`).
-    ///
-    /// # Errors
-    ///
-    /// `EPERM` and `ENOMEM` where `RLIMIT_MEMLOCK` does not allow it (and without `CAP_IPC_LOCK`), `EAGAIN` and `ENOMEM`
-    /// where it cannot be read.
-    pub fn lock(&self) -> Result<(), Errno> {
-        // SAFETY: exactly what was mapped. Locking changes no byte of it, and no protection.
-        Ok(unsafe { rustix::mm::mlock(self.start, self.len) }?)
-    }
-
     /// How much of it is in the page cache in pages of 2 MiB that were mapped as such, by a fault or by
     /// [`populate`](Self::populate).
     ///
@@ -174,6 +163,25 @@ impl MappedRange<'_> {
             // The other bits are reserved.
             answer == 0 && pages.iter().take(len / PAGE).all(|page| page & 1 == 1)
         })
+    }
+
+    /// Brings all of it into the page cache and keeps it there (`mlock(2)`) until it is [unlocked](Self::unlock) or the file
+    /// is unmapped.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` and `ENOMEM` where `RLIMIT_MEMLOCK` does not allow it (and without `CAP_IPC_LOCK`), `EAGAIN` and `ENOMEM`
+    /// where it cannot be read.
+    pub fn lock(&self) -> Result<(), Errno> {
+        // SAFETY: a range of the mapping. Locking changes no byte of it, and no protection.
+        Ok(unsafe { rustix::mm::mlock(self.start(), self.len) }?)
+    }
+
+    /// Undoes [`lock`](Self::lock).
+    pub fn unlock(&self) {
+        // It can fail only for addresses that are none.
+        // SAFETY: a range of the mapping.
+        let _ = unsafe { rustix::mm::munlock(self.start(), self.len) };
     }
 
     /// Lets go of it: it stays in the page cache, but this process has it resident no longer.
@@ -266,8 +274,12 @@ mod tests {
         let file = file("lock", HUGE);
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(HUGE)).unwrap();
         let before = status("VmLck");
-        mapped.lock().unwrap();
+        let all = mapped.range(0, ByteLen::new(HUGE)).unwrap();
+        all.lock().unwrap();
         assert_eq!(status("VmLck"), before + (HUGE >> 10));
+        all.unlock();
+        assert_eq!(status("VmLck"), before);
+        all.lock().unwrap();
         drop(mapped);
         assert_eq!(status("VmLck"), before);
     }
@@ -277,7 +289,7 @@ mod tests {
         let file = file("short", HUGE);
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(2 * HUGE)).unwrap();
         assert_eq!(mapped.populate(), Err(Errno::new(libc::EFAULT)));
-        assert!(mapped.lock().is_err());
+        assert!(mapped.range(0, ByteLen::new(2 * HUGE)).unwrap().lock().is_err());
         assert!(MappedFile::new(file.as_fd(), 0, ByteLen::ZERO).is_err());
         assert!(MappedFile::new(file.as_fd(), 1, ByteLen::new(HUGE)).is_err());
     }

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pagecast_client::{Backend, Client, CreateFork, CreatedFork};
+use pagecast_client::{Client, CreateFork, CreatedFork};
 use tokio::sync::{mpsc, watch};
 
 use super::firecracker::Firecracker;
+use super::setup::Wanted;
 use super::vmm::{Vmm, VmmError};
 use crate::daemon::DaemonError;
 use crate::output::harmless;
@@ -16,9 +17,7 @@ use crate::output::harmless;
 pub(crate) struct Plan {
     pub(crate) client: Client,
     pub(crate) firecracker: Firecracker,
-    pub(crate) template: String,
-    /// None: as the daemon does by default.
-    pub(crate) backend: Option<Backend>,
+    pub(crate) wanted: Wanted,
     pub(crate) vmstate: PathBuf,
     /// How long each step of each fork may take.
     pub(crate) patience: Duration,
@@ -129,9 +128,11 @@ impl Launch {
 
         let fork = CreateFork {
             id: Some(self.id.clone()),
-            backend: plan.backend,
+            backend: plan.wanted.backend,
+            prefault: plan.wanted.prefault,
+            record: plan.wanted.record,
             pid: Some(vmm.pid()),
-            ..CreateFork::of(&plan.template)
+            ..CreateFork::of(&plan.wanted.template)
         };
         // Not cut short: whether the daemon has made the fork would be unknown.
         *registered = Registered::Perhaps;

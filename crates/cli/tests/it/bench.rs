@@ -147,7 +147,7 @@ fn bulk_prefault_and_fresh_memory_are_measured() {
 #[test]
 fn many_forks_are_measured_in_firecracker_or_it_says_that_they_are_simulated() {
     let section = section(&tiny("fanout"), "fanout");
-    for backend in ["file", "uffd"] {
+    for backend in ["file", "uffd, prefault", "uffd, on demand"] {
         let measures = [
             "resumed_ms",
             "ready_ms",

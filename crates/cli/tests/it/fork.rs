@@ -117,6 +117,44 @@ fn a_fork_is_listed_shown_completed_and_removed() {
 }
 
 #[test]
+fn a_recorded_fork_teaches_its_template_what_the_next_gets_ahead() {
+    let (daemon, file) = daemon();
+    let create = |id, flag: &[&str]| {
+        let arguments = [&["fork", "create", "--template", "base", "--id", id], flag].concat();
+        let mem_backend: Value = serde_json::from_str(&daemon.prints(&arguments)).unwrap();
+        assert_eq!(mem_backend["backend_type"], "Uffd");
+        let vmm = SimVmm::spawn().unwrap();
+        let socket = Path::new(mem_backend["backend_path"].as_str().unwrap());
+        vmm.run(Connect::new(socket, file.model())).unwrap();
+        vmm
+    };
+    let recorded = create("recorded", &["--record"]);
+    assert!(
+        daemon
+            .prints(&["fork", "show", "recorded"])
+            .contains("recording  goes on\n")
+    );
+    recorded.run(Read::default()).unwrap();
+    let said = "recording  4.00 MiB learned from\n";
+    eventually("it is learned from", || {
+        daemon.prints(&["fork", "show", "recorded"]).contains(said)
+    });
+    let shown = daemon.prints(&["template", "show", "base"]);
+    assert!(shown.contains("working set  4.00 MiB from 1 recording\n"), "{shown}");
+
+    let _ahead = create("ahead", &["--prefault", "working-set", "--backend", "uffd"]);
+    eventually("it gets that ahead", || {
+        let faults = &daemon.json(&["fork", "show", "ahead"])["faults"];
+        faults["prefaulted"].as_u64().unwrap() > SIZE / 4096 * 9 / 10
+    });
+    let shown = daemon.prints(&["fork", "show", "ahead"]);
+    assert!(
+        shown.contains("prefault   working-set; first faults: 0 not foreseen"),
+        "{shown}"
+    );
+}
+
+#[test]
 fn rm_kill_kills_the_vmm_first() {
     let (daemon, file) = daemon();
     let vmm = served(&daemon, &file, "a");
@@ -203,6 +241,8 @@ fn wrong_usage_is_exit_code_2() {
         &["fork", "create"],
         &["fork", "create", "--template", "base", "--backend", "ram"],
         &["fork", "create", "--template", "base", "--pid", "0"],
+        &["fork", "create", "--template", "base", "--prefault", "some"],
+        &["fork", "create", "--template", "base", "--prefault", "all", "--record"],
         &["fork", "complete"],
     ] {
         assert_eq!(

@@ -65,8 +65,17 @@ impl Host {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.daemon.pagecast(&["run", "--template", "base", "--dir"]);
-        command.arg(self.runs.path()).args(arguments);
+        self.command_of(&["run", "--template", "base"], arguments)
+    }
+
+    /// `pagecast template train base`.
+    pub(crate) fn train(&self, arguments: &[&str]) -> Command {
+        self.command_of(&["template", "train", "base"], arguments)
+    }
+
+    fn command_of(&self, command: &[&str], arguments: &[&str]) -> Command {
+        let mut command = self.daemon.pagecast(command);
+        command.arg("--dir").arg(self.runs.path()).args(arguments);
         if !arguments.contains(&"--firecracker") {
             command.arg("--firecracker").arg(&self.firecracker);
         }

@@ -19,3 +19,4 @@ mod served;
 mod status;
 mod template;
 mod terminal;
+mod train;

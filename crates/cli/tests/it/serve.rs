@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
-use pagecast_client::template::{Protection, TemplateState};
+use pagecast_client::template::{Protection, TemplateState, Warm, WarmthState};
 use pagecast_client::{AddTemplate, Backend, ClientError, CreateFork, ErrorCode, ForkState};
 use pagecast_testkit::sim_vmm::SimVmm;
 use pagecast_testkit::skip::skip;
@@ -208,6 +208,29 @@ fn a_template_that_changed_while_no_daemon_ran_takes_its_file_forks_with_it() {
 }
 
 /// As often as the daemon is killed while it makes forks, the next one cleans up.
+/// The kernel lets go what a process has locked, however it ends; the next one locks it again.
+#[test]
+fn a_template_that_was_to_stay_in_memory_stays_there_after_a_kill() {
+    let files = Files::new();
+    let mut first = files.serve();
+    let stays = |served: &Served| {
+        let told = served.call(served.client.template("t")).warmth;
+        told.is_some_and(|told| told.state == WarmthState::Warm && told.resident && told.locked_bytes == SIZE)
+    };
+    first.call(first.client.warm_template("t", Warm { resident: true }));
+    eventually("the template is in memory", || stays(&first));
+    let file = files.serving(&first, "file", Backend::File);
+    first.kill();
+    reads_right(&file);
+
+    let second = Served::start(&files.run_dir(), &[]);
+    eventually("the template is kept in memory again", || stays(&second));
+    reads_right(&file);
+    reads_right(&files.serving(&second, "next", Backend::File));
+    second.call(second.client.cool_template("t"));
+    assert_eq!(second.call(second.client.template("t")).warmth, None);
+}
+
 #[test]
 fn nothing_piles_up_however_often_it_is_killed() {
     let files = Files::new();

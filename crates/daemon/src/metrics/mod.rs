@@ -135,6 +135,53 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
         "How much of it is locked in memory now.",
         of_each(|template| template.warmth.told().map_or(0, |told| told.locked_bytes)),
     );
+    working_sets(families, templates);
+}
+
+fn working_sets(families: &mut Families, templates: &[Arc<Template>]) {
+    let learned: Vec<_> = templates
+        .iter()
+        .filter_map(|template| {
+            let set = template.pages.working_set()?;
+            Some((template.name.as_str(), set, template.pages.prefault_score()))
+        })
+        .collect();
+    let label = |name| [("template", name)];
+    families.gauge(
+        "pagecast_working_set_bytes",
+        "What forks touch first, as far as that was learned.",
+        learned
+            .iter()
+            .map(|(name, set, _)| (label(*name), number(set.size().get()))),
+    );
+    families.gauge(
+        "pagecast_working_set_recordings",
+        "Recordings that the working set was learned from.",
+        learned
+            .iter()
+            .map(|(name, set, _)| (label(*name), f64::from(set.recordings()))),
+    );
+    families.gauge(
+        "pagecast_prefault_precision_ratio",
+        "Which part of what forks were given ahead they have used.",
+        learned
+            .iter()
+            .filter_map(|(name, _, score)| Some((label(*name), score.precision?))),
+    );
+    families.gauge(
+        "pagecast_prefault_recall_ratio",
+        "Which part of what forks have used they were given ahead.",
+        learned
+            .iter()
+            .filter_map(|(name, _, score)| Some((label(*name), score.recall?))),
+    );
+    families.gauge(
+        "pagecast_prefault_switched_off",
+        "Whether forks are not given the working set ahead, because they use too little of it.",
+        learned
+            .iter()
+            .map(|(name, _, score)| (label(*name), f64::from(u8::from(score.switched_off)))),
+    );
 }
 
 fn of_forks(families: &mut Families, templates: &[Arc<Template>], forks: &[Arc<Fork>]) {
@@ -218,6 +265,22 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         "pagecast_installed_bytes_total",
         "Bytes of the template copied into forks.",
         |of_template| number(of_template.installed_bytes),
+    );
+    of_each(
+        families,
+        totals,
+        "pagecast_given_back_bytes_total",
+        "Bytes of zeros that the kernel fills in by itself.",
+        |of_template| number(of_template.given_back_bytes),
+    );
+    families.counter(
+        "pagecast_prefault_faults_total",
+        "First faults of forks that were given their working set ahead, by how well they were foreseen.",
+        totals.iter().flat_map(|(template, of_template)| {
+            of_template
+                .prefault_by_kind()
+                .map(|(kind, count)| ([("template", template.as_str()), ("kind", kind)], number(count)))
+        }),
     );
     of_each(
         families,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use pagecast::server::ForkState as ServedState;
+use pagecast::template::{Recording, TemplateOffset, WorkingSet};
 use pagecast_client::{AddTemplate, Backend, Client, CreateFork};
 use pagecast_testkit::peer::RawHandshake;
 use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
@@ -80,6 +81,16 @@ impl Rig {
         });
         assert_eq!(read.unwrap().checked.mismatches, 0);
         vmm
+    }
+
+    /// Has forks be given these pages ahead.
+    fn learn(&self, pages: &[u64]) {
+        let template = &self.daemon.service().templates()[0].pages;
+        let mut recording = Recording::new(template.len());
+        for page in pages {
+            recording.push(TemplateOffset::new(page * PAGE));
+        }
+        template.set_working_set(Some(Arc::new(WorkingSet::of(&recording))));
     }
 
     /// Waits until the page server has seen this of a fork.
@@ -306,12 +317,25 @@ async fn the_daemon_tells_what_it_costs() {
 async fn all_that_is_scraped_is_documented_and_the_other_way_round() {
     let rig = Rig::start().await;
     eventful(&rig).await;
+    rig.learn(&[1, 5]);
     let scrape = rig.scrape().await;
+    let of_t = [("template", "t")];
+    assert_eq!(
+        scrape.sum("pagecast_working_set_bytes", &of_t),
+        metrics::number(2 * PAGE)
+    );
+    assert_eq!(scrape.sum("pagecast_working_set_recordings", &of_t), 1.0);
+    assert_eq!(scrape.sum("pagecast_prefault_switched_off", &of_t), 0.0);
     let page = page();
     let documented = first_column(&page, |name| {
         name.starts_with("pagecast_") || name.starts_with("process_")
     });
-    assert_eq!(scrape.names(), documented);
+    // As long as too few forks were given a working set ahead, there is nothing to say of these.
+    let mut names = scrape.names();
+    for name in ["pagecast_prefault_precision_ratio", "pagecast_prefault_recall_ratio"] {
+        assert!(names.insert(name), "{name}");
+    }
+    assert_eq!(names, documented);
     let kinds = scrape.values_of("kind");
     assert!(first_column(&page, |_| true).is_superset(&kinds), "{kinds:?}");
 }

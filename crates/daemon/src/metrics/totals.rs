@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use pagecast::server::{FailReason, FaultCounts, LatencyHistogram};
+use pagecast::server::{FailReason, FaultCounts, LatencyHistogram, PrefaultCounts};
 use pagecast::template::SlowReadStats;
 use pagecast_client::{Backend, ForkState};
 
@@ -26,6 +26,8 @@ pub(super) struct TemplateTotals {
     pub(super) fault_latency: LatencyHistogram,
     pub(super) install_latency: LatencyHistogram,
     pub(super) installed_bytes: u64,
+    pub(super) given_back_bytes: u64,
+    prefault: PrefaultCounts,
     pub(super) reads: SlowReadStats,
     created: BTreeMap<Backend, u64>,
     ended: BTreeMap<(Backend, ForkState), u64>,
@@ -93,6 +95,10 @@ impl TemplateTotals {
                 self.fault_latency.merge(&uffd.served.fault_latency());
                 self.install_latency.merge(&uffd.served.install_latency());
                 self.installed_bytes += status.stats.installed_bytes;
+                self.given_back_bytes += status.stats.given_back_bytes;
+                self.prefault.late += status.stats.prefault.late;
+                self.prefault.missed += status.stats.prefault.missed;
+                self.prefault.held_out_used += status.stats.prefault.held_out_used;
                 self.add_faults(status.stats.faults);
                 let state = state_of(status.state);
                 if state == ForkState::Failed
@@ -136,6 +142,17 @@ impl TemplateTotals {
         total.prefaulted += faults.prefaulted;
         total.retried += faults.retried;
         total.slow += faults.slow;
+    }
+
+    /// How well first faults were foreseen.
+    pub(super) fn prefault_by_kind(&self) -> [(&'static str, u64); 3] {
+        let PrefaultCounts {
+            late,
+            missed,
+            held_out_used,
+            ..
+        } = self.prefault;
+        [("late", late), ("missed", missed), ("held_out", held_out_used)]
     }
 
     pub(super) fn faults_by_kind(&self) -> [(&'static str, u64); 6] {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use pagecast::server::PrefaultCounts;
 use pagecast_client::ApiError;
-use pagecast_client::fork::{Faults, ForkMemory, Latency};
-use pagecast_client::template::{TemplateMemory, TemplateState};
+use pagecast_client::fork::{Faults, ForkMemory, ForkPrefault, ForkRecording, Latency};
+use pagecast_client::template::{TemplateMemory, TemplateState, WorkingSet};
 
 use super::Service;
 use crate::fork::{Fork, Kind};
@@ -35,7 +36,7 @@ impl Service {
             protect: template.spec.protect,
             guard: template.guard(),
             forks: living.len() as u64,
-            working_set: None,
+            working_set: working_set(template),
             warmth: template.warmth.told(),
             memory: if memory { measure(&living) } else { None },
         }
@@ -85,6 +86,9 @@ fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
         faults: None,
         fault_latency_us: None,
         installed_bytes: 0,
+        given_back_bytes: 0,
+        prefault: None,
+        recording: None,
         memory: if memory { measure_fork(fork) } else { None },
     };
     match &fork.kind {
@@ -107,12 +111,43 @@ fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
                 max: latency.max,
             });
             shown.installed_bytes = status.stats.installed_bytes;
+            shown.given_back_bytes = status.stats.given_back_bytes;
+            let PrefaultCounts {
+                late,
+                missed,
+                held_out_used,
+                ..
+            } = status.stats.prefault;
+            shown.prefault = Some(ForkPrefault {
+                what: uffd.prefault,
+                late,
+                missed,
+                held_out_used,
+            });
+            shown.recording = uffd.record.then(|| ForkRecording {
+                learned: uffd.recorded.get().is_some(),
+                size_bytes: uffd.recorded.get().copied().unwrap_or(0),
+            });
         }
         Kind::File(file) => {
             shown.pid = file.vmm().map(|vmm| vmm.pid());
         }
     }
     shown
+}
+
+/// What was learned of what the forks of a template touch.
+fn working_set(template: &Template) -> Option<WorkingSet> {
+    let set = template.pages.working_set()?;
+    let score = template.pages.prefault_score();
+    Some(WorkingSet {
+        size_bytes: set.size().get(),
+        recordings: u64::from(set.recordings()),
+        forks: score.forks,
+        precision: score.precision,
+        recall: score.recall,
+        switched_off: score.switched_off,
+    })
 }
 
 /// What forks cost together.

@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use pagecast::server::{Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, chain};
+use pagecast::server::{
+    Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, Prefault as ServedPrefault, chain,
+};
 use pagecast_client::fork::{BackendType, CreateFork, Prefault};
 use pagecast_client::template::WarmthState;
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
@@ -30,10 +32,12 @@ impl Service {
     /// Makes a fork.
     pub(crate) fn create_fork(self: &Arc<Self>, wanted: &CreateFork) -> Result<Arc<Fork>, ApiError> {
         self.check_open()?;
-        if let Some(prefault @ (Prefault::WorkingSet | Prefault::All)) = wanted.prefault {
+        if let Some(prefault @ (Prefault::WorkingSet | Prefault::All)) = wanted.prefault.filter(|_| wanted.record) {
             return Err(refuse(
                 ErrorCode::InvalidField,
-                format_args!("prefault: {prefault:?} is not available yet; leave it out, or say `none`"),
+                format_args!(
+                    "prefault: {prefault} would hide from the recording what the fork touches; leave it out, or say `none`"
+                ),
             ));
         }
         let (id, template) = self.take_fork_id(wanted)?;
@@ -61,6 +65,8 @@ impl Service {
                 );
                 self.start(&fork);
                 self.fork_made.notify_one();
+                // Its VMM may have been very quick.
+                self.fork_serving.notify_one();
                 Ok(fork)
             }
             Err(error) => {
@@ -147,6 +153,11 @@ impl Service {
         let facts = Facts {
             page_size,
             remote: template.remote(),
+            needs_faults: match wanted.prefault {
+                _ if wanted.record => Some("a recording"),
+                Some(Prefault::All) => Some("a prefault of everything"),
+                _ => None,
+            },
         };
         let (backend, reason) = choose(asked, facts).map_err(|why| refuse(ErrorCode::BackendUnavailable, why))?;
         match backend {
@@ -173,6 +184,18 @@ impl Service {
         if let Some(gid) = wanted.gid {
             options = options.group(gid);
         }
+        let prefault = match wanted.prefault {
+            None if wanted.record => Prefault::None,
+            prefault => prefault.unwrap_or(Prefault::WorkingSet),
+        };
+        options = options.prefault(match prefault {
+            Prefault::None => ServedPrefault::None,
+            Prefault::WorkingSet => ServedPrefault::WorkingSet,
+            Prefault::All => ServedPrefault::All,
+        });
+        if wanted.record {
+            options = options.record();
+        }
         let served = self
             .server
             .register(id.clone(), &template.pages, &options)
@@ -185,6 +208,9 @@ impl Service {
             kind: Kind::Uffd(UffdFork {
                 served,
                 vmm: OnceLock::new(),
+                prefault,
+                record: wanted.record,
+                recorded: OnceLock::new(),
             }),
         }))
     }

@@ -7,6 +7,7 @@
 //! | `describe` | what is said of them |
 //! | `warm` | templates in memory ahead of their forks |
 //! | `guard` | what happens when a template changes |
+//! | `idle` | forks that are completed because they have no faults any more |
 //! | `restore` | what is found in the run dir at the start |
 //!
 //! Calls may wait for disks and for processes to die, so they are made on threads that may. No lock is held meanwhile:
@@ -15,6 +16,7 @@
 mod describe;
 mod forks;
 mod guard;
+mod idle;
 mod restore;
 mod templates;
 mod warm;
@@ -29,11 +31,12 @@ use std::time::{Duration, Instant};
 use pagecast::server::{ForkEvent, ForkId, Server};
 use pagecast_client::health::Health;
 use pagecast_client::{ApiError, ErrorCode};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::config::Config;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{Fork, Kind};
+use crate::learned;
 use crate::metrics::requests::Requests;
 use crate::metrics::{Snapshot, Totals};
 use crate::placement::Placement;
@@ -55,6 +58,8 @@ pub(crate) struct Service {
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,
+    /// A fork with `uffd` is served: it may come to be idle.
+    fork_serving: tokio::sync::Notify,
     started: Instant,
     requests: Requests,
     /// Where slow work is done.
@@ -276,7 +281,7 @@ impl Service {
     }
 
     /// Something happened to a fork with `uffd`.
-    pub(crate) fn on_event(&self, event: &ForkEvent) {
+    pub(crate) fn on_event(self: &Arc<Self>, event: &ForkEvent) {
         match event {
             ForkEvent::Serving {
                 id, pid, memory_bytes, ..
@@ -284,6 +289,20 @@ impl Service {
                 info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
                 if let Ok(fork) = self.fork(id.as_str()) {
                     self.vmm_connected(&fork);
+                }
+                self.fork_serving.notify_one();
+            }
+            // One that is forgotten already has no template any more that could learn from it.
+            ForkEvent::Recorded { id, recording } => {
+                if let Ok(fork) = self.fork(id.as_str()) {
+                    let recording = Arc::clone(recording);
+                    self.runtime.spawn_blocking(move || learned::learn(&fork, &recording));
+                }
+            }
+            ForkEvent::Prefaulted { id, tally } => {
+                debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
+                if let Ok(fork) = self.fork(id.as_str()) {
+                    learned::tell_switched_off(&fork.template);
                 }
             }
             ForkEvent::Ended(status) => {

@@ -52,6 +52,7 @@ impl Service {
             closing: AtomicBool::new(false),
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
+            fork_serving: tokio::sync::Notify::new(),
             started: Instant::now(),
             requests: Requests::default(),
             runtime,

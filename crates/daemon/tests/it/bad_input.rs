@@ -403,8 +403,23 @@ fn what_does_not_go_together_is_refused() {
         "backend_unavailable",
         "2 MiB",
     );
-    refused(json!({ "prefault": "all" }), "invalid_field", "prefault");
-    refused(json!({ "prefault": "working-set" }), "invalid_field", "prefault");
+    for prefault in ["all", "working-set"] {
+        refused(
+            json!({ "prefault": prefault, "record": true }),
+            "invalid_field",
+            "prefault",
+        );
+    }
+    refused(
+        json!({ "prefault": "all", "backend": "file" }),
+        "backend_unavailable",
+        "prefault",
+    );
+    refused(
+        json!({ "record": true, "backend": "file" }),
+        "backend_unavailable",
+        "recording",
+    );
     refused(json!({ "page_size": 8192 }), "invalid_field", "page_size");
     for pid in [0, -1, 1, i32::MAX, std::process::id().cast_signed()] {
         refused(json!({ "backend": "file", "pid": pid }), "invalid_field", "pid");

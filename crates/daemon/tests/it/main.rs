@@ -9,6 +9,7 @@ mod contract;
 mod fixture;
 mod guard;
 mod http;
+mod learned;
 mod life;
 mod openapi;
 mod protect;

@@ -111,6 +111,11 @@ impl MemFile {
         self.trust.grant();
         Ok(lease)
     }
+
+    /// Whether there is a lease on it that nobody has broken.
+    pub(super) fn is_leased(&self) -> bool {
+        self.leased.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
+    }
 }
 
 impl Lease {

@@ -5,8 +5,8 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
@@ -49,8 +49,10 @@ pub struct MemFile {
     pub(super) leased: AtomicBool,
     /// The lease stands for the file being unchanged.
     pub(super) trust: Trust,
-    /// All of it, for whole runs of pages.
-    mapped: Option<MappedFile>,
+    /// All of it, for runs of pages and for what is locked in memory.
+    pub(super) mapped: Option<Arc<MappedFile>>,
+    /// All of it but zeros is locked in memory.
+    pinned: AtomicBool,
 }
 
 impl MemFile {
@@ -95,7 +97,7 @@ impl MemFile {
         let zeros = ZeroMap::new(ByteLen::new(size));
         find_holes(&file, size, &zeros).map_err(cannot_open)?;
         // Some file systems have no mappings, and then runs of pages are read as single ones are.
-        let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok();
+        let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
         let mem_file = Self {
             path: path.to_owned(),
             file,
@@ -106,6 +108,7 @@ impl MemFile {
             leased: AtomicBool::new(false),
             trust: Trust::new(),
             mapped,
+            pinned: AtomicBool::new(false),
         };
         mem_file.kept_zeros.get_or_init(|| mem_file.load_zeros(metadata.uid()));
         Ok(mem_file)
@@ -174,6 +177,23 @@ impl MemFile {
         Ok(())
     }
 
+    /// Whether all of it but zeros is [locked](super::Locked) in memory.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.load(Ordering::Relaxed)
+    }
+
+    /// All of it but zeros is locked in memory from now on, or not any more: say so before unlocking it. Faults are then
+    /// answered straight from there, as long as there is a [`Lease`](super::Lease).
+    pub fn set_pinned(&self, pinned: bool) {
+        self.pinned.store(pinned, Ordering::Relaxed);
+    }
+
+    /// A part of the file that cannot have changed.
+    fn trusted_range(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
+        mapped.range(at.get(), len)
+    }
+
     fn io_error(at: TemplateOffset) -> impl FnOnce(std::io::Error) -> SourceError {
         move |source| SourceError::Io { at, source }
     }
@@ -231,8 +251,13 @@ impl PageSource for MemFile {
 
     fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
         // Without a lease, only what was read before it is checked is known to be the template's.
-        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
-        mapped.range(at.get(), len).filter(MappedRange::is_resident)
+        let range = self.trusted_range(at, len)?;
+        (self.is_pinned() || range.is_resident()).then_some(range)
+    }
+
+    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        let is_data = self.is_pinned() && !self.zeros.covers(at, len);
+        is_data.then(|| self.trusted_range(at, len)).flatten()
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

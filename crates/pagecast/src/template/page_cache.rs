@@ -7,6 +7,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use pagecast_uffd::{ByteLen, Errno, MappedFile};
 use rustix::fs::Advice;
@@ -215,8 +216,8 @@ impl<'a> Loader<'a> {
 /// Parts of a mem-file that stay in the page cache for as long as this lives.
 #[derive(Debug)]
 pub struct Locked {
-    _mapped: MappedFile,
-    len: ByteLen,
+    mapped: Arc<MappedFile>,
+    run: Run,
 }
 
 /// Why a part of a mem-file cannot be made to stay in the page cache.
@@ -251,28 +252,48 @@ impl Locked {
             at: run.at,
             source: io::Error::from_raw_os_error(errno.get()),
         };
-        let mapped = map(file, run).map_err(failed)?;
-        match mapped.lock() {
+        let no_mapping = Errno::new(rustix::io::Errno::NODEV.raw_os_error());
+        let mapped = file.mapped.as_ref().ok_or_else(|| failed(no_mapping))?;
+        let Some(range) = mapped.range(run.at.get(), run.len) else {
+            return Err(failed(Errno::new(rustix::io::Errno::INVAL.raw_os_error())));
+        };
+        match range.lock() {
             Ok(()) => Ok(Self {
-                _mapped: mapped,
-                len: run.len,
+                mapped: Arc::clone(mapped),
+                run,
             }),
             // The kernel says ENOMEM for a limit too; but what is not locked can be brought in without.
-            Err(errno) if errno.get() == EPERM || (errno.get() == ENOMEM && mapped.populate().is_ok()) => {
+            Err(errno)
+                if errno.get() == EPERM
+                    || (errno.get() == ENOMEM && map(file, run).is_ok_and(|mapped| mapped.populate().is_ok())) =>
+            {
+                range.unlock();
                 Err(LockError::Limit)
             }
-            Err(errno) => Err(failed(errno)),
+            Err(errno) => {
+                range.unlock();
+                Err(failed(errno))
+            }
         }
     }
 
     /// How many bytes it has.
     pub fn len(&self) -> ByteLen {
-        self.len
+        self.run.len
     }
 
     /// Whether it has none, which it never does.
     pub fn is_empty(&self) -> bool {
-        self.len.is_zero()
+        self.run.len.is_zero()
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if let Some(range) = self.mapped.range(self.run.at.get(), self.run.len) {
+            range.unlock();
+            range.release();
+        }
     }
 }
 

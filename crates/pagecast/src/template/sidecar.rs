@@ -63,9 +63,6 @@ pub enum SidecarError {
         /// Why.
         why: &'static str,
     },
-    /// The mem-file was written so shortly before it was opened that the next write might leave no trace.
-    #[error("the mem-file was written just before it was opened")]
-    TooFresh,
     /// The operating system says no.
     #[error("cannot {what} it")]
     Io {

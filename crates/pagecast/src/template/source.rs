@@ -88,6 +88,14 @@ pub trait PageSource: Send + Sync + 'static {
         None
     }
 
+    /// The same for one page, of which it is known without asking that it is in memory and stays there, and that it is not
+    /// all zeros. Called on the fault path. By default none.
+    #[cfg(target_os = "linux")]
+    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        let _ = (at, len);
+        None
+    }
+
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
     /// given to a fork, so it has to be fast.
     ///
@@ -142,6 +150,11 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
     #[cfg(target_os = "linux")]
     fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
         (**self).mapped(at, len)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        (**self).pinned(at, len)
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

@@ -4,8 +4,9 @@
 //! that of the first page lowest in the first byte, in whole words of 8 bytes: set where the page is zeros.
 //!
 //! A bit that is wrong would be a wrong byte in a guest. So the map is taken only where nobody but the user we are, root, or
-//! the owner of the mem-file can have written it, and kept only where a later write to the mem-file must show in its
-//! identity.
+//! the owner of the mem-file can have written it, and kept only where every later write to the mem-file shows in its
+//! identity: its time of change must be further back than the clock of its file system is coarse, and nobody may have it
+//! open for writing, or mapped, since a write to a page that is dirty already does not change that time. A lease tells.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -34,6 +35,12 @@ pub enum KeepError {
     /// The mem-file cannot be read, or has changed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// It was written so shortly before it was opened that the next write might leave no trace.
+    #[error("the mem-file was written just before it was opened")]
+    TooFresh,
+    /// Somebody may have the mem-file open or mapped for writing: there is no lease on it, or it is broken.
+    #[error("there is no lease on the mem-file, so it might be written without a trace")]
+    NotLeased,
     /// The map cannot be written beside it.
     #[error(transparent)]
     Sidecar(#[from] SidecarError),
@@ -46,7 +53,7 @@ impl MemFile {
     }
 
     /// Keeps what is known of the zeros beside the mem-file, for whoever opens it next. For when all have been looked for:
-    /// nobody looks again for what this says nothing of.
+    /// nobody looks again for what this says nothing of. Takes a [lease](Self::lease) on the mem-file.
     ///
     /// # Errors
     ///
@@ -58,26 +65,29 @@ impl MemFile {
             .is_ok_and(|since| since.subsec_nanos() == 0);
         let tick = if whole_seconds { COARSE_TICK } else { FINE_TICK };
         // A page that was read within the tick of the last write may have been written within it once more.
-        if self.opened().duration_since(modified).is_ok_and(|age| age > tick) {
-            self.check_unchanged()?;
-            self.check_path()?;
-            KIND.write(
-                &Self::zeros_path_for(self.path()),
-                self.identity(),
-                &self.zeros.to_le_bytes(),
-            )?;
-            Ok(())
-        } else {
-            Err(SidecarError::TooFresh.into())
+        if !self.opened().duration_since(modified).is_ok_and(|age| age > tick) {
+            return Err(KeepError::TooFresh);
         }
+        if !self.is_leased() {
+            return Err(KeepError::NotLeased);
+        }
+        self.check_unchanged()?;
+        self.check_path()?;
+        KIND.write(
+            &Self::zeros_path_for(self.path()),
+            self.identity(),
+            &self.zeros.to_le_bytes(),
+        )?;
+        Ok(())
     }
 
     /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
     pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
-        let words = (self.len().get() / PageSize::SMALLEST).div_ceil(u64::from(u64::BITS));
+        let pages = self.len().get() / PageSize::SMALLEST;
+        let words = pages.div_ceil(u64::from(u64::BITS));
         let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
         let body = KIND.decode(self.identity(), &bytes)?;
-        if self.zeros.set_le_bytes(body) {
+        if self.zeros.set_le_bytes(body, pages) {
             Ok(())
         } else {
             Err(SidecarError::Damaged {
@@ -91,12 +101,13 @@ impl MemFile {
 mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
     use std::time::SystemTime;
 
     use pagecast_uffd::ByteLen;
 
     use super::*;
-    use crate::template::TemplateOffset;
+    use crate::template::{Lease, TemplateOffset};
 
     const PAGES: u64 = 100;
 
@@ -121,18 +132,21 @@ mod tests {
         file.set_modified(SystemTime::now() - Duration::from_secs(10)).unwrap();
     }
 
-    fn found(path: &Path) -> MemFile {
-        let mem_file = MemFile::open(path).unwrap();
+    /// Opened, leased and searched.
+    fn found(path: &Path) -> (Arc<MemFile>, Lease) {
+        let mem_file = Arc::new(MemFile::open(path).unwrap());
+        let lease = mem_file.lease(|| ()).unwrap();
         mem_file.find_zeros(at(0), mem_file.len()).unwrap();
-        mem_file
+        (mem_file, lease)
     }
 
     #[test]
     fn zeros_are_found_once_and_known_at_once_from_then_on() {
         let (_dir, path) = mem_file();
-        let searched = found(&path);
+        let (searched, lease) = found(&path);
         assert!(matches!(searched.kept_zeros(), Err(SidecarError::Missing)));
         searched.keep_zeros().unwrap();
+        drop(lease);
         let opened = MemFile::open(&path).unwrap();
         opened.kept_zeros().unwrap();
         for page in 0..PAGES {
@@ -143,7 +157,7 @@ mod tests {
     #[test]
     fn a_mem_file_that_was_written_since_has_no_kept_zeros() {
         let (_dir, path) = mem_file();
-        found(&path).keep_zeros().unwrap();
+        found(&path).0.keep_zeros().unwrap();
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[1; 4096], 4096).unwrap();
         let opened = MemFile::open(&path).unwrap();
@@ -152,25 +166,18 @@ mod tests {
     }
 
     #[test]
-    fn zeros_of_a_mem_file_that_changed_meanwhile_are_not_kept() {
+    fn zeros_of_a_mem_file_that_may_change_meanwhile_are_not_kept() {
         let (dir, path) = mem_file();
-        let searched = found(&path);
-        File::options()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .write_all_at(&[1], 4096)
-            .unwrap();
-        assert!(matches!(searched.keep_zeros(), Err(KeepError::Source(_))));
-        assert!(!MemFile::zeros_path_for(&path).exists());
+        let (searched, lease) = found(&path);
+        drop(lease);
+        // Whoever writes to a page that they have mapped, and written to before, leaves no trace.
+        assert!(matches!(searched.keep_zeros(), Err(KeepError::NotLeased)));
         // Nor are those of one that another has replaced.
-        let searched = found(&path);
+        let (searched, _lease) = found(&path);
         std::fs::copy(&path, dir.path().join("copy")).unwrap();
         std::fs::rename(dir.path().join("copy"), &path).unwrap();
-        assert!(matches!(
-            searched.keep_zeros(),
-            Err(KeepError::Source(_) | KeepError::Sidecar(SidecarError::TooFresh))
-        ));
+        assert!(matches!(searched.keep_zeros(), Err(KeepError::Source(_))));
+        assert!(!MemFile::zeros_path_for(&path).exists());
     }
 
     #[test]
@@ -179,14 +186,15 @@ mod tests {
         let file = File::options().write(true).open(&path).unwrap();
         // A clock that was set back must not make it look old.
         file.set_modified(SystemTime::now() + Duration::from_mins(1)).unwrap();
-        let kept = found(&path).keep_zeros();
-        assert!(matches!(kept, Err(KeepError::Sidecar(SidecarError::TooFresh))));
+        drop(file);
+        let (searched, _lease) = found(&path);
+        assert!(matches!(searched.keep_zeros(), Err(KeepError::TooFresh)));
     }
 
     #[test]
     fn a_damaged_map_is_not_taken_in_part() {
         let (_dir, path) = mem_file();
-        found(&path).keep_zeros().unwrap();
+        found(&path).0.keep_zeros().unwrap();
         let zeros = MemFile::zeros_path_for(&path);
         let mut bytes = std::fs::read(&zeros).unwrap();
         // A bit of page 0, which is not zeros.
@@ -195,10 +203,14 @@ mod tests {
         let opened = MemFile::open(&path).unwrap();
         assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
         assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
-        // Of another size, but else sound.
-        KIND.write(&zeros, opened.identity(), &[0xff; 8]).unwrap();
-        let opened = MemFile::open(&path).unwrap();
-        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
-        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+        // Of another size, or with a page past the end, but else sound.
+        let mut past_the_end = [0; 16];
+        past_the_end[15] = 0x80;
+        for body in [&[0xff; 8][..], &past_the_end] {
+            KIND.write(&zeros, opened.identity(), body).unwrap();
+            let opened = MemFile::open(&path).unwrap();
+            assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
+            assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+        }
     }
 }

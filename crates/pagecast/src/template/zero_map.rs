@@ -93,11 +93,13 @@ impl ZeroMap {
         words.flatten().collect()
     }
 
-    /// Notes what [`to_le_bytes`](Self::to_le_bytes) of a map of the same template says. `false` where it is not of so
-    /// many bytes; then nothing is noted.
-    pub(super) fn set_le_bytes(&self, bytes: &[u8]) -> bool {
+    /// Notes what [`to_le_bytes`](Self::to_le_bytes) of a map of the same template says, which has so many small pages.
+    /// `false` where it is of another one; then nothing is noted.
+    pub(super) fn set_le_bytes(&self, bytes: &[u8], pages: u64) -> bool {
         let (words, rest) = bytes.as_chunks();
-        let fits = rest.is_empty() && words.len() == self.words.len();
+        let past_the_end =
+            |word: &[u8; 8]| !pages.is_multiple_of(BITS) && u64::from_le_bytes(*word) >> (pages % BITS) != 0;
+        let fits = rest.is_empty() && words.len() == self.words.len() && !words.last().is_some_and(past_the_end);
         if fits {
             for (word, bits) in self.words.iter().zip(words) {
                 word.fetch_or(u64::from_le_bytes(*bits), Ordering::Relaxed);

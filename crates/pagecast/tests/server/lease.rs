@@ -8,7 +8,8 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use pagecast::Template;
-use pagecast::template::{Lease, LeaseError, MemFile, PageSource as _};
+use pagecast::server::ForkState;
+use pagecast::template::{Lease, LeaseError, LockError, Locked, MemFile, PageSource as _, Wanted};
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::Read;
 use pagecast_testkit::skip::skip;
@@ -16,7 +17,7 @@ use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
 
 use crate::fixture::{
-    Fixture, PATIENCE, assert_lives_on, assert_reads_right, eventually, failed_with, read_everything,
+    Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, eventually, failed_with, read_everything,
 };
 use crate::vmm_process::alone;
 
@@ -198,7 +199,7 @@ fn a_template_is_written_only_after_its_forks_have_ended() {
     };
     let (done_fork, done) = fixture.fork("complete");
     fixture.server.complete(done_fork.id()).unwrap();
-    done_fork.wait(PATIENCE, pagecast::server::ForkState::is_end);
+    done_fork.wait(PATIENCE, ForkState::is_end);
     let (fork, vmm) = fixture.fork("a");
     let read = vmm
         .start(Read {
@@ -231,4 +232,42 @@ fn a_template_is_written_only_after_its_forks_have_ended() {
     assert_eq!(failed_with(&fork.status()), "template_changed");
     assert!(read.join_within(PATIENCE).is_err());
     assert_lives_on(&done);
+}
+
+/// Under a lease, what is locked in memory is installed straight from there.
+#[test]
+fn forks_of_a_template_that_is_locked_in_memory_read_what_it_holds_also_while_it_is_let_go() {
+    let mut fixture = Fixture::new();
+    let mem_file = Arc::new(MemFile::open(fixture.file.path()).unwrap());
+    fixture.template = Template::from_source(Arc::clone(&mem_file));
+    let Some((lease, _breaks)) = lease(&mem_file) else {
+        return;
+    };
+    let wanted = Wanted::data(&mem_file);
+    let lock =
+        || -> Result<Vec<Locked>, LockError> { wanted.runs().iter().map(|run| Locked::new(&mem_file, *run)).collect() };
+    let mut locked = match lock() {
+        Err(LockError::Limit) => return skip("this process may not lock so much memory"),
+        locked => locked.unwrap(),
+    };
+    mem_file.set_pinned(true);
+    let (_fork, vmm) = fixture.fork("a");
+    assert_lives_on(&vmm);
+    let (fork, vmm) = fixture.fork("b");
+    let read = vmm.start(read_everything(2)).unwrap();
+    for _ in 0..50 {
+        mem_file.set_pinned(false);
+        drop(std::mem::take(&mut locked));
+        locked = lock().unwrap();
+        mem_file.set_pinned(true);
+    }
+    assert_right(read);
+    drop(lease);
+    assert_eq!(fork.status().state, ForkState::Serving);
+    // Without a lease a change is noticed, locked or not.
+    let (fork, vmm) = fixture.fork("late");
+    let writer = File::options().write(true).open(fixture.file.path()).unwrap();
+    writer.write_all_at(&[0xEE; 4096], 2000 * 4096).unwrap();
+    assert!(vmm.start(Read::default()).unwrap().join_within(PATIENCE).is_err());
+    assert_eq!(failed_with(&fork.wait(PATIENCE, ForkState::is_end)), "template_changed");
 }

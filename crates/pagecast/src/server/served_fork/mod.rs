@@ -233,6 +233,15 @@ impl ServedFork {
             let tried = self.install_zeros(install, &scratch.zeros);
             return self.finish(install, tried, since, scratch.fault_deadline);
         };
+        if let Some(bytes) = self.template.source().pinned(from, install.to.len()) {
+            let begun = Instant::now();
+            let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
+            // It was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM does
+            // not live to use it.
+            self.template.source().check_unchanged()?;
+            let tried = self.copied(install.to, outcome, begun);
+            return self.finish(install, tried, since, scratch.fault_deadline);
+        }
         let buffer = room(&mut scratch.bytes, install.bytes());
         let tried = match self.template.source().try_read(from, buffer)? {
             Page::NotReady => {
@@ -258,6 +267,10 @@ impl ServedFork {
     fn copy(&self, to: HostRange, bytes: &[u8]) -> Tried {
         let begun = Instant::now();
         let outcome = self.uffd.copy(to.start(), bytes);
+        self.copied(to, outcome, begun)
+    }
+
+    fn copied(&self, to: HostRange, outcome: Outcome, begun: Instant) -> Tried {
         self.record.counters.installed_bytes.add(match outcome {
             Outcome::Installed => to.len().get(),
             Outcome::Retry { installed } => installed.get(),

@@ -1,0 +1,100 @@
+//! All that can be wrong before a Firecracker is started, and what is made before that.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use pagecast_client::template::TemplateState;
+use pagecast_client::{Backend, Client, Prefault};
+use rustix::fs::{Access, access};
+
+use super::firecracker::Firecracker;
+use super::fleet::clean_up;
+use super::folder::{LeftFolder, RunFolder};
+use super::launch::Plan;
+use super::life::Life;
+use super::progress::say;
+use crate::daemon::DaemonError;
+use crate::output::harmless;
+
+/// How Firecrackers are started.
+#[derive(Args, Debug)]
+pub(crate) struct Starting {
+    /// The Firecracker to run [default: the first `firecracker` on PATH]
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+
+    /// The state file of the snapshot [default: the one that the template was added with]
+    #[arg(long, value_name = "PATH")]
+    vmstate: Option<PathBuf>,
+
+    /// Where to make the folder of the run [default: the folder for temporary files]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// How long each step of each Firecracker may take: to start, to load, to resume.
+    #[arg(long, value_name = "TIME", default_value = "1min", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Which forks.
+#[derive(Debug, Default)]
+pub(crate) struct Wanted {
+    pub(crate) template: String,
+    /// None: as the daemon does by default.
+    pub(crate) backend: Option<Backend>,
+    /// None: as the daemon does by default.
+    pub(crate) prefault: Option<Prefault>,
+    pub(crate) record: bool,
+}
+
+/// What there is before the first Firecracker is started.
+pub(crate) struct Prepared {
+    pub(crate) plan: Plan,
+    pub(crate) daemon: Life,
+    pub(crate) folder: RunFolder,
+}
+
+impl Starting {
+    /// Looks at everything, cleans up after dead runs, and makes a folder.
+    pub(crate) async fn prepare(&self, client: Client, wanted: Wanted) -> Result<Prepared> {
+        let firecracker = Firecracker::find(self.firecracker.as_deref())?;
+        let vmstate = self.vmstate(&client, &wanted.template).await?;
+        let daemon = Life::of_listener(client.socket())
+            .await
+            .context("cannot see the daemon's process")?;
+        let base = self.dir.clone().unwrap_or_else(std::env::temp_dir);
+        for problem in clean_up(LeftFolder::find(&base)).await {
+            say(&problem);
+        }
+        let folder = RunFolder::create(&base, client.socket())?;
+        let plan = Plan {
+            client,
+            firecracker,
+            wanted,
+            vmstate,
+            patience: self.timeout,
+        };
+        Ok(Prepared { plan, daemon, folder })
+    }
+
+    /// The state file, which is there.
+    async fn vmstate(&self, client: &Client, name: &str) -> Result<PathBuf> {
+        let template = client.template(name).await.map_err(DaemonError::from)?;
+        if template.state == TemplateState::Changed {
+            let how = harmless(template.changed.as_deref().unwrap_or("it is another file now"));
+            bail!("the template {name} cannot be forked any more: {how}");
+        }
+        let vmstate = match &self.vmstate {
+            Some(path) => std::path::absolute(path).context("cannot tell the current folder")?,
+            None => template.vmstate_path.with_context(|| {
+                format!("the template {name} was added without a state file: say with --vmstate where it is")
+            })?,
+        };
+        // Firecracker would say so too, but for each fork.
+        access(&vmstate, Access::READ_OK)
+            .with_context(|| format!("cannot read the state file {}", vmstate.display()))?;
+        Ok(vmstate)
+    }
+}

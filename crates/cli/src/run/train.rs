@@ -1,0 +1,231 @@
+//! `pagecast template train`: one real Firecracker, to see what a fork touches first.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use indicatif::{BinaryBytes, ProgressBar};
+use pagecast_client::template::WorkingSet;
+use pagecast_client::{Backend, Client, Fork};
+use serde::Serialize;
+
+use super::fleet::{Fleet, catching_panics};
+use super::interrupt::Interrupt;
+use super::launch::Turn;
+use super::life::Life;
+use super::progress::say;
+use super::report::milliseconds;
+use super::setup::{Prepared, Starting, Wanted};
+use super::{Stopped, ended_by, stopped};
+use crate::daemon::DaemonError;
+use crate::facts::Facts;
+use crate::output::Output;
+
+/// Start one real Firecracker from a template, record what its guest touches first, and end it.
+///
+/// The next forks are given that ahead of their faults. What is recorded is added to what is known already, and kept beside
+/// the memory file. The recording ends by itself once page faults become rare, after 20 s at most. It shows what the guest does
+/// by itself once it is resumed: of one that waits for work, record ordinary forks (`pagecast fork create --record`).
+/// Afterwards the Firecracker is gone, with its folder and its fork at the daemon.
+#[derive(Args)]
+#[command(after_help = "\
+Exit codes:
+  0    learned
+  1    failed, or could not clean up
+  2    wrong usage
+  3    the daemon cannot be reached, or ended
+  4    the daemon says no
+  128  and the number of the signal that ended it")]
+pub(crate) struct Train {
+    /// The template, by its name at the daemon.
+    name: String,
+
+    #[command(flatten)]
+    starting: Starting,
+}
+
+/// How long a recording may take. It ends after 20 s, but begins with the first fault only.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long until we look again whether it has ended.
+const PACE: Duration = Duration::from_millis(50);
+
+/// What was learned.
+#[derive(Debug, Serialize)]
+struct Trained {
+    template: String,
+    firecracker: PathBuf,
+    firecracker_version: String,
+    /// From when the guest was resumed until the recording was learned from.
+    took_ms: f64,
+    /// Page faults of the guest until then.
+    faults: u64,
+    /// What the guest has touched, in bytes.
+    recorded_bytes: u64,
+    /// What is known now.
+    working_set: WorkingSet,
+}
+
+impl Train {
+    /// Does it, and prints what was learned.
+    pub(crate) async fn call(self, client: Client, json: bool) -> Result<ExitCode> {
+        let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
+        let wanted = Wanted {
+            template: self.name.clone(),
+            backend: Some(Backend::Uffd),
+            record: true,
+            ..Wanted::default()
+        };
+        let prepared = tokio::select! {
+            biased;
+            signal = interrupt.signalled() => return Ok(ended_by(signal)),
+            prepared = self.starting.prepare(client, wanted) => prepared?,
+        };
+        let Prepared { plan, daemon, folder } = prepared;
+        let firecracker = plan.firecracker.clone();
+        let mut fleet = Fleet::start(plan, folder, 1);
+        let recorded = catching_panics(record(&mut fleet, &mut interrupt, &daemon)).await;
+        let client = fleet.client().clone();
+        let problems = fleet.end().await;
+        for problem in &problems {
+            say(problem);
+        }
+        let recorded = recorded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let (fork, took) = match recorded {
+            Ok(recorded) => recorded,
+            Err(early) => return stopped(&early, problems.is_empty()),
+        };
+        let template = client.template(&self.name).await.map_err(DaemonError::from)?;
+        let trained = Trained {
+            template: self.name,
+            firecracker: firecracker.path,
+            firecracker_version: firecracker.version.to_string(),
+            took_ms: milliseconds(took),
+            faults: fork.faults.map_or(0, |faults| faults.demand),
+            recorded_bytes: fork.recording.map_or(0, |recording| recording.size_bytes),
+            working_set: template.working_set.context("the daemon has not learned from it")?,
+        };
+        trained.print(json)?;
+        ensure!(problems.is_empty(), "could not clean up");
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Resumes the guest and waits until its recording was learned from: the fork as it was then, and how long that took.
+async fn record(
+    fleet: &mut Fleet,
+    interrupt: &mut Interrupt,
+    daemon: &Life,
+) -> Result<Result<(Fork, Duration), Stopped>> {
+    // Hidden where stderr is no terminal.
+    let spinner = ProgressBar::new_spinner().with_message("recording");
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let client = fleet.client().clone();
+    let id = fleet.ids().first().cloned().context("a run has a fork")?;
+    fleet.fork();
+    let mut resumed = None;
+    loop {
+        let event = tokio::select! {
+            signal = interrupt.signalled() => return Ok(Err(Stopped::Signal(signal))),
+            () = daemon.ended() => return Ok(Err(Stopped::DaemonEnded)),
+            event = fleet.event() => Some(event.context("Firecracker has ended")?),
+            () = tokio::time::sleep(PACE), if resumed.is_some() => None,
+        };
+        match (event.map(|event| event.turn), resumed) {
+            (Some(Turn::Resumed { .. }), _) => resumed = Some(Instant::now()),
+            (Some(Turn::Failed(error)), _) => return Err(error.into()),
+            (Some(Turn::Ended(error)), _) => return Err(error).context("the recording has not ended"),
+            (None, Some(since)) => {
+                let fork = client.fork(&id).await.map_err(DaemonError::from)?;
+                if fork.recording.is_some_and(|recording| recording.learned) {
+                    return Ok(Ok((fork, since.elapsed())));
+                }
+                if since.elapsed() > PATIENCE {
+                    bail!("no recording within {PATIENCE:?}: the guest has touched nothing that it did not have");
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Trained {
+    fn print(&self, json: bool) -> Result<()> {
+        let output = Output::stdout();
+        if json {
+            return output.print_json(self);
+        }
+        let mut facts = Facts::default();
+        facts.add("template", &self.template);
+        facts.add(
+            "recorded",
+            format!(
+                "{} in {:.0} ms, {} faults",
+                BinaryBytes(self.recorded_bytes),
+                self.took_ms,
+                self.faults
+            ),
+        );
+        facts.add("working set", describe(&self.working_set));
+        output.print(&facts.text())
+    }
+}
+
+/// A working set in words.
+pub(crate) fn describe(set: &WorkingSet) -> String {
+    let mut text = format!("{} from {}", BinaryBytes(set.size_bytes), recordings(set.recordings));
+    if let (Some(precision), Some(recall)) = (set.precision, set.recall) {
+        let percent = |part: f64| part * 100.0;
+        let _ = write!(
+            text,
+            "; {} forks have used {:.0}% of it, and it was {:.0}% of what they used",
+            set.forks,
+            percent(precision),
+            percent(recall)
+        );
+    }
+    if set.switched_off {
+        text += "; switched off, since too little of it is used";
+    }
+    text
+}
+
+fn recordings(count: u64) -> String {
+    match count {
+        1 => "1 recording".to_owned(),
+        count => format!("{count} recordings"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_working_set_is_told_with_how_it_does_where_that_is_known() {
+        let set = WorkingSet {
+            size_bytes: 3 << 20,
+            recordings: 1,
+            forks: 2,
+            precision: None,
+            recall: None,
+            switched_off: false,
+        };
+        assert_eq!(describe(&set), "3.00 MiB from 1 recording");
+        let bad = WorkingSet {
+            recordings: 2,
+            precision: Some(0.1),
+            recall: Some(0.5),
+            switched_off: true,
+            ..set
+        };
+        assert_eq!(
+            describe(&bad),
+            "3.00 MiB from 2 recordings; 2 forks have used 10% of it, and it was 50% of what they used; switched off, since \
+             too little of it is used"
+        );
+    }
+}

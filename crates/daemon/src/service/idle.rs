@@ -1,0 +1,84 @@
+//! Forks that have no page faults any more, and are completed, so that they do not need the daemon.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pagecast::server::{ForkId, ForkState, chain};
+use tracing::{info, warn};
+
+use super::Service;
+use crate::fork::{Fork, Kind};
+
+/// How often it is looked at faults, at least and at most, however long forks may be idle.
+const PACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// How many faults a fork had when that was last another number, and when that was seen.
+type Seen = HashMap<ForkId, (u64, Instant)>;
+
+impl Service {
+    /// Completes forks with `uffd` that had no fault for as long as `after`. Sleeps while none is served.
+    pub(crate) async fn complete_idle(self: Arc<Self>, after: Duration) {
+        let pace = (after / 4).clamp(PACE.0, PACE.1);
+        let mut seen = Seen::new();
+        loop {
+            let forks = self.served();
+            if forks.is_empty() {
+                seen.clear();
+                self.fork_serving.notified().await;
+                continue;
+            }
+            let idle = look(&mut seen, &forks, after, Instant::now());
+            if !idle.is_empty() {
+                let service = Arc::clone(&self);
+                // Where it fails nobody is hurt, and it is tried again.
+                let _ = tokio::task::spawn_blocking(move || {
+                    for fork in idle {
+                        service.complete_idle_fork(&fork);
+                    }
+                })
+                .await;
+            }
+            tokio::time::sleep(pace).await;
+        }
+    }
+
+    /// The forks with `uffd` that are served.
+    fn served(&self) -> Vec<Arc<Fork>> {
+        let mut forks = self.forks();
+        forks.retain(|fork| served_faults(fork).is_some());
+        forks
+    }
+
+    fn complete_idle_fork(&self, fork: &Fork) {
+        match self.server().complete(&fork.id) {
+            Ok(()) => info!(event = "fork_idle", fork = %fork.id, "has no faults any more, is being completed"),
+            Err(error) => warn!(fork = %fork.id, error = chain(&error), "idle, and cannot be completed now"),
+        }
+    }
+}
+
+/// How many faults a fork has had that is served by the page server.
+fn served_faults(fork: &Fork) -> Option<u64> {
+    let Kind::Uffd(uffd) = &fork.kind else { return None };
+    let status = uffd.served.status();
+    (status.state == ForkState::Serving).then_some(status.stats.faults.demand)
+}
+
+/// Those of `forks` that had no fault since `after` ago. Each is named once in that time: it may take long to be complete,
+/// or not be possible.
+fn look(seen: &mut Seen, forks: &[Arc<Fork>], after: Duration, now: Instant) -> Vec<Arc<Fork>> {
+    seen.retain(|id, _| forks.iter().any(|fork| fork.id == *id));
+    let mut idle = Vec::new();
+    for fork in forks {
+        let Some(faults) = served_faults(fork) else { continue };
+        let (before, since) = seen.entry(fork.id.clone()).or_insert((faults, now));
+        if *before != faults {
+            (*before, *since) = (faults, now);
+        } else if now.duration_since(*since) >= after {
+            *since = now;
+            idle.push(Arc::clone(fork));
+        }
+    }
+    idle
+}
