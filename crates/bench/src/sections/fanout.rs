@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use pagecast::template::WorkingSet;
 use pagecast_client::fork::Prefault;
 use pagecast_client::{Backend, CreateFork};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
@@ -129,11 +130,8 @@ fn learn(bench: &Bench, template: &dyn Template) -> Result<()> {
     vmm.touch(template.working_set())?;
     drop(vmm);
     let deadline = Instant::now() + PATIENCE;
-    while daemon
-        .call(async |client| client.template(TEMPLATE).await)?
-        .working_set
-        .is_none()
-    {
+    // The daemon knows it before it is kept.
+    while !WorkingSet::path_for(template.mem_file()).exists() {
         ensure!(
             Instant::now() < deadline,
             "nothing was learned of a fork that was recorded"
@@ -178,6 +176,7 @@ fn play(
     let blank = memory_of(vmms.iter().map(|vmm| vmm.pid()))?;
     let before = ProcessUse::of(daemon.pid())?.cpu_time;
     // All are created before the first is restored, so that none has a start.
+    let mut ids = Vec::new();
     let created = (1..).zip(vmms).map(|(number, vmm)| {
         let wanted = CreateFork {
             backend: Some(system.backend),
@@ -186,6 +185,7 @@ fn play(
             ..CreateFork::of(TEMPLATE)
         };
         let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
+        ids.push(created.id);
         Ok((number, vmm, created.mem_backend))
     });
     let created = created.collect::<Result<Vec<_>>>()?;
@@ -200,6 +200,12 @@ fn play(
             read: started.elapsed(),
         })
     })?;
+    let mut faults = Vec::new();
+    for id in &ids {
+        let fork = daemon.call(async |client| client.fork(id).await)?;
+        faults.push(to_f64(fork.faults.map_or(0, |faults| faults.demand)));
+    }
+    faults.sort_unstable_by(f64::total_cmp);
     at_once(ready.iter_mut().collect(), |fork| {
         fork.vmm.write(template.working_set())
     })?;
@@ -226,6 +232,7 @@ fn play(
         (Measure::ResumedMs, quantile(&resumed, 0.5)),
         (Measure::ReadyMs, quantile(&read, 0.5)),
         (Measure::ReadyP99Ms, quantile(&read, 0.99)),
+        (Measure::DemandFaults, quantile(&faults, 0.5)),
         (Measure::PrivateMib, quantile(&private, 0.5)),
         (Measure::PssMib, mib(pss)),
         (Measure::PssToLeast, to_f64(pss) / to_f64(least)),
