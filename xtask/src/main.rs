@@ -6,6 +6,7 @@ mod cargo;
 mod demo;
 mod lint;
 mod openapi;
+mod results;
 mod test;
 
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ enum Task {
     Lint(lint::Lint),
     #[command(name = "openapi")]
     OpenApi(openapi::OpenApi),
+    Results(results::Results),
     Test(test::Test),
 }
 
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         Task::Demo(demo) => demo.run(),
         Task::Lint(lint) => lint.run(),
         Task::OpenApi(openapi) => openapi.run(),
+        Task::Results(results) => results.run(),
         Task::Test(test) => test.run(),
     };
     outcome.unwrap_or_else(|error| {

@@ -22,6 +22,8 @@ pub enum Measure {
     ReadyMs,
     /// The same, of the slowest 1%.
     ReadyP99Ms,
+    /// Faults of one fork that the server has answered; none where the kernel answers them.
+    DemandFaults,
     /// Copied into the fork.
     InstalledMib,
     /// Bytes a second.
@@ -69,6 +71,7 @@ impl Measure {
             Self::ResumedMs => "resumed, ms",
             Self::ReadyMs => "ready, ms",
             Self::ReadyP99Ms => "ready p99, ms",
+            Self::DemandFaults => "faults/fork",
             Self::InstalledMib => "installed, MiB",
             Self::GibPerSecond => "GiB/s",
             Self::ProcessorsUsed => "CPUs used",
@@ -104,7 +107,7 @@ impl Measure {
     /// How many decimals of `value` are worth showing.
     pub fn show(self, value: f64) -> String {
         let decimals = match self {
-            Self::FaultsPerSecond | Self::Wakeups | Self::Fds | Self::Threads => 0,
+            Self::FaultsPerSecond | Self::DemandFaults | Self::Wakeups | Self::Fds | Self::Threads => 0,
             Self::GibPerSecond | Self::ProcessorsUsed | Self::PssToLeast | Self::ServerCpuSeconds => 2,
             _ if value.abs() < 9.995 => 2,
             _ if value.abs() < 999.5 => 1,

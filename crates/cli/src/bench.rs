@@ -122,6 +122,9 @@ impl BenchArgs {
             pagecast: OURSELVES.into(),
         };
         let json_only = self.json.as_deref() == Some(Path::new(STDOUT));
+        if self.markdown && !json_only {
+            tables.output.print("# pagecast bench\n")?;
+        }
         let report = pagecast_bench::run(&bench, interrupt, |section| {
             if json_only {
                 Ok(())

@@ -311,6 +311,7 @@ fn growth_figure(section: &SectionReport) -> Option<Figure> {
             &forks,
             "Server, resident MiB",
             "forks of 1 GiB that are served",
+            false,
             &[(Measure::ServerMib, "resident", OURS)],
             Some((32.0, "goal: at most 32 MiB with 200".to_owned())),
         ),
@@ -318,6 +319,7 @@ fn growth_figure(section: &SectionReport) -> Option<Figure> {
             &templates,
             "A fault, us",
             "size of the template, sparse",
+            true,
             &[(Measure::FaultP50Us, "p50", OURS), (Measure::FaultP99Us, "p99", RIVAL)],
             None,
         ),
@@ -335,6 +337,7 @@ fn growing(
     rows: &[&Row],
     title: &str,
     x_title: &str,
+    by_factors: bool,
     measures: &[(Measure, &str, Ink)],
     goal: Option<(f64, String)>,
 ) -> Option<Lines> {
@@ -357,6 +360,7 @@ fn growing(
     (!x_ticks.is_empty()).then(|| Lines {
         title: title.to_owned(),
         x_title: x_title.to_owned(),
+        by_factors,
         x_ticks,
         series: series.collect(),
         goal,

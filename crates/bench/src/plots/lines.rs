@@ -1,7 +1,8 @@
-//! A panel of lines over something that grows by factors.
+//! A panel of lines over something that grows.
 
 use super::bars::{round_step, short};
 use super::picture::{Anchor, FAINT_TEXT, GOAL, GRID, Ink, Picture, Point, TEXT, at};
+use super::render::width as width_of;
 
 pub(super) const HEIGHT: f64 = 300.0;
 const TITLE: f64 = 40.0;
@@ -25,6 +26,8 @@ pub(super) struct Lines {
     pub(super) title: String,
     /// What grows.
     pub(super) x_title: String,
+    /// Whether it grows by factors, rather than by steps.
+    pub(super) by_factors: bool,
     /// Where there is a tick, and what it says.
     pub(super) x_ticks: Vec<(f64, String)>,
     pub(super) series: Vec<Line>,
@@ -54,14 +57,21 @@ impl Lines {
             tick += step;
         }
 
-        let places = || self.x_ticks.iter().map(|(x, _)| x.log2());
+        let along = |value: f64| if self.by_factors { value.log2() } else { value };
+        let places = || self.x_ticks.iter().map(|(x, _)| along(*x));
         let (first, last) = (
             places().fold(f64::INFINITY, f64::min),
             places().fold(f64::NEG_INFINITY, f64::max),
         );
         let range = if last > first { last - first } else { 1.0 };
-        let x = |value: f64| left + 14.0 + (value.log2() - first) / range * (right - left - 28.0);
+        let x = |value: f64| left + 14.0 + (along(value) - first) / range * (right - left - 28.0);
+        let mut free_from = left;
         for (value, text) in &self.x_ticks {
+            let half = width_of(text, TICK_SIZE) / 2.0;
+            if x(*value) - half < free_from {
+                continue;
+            }
+            free_from = x(*value) + half + 6.0;
             picture.line(at(x(*value), bottom), at(x(*value), bottom + 4.0), FAINT_TEXT, 1.0);
             picture.text(
                 at(x(*value), bottom + 14.0),

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use pagecast::template::WorkingSet;
 use pagecast_client::fork::Prefault;
 use pagecast_client::{Backend, CreateFork};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
 use super::turns::in_turn;
-use super::{Bench, folder, rounds};
+use super::{Bench, PATIENCE, folder, rounds};
 use crate::daemon::{Daemon, TEMPLATE};
 use crate::fleet::{Kind, Size, Template, Vmm, WRITE_EVERY, at_once, create_template, tag};
 use crate::goal::Goal;
@@ -20,13 +21,34 @@ use crate::section::Section;
 use crate::spread::{mib, quantile, to_f64};
 
 const FILE: &str = "file";
+/// How often it is looked at whether something was learned.
+const PACE: Duration = Duration::from_millis(10);
 
-/// A backend, and what it is called.
+/// A backend, what a fork is given ahead, and what that is called.
 #[derive(Clone, Copy)]
 struct System {
     name: &'static str,
     backend: Backend,
+    prefault: Option<Prefault>,
 }
+
+const SYSTEMS: [System; 3] = [
+    System {
+        name: FILE,
+        backend: Backend::File,
+        prefault: None,
+    },
+    System {
+        name: "uffd, prefault",
+        backend: Backend::Uffd,
+        prefault: Some(Prefault::WorkingSet),
+    },
+    System {
+        name: "uffd, on demand",
+        backend: Backend::Uffd,
+        prefault: Some(Prefault::None),
+    },
+];
 
 /// A fork that has read its working set.
 struct Ready {
@@ -38,31 +60,22 @@ struct Ready {
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
-    let count: u32 = scale.choose(5, 1, 1);
+    let count: u32 = scale.choose(6, 1, 1);
     let size = scale.choose((128, 64), (128, 32), (128, 1));
     let size = Size {
         mem_mib: size.0,
         data_mib: size.1,
     };
     let forks: &[u32] = scale.choose(&[1, 5, 20], &[1, 5, 20], &[2]);
-    let systems = [
-        System {
-            name: FILE,
-            backend: Backend::File,
-        },
-        System {
-            name: "uffd",
-            backend: Backend::Uffd,
-        },
-    ];
     let kind = Kind::here()?;
     let folder = folder()?;
     let template = create_template(&kind, &bench.pagecast, folder.path(), size)?;
+    learn(bench, &*template)?;
     let mut samples = Samples::default();
     let progress = rounds(Section::Fanout, count * u32::try_from(forks.len())?);
     for round in 0..count {
         for forks in forks {
-            for system in in_turn(&systems, round) {
+            for system in in_turn(&SYSTEMS, round) {
                 interrupt.check()?;
                 measure_forks(bench, &*template, size, *forks, system, &mut samples)?;
             }
@@ -75,7 +88,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         format!(
             "{kind}, {} MiB each, restored at once. Each reads a word of each page of its working set of {} MiB (ready: from the \
              start of the restore until then), then writes to 1 of {WRITE_EVERY} pages of it; then memory is measured. {count} \
-             rounds with a `pagecast serve` of its own for each.",
+             rounds, each with a `pagecast serve` of its own. The working set \
+             of `prefault` was recorded from one fork more.",
             size.mem_mib, size.data_mib
         ),
         "The least that the forks could cost together: one working set, what all of them wrote, and the same VMMs without a \
@@ -98,6 +112,33 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         );
     }
     Ok(report)
+}
+
+/// Has one fork recorded: what it touches is kept beside the memory file, where all daemons find it.
+fn learn(bench: &Bench, template: &dyn Template) -> Result<()> {
+    let folder = folder()?;
+    let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
+    daemon.add_template(template.mem_file())?;
+    let vmm = template.start()?;
+    let wanted = CreateFork {
+        backend: Some(Backend::Uffd),
+        record: true,
+        ..CreateFork::of(TEMPLATE)
+    };
+    let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
+    let (mut vmm, _) = vmm.restore(tag(0), &created.mem_backend)?;
+    vmm.touch(template.working_set())?;
+    drop(vmm);
+    let deadline = Instant::now() + PATIENCE;
+    // The daemon knows it before it is kept.
+    while !WorkingSet::path_for(template.mem_file()).exists() {
+        ensure!(
+            Instant::now() < deadline,
+            "nothing was learned of a fork that was recorded"
+        );
+        std::thread::sleep(PACE);
+    }
+    Ok(())
 }
 
 fn title(forks: u32) -> String {
@@ -135,14 +176,16 @@ fn play(
     let blank = memory_of(vmms.iter().map(|vmm| vmm.pid()))?;
     let before = ProcessUse::of(daemon.pid())?.cpu_time;
     // All are created before the first is restored, so that none has a start.
+    let mut ids = Vec::new();
     let created = (1..).zip(vmms).map(|(number, vmm)| {
         let wanted = CreateFork {
             backend: Some(system.backend),
-            prefault: (system.backend == Backend::Uffd).then_some(Prefault::None),
+            prefault: system.prefault,
             pid: Some(vmm.pid().try_into()?),
             ..CreateFork::of(TEMPLATE)
         };
         let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
+        ids.push(created.id);
         Ok((number, vmm, created.mem_backend))
     });
     let created = created.collect::<Result<Vec<_>>>()?;
@@ -157,6 +200,12 @@ fn play(
             read: started.elapsed(),
         })
     })?;
+    let mut faults = Vec::new();
+    for id in &ids {
+        let fork = daemon.call(async |client| client.fork(id).await)?;
+        faults.push(to_f64(fork.faults.map_or(0, |faults| faults.demand)));
+    }
+    faults.sort_unstable_by(f64::total_cmp);
     at_once(ready.iter_mut().collect(), |fork| {
         fork.vmm.write(template.working_set())
     })?;
@@ -183,6 +232,7 @@ fn play(
         (Measure::ResumedMs, quantile(&resumed, 0.5)),
         (Measure::ReadyMs, quantile(&read, 0.5)),
         (Measure::ReadyP99Ms, quantile(&read, 0.99)),
+        (Measure::DemandFaults, quantile(&faults, 0.5)),
         (Measure::PrivateMib, quantile(&private, 0.5)),
         (Measure::PssMib, mib(pss)),
         (Measure::PssToLeast, to_f64(pss) / to_f64(least)),

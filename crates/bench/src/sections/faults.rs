@@ -49,7 +49,7 @@ struct Side {
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
-    let (sets, turns): (u32, u32) = (scale.choose(10, 3, 1), scale.choose(8, 5, 1));
+    let (sets, turns): (u32, u32) = (scale.choose(16, 3, 1), scale.choose(8, 5, 1));
     let setting = |forks, pages| Setting {
         forks,
         pages: scale.choose(pages, pages, 16),
@@ -68,8 +68,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     }
     let about = [
         format!(
-            "Each fork touches {TEMPLATE_MIB} MiB of data in random order, page by page, from one thread. The template is in the \
-             page cache. The forks are simulated VMMs, a process each.",
+            "Each fork touches pages of data in random order, one after the other, from one thread, of a template of {TEMPLATE_MIB} \
+             MiB that is in the page cache. The forks are simulated VMMs, a process each.",
             TEMPLATE_MIB = TEMPLATE_BYTES >> 20
         ),
         format!(

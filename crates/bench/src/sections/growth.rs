@@ -32,6 +32,7 @@ const DATA_PAGES: u64 = 16;
 pub(crate) const FORKS: &str = "forks of 1 GiB";
 const LOADED: &str = "all forks touch pages at once";
 const IDLE: &str = "idle afterwards";
+const WAITING: &str = "and more that wait for a VMM";
 const ENDED: &str = "all forks ended";
 pub(crate) const TEMPLATES: &str = "one fork";
 
@@ -113,16 +114,19 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
              at once, spread over all their memory, in random order, and are left alone for {:.0} s.{}{}",
             plan.loads * (FORK_BYTES >> 20),
             plan.idle.as_secs_f64(),
+            if plan.times > 1 {
+                format!(
+                    " All of that is done {} times with the same server: what is not given back would show.",
+                    plan.times
+                )
+            } else {
+                String::new()
+            },
             if plan.waiting > 0 {
                 format!(
                     " {} more forks are registered and wait for a VMM meanwhile.",
                     plan.waiting
                 )
-            } else {
-                String::new()
-            },
-            if plan.times > 1 {
-                format!(" All end; {} times, with the same server.", plan.times)
             } else {
                 String::new()
             },
@@ -189,7 +193,6 @@ impl Many {
             all.measure(&mut many, samples)
                 .map_err(|error| daemon.explain(&error))?;
         }
-        many.peak_bytes = peak_bytes(daemon.pid())?;
         progress.done("measured");
         Ok(many)
     }
@@ -211,10 +214,6 @@ impl Time<'_> {
     fn measure(&self, many: &mut Many, samples: &mut Samples) -> Result<()> {
         let plan = self.plan;
         let mut watch = Watch::of(self.daemon.pid())?;
-        let waiting: Vec<String> = (0..plan.waiting).map(|number| format!("waiting-{number}")).collect();
-        for id in &waiting {
-            self.create(id)?;
-        }
         let mut vmms: Vec<SimVmm> = Vec::new();
         for step in plan.steps {
             let added = *step - u32::try_from(vmms.len())?;
@@ -236,7 +235,7 @@ impl Time<'_> {
             add(samples, &subject, &seen);
         }
         let most = vmms.len();
-        let loaded = Subject::new(most.to_string(), LOADED);
+        let loaded = Subject::new(self.title(most), LOADED);
         let started = Instant::now();
         let faults = self.load(&vmms)?;
         let elapsed = started.elapsed();
@@ -256,9 +255,11 @@ impl Time<'_> {
         // Not to wait for something, but to see that nothing happens.
         std::thread::sleep(plan.idle);
         let idle = watch.end()?;
-        add(samples, &Subject::new(most.to_string(), IDLE), &idle);
+        add(samples, &Subject::new(self.title(most), IDLE), &idle);
         many.idle_cpu_s.push(idle.cpu.as_secs_f64());
+        many.peak_bytes = many.peak_bytes.max(peak_bytes(self.daemon.pid())?);
 
+        let waiting = self.wait_beside(most, &mut watch, samples)?;
         let ids: Vec<String> = (0..most).map(|number| self.id(number)).chain(waiting).collect();
         drop(vmms);
         self.daemon.await_state(ForkState::Exited, u32::try_from(most)?)?;
@@ -266,8 +267,38 @@ impl Time<'_> {
             self.daemon.call(async |client| client.remove_fork(id, false).await)?;
         }
         let seen = watch.end()?;
-        add(samples, &Subject::new("0", ENDED), &seen);
+        add(samples, &Subject::new(self.title(0), ENDED), &seen);
         Ok(())
+    }
+
+    /// The last time, registers many more forks, for which no VMM comes; their ids.
+    fn wait_beside(&self, served: usize, watch: &mut Watch, samples: &mut Samples) -> Result<Vec<String>> {
+        if self.number + 1 < self.plan.times || self.plan.waiting == 0 {
+            return Ok(Vec::new());
+        }
+        let ids: Vec<String> = (0..self.plan.waiting)
+            .map(|number| format!("waiting-{number}"))
+            .collect();
+        watch.end()?;
+        for id in &ids {
+            self.interrupt.check()?;
+            self.create(id)?;
+        }
+        let seen = watch.end()?;
+        add(
+            samples,
+            &Subject::new(format!("{served} + {}", ids.len()), WAITING),
+            &seen,
+        );
+        Ok(ids)
+    }
+
+    /// So many forks, this time.
+    fn title(&self, forks: usize) -> String {
+        match self.plan.times {
+            1 => forks.to_string(),
+            _ => format!("{forks}, time {}", self.number + 1),
+        }
     }
 
     fn id(&self, number: usize) -> String {

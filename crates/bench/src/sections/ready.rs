@@ -4,10 +4,12 @@ use std::cell::Cell;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use pagecast::server::Prefault;
-use pagecast_client::{Backend, CreateFork};
+use pagecast_client::template::{Warm, WarmthState};
+use pagecast_client::{AddTemplate, Backend, CreateFork};
 use pagecast_testkit::floor::{Floor, Strategy, read};
 use pagecast_testkit::sim_vmm::{Connect, MapFile, Memory, Resume, Resumed, SimVmm, Visit};
 use pagecast_testkit::template_file::TemplateFile;
@@ -17,7 +19,7 @@ use super::cold::{cached, drop_from_page_cache};
 use super::in_process::InProcess;
 use super::turns::in_turn;
 use super::working_set::WorkingSet;
-use super::{Bench, folder, rounds};
+use super::{Bench, PATIENCE, folder, rounds};
 use crate::daemon::{Daemon, TEMPLATE};
 use crate::goal::Goal;
 use crate::interrupt::Interrupt;
@@ -29,6 +31,11 @@ use crate::section::Section;
 use crate::sim_vmm;
 use crate::spread::{mib, to_f64};
 
+/// How often it is looked at whether a template is resident.
+const PACE: Duration = Duration::from_millis(5);
+/// A template like the other, in a file of its own, which is made resident.
+const HOT: &str = "hot";
+
 /// What of a cold file may be in the page cache although it was dropped.
 const STILL_CACHED: f64 = 0.02;
 
@@ -39,6 +46,8 @@ enum System {
     Plain { cold: bool },
     /// A fork with `file`.
     File { cold: bool },
+    /// A fork with `file` of a template that was made resident.
+    Hot,
     /// A fork with `uffd` that is given nothing ahead.
     OnDemand,
     /// A fork with `uffd` and the working set that another one has shown.
@@ -50,9 +59,10 @@ enum System {
 }
 
 impl System {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Plain { cold: false },
         Self::File { cold: false },
+        Self::Hot,
         Self::Prefault,
         Self::OnDemand,
         Self::BareLoop,
@@ -65,6 +75,7 @@ impl System {
         match self {
             Self::Plain { .. } => PLAIN,
             Self::File { .. } => FILE,
+            Self::Hot => "file, hot",
             Self::OnDemand => ON_DEMAND,
             Self::Prefault => PREFAULT,
             Self::BareLoop => "rival: a page a fault",
@@ -89,7 +100,7 @@ pub(crate) const ON_DEMAND: &str = "uffd, on demand";
 pub(crate) const PREFAULT: &str = "uffd, prefault";
 
 /// Those that take no time.
-const QUICK_ONES: [System; 2] = [System::Plain { cold: false }, System::File { cold: false }];
+const QUICK_ONES: [System; 3] = [System::Plain { cold: false }, System::File { cold: false }, System::Hot];
 
 /// All that is the same for all rounds.
 struct Setup<'a> {
@@ -98,6 +109,10 @@ struct Setup<'a> {
     template: TemplateFile,
     /// Of the template.
     file: File,
+    /// The template that is resident.
+    _hot: TemplateFile,
+    /// Why it is not.
+    not_hot: Option<String>,
     bytes: Arc<[u8]>,
     daemon: Daemon,
     server: InProcess,
@@ -110,7 +125,7 @@ struct Setup<'a> {
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
-    let count: u32 = scale.choose(15, 3, 1);
+    let count: u32 = scale.choose(25, 3, 1);
     // What takes no time is done more often, so that its median is as sure.
     let repeats: u32 = scale.choose(4, 4, 1);
     let (template, working_set): (u64, u64) = scale.choose((512, 64), (512, 64), (16, 2));
@@ -121,7 +136,14 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     }
     let mut systems = System::ALL.to_vec();
     systems.retain(|system| !QUICK_ONES.contains(system));
+    let mut quick_ones = QUICK_ONES.to_vec();
     let mut warnings = Vec::new();
+    if let Some(why) = &setup.not_hot {
+        quick_ones.retain(|system| *system != System::Hot);
+        warnings.push(format!(
+            "nothing hot was measured, the template could not be made resident: {why}"
+        ));
+    }
     drop_from_page_cache(&setup.file)?;
     let cached = cached(&setup.file, &setup.set.runs)?;
     if cached > STILL_CACHED {
@@ -142,7 +164,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
             setup.measure(system, &mut samples)?;
         }
         for repeat in 0..repeats {
-            for system in in_turn(&QUICK_ONES, round + repeat) {
+            for system in in_turn(&quick_ones, round + repeat) {
                 setup.measure(system, &mut samples)?;
             }
         }
@@ -160,7 +182,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ),
         "Cold: the template was written to disk and its pages dropped from the page cache with posix_fadvise(DONTNEED), no \
          other file's; that they are gone is checked. Warm: all of it is in the page cache, and other forks have read it \
-         before. The working set of `prefault` was recorded from one fork."
+         before. Hot: the same of another file, after `pagecast template warm --resident`. The working set of `prefault` was \
+         recorded from one fork."
             .to_owned(),
         "Rivals are strategies of Firecracker's two examples of handlers, the template's bytes at hand in memory: UFFDIO_COPY \
          of one page a fault, and of all the guest's memory at the first fault."
@@ -191,6 +214,34 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
+/// Adds it to the daemon, and has it made resident as a host has it that has just started; why that cannot be had here,
+/// such as too little memory that may be locked.
+fn make_resident(daemon: &Daemon, template: &TemplateFile) -> Result<Option<String>> {
+    let file = File::open(template.path()).context("failed to open the template")?;
+    drop_from_page_cache(&file)?;
+    let add = AddTemplate::new(template.path());
+    daemon.call(async |client| client.add_template(HOT, &add).await)?;
+    let warm = Warm { resident: true };
+    let mut warmed = match daemon.call(async |client| client.warm_template(HOT, warm).await) {
+        Ok(warmed) => warmed,
+        Err(refused) => return Ok(Some(format!("{refused:#}"))),
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match warmed.warmth {
+            Some(warmth) if warmth.state == WarmthState::Warm => return Ok(None),
+            Some(warmth) if warmth.state == WarmthState::Warming => {}
+            failed => {
+                let error = failed.and_then(|warmth| warmth.error);
+                return Ok(Some(error.unwrap_or_else(|| "it says not why".to_owned())));
+            }
+        }
+        ensure!(Instant::now() < deadline, "the template does not become resident");
+        std::thread::sleep(PACE);
+        warmed = daemon.call(async |client| client.template(HOT).await)?;
+    }
+}
+
 impl<'a> Setup<'a> {
     fn new(bench: &'a Bench, set: WorkingSet) -> Result<Self> {
         let progress = Progress::start("writing a template");
@@ -199,6 +250,8 @@ impl<'a> Setup<'a> {
         let folder = folder()?;
         let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
         daemon.add_template(template.path())?;
+        let hot = set.write()?;
+        let not_hot = make_resident(&daemon, &hot)?;
         let bytes = read(template.path())?;
         let server = InProcess::start(template.path())?;
         server.find_zeros();
@@ -220,6 +273,8 @@ impl<'a> Setup<'a> {
             folder,
             template,
             is_warm: Cell::new(true),
+            _hot: hot,
+            not_hot,
         })
     }
 
@@ -244,7 +299,8 @@ impl<'a> Setup<'a> {
                 let map = MapFile::new(self.template.path(), self.template.model());
                 (self.resume(&vmm, Memory::File(map))?, 0)
             }
-            System::File { .. } => self.file(vmm)?,
+            System::File { .. } => self.file(vmm, TEMPLATE)?,
+            System::Hot => self.file(vmm, HOT)?,
             System::OnDemand => self.uffd(&vmm, Prefault::None)?,
             System::Prefault => self.uffd(&vmm, Prefault::WorkingSet)?,
             System::BareLoop => self.rival(&vmm, Strategy::Demand, self.set.bytes())?,
@@ -283,11 +339,11 @@ impl<'a> Setup<'a> {
     }
 
     /// A fork of the daemon's.
-    fn file(&self, vmm: SimVmm) -> Result<(Resumed, u64)> {
+    fn file(&self, vmm: SimVmm, template: &str) -> Result<(Resumed, u64)> {
         let wanted = CreateFork {
             backend: Some(Backend::File),
             pid: Some(vmm.pid().try_into()?),
-            ..CreateFork::of(TEMPLATE)
+            ..CreateFork::of(template)
         };
         let created = self.daemon.call(async |client| client.create_fork(&wanted).await)?;
         let map = MapFile::new(created.mem_backend.backend_path, self.template.model());
