@@ -38,7 +38,7 @@ pub(crate) fn take_up(template: &Arc<Template>) {
             Ok(()) => debug!(template = %name, "its zeros are kept beside the memory file"),
             // Nothing is wrong.
             Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
-                info!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
+                debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
             }
             Err(error) => {
                 warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");

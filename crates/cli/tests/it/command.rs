@@ -90,6 +90,11 @@ impl Handle {
         }
     }
 
+    /// The lines about this event so far.
+    pub(crate) fn said(&self, event: &str) -> Vec<&Value> {
+        self.said.iter().filter(|value| value["event"] == event).collect()
+    }
+
     /// Waits for so many lines about this event.
     pub(crate) fn await_events(&mut self, event: &str, count: usize) -> Vec<Value> {
         (0..count).map(|_| self.await_event(event)).collect()

@@ -3,12 +3,14 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
+use pagecast::template::{Identity, MemFile, Recording, TemplateOffset, WorkingSet};
 use pagecast_testkit::PageSize;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::RawHandshake;
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use pagecast_uffd::ByteLen;
 use rustix::process::Signal;
 
 use crate::command::Handle;
@@ -49,6 +51,38 @@ fn any_number_of_vmms_is_served_and_each_is_accounted_for() {
         assert_eq!(ended["installed_bytes"], SIZE);
         assert_eq!(ended["faults"]["demand"], SIZE / 4096);
     }
+}
+
+#[test]
+fn a_working_set_beside_the_template_is_given_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut touched = Recording::new(ByteLen::new(SIZE));
+    for at in (0..SIZE).step_by(4096) {
+        touched.push(TemplateOffset::new(at));
+    }
+    let identity = Identity::of(&template.path().metadata().unwrap());
+    let path = WorkingSet::path_for(template.path());
+    WorkingSet::of(&touched).save(&path, &identity).unwrap();
+    let mut handle = Handle::start(folder.path(), template.path());
+    assert!(handle.said("kept_not_used").is_empty());
+    let vmm = vmm(&handle, &template);
+    reads_right(&vmm);
+    vmm.kill().unwrap();
+    let ended = handle.await_event("ended");
+    assert!(ended["faults"]["prefaulted"].as_u64().unwrap() > 0, "{ended:#}");
+}
+
+#[test]
+fn what_is_not_sound_beside_the_template_is_told_and_not_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    std::fs::write(WorkingSet::path_for(template.path()), "no working set").unwrap();
+    std::fs::write(MemFile::zeros_path_for(template.path()), [0xff; 300]).unwrap();
+    let handle = Handle::start(folder.path(), template.path());
+    let told: Vec<_> = handle.said("kept_not_used").iter().map(|line| &line["what"]).collect();
+    assert_eq!(told, ["working set", "zeros"]);
+    reads_right(&vmm(&handle, &template));
 }
 
 #[test]

@@ -275,6 +275,34 @@ fn each_turn_is_one_line_of_json_and_faults_are_none() {
 }
 
 #[test]
+fn what_is_kept_and_not_sound_is_a_warning_once_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    for suffix in ["working-set", "zeros"] {
+        std::fs::write(format!("{}.{suffix}", template.path().display()), "no such thing").unwrap();
+    }
+    let mut serve = Serve::start(&folder.path().join("run"), "json");
+    serve.await_line(|line| line.contains("\"ready\""));
+    serve.call("PUT", "/v1/templates/t", &json!({"mem_path": template.path()}), 201);
+    for id in ["a", "b"] {
+        serve.reader(id, &template).exit(0).unwrap();
+        serve.await_line(|line| line.contains("fork_ended"));
+    }
+    let (_, said) = serve.stop();
+    let warnings: Vec<_> = said
+        .iter()
+        .filter(|line| line.contains("WARN") || line.contains("ERROR"))
+        .collect();
+    assert_eq!(warnings.len(), 2, "{said:#?}");
+    assert!(
+        warnings.iter().all(|line| line.contains("\"kept_not_used\"")),
+        "{warnings:#?}"
+    );
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/logs.md");
+    assert!(std::fs::read_to_string(page).unwrap().contains("| `kept_not_used` |"));
+}
+
+#[test]
 fn text_is_for_people_a_line_each() {
     let folder = tempfile::tempdir().unwrap();
     let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
