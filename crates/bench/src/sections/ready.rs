@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use pagecast::server::Prefault;
+use pagecast::server::{ForkState, Prefault};
 use pagecast_client::template::{Warm, WarmthState};
 use pagecast_client::{AddTemplate, Backend, CreateFork};
 use pagecast_testkit::floor::{Floor, Strategy, read};
@@ -335,7 +335,10 @@ impl<'a> Setup<'a> {
         let fork = self.server.register(number, |options| options.prefault(prefault))?;
         let connect = Connect::new(fork.socket_path(), self.template.model());
         let resumed = self.resume(vmm, Memory::Uffd(connect))?;
-        Ok((resumed, fork.status().stats.installed_bytes))
+        // A page is counted after the guest has been woken: the end of the fork is after all of that.
+        vmm.kill()?;
+        let status = fork.wait(PATIENCE, ForkState::is_end);
+        Ok((resumed, status.stats.installed_bytes))
     }
 
     /// A fork of the daemon's.
