@@ -24,6 +24,7 @@ use crate::spread::to_f64;
 const TEMPLATE_BYTES: u64 = 64 << 20;
 pub(crate) const FLOOR: &str = "floor: bare loop";
 pub(crate) const PAGECAST: &str = "pagecast";
+pub(crate) const RESIDENT: &str = "pagecast, resident template";
 
 /// So many forks at once, of which each touches so many pages a turn.
 #[derive(Clone, Copy)]
@@ -55,14 +56,15 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         pages: scale.choose(pages, pages, 16),
     };
     let settings = [setting(1, 1024), setting(4, 512), setting(20, 512)];
-    let file = TemplateFile::create(TemplateModel::of_data(TEMPLATE_BYTES, 1))?;
-    let bytes = read(file.path())?;
+    let model = TemplateModel::of_data(TEMPLATE_BYTES, 1);
+    let files = [TemplateFile::create(model.clone())?, TemplateFile::create(model)?];
+    let [bytes, _] = [read(files[0].path())?, read(files[1].path())?];
     let mut samples = Samples::default();
     let progress = rounds(Section::Faults, sets * 3);
     for set in 0..sets {
         for setting in settings {
             interrupt.check()?;
-            measure_set(bench, set, turns, setting, &file, &bytes, &mut samples)?;
+            measure_set(bench, set, turns, setting, &files, &bytes, &mut samples)?;
             progress.advance(1);
         }
     }
@@ -74,29 +76,30 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ),
         format!(
             "The floor is a thread a fork with a blocking read and UFFDIO_COPY of one page from memory: what Firecracker's own \
-             example does on demand, with less around it. {sets} times fresh servers and forks, {turns} turns each, in which \
-             floor and pagecast alternate."
+             example does on demand, with less around it. A resident template is locked in memory \
+             (`pagecast template warm --resident`). {sets} times fresh servers and forks, {turns} turns each, in which they alternate."
         ),
     ];
     let mut report = SectionReport::new(Section::Faults, &about, samples.rows(FLOOR));
     for setting in settings {
-        let ours = Subject::new(setting.title(), PAGECAST);
         let floor = Subject::new(setting.title(), FLOOR);
-        let ratio = |measure| samples.ratio(&ours, &floor, measure);
-        match setting.forks {
-            1 => report.goal(
-                "demand fault p50, 1 fork",
-                Some(FLOOR),
-                Goal::AtMost(1.15),
-                ratio(Measure::FaultP50Us),
-            ),
-            20 => report.goal(
-                "faults per second, 20 forks",
-                Some(FLOOR),
-                Goal::AtLeast(0.95),
-                ratio(Measure::FaultsPerSecond),
-            ),
-            _ => {}
+        let ratio = |name, measure| samples.ratio(&Subject::new(setting.title(), name), &floor, measure);
+        for (name, of) in [(RESIDENT, ", resident template"), (PAGECAST, "")] {
+            match setting.forks {
+                1 => report.goal(
+                    &format!("demand fault p50, 1 fork{of}"),
+                    Some(FLOOR),
+                    Goal::AtMost(1.15),
+                    ratio(name, Measure::FaultP50Us),
+                ),
+                20 => report.goal(
+                    &format!("faults per second, 20 forks{of}"),
+                    Some(FLOOR),
+                    Goal::AtLeast(0.95),
+                    ratio(name, Measure::FaultsPerSecond),
+                ),
+                _ => {}
+            }
         }
         let measure = if setting.forks == 1 {
             Measure::FaultP50Us
@@ -115,7 +118,7 @@ fn measure_set(
     set: u32,
     turns: u32,
     setting: Setting,
-    file: &TemplateFile,
+    files: &[TemplateFile; 2],
     bytes: &Arc<[u8]>,
     samples: &mut Samples,
 ) -> Result<()> {
@@ -124,6 +127,8 @@ fn measure_set(
             .map(|_| sim_vmm::spawn(&bench.pagecast))
             .collect::<Result<Vec<_>>>()
     };
+    // Each has a lease on a file of its own.
+    let [file, resident_file] = files;
     let folder = folder()?;
     let floor = Side {
         name: FLOOR,
@@ -135,20 +140,26 @@ fn measure_set(
     }
     loops.wait_until_all_have_connected();
 
-    let server = InProcess::start(file.path())?;
-    let ours = Side {
-        name: PAGECAST,
-        vmms: spawn()?,
+    let serve = |name, file: &TemplateFile, resident| -> Result<(InProcess, Side)> {
+        let mut server = InProcess::start(file.path())?;
+        if resident {
+            server.lock_template()?;
+        }
+        let vmms = spawn()?;
+        for (number, vmm) in vmms.iter().enumerate() {
+            server.connect(number, vmm, file.model())?;
+        }
+        Ok((server, Side { name, vmms }))
     };
-    for (number, vmm) in ours.vmms.iter().enumerate() {
-        server.connect(number, vmm, file.model())?;
-    }
+    let (plain_server, plain) = serve(PAGECAST, file, false)?;
+    let (resident_server, resident) = serve(RESIDENT, resident_file, true)?;
     for turn in 0..turns {
-        for side in in_turn(&[&floor, &ours], set + turn) {
+        for side in in_turn(&[&floor, &plain, &resident], set + turn) {
             measure_turn(side, turn, setting, samples)?;
         }
     }
-    server.end()
+    plain_server.end()?;
+    resident_server.end()
 }
 
 fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples) -> Result<()> {

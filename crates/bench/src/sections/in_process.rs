@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use pagecast::Template;
 use pagecast::server::{Fork, ForkEvent, ForkOptions, ForkState, Prefault, Server};
-use pagecast::template::{Recording, WorkingSet};
+use pagecast::template::{Lease, Locked, MemFile, Recording, Wanted, WorkingSet};
 use pagecast_testkit::sim_vmm::{Connect, Memory, Resume, SimVmm, Visit};
 use pagecast_testkit::template_file::TemplateModel;
 use rustix::time::{ClockId, clock_gettime};
@@ -17,10 +17,15 @@ use tempfile::TempDir;
 
 use super::{PATIENCE, folder};
 
-/// A server for forks of one template.
+/// A server for forks of one template, with a lease on it as a daemon has.
 pub(super) struct InProcess {
     server: Server,
     template: Template,
+    mem_file: Arc<MemFile>,
+    /// What is locked in memory; let go before the lease is.
+    locked: Vec<Locked>,
+    /// None where the file system has none: then the template is looked at for each fault.
+    _lease: Option<Lease>,
     folder: TempDir,
     recordings: Receiver<Arc<Recording>>,
 }
@@ -34,12 +39,25 @@ impl InProcess {
                 let _ = tell.send(recording);
             }
         });
+        let mem_file = Arc::new(MemFile::open(mem_file)?);
         Ok(Self {
             server: server.start()?,
-            template: Template::open(mem_file)?,
+            template: Template::from_source(Arc::clone(&mem_file)),
+            _lease: mem_file.lease(|| {}).ok(),
+            mem_file,
+            locked: Vec::new(),
             folder: folder()?,
             recordings,
         })
+    }
+
+    /// Locks the template in memory, as `pagecast template warm --resident` does.
+    pub(super) fn lock_template(&mut self) -> Result<()> {
+        let wanted = Wanted::data(&self.mem_file);
+        let locked = wanted.runs().iter().map(|run| Locked::new(&self.mem_file, *run));
+        self.locked = locked.collect::<Result<_, _>>()?;
+        self.mem_file.set_pinned(true);
+        Ok(())
     }
 
     /// A fork that waits for its VMM.
