@@ -20,7 +20,7 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
 
-    /// How many threads answer page faults [default: two a processor, at most 8]
+    /// How many threads answer page faults [default: four a processor, at most 16]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
 

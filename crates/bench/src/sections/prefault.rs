@@ -33,6 +33,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     let file = TemplateFile::create(TemplateModel::of_data(mib << 20, 1))?;
     let bytes = read(file.path())?;
     let server = InProcess::start(file.path())?;
+    // As a daemon does in the background.
+    server.find_zeros();
     let mut samples = Samples::default();
     let progress = rounds(Section::Prefault, count);
     for round in 0..count {

@@ -41,7 +41,7 @@ pub struct Builder {
 impl Builder {
     fn new() -> Self {
         Self {
-            workers: std::thread::available_parallelism().map_or(2, |processors| (2 * processors.get()).min(8)),
+            workers: std::thread::available_parallelism().map_or(2, |processors| (4 * processors.get()).min(16)),
             deadlines: Deadlines::default(),
             completion_rate: NonZeroU64::new(COMPLETION_RATE),
             busy_poll: Duration::ZERO,
@@ -49,7 +49,7 @@ impl Builder {
         }
     }
 
-    /// How many threads answer faults; by default two a processor, but no more than 8. At least one.
+    /// How many threads answer faults; by default four a processor, but no more than 16. At least one.
     ///
     /// More than processors, because a worker that waits for a processor holds up all of its forks.
     #[must_use]

@@ -115,7 +115,7 @@ impl Served {
 }
 
 pub(super) struct Worker {
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
     inbox: Arc<Inbox<Message>>,
     registry: Arc<Registry>,
     count: Arc<AtomicUsize>,
@@ -144,19 +144,20 @@ impl Worker {
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
         let forks = Arc::new(AtomicUsize::new(0));
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
         let deliver = {
             let inbox = Arc::clone(&inbox);
             Arc::new(move |serial, awaited, bytes| inbox.send(Message::Bytes { serial, awaited, bytes }))
         };
+        let scratch = Scratch::new(deliver, crew, Arc::clone(&epoll), fault_deadline, completion_rate);
         let worker = Self {
             epoll,
             registry,
             count: Arc::clone(&forks),
             forks: Slab::new(),
             inbox: Arc::clone(&inbox),
-            scratch: Scratch::new(deliver, crew, fault_deadline, completion_rate),
+            scratch,
             restless: Vec::new(),
             next_to_fill: 0,
             busy_poll,

@@ -206,6 +206,11 @@ impl Template {
         self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether [all zeros were looked for](Self::find_zeros).
+    pub fn zeros_are_known(&self) -> bool {
+        self.inner.zero_search.is_done()
+    }
+
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {

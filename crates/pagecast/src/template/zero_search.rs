@@ -88,6 +88,11 @@ impl ZeroSearch {
         }
     }
 
+    /// Whether all zeros are known. Takes a lock: not for every fault.
+    pub(super) fn is_done(&self) -> bool {
+        self.lock().progress == Progress::Done
+    }
+
     /// Waits until nobody is looking; `false` where somebody still is.
     pub(super) fn wait(&self, until: Instant) -> bool {
         let mut state = self.lock();

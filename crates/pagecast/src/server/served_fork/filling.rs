@@ -1,7 +1,12 @@
 //! Installing what nobody waits for, in bounded steps: a prefault, or what a completion has left.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::time::Timespec;
 
 use super::lane::{Done, Lane};
 use super::watch::Watch;
@@ -10,6 +15,10 @@ use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
 use crate::session::{After, Fill};
 use crate::template::{PrefaultPlan, Recording, Run, SourceError, TemplateOffset};
+
+/// How many fills a lane carries out at most before the worker looks after its other forks: what is done once a step, such as
+/// calling other threads, takes as long as half a fill.
+const FILLS_A_LANE: usize = 4;
 
 /// How many runs of zeros are given back in one step: some microseconds each.
 const GIVEN_BACK_A_STEP: usize = 16;
@@ -58,16 +67,12 @@ impl ServedFork {
         if self.give_back()? {
             return Ok(());
         }
-        let next = || self.fills.pop().or_else(|| self.session.next_fill());
-        let mut fills: Vec<Fill> = std::iter::from_fn(next).take(1).collect();
-        if !fills.is_empty() {
-            let free = scratch.crew.free();
-            let next = || self.fills.pop().or_else(|| self.session.next_fill());
-            fills.extend(std::iter::from_fn(next).take(free));
-        }
-        if !fills.is_empty() {
+        if let Some(first) = self.next_fill() {
+            let lanes = 1 + scratch.crew.free();
+            let more = std::iter::from_fn(|| self.next_fill()).take(lanes * FILLS_A_LANE - 1);
+            let fills = std::iter::once(first).chain(more).collect();
             let (begun, before) = (Instant::now(), self.record.counters.installed_bytes.get());
-            self.fill_pieces(fills, scratch)?;
+            self.fill_pieces(fills, lanes, scratch)?;
             self.keep_rate(begun, self.record.counters.installed_bytes.get() - before, scratch);
             return Ok(());
         }
@@ -114,23 +119,56 @@ impl ServedFork {
         }
     }
 
-    /// Installs several fills, each on a thread of its own, the first on this one.
-    fn fill_pieces(&mut self, fills: Vec<Fill>, scratch: &mut Scratch) -> Result<(), End> {
-        scratch
-            .rooms
-            .resize_with(fills.len().max(scratch.rooms.len()), Vec::new);
-        let lanes = fills.iter().zip(&mut scratch.rooms).map(|(fill, room)| {
-            let parts = self.session.fill_parts(fill);
+    fn next_fill(&mut self) -> Option<Fill> {
+        self.fills.pop().or_else(|| self.session.next_fill())
+    }
+
+    /// Installs some of these fills, in `lanes` threads, of which this is one; all of them where nothing happens that the
+    /// worker has to look at.
+    fn fill_pieces(&mut self, fills: Vec<Fill>, lanes: usize, scratch: &mut Scratch) -> Result<(), End> {
+        let zeros_are_known = self.template.zeros_are_known();
+        let all_parts: Vec<_> = fills.iter().map(|fill| self.session.fill_parts(fill)).collect();
+        let stop = AtomicBool::new(false);
+        let (fills_of, stop, epoll) = (&fills, &stop, &scratch.epoll);
+        let all_parts = &all_parts;
+        scratch.rooms.resize_with(lanes.max(scratch.rooms.len()), Vec::new);
+        let work = scratch.rooms.iter_mut().take(lanes).enumerate().map(|(number, room)| {
             let mut lane = Lane {
                 uffd: &self.uffd,
                 source: self.template.source(),
+                zeros_are_known,
                 zeros: &scratch.zeros,
                 room,
             };
-            move || lane.carry_out(fill, &parts, None)
+            move || {
+                let mut all_done = Vec::new();
+                let pieces = fills_of.iter().zip(all_parts).enumerate();
+                for (index, (fill, parts)) in pieces.skip(number).step_by(lanes) {
+                    all_done.push((index, lane.carry_out(fill, parts, None)));
+                    // A demand fault goes first. The first lane looks for all.
+                    if number == 0 && has_event(epoll) {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+                all_done
+            }
         });
-        let done = scratch.crew.run(lanes.collect());
-        for (fill, done) in fills.into_iter().zip(done) {
+        let mut all_done: Vec<_> = scratch.crew.run(work.collect()).into_iter().flatten().collect();
+        // What was not come to is next.
+        all_done.sort_unstable_by_key(|(index, _)| *index);
+        let mut all_done = all_done.into_iter().peekable();
+        let (mut begun, mut left) = (Vec::new(), Vec::new());
+        for (index, fill) in fills.into_iter().enumerate() {
+            match all_done.next_if(|(done, _)| *done == index) {
+                Some((_, done)) => begun.push((fill, done)),
+                None => left.push(fill),
+            }
+        }
+        self.fills.extend(left.into_iter().rev());
+        for (fill, done) in begun {
             self.conclude(fill, done, &scratch.deliver)?;
         }
         Ok(())
@@ -141,6 +179,7 @@ impl ServedFork {
         let mut lane = Lane {
             uffd: &self.uffd,
             source: self.template.source(),
+            zeros_are_known: false,
             zeros: &scratch.zeros,
             room: &mut scratch.bytes,
         };
@@ -239,4 +278,10 @@ impl ServedFork {
         self.fill_pause = None;
         self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
+}
+
+/// Whether something waits for the worker.
+fn has_event(epoll: &OwnedFd) -> bool {
+    let mut ready = [PollFd::new(epoll, PollFlags::IN)];
+    rustix::event::poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }

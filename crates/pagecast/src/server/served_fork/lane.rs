@@ -10,6 +10,8 @@ use crate::template::{Page, PageSource, SourceError, TemplateOffset, leading_zer
 pub(super) struct Lane<'a> {
     pub(super) uffd: &'a Uffd,
     pub(super) source: &'a dyn PageSource,
+    /// What is not known to be zeros is none.
+    pub(super) zeros_are_known: bool,
     /// A huge page of zeros.
     pub(super) zeros: &'a [u8],
     /// Room for what has to be read.
@@ -80,8 +82,8 @@ impl Lane<'_> {
         let Content::Template(from) = part.content else {
             return Ok(Bytes::Zero);
         };
-        // What other forks have touched is data, as a rule, and needs not be looked into for zeros.
-        if fill.is_planned
+        // What other forks have touched is data, as a rule, and needs not be looked into for zeros either.
+        if (fill.is_planned || self.zeros_are_known)
             && let Some(range) = self.source.mapped(from, part.to.len())
         {
             return Ok(Bytes::Mapped(range));

@@ -41,6 +41,8 @@ pub(super) struct Scratch {
     zeros: Vec<u8>,
     /// The same for each thread that helps.
     rooms: Vec<Vec<u8>>,
+    /// What the worker waits with: readable while there is something to look at.
+    epoll: Arc<OwnedFd>,
     crew: Arc<Crew>,
     deliver: Deliver,
     /// How long a fault may wait for the template or for memory.
@@ -53,6 +55,7 @@ impl Scratch {
     pub(super) fn new(
         deliver: Deliver,
         crew: Arc<Crew>,
+        epoll: Arc<OwnedFd>,
         fault_deadline: Duration,
         completion_rate: Option<NonZeroU64>,
     ) -> Self {
@@ -61,6 +64,7 @@ impl Scratch {
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: vec![0; PageSize::Huge.as_usize()],
             rooms: Vec::new(),
+            epoll,
             crew,
             deliver,
             fault_deadline,
