@@ -21,6 +21,9 @@ const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
 const PAGE: usize = 4096;
 
+/// A fault maps what is in the page cache around it, within so many bytes, aligned (`fault_around_bytes`).
+const AROUND: usize = 64 * 1024;
+
 /// How many pages are looked for in the page cache at once.
 const RESIDENT_PAGES: usize = 512;
 
@@ -184,11 +187,20 @@ impl MappedRange<'_> {
         let _ = unsafe { rustix::mm::munlock(self.start(), self.len) };
     }
 
-    /// Lets go of it: it stays in the page cache, but this process has it resident no longer.
+    /// Lets go of it, and of what the kernel has mapped around it: it stays in the page cache, but this process has it
+    /// resident no longer.
     pub fn release(&self) {
+        let from = self.into / AROUND * AROUND;
+        let to = (self.into + self.len).next_multiple_of(AROUND).min(self.file.len);
         // It can fail only where the mapping is locked, and then it has to stay.
         // SAFETY: a range of the mapping, which is of a file and read-only: nothing is lost.
-        let _ = unsafe { rustix::mm::madvise(self.start(), self.len, Advice::LinuxDontNeed) };
+        let _ = unsafe {
+            rustix::mm::madvise(
+                self.file.start.wrapping_byte_add(from),
+                to - from,
+                Advice::LinuxDontNeed,
+            )
+        };
     }
 
     /// The same without its first `skip` bytes, and no longer than `len`; `None` where nothing is left.

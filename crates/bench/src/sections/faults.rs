@@ -87,13 +87,13 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         for (name, of) in [(RESIDENT, ", resident template"), (PAGECAST, "")] {
             match setting.forks {
                 1 => report.goal(
-                    &format!("demand fault p50, 1 fork{of}"),
+                    format!("demand fault p50, 1 fork{of}"),
                     Some(FLOOR),
                     Goal::AtMost(1.15),
                     ratio(name, Measure::FaultP50Us),
                 ),
                 20 => report.goal(
-                    &format!("faults per second, 20 forks{of}"),
+                    format!("faults per second, 20 forks{of}"),
                     Some(FLOOR),
                     Goal::AtLeast(0.95),
                     ratio(name, Measure::FaultsPerSecond),

@@ -72,7 +72,7 @@ fn goals(section: &Value) -> Vec<String> {
 fn faults_are_measured_beside_the_floor() {
     let section = section(&tiny("faults"), "faults");
     for forks in ["1 fork", "4 forks", "20 forks"] {
-        for name in ["floor: bare loop", "pagecast"] {
+        for name in ["floor: bare loop", "pagecast", "pagecast, resident template"] {
             let measures = [
                 "fault_p50_us",
                 "fault_p99_us",
@@ -85,7 +85,12 @@ fn faults_are_measured_beside_the_floor() {
     }
     assert_eq!(
         goals(&section),
-        ["demand fault p50, 1 fork", "faults per second, 20 forks"]
+        [
+            "demand fault p50, 1 fork, resident template",
+            "demand fault p50, 1 fork",
+            "faults per second, 20 forks, resident template",
+            "faults per second, 20 forks",
+        ]
     );
 }
 

@@ -453,7 +453,8 @@ fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
     let (going_fork, going) = fixture.fork("going");
     // It has no more to install for now, so it is never its turn.
     let other_script = Arc::new(Script::new(&model(SIZE), |page| match page {
-        100 => Access::HoldsWorker,
+        // Far from what is tried to be installed first.
+        1500 => Access::HoldsWorker,
         _ => Access::Gated,
     }));
     fixture.template = Template::from_source(ScriptedSource(Arc::clone(&other_script)));
@@ -462,7 +463,7 @@ fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
     std::thread::scope(|scope| {
         let close = scope.spawn(|| fixture.server.close(PATIENCE));
         eventually("the last page is read", || going_script.holds() == 1);
-        let read = other.start(read_range(100, 101)).unwrap();
+        let read = other.start(read_range(1500, 1501)).unwrap();
         eventually("a fault", || in_page_fault(&other) == 1);
         going_script.open_gate();
         eventually("the worker is held", || other_script.holds() == 1);

@@ -144,9 +144,11 @@ impl ServedFork {
                 let mut all_done = Vec::new();
                 let pieces = fills_of.iter().zip(all_parts).enumerate();
                 for (index, (fill, parts)) in pieces.skip(number).step_by(lanes) {
-                    all_done.push((index, lane.carry_out(fill, parts, None)));
-                    // A demand fault goes first. The first lane looks for all.
-                    if number == 0 && has_event(epoll) {
+                    let done = lane.carry_out(fill, parts, None);
+                    // What follows would get no further either. And a demand fault goes first; one lane looks for all.
+                    let is_stuck = done.last().is_some_and(Done::is_stuck);
+                    all_done.push((index, done));
+                    if is_stuck || (number == 0 && has_event(epoll)) {
                         stop.store(true, Ordering::Relaxed);
                     }
                     if stop.load(Ordering::Relaxed) {

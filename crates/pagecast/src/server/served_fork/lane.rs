@@ -35,6 +35,17 @@ pub(super) enum Done {
     Unreadable(SourceError),
 }
 
+impl Done {
+    /// Nothing after it was done.
+    pub(super) fn is_stuck(&self) -> bool {
+        match self {
+            Self::Tried { outcome, .. } => !matches!(outcome, Outcome::Installed | Outcome::AlreadyPresent),
+            Self::Skipped(_) => false,
+            Self::NotReady | Self::Unreadable(_) => true,
+        }
+    }
+}
+
 /// The bytes of a part.
 #[derive(Clone, Copy)]
 enum Bytes<'a> {
