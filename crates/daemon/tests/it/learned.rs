@@ -95,6 +95,7 @@ fn each_fork_says_what_it_is_given_ahead() {
         let created = fixture.create(&json!({ "id": prefault, "backend": backend, "prefault": prefault }));
         assert_eq!(created["backend"], "uffd");
         fixture.restore(&vmm, &created);
+        eventually("it is served", || fixture.fork(prefault)["state"] == "serving");
         if prefault == "all" {
             let all = |fork: &Value| number(&fork["installed_bytes"]) + number(&fork["given_back_bytes"]);
             eventually("all but the zeros is installed", || {
