@@ -188,6 +188,8 @@ impl Server {
         let socket = match bound {
             Ok(socket) => socket,
             Err(error) => {
+                // It was to be seen for a moment, and whoever saw it may wait for its end.
+                record.end(ForkState::Failed, None);
                 self.registry.remove(&record);
                 return Err(error);
             }

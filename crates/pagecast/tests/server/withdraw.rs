@@ -205,6 +205,29 @@ fn no_fork_slips_through_while_its_template_is_withdrawn() {
     }
 }
 
+/// Forks that are refused are to be seen for a moment: whoever waits for the end of all forks does not wait for theirs.
+#[test]
+fn nobody_waits_for_forks_that_were_refused() {
+    let fixture = Fixture::new();
+    fixture.server.withdraw(&fixture.template, HOW);
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let options = ForkOptions::new(fixture.folder.path().join("refused"));
+            while !enough.load(Ordering::Relaxed) {
+                assert_refused(
+                    fixture
+                        .server
+                        .register("refused".parse().unwrap(), &fixture.template, &options),
+                );
+            }
+        });
+        let all_in_time = (0..20_000).all(|_| fixture.server.wait_withdrawn(&fixture.template, PATIENCE));
+        enough.store(true, Ordering::Relaxed);
+        assert!(all_in_time);
+    });
+}
+
 #[test]
 fn a_template_can_be_withdrawn_while_its_forks_are_completed() {
     let (fixture, script, fork, vmm) = crate::fixture::half_stuck();
