@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use pagecast_uffd::{Event, HostAddr, Outcome, Uffd, fd_passing};
+use pagecast_uffd::{Event, EventBuffer, HostAddr, Outcome, Uffd, fd_passing};
 use rustix::fs::OFlags;
 use serde::Deserialize;
 
@@ -168,9 +168,9 @@ fn accept(listener: &UnixListener) -> Result<(Uffd, Vec<Region>)> {
 }
 
 fn serve(strategy: Strategy, uffd: &Uffd, regions: &[Region], template: &[u8]) {
-    let mut events = Vec::new();
+    let mut events = EventBuffer::new();
     while uffd.read_events_blocking(&mut events).is_ok() {
-        for event in events.drain(..) {
+        for event in events.drain() {
             let Event::PageFault(fault) = event else { continue };
             match strategy {
                 Strategy::Demand => copy_page(uffd, regions, template, fault.address.get() & !(PAGE - 1)),

@@ -70,6 +70,15 @@ impl MappedFile {
         self.advise(Advice::LinuxHugepage)
     }
 
+    /// From now on, a touch maps no page of 2 MiB as a whole, but only what is around it.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where the kernel has no transparent hugepages at all.
+    pub fn prefer_small(&self) -> Result<(), Errno> {
+        self.advise(Advice::LinuxNoHugepage)
+    }
+
     /// Brings all of it into the page cache, in order, and waits for the disk.
     ///
     /// # Errors
@@ -138,8 +147,25 @@ impl MappedFile {
         (fits && aligned && len > 0).then_some(MappedRange { file: self, into, len })
     }
 
+    /// In bytes.
+    pub fn len(&self) -> ByteLen {
+        ByteLen::new(self.len as u64)
+    }
+
+    /// Never: there are no such mappings.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Lets go of all of it: what is in the page cache stays there, but this process has it resident no longer.
+    pub fn release(&self) {
+        // It can fail only where the mapping is locked, and then it has to stay.
+        let _ = self.advise(Advice::LinuxDontNeed);
+    }
+
     fn advise(&self, advice: Advice) -> Result<(), Errno> {
-        // SAFETY: exactly what was mapped. Neither advice changes a byte of it; both are about the page cache.
+        // SAFETY: exactly what was mapped, of a file and read-only. No advice changes a byte of it; all are about the page
+        // cache.
         Ok(unsafe { rustix::mm::madvise(self.start, self.len, advice) }?)
     }
 }

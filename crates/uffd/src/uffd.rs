@@ -159,37 +159,36 @@ impl Uffd {
         self.features
     }
 
-    /// Reads what has happened, up to [`EVENTS_PER_READ`] events, appends it to `events` and says whether that was all.
-    /// Never blocks, even where the peer has cleared `O_NONBLOCK` behind our back (Linux 6.10 and newer).
+    /// Reads what has happened, up to [`EVENTS_PER_READ`] events, adds it to those in `events` and says whether that was
+    /// all. Never blocks, even where the peer has cleared `O_NONBLOCK` behind our back (Linux 6.10 and newer).
     ///
     /// The kernel hands out page faults before other events, so a fault may come before an older `Remove`.
     ///
     /// # Errors
     ///
     /// The error of the `read`.
-    pub fn read_events(&self, events: &mut Vec<Event>) -> Result<Drained, Errno> {
-        let mut buffer = [0; EVENTS_PER_READ * MESSAGE_SIZE];
-        let length = match self.read_without_waiting(&mut buffer) {
+    pub fn read_events(&self, events: &mut EventBuffer) -> Result<Drained, Errno> {
+        let length = match self.read_without_waiting(&mut events.bytes[..]) {
             Ok(length) => length,
             Err(E::AGAIN | E::INTR) => return Ok(Drained::Yes),
             Err(errno) => return Err(errno.into()),
         };
-        Ok(if push_events(&buffer[..length], events) < EVENTS_PER_READ {
+        Ok(if events.parse(length) < EVENTS_PER_READ {
             Drained::Yes
         } else {
             Drained::NotYet
         })
     }
 
-    /// Blocks until there is an event (where the userfaultfd was created blocking) and reads up to [`EVENTS_PER_READ`].
+    /// Blocks until there is an event (where the userfaultfd was created blocking), reads up to [`EVENTS_PER_READ`] and adds
+    /// them to those in `events`.
     ///
     /// # Errors
     ///
     /// The error of the `read`, `EAGAIN` where there is nothing and it does not block.
-    pub fn read_events_blocking(&self, events: &mut Vec<Event>) -> Result<(), Errno> {
-        let mut buffer = [0; EVENTS_PER_READ * MESSAGE_SIZE];
-        let length = rustix::io::read(&self.fd, &mut buffer).map_err(Errno::from)?;
-        push_events(&buffer[..length], events);
+    pub fn read_events_blocking(&self, events: &mut EventBuffer) -> Result<(), Errno> {
+        let length = rustix::io::read(&self.fd, &mut events.bytes[..]).map_err(Errno::from)?;
+        events.parse(length);
         Ok(())
     }
 
@@ -313,20 +312,49 @@ impl AsFd for Uffd {
     }
 }
 
-/// Appends the events in `bytes`, fresh from a `read`, and says how many there were.
-fn push_events(bytes: &[u8], events: &mut Vec<Event>) -> usize {
-    let (messages, _) = bytes.as_chunks::<MESSAGE_SIZE>();
-    for message in messages {
-        events.push(match parse(message) {
-            Parsed::Event(event) => event,
-            Parsed::Fork { fd } => {
-                // SAFETY: the kernel has just installed this number into our table for this very message
-                // (`resolve_userfault_fork`), each message is parsed once, and nobody else knows the number.
-                Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
-            }
-        });
+/// Events that were read and not taken yet, and room to read more.
+#[derive(Debug)]
+pub struct EventBuffer {
+    /// What the last `read` has filled. Kept from one to the next, so that it is zeroed once only.
+    bytes: Box<[u8; EVENTS_PER_READ * MESSAGE_SIZE]>,
+    events: Vec<Event>,
+}
+
+impl EventBuffer {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self {
+            bytes: Box::new([0; _]),
+            events: Vec::with_capacity(EVENTS_PER_READ),
+        }
     }
-    messages.len()
+
+    /// Takes the events, in the order in which they were read.
+    pub fn drain(&mut self) -> impl Iterator<Item = Event> {
+        self.events.drain(..)
+    }
+
+    /// Takes up what a `read` has just put into the first `length` bytes, and says how many events that were.
+    fn parse(&mut self, length: usize) -> usize {
+        let (messages, _) = self.bytes[..length].as_chunks::<MESSAGE_SIZE>();
+        for message in messages {
+            self.events.push(match parse(message) {
+                Parsed::Event(event) => event,
+                Parsed::Fork { fd } => {
+                    // SAFETY: the kernel has just installed this number into our table for this very message
+                    // (`resolve_userfault_fork`), each message is parsed once, and nobody else knows the number.
+                    Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+                }
+            });
+        }
+        messages.len()
+    }
+}
+
+impl Default for EventBuffer {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 fn range_abi(range: HostRange) -> abi::uffdio_range {
@@ -465,9 +493,9 @@ mod tests {
             println!("skipped: this kernel's userfaultfd knows no RWF_NOWAIT (Linux 6.10)");
             return;
         }
-        let mut events = Vec::new();
+        let mut events = EventBuffer::new();
         assert_eq!(uffd.read_events(&mut events), Ok(Drained::Yes));
-        assert!(events.is_empty());
+        assert_eq!(events.drain().count(), 0);
     }
 
     #[test]

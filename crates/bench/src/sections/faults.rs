@@ -142,6 +142,7 @@ fn measure_set(
 
     let serve = |name, file: &TemplateFile, resident| -> Result<(InProcess, Side)> {
         let mut server = InProcess::start(file.path())?;
+        server.find_zeros();
         if resident {
             server.lock_template()?;
         }

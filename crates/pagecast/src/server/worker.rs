@@ -193,6 +193,7 @@ impl Worker {
                 Err(_) => continue,
             };
             let mut mail = false;
+            let alone = events.len() == 1;
             for event in events {
                 // Copied out, because the kernel's struct is packed.
                 let (flags, data) = (event.flags, event.data);
@@ -202,7 +203,7 @@ impl Worker {
                     // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
                     Token::Uffd(slot) => {
-                        self.step(slot, ServedFork::serve);
+                        self.step(slot, |fork, scratch| fork.serve(alone, scratch));
                         if !self.busy_poll.is_zero() {
                             self.busy_until = Some(Instant::now() + self.busy_poll);
                         }

@@ -94,7 +94,7 @@ impl GiveBack {
                 .filter(|(first, _)| first.get() < end)
             {
                 let pages = pages.min(end - first.get());
-                if pages >= self.shortest && !states.is_pending(first, pages) {
+                if pages >= self.shortest && !states.any_waiting(first, pages) {
                     let at = PageRef {
                         region: index,
                         page: first,

@@ -102,19 +102,17 @@ impl Session {
         }
         let (region, page) = self.regions.find(address).ok_or(Violation::FaultOutside { address })?;
         let at = PageRef { region, page };
-        let Some(states) = self.states_mut(region) else {
+        let (Some(region), Some(states)) = (self.regions.get(region), self.states.get(region.get())) else {
             return Err(Violation::FaultOutside { address });
         };
-        if !states.set_pending(page) {
+        if states.is_waiting(page) {
             return Ok(Noted::SameFault);
         }
         self.ready.push_back(at);
-        let page_size = self.regions.get(region).map_or(PageSize::Small, Region::page_size);
-        let offset = self
-            .regions
-            .get(region)
-            .map_or(TemplateOffset::new(0), |region| region.offset_of(page));
-        Ok(Noted::Fault { offset, page_size })
+        Ok(Noted::Fault {
+            offset: region.offset_of(page),
+            page_size: region.page_size(),
+        })
     }
 
     fn on_remove(&mut self, range: HostRange) -> usize {
@@ -134,24 +132,28 @@ impl Session {
     ///
     /// [`Violation::PageLost`].
     pub fn next_step(&mut self) -> Result<Option<Step>, Violation> {
-        let Some(at) = self.ready.pop_front() else {
-            return Ok(None);
-        };
-        let step = match self.state(at) {
-            PageState::Absent | PageState::Removed => self.demand(at).map(Step::Install),
-            PageState::Installed => {
-                self.answered(at);
-                let range = self.range(at);
-                self.count_repeat(at)?;
-                range.map(Step::Wake)
+        while let Some(at) = self.ready.pop_front() {
+            let Some(states) = self.states.get(at.region.get()) else { continue };
+            // What answers the fault that waits already wakes whoever made this one, too.
+            if states.is_waiting(at.page) {
+                continue;
             }
-        };
-        Ok(step)
+            return Ok(match states.get(at.page) {
+                PageState::Absent | PageState::Removed => self.demand(at).map(Step::Install),
+                PageState::Installed => {
+                    let range = self.range(at);
+                    self.count_repeat(at)?;
+                    range.map(Step::Wake)
+                }
+            });
+        }
+        Ok(None)
     }
 
     /// The template's bytes for this install are not there yet: it waits for [`bytes_ready`](Self::bytes_ready).
-    pub fn await_bytes(&mut self, _install: &Install) {
+    pub fn await_bytes(&mut self, install: &Install) {
         self.awaiting_bytes += 1;
+        self.set_waiting(install.at);
     }
 
     /// The bytes of a page that waited for them are there: what to do about it *now*. It may have been removed since, and
@@ -162,6 +164,7 @@ impl Session {
     /// [`Violation::PageLost`].
     pub fn bytes_ready(&mut self, at: PageRef) -> Result<Option<Step>, Violation> {
         self.awaiting_bytes = self.awaiting_bytes.saturating_sub(1);
+        self.clear_waiting(at);
         self.ready.push_front(at);
         self.next_step()
     }
@@ -173,25 +176,20 @@ impl Session {
             Outcome::Installed => {
                 self.repeated = None;
                 self.set_installed(at, 1);
-                self.answered(at);
                 After::Done
             }
             Outcome::AlreadyPresent => {
                 self.set_installed(at, 1);
-                self.answered(at);
                 After::Wake(install.to)
             }
             // Unmapped since: whoever waited has to find out by touching it again.
-            Outcome::NotRegistered => {
-                self.answered(at);
-                After::Wake(install.to)
-            }
+            Outcome::NotRegistered => After::Wake(install.to),
             Outcome::Retry { .. } => {
-                self.parked.push(at);
+                self.park(at);
                 After::Parked
             }
             Outcome::OutOfMemory => {
-                self.parked.push(at);
+                self.park(at);
                 After::OutOfMemory
             }
             Outcome::PeerGone => After::PeerGone,
@@ -211,7 +209,10 @@ impl Session {
 
     /// Queues everything parked for another try.
     pub fn release_parked(&mut self) {
-        self.ready.extend(self.parked.drain(..));
+        for at in std::mem::take(&mut self.parked) {
+            self.clear_waiting(at);
+            self.ready.push_back(at);
+        }
     }
 
     /// Installs this working set ahead of its faults. Where a completion goes on too, this comes first.
@@ -301,8 +302,12 @@ impl Session {
         self.give_back = GiveBack::new(&self.regions, zeros);
     }
 
-    /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once.
+    /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once;
+    /// none while a fault is still to be [answered](Self::next_step).
     pub fn next_give_back(&mut self) -> Option<ZeroRange> {
+        if !self.ready.is_empty() {
+            return None;
+        }
         self.give_back.next(&self.regions, &self.states)
     }
 
@@ -346,9 +351,20 @@ impl Session {
         }
     }
 
-    fn answered(&mut self, at: PageRef) {
+    fn park(&mut self, at: PageRef) {
+        self.parked.push(at);
+        self.set_waiting(at);
+    }
+
+    fn set_waiting(&mut self, at: PageRef) {
         if let Some(states) = self.states_mut(at.region) {
-            states.clear_pending(at.page);
+            states.set_waiting(at.page);
+        }
+    }
+
+    fn clear_waiting(&mut self, at: PageRef) {
+        if let Some(states) = self.states_mut(at.region) {
+            states.clear_waiting(at.page);
         }
     }
 

@@ -19,9 +19,10 @@ pub(crate) struct PageStates {
     installed: PageSet,
     /// Made with the first removal; most forks never have one.
     removed: Option<PageSet>,
-    /// Pages whose fault has been read and not answered yet. A second fault of the same page adds nothing: what answers
-    /// the first wakes everybody who waits there. Without this, a thread hit by signals could fill our queues.
-    pending: PageSet,
+    /// Pages whose fault could not be answered at once. Another fault of the same page adds nothing: what answers the first
+    /// wakes everybody who waits there. Without this, a thread hit by signals could fill our queues. Most forks never have
+    /// one, and then this is memory that nobody has written to, which costs nothing.
+    waiting: PageSet,
     pages: usize,
 }
 
@@ -37,7 +38,7 @@ impl PageStates {
         Self {
             installed: PageSet::new(pages),
             removed: None,
-            pending: PageSet::new(pages),
+            waiting: PageSet::new(pages),
             pages,
         }
     }
@@ -63,13 +64,18 @@ impl PageStates {
         self.installed.remove_run(first, count);
     }
 
-    /// Notes that a fault of `page` waits for its answer; `false` where one did already.
-    pub(crate) fn set_pending(&mut self, page: PageIndex) -> bool {
-        self.pending.insert(page)
+    /// Notes that a fault of `page` waits for its answer.
+    pub(crate) fn set_waiting(&mut self, page: PageIndex) {
+        self.waiting.insert(page);
     }
 
-    pub(crate) fn clear_pending(&mut self, page: PageIndex) {
-        self.pending.remove(page);
+    pub(crate) fn clear_waiting(&mut self, page: PageIndex) {
+        self.waiting.remove(page);
+    }
+
+    /// Whether a fault of `page` waits for its answer.
+    pub(crate) fn is_waiting(&self, page: PageIndex) -> bool {
+        self.waiting.contains(page)
     }
 
     /// The next run of absent pages at or after `from`, cut at `most` pages.
@@ -78,9 +84,9 @@ impl PageStates {
     }
 
     /// Whether a fault of one of `count` pages from `first` on waits for its answer.
-    pub(crate) fn is_pending(&self, first: PageIndex, count: usize) -> bool {
-        let pending = self.pending.next_inside(first);
-        pending.is_some_and(|page| page.get() < first.get() + count)
+    pub(crate) fn any_waiting(&self, first: PageIndex, count: usize) -> bool {
+        let waiting = self.waiting.next_inside(first);
+        waiting.is_some_and(|page| page.get() < first.get() + count)
     }
 }
 
@@ -101,12 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn a_second_fault_of_a_pending_page_adds_nothing() {
-        let mut states = PageStates::new(1);
-        let page = PageIndex::new(0);
-        assert!(states.set_pending(page));
-        assert!(!states.set_pending(page));
-        states.clear_pending(page);
-        assert!(states.set_pending(page));
+    fn a_page_waits_until_its_fault_is_answered() {
+        let mut states = PageStates::new(3);
+        let page = PageIndex::new(1);
+        assert!(!states.is_waiting(page) && !states.any_waiting(PageIndex::new(0), 3));
+        states.set_waiting(page);
+        assert!(states.is_waiting(page) && states.any_waiting(PageIndex::new(0), 3));
+        assert!(!states.any_waiting(PageIndex::new(2), 1));
+        states.clear_waiting(page);
+        assert!(!states.is_waiting(page) && !states.any_waiting(PageIndex::new(0), 3));
     }
 }

@@ -581,11 +581,29 @@ fn a_page_that_keeps_faulting_though_installed_is_given_up_and_not_spun_on() {
 #[test]
 fn a_thread_hit_by_signals_does_not_fill_our_queues() {
     let mut session = Session::new(regions());
-    assert!(matches!(session.on_event(&fault(3)), Ok(Noted::Fault { .. })));
+    // All that one turn reads is answered in that turn, and a page that has to wait is waited for once.
+    for _ in 0..3 {
+        assert!(matches!(session.on_event(&fault(3)), Ok(Noted::Fault { .. })));
+    }
+    let Some(Step::Install(install)) = session.next_step().unwrap() else {
+        panic!("no install");
+    };
+    session.await_bytes(&install);
+    assert_eq!(session.next_step(), Ok(None));
     for _ in 0..1000 {
         assert_eq!(session.on_event(&fault(3)), Ok(Noted::SameFault));
     }
     assert_eq!(session.unanswered(), 1);
+    assert_eq!(session.bytes_ready(install.at), Ok(Some(Step::Install(install))));
+    assert_eq!(session.on_outcome(&install, Outcome::Retry { installed: ByteLen::ZERO }), After::Parked);
+    for _ in 0..1000 {
+        assert_eq!(session.on_event(&fault(3)), Ok(Noted::SameFault));
+    }
+    assert_eq!(session.unanswered(), 1);
+    session.release_parked();
+    assert_eq!(session.next_step(), Ok(Some(Step::Install(install))));
+    assert_eq!(session.on_outcome(&install, Outcome::Installed), After::Done);
+    assert_eq!(session.unanswered(), 0);
 }
 
 #[test]
@@ -640,7 +658,14 @@ fn zeros_are_not_given_back_where_a_fault_waits_or_a_page_is_there() {
     driver.kernel.touch(1, 15);
     driver.read();
     driver.act(&Act::Step);
-    // Page 1 is there, page 15 waits.
+    // Page 1 is there, page 15 is to be answered.
+    assert_eq!(driver.session.next_give_back(), None);
+    let Ok(Some(Step::Install(install))) = driver.session.next_step() else {
+        panic!("no install");
+    };
+    let retry = Outcome::Retry { installed: ByteLen::ZERO };
+    assert_eq!(driver.session.on_outcome(&install, retry), After::Parked);
+    // Now it waits.
     let mut given = Vec::new();
     while let Some(range) = driver.session.next_give_back() {
         given.push((page_of(range.memory.start()), range.pages));

@@ -19,6 +19,7 @@ use super::open::OpenError;
 use super::sidecar::SidecarError;
 use super::source::{Page, PageSource, SourceError, TemplateOffset};
 use super::trust::Trust;
+use super::windows::Windows;
 use super::zero_map::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
@@ -53,6 +54,8 @@ pub struct MemFile {
     pub(super) mapped: Option<Arc<MappedFile>>,
     /// All of it but zeros is locked in memory.
     pinned: AtomicBool,
+    /// Else these parts of it are known to be there.
+    windows: Option<Windows>,
 }
 
 impl MemFile {
@@ -98,6 +101,7 @@ impl MemFile {
         find_holes(&file, size, &zeros).map_err(cannot_open)?;
         // Some file systems have no mappings, and then runs of pages are read as single ones are.
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
+        let windows = Windows::new(file.as_fd(), ByteLen::new(size));
         let mem_file = Self {
             path: path.to_owned(),
             file,
@@ -109,6 +113,7 @@ impl MemFile {
             trust: Trust::new(),
             mapped,
             pinned: AtomicBool::new(false),
+            windows,
         };
         mem_file.kept_zeros.get_or_init(|| mem_file.load_zeros(metadata.uid()));
         Ok(mem_file)
@@ -188,12 +193,6 @@ impl MemFile {
         self.pinned.store(pinned, Ordering::Relaxed);
     }
 
-    /// A part of the file that cannot have changed.
-    fn trusted_range(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
-        mapped.range(at.get(), len)
-    }
-
     fn io_error(at: TemplateOffset) -> impl FnOnce(std::io::Error) -> SourceError {
         move |source| SourceError::Io { at, source }
     }
@@ -251,13 +250,21 @@ impl PageSource for MemFile {
 
     fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
         // Without a lease, only what was read before it is checked is known to be the template's.
-        let range = self.trusted_range(at, len)?;
+        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
+        let range = mapped.range(at.get(), len)?;
         (self.is_pinned() || range.is_resident()).then_some(range)
     }
 
-    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        let is_data = self.is_pinned() && !self.zeros.covers(at, len);
-        is_data.then(|| self.trusted_range(at, len)).flatten()
+    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
+        let page = PageSize::Small.len();
+        if self.zeros.covers(at, page) {
+            return None;
+        }
+        let now = self.trust.holds_now()?;
+        if self.is_pinned() {
+            return self.mapped.as_ref()?.range(at.get(), page);
+        }
+        self.windows.as_ref()?.page(at, now)
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

@@ -21,6 +21,8 @@ mod slow_reads;
 mod source;
 #[cfg(target_os = "linux")]
 mod trust;
+#[cfg(target_os = "linux")]
+mod windows;
 mod working_set;
 #[cfg(target_os = "linux")]
 mod zero_file;

@@ -88,11 +88,11 @@ pub trait PageSource: Send + Sync + 'static {
         None
     }
 
-    /// The same for one page, of which it is known without asking that it is in memory and stays there, and that it is not
-    /// all zeros. Called on the fault path. By default none.
+    /// The same for the small page at `at`, known to be in memory without asking for just this one. Called on the fault
+    /// path, where all zeros are known. By default none.
     #[cfg(target_os = "linux")]
-    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        let _ = (at, len);
+    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
+        let _ = at;
         None
     }
 
@@ -153,8 +153,8 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
     }
 
     #[cfg(target_os = "linux")]
-    fn pinned(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        (**self).pinned(at, len)
+    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
+        (**self).at_hand(at)
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

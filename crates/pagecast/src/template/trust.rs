@@ -57,7 +57,16 @@ impl Trust {
 
     /// Whether the file needs not be looked at. To be asked after its bytes were read and before they are given away.
     pub(super) fn holds(&self) -> bool {
-        self.granted.load(Ordering::Acquire) && self.holds_at(self.now())
+        self.holds_now().is_some()
+    }
+
+    /// The same, and when that was found.
+    pub(super) fn holds_now(&self) -> Option<CoarseTime> {
+        if !self.granted.load(Ordering::Acquire) {
+            return None;
+        }
+        let now = self.now();
+        self.holds_at(now).then_some(CoarseTime(now))
     }
 
     fn holds_at(&self, now: u64) -> bool {
@@ -74,6 +83,16 @@ impl Trust {
 
     fn now(&self) -> u64 {
         micros(now().saturating_sub(self.epoch))
+    }
+}
+
+/// A time since some moment, to within some milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CoarseTime(u64);
+
+impl CoarseTime {
+    pub(super) fn micros(self) -> u64 {
+        self.0
     }
 }
 

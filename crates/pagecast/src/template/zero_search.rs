@@ -1,5 +1,6 @@
 //! Looking for the zeros of a template, on a thread of its own.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,8 @@ type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 pub(super) struct ZeroSearch {
     state: Mutex<State>,
     changed: Condvar,
+    /// Its progress is [`Progress::Done`], without the lock.
+    is_done: AtomicBool,
 }
 
 #[derive(Default)]
@@ -88,9 +91,9 @@ impl ZeroSearch {
         }
     }
 
-    /// Whether all zeros are known. Takes a lock: not for every fault.
+    /// Whether all zeros are known.
     pub(super) fn is_done(&self) -> bool {
-        self.lock().progress == Progress::Done
+        self.is_done.load(Ordering::Acquire)
     }
 
     /// Waits until nobody is looking; `false` where somebody still is.
@@ -126,6 +129,7 @@ impl ZeroSearch {
         // What cannot be read is counted as data; whoever needs it will say why.
         state.left_off = None;
         state.progress = if result.is_ok() { Progress::Done } else { Progress::Idle };
+        self.is_done.store(result.is_ok(), Ordering::Release);
         let done = std::mem::take(&mut state.done);
         drop(state);
         self.changed.notify_all();

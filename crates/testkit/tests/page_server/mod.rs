@@ -224,10 +224,10 @@ fn receive_handshake(connection: &UnixStream) -> (Vec<ServedRegion>, OwnedFd) {
 impl Session {
     /// Reads all there is, applies removals, and returns the faults.
     fn read_events(&mut self) -> Vec<Fault> {
-        let mut events = Vec::new();
+        let mut events = pagecast_uffd::EventBuffer::new();
         while self.uffd.read_events(&mut events).unwrap() == pagecast_uffd::Drained::NotYet {}
         let mut faults = Vec::new();
-        for event in events {
+        for event in events.drain() {
             match event {
                 Event::PageFault(fault) => faults.push(Fault {
                     fault,

@@ -55,7 +55,7 @@ impl ServedFork {
             }
             self.unregistered = true;
         }
-        self.serve(scratch)?;
+        self.serve(false, scratch)?;
         let Some(first_page) = self.session.regions().first_page() else {
             return Err(End::Complete);
         };

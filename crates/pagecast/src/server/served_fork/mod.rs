@@ -1,6 +1,7 @@
 //! One fork being served: carries out what its session decides.
 
 mod completion;
+mod eagerness;
 mod filling;
 mod lane;
 mod watch;
@@ -10,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast_uffd::{Drained, Errno, Event, HostRange, Outcome, Peer, Uffd};
+use pagecast_uffd::{Drained, Errno, EventBuffer, HostRange, Outcome, Peer, Uffd};
 
 use super::crew::Crew;
 use super::failure::FailReason;
@@ -18,6 +19,7 @@ use super::record::ForkRecord;
 use crate::page::PageSize;
 use crate::session::{After, Content, Fill, Install, Noted, PageRef, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
+use eagerness::Eagerness;
 use watch::Watch;
 pub(super) use watch::Watched;
 
@@ -29,12 +31,15 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
 
+/// How often more a fork that is served alone is looked at in one turn.
+const LOOKS_PER_TURN: usize = 8;
+
 /// Where bytes go that were read elsewhere: of which fork (its serial), for what, and the bytes. Called on reading threads.
 pub(super) type Deliver = Arc<dyn Fn(u64, Awaited, Result<Vec<u8>, SourceError>) + Send + Sync>;
 
 /// What the forks of one worker share: room to work in.
 pub(super) struct Scratch {
-    events: Vec<Event>,
+    events: EventBuffer,
     /// The largest page or fill.
     bytes: Vec<u8>,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
@@ -60,7 +65,7 @@ impl Scratch {
         completion_rate: Option<NonZeroU64>,
     ) -> Self {
         Self {
-            events: Vec::with_capacity(pagecast_uffd::uffd::EVENTS_PER_READ),
+            events: EventBuffer::new(),
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: vec![0; PageSize::Huge.as_usize()],
             rooms: Vec::new(),
@@ -136,6 +141,7 @@ pub(super) struct ServedFork {
     template: Template,
     /// Tells this fork from others that had the same place in their worker.
     pub(super) serial: u64,
+    eagerness: Eagerness,
     /// The last turn ended before all events were read. The worker is told of new ones only.
     unread: bool,
     reads: Vec<Read>,
@@ -172,6 +178,7 @@ impl ServedFork {
             socket: Some(socket),
             session,
             serial,
+            eagerness: Eagerness::default(),
             unread: false,
             reads: Vec::new(),
             retry: None,
@@ -187,10 +194,26 @@ impl ServedFork {
         }
     }
 
-    /// Reads what has happened and answers it.
-    pub(super) fn serve(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+    /// Reads what has happened and answers it; with `alone`, looks a few times more whether there is already something new,
+    /// where that was worth it before: no other fork waits meanwhile.
+    pub(super) fn serve(&mut self, alone: bool, scratch: &mut Scratch) -> Result<(), End> {
         let read_at = self.take_events(scratch)?;
-        self.answer(scratch, read_at)
+        self.answer(scratch, read_at)?;
+        for _ in 0..LOOKS_PER_TURN {
+            // What is read last is not known to be all, but the worker is told of whatever comes from now on.
+            if !alone || !self.eagerness.is_worth_a_look() {
+                break;
+            }
+            let before = self.record.counters.demand.get();
+            let read_at = self.take_events(scratch)?;
+            let found = self.record.counters.demand.get() != before;
+            self.eagerness.note(found);
+            if !found {
+                break;
+            }
+            self.answer(scratch, read_at)?;
+        }
+        Ok(())
     }
 
     /// Reads events until there are none, or for one turn. Returns when the first read was done.
@@ -203,7 +226,7 @@ impl ServedFork {
                 .read_events(&mut scratch.events)
                 .map_err(|errno| kernel("read events", errno))?;
             first_read.get_or_insert_with(Instant::now);
-            for event in scratch.events.drain(..) {
+            for event in scratch.events.drain() {
                 match self.session.on_event(&event)? {
                     Noted::Fault { offset, page_size } => {
                         self.record.counters.demand.add(1);
@@ -237,7 +260,10 @@ impl ServedFork {
             let tried = self.install_zeros(install, &scratch.zeros);
             return self.finish(install, tried, since, scratch.fault_deadline);
         };
-        if let Some(bytes) = self.template.source().pinned(from, install.to.len()) {
+        if install.page_size == PageSize::Small
+            && self.template.zeros_are_known()
+            && let Some(bytes) = self.template.source().at_hand(from)
+        {
             let begun = Instant::now();
             let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
             // It was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM does
@@ -435,7 +461,7 @@ impl ServedFork {
             self.fill_pause = None;
         }
         if self.unread {
-            self.serve(scratch)?;
+            self.serve(false, scratch)?;
         }
         if let Some(retry) = self.retry.as_ref().filter(|retry| retry.at <= now) {
             let since = retry.since;

@@ -1,0 +1,118 @@
+//! Which parts of a mapped mem-file single pages are copied straight from.
+//!
+//! A fault is answered fastest by a copy from the mapping, but only what is in the page cache may be touched there, and what
+//! is mapped counts as resident memory of the server. So a *window* of the file is looked for in the page cache and opened
+//! where faults come together, few windows are open at a time, and all are closed again after a moment.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
+
+use super::source::TemplateOffset;
+use super::trust::CoarseTime;
+use crate::page::PageSize;
+
+/// The size of a window in bytes: what the kernel maps around the first page that is touched (`fault_around_bytes`).
+const WINDOW: u64 = 64 << 10;
+
+/// How many are open at most: 4 MiB.
+const MOST_OPEN: usize = 64;
+
+/// How long they are. What is in the page cache stays there for that long, as a rule; where it does not, one copy waits for
+/// the disk.
+const ROUND: Duration = Duration::from_millis(10);
+
+/// The windows of one mem-file. Shared by all threads without a lock: a window that is opened while others are closed is
+/// one more or less for a moment.
+#[derive(Debug)]
+pub(super) struct Windows {
+    /// All of the file. A mapping of their own, so that closing them lets go of nothing else.
+    file: MappedFile,
+    /// When this round has begun, as [`CoarseTime::micros`].
+    begun: AtomicU64,
+    opened: AtomicUsize,
+    /// A bit a window: a fault came there in this round.
+    touched: Box<[AtomicU64]>,
+    /// A bit a window: it was in the page cache in this round.
+    open: Box<[AtomicU64]>,
+}
+
+impl Windows {
+    /// None of `file`, which has so many bytes, is open. `None` where it cannot be mapped.
+    pub(super) fn new(file: BorrowedFd<'_>, len: ByteLen) -> Option<Self> {
+        let file = MappedFile::new(file, 0, len).ok()?;
+        // A touch would map 2 MiB, where the page cache has such pages. Without them the kernel says that it has none.
+        let _ = file.prefer_small();
+        let words = || {
+            let windows = len.get().div_ceil(WINDOW);
+            (0..windows.div_ceil(u64::BITS.into()))
+                .map(|_| AtomicU64::new(0))
+                .collect()
+        };
+        Some(Self {
+            file,
+            begun: AtomicU64::new(0),
+            opened: AtomicUsize::new(0),
+            touched: words(),
+            open: words(),
+        })
+    }
+
+    /// The small page at `at`, where it may be copied straight from the file. Called for each fault.
+    pub(super) fn page(&self, at: TemplateOffset, now: CoarseTime) -> Option<MappedRange<'_>> {
+        let is_open = self.is_open(at, now);
+        is_open.then(|| self.file.range(at.get(), PageSize::Small.len())).flatten()
+    }
+
+    fn is_open(&self, at: TemplateOffset, now: CoarseTime) -> bool {
+        let window = at.get() / WINDOW;
+        let bit = 1 << (window % u64::from(u64::BITS));
+        let word = usize::try_from(window / u64::from(u64::BITS)).unwrap_or(usize::MAX);
+        let (Some(open), Some(touched)) = (self.open.get(word), self.touched.get(word)) else {
+            return false;
+        };
+        let begun = self.begun.load(Ordering::Relaxed);
+        if now.micros().saturating_sub(begun) >= ROUND.as_micros() as u64 {
+            self.next_round(begun, now);
+        }
+        if open.load(Ordering::Relaxed) & bit != 0 {
+            return true;
+        }
+        // A single fault in a window is answered faster without: opening one costs as much as reading three pages.
+        let is_first = touched.fetch_or(bit, Ordering::Relaxed) & bit == 0;
+        if is_first || self.opened.load(Ordering::Relaxed) >= MOST_OPEN {
+            return false;
+        }
+        let start = window * WINDOW;
+        let len = WINDOW.min(self.file.len().get().saturating_sub(start));
+        let window = self.file.range(start, ByteLen::new(len));
+        if !window.is_some_and(|window| window.is_resident()) {
+            return false;
+        }
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        open.fetch_or(bit, Ordering::Relaxed);
+        true
+    }
+
+    /// Closes all windows, on whatever thread finds first that it is time.
+    #[cold]
+    fn next_round(&self, begun: u64, now: CoarseTime) {
+        let won = self
+            .begun
+            .compare_exchange(begun, now.micros(), Ordering::Relaxed, Ordering::Relaxed);
+        if won.is_err() {
+            return;
+        }
+        for word in &self.touched {
+            word.store(0, Ordering::Relaxed);
+        }
+        if self.opened.swap(0, Ordering::Relaxed) > 0 {
+            for word in &self.open {
+                word.store(0, Ordering::Relaxed);
+            }
+            self.file.release();
+        }
+    }
+}
