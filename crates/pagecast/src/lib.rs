@@ -41,6 +41,8 @@ pub mod cgroup;
 pub mod handshake;
 mod page;
 mod page_set;
+#[cfg(target_os = "linux")]
+mod priority;
 pub mod server;
 pub mod session;
 pub mod template;

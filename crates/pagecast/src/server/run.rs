@@ -18,6 +18,7 @@ use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
 use super::worker::{Message, Worker, WorkerHandle};
+use crate::priority;
 use crate::template::{SourceError, Template};
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
@@ -31,17 +32,20 @@ const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a server is to be.
 pub struct Builder {
-    workers: usize,
+    workers: Option<usize>,
     deadlines: Deadlines,
     completion_rate: Option<NonZeroU64>,
     busy_poll: Duration,
     observer: Observer,
 }
 
+/// The most workers there are where nobody said.
+const MOST_WORKERS: usize = 16;
+
 impl Builder {
     fn new() -> Self {
         Self {
-            workers: std::thread::available_parallelism().map_or(2, |processors| (4 * processors.get()).min(16)),
+            workers: None,
             deadlines: Deadlines::default(),
             completion_rate: NonZeroU64::new(COMPLETION_RATE),
             busy_poll: Duration::ZERO,
@@ -49,12 +53,12 @@ impl Builder {
         }
     }
 
-    /// How many threads answer faults; by default four a processor, but no more than 16. At least one.
-    ///
-    /// More than processors, because a worker that waits for a processor holds up all of its forks.
+    /// How many threads answer faults; at least one. By default one a processor where this process may raise the priority of
+    /// a thread (`CAP_SYS_NICE`): a worker that many forks wait for is then run first. Elsewhere four a processor, because a
+    /// worker that waits for a processor holds up all of its forks. No more than 16 either way.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
-        self.workers = workers.max(1);
+        self.workers = Some(workers.max(1));
         self
     }
 
@@ -107,7 +111,9 @@ impl Builder {
         let crew = Arc::new(Crew::new());
         let mut workers = Vec::new();
         let mut threads = Vec::new();
-        for index in 0..self.workers {
+        let may_be_raised = priority::may_be_raised();
+        let count = self.workers.unwrap_or_else(|| usual_workers(may_be_raised));
+        for index in 0..count {
             let (worker, thread) = Worker::start(
                 index,
                 Arc::clone(&registry),
@@ -115,6 +121,7 @@ impl Builder {
                 self.deadlines.fault,
                 self.completion_rate,
                 self.busy_poll,
+                may_be_raised,
             )
             .map_err(failed)?;
             workers.push(worker);
@@ -135,6 +142,13 @@ impl Builder {
             })),
         })
     }
+}
+
+/// How many workers there are where nobody said.
+fn usual_workers(may_be_raised: bool) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = if may_be_raised { 1 } else { 4 };
+    (each * processors).min(MOST_WORKERS)
 }
 
 /// A page server.

@@ -20,6 +20,7 @@ use super::inbox::Inbox;
 use super::record::Wish;
 use super::registry::Registry;
 use super::served_fork::{Awaited, End, Scratch, ServedFork};
+use crate::priority::WorkerPriority;
 use crate::template::SourceError;
 
 /// How many epoll events are taken at once.
@@ -129,6 +130,7 @@ pub(super) struct Worker {
     /// How long to look for faults without sleeping after there was one.
     busy_poll: Duration,
     busy_until: Option<Instant>,
+    may_be_raised: bool,
     stopping: bool,
 }
 
@@ -141,6 +143,7 @@ impl Worker {
         fault_deadline: Duration,
         completion_rate: Option<NonZeroU64>,
         busy_poll: Duration,
+        may_be_raised: bool,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
         let forks = Arc::new(AtomicUsize::new(0));
@@ -162,6 +165,7 @@ impl Worker {
             next_to_fill: 0,
             busy_poll,
             busy_until: None,
+            may_be_raised,
             stopping: false,
         };
         let thread = std::thread::Builder::new()
@@ -171,6 +175,7 @@ impl Worker {
     }
 
     fn run(mut self) {
+        let mut priority = WorkerPriority::new(self.may_be_raised);
         let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
         while !(self.stopping && self.forks.is_empty()) {
             let is_busy = self.is_busy();
@@ -194,6 +199,7 @@ impl Worker {
             };
             let mut mail = false;
             let alone = events.len() == 1;
+            priority.woken_for(events.len());
             for event in events {
                 // Copied out, because the kernel's struct is packed.
                 let (flags, data) = (event.flags, event.data);

@@ -133,7 +133,9 @@ impl Session {
     /// [`Violation::PageLost`].
     pub fn next_step(&mut self) -> Result<Option<Step>, Violation> {
         while let Some(at) = self.ready.pop_front() {
-            let Some(states) = self.states.get(at.region.get()) else { continue };
+            let Some(states) = self.states.get(at.region.get()) else {
+                continue;
+            };
             // What answers the fault that waits already wakes whoever made this one, too.
             if states.is_waiting(at.page) {
                 continue;

@@ -595,7 +595,15 @@ fn a_thread_hit_by_signals_does_not_fill_our_queues() {
     }
     assert_eq!(session.unanswered(), 1);
     assert_eq!(session.bytes_ready(install.at), Ok(Some(Step::Install(install))));
-    assert_eq!(session.on_outcome(&install, Outcome::Retry { installed: ByteLen::ZERO }), After::Parked);
+    assert_eq!(
+        session.on_outcome(
+            &install,
+            Outcome::Retry {
+                installed: ByteLen::ZERO
+            }
+        ),
+        After::Parked
+    );
     for _ in 0..1000 {
         assert_eq!(session.on_event(&fault(3)), Ok(Noted::SameFault));
     }
@@ -663,7 +671,9 @@ fn zeros_are_not_given_back_where_a_fault_waits_or_a_page_is_there() {
     let Ok(Some(Step::Install(install))) = driver.session.next_step() else {
         panic!("no install");
     };
-    let retry = Outcome::Retry { installed: ByteLen::ZERO };
+    let retry = Outcome::Retry {
+        installed: ByteLen::ZERO,
+    };
     assert_eq!(driver.session.on_outcome(&install, retry), After::Parked);
     // Now it waits.
     let mut given = Vec::new();

@@ -147,6 +147,9 @@ impl SlowReads {
 }
 
 fn serve(template: &Inner) {
+    // A worker has made this thread, and may be raised.
+    #[cfg(target_os = "linux")]
+    crate::priority::reset();
     while let Some(Request { at, length, done }) = template.slow_reads.next() {
         let begun = Instant::now();
         let bytes = read(template, at, length);

@@ -63,7 +63,9 @@ impl Windows {
     /// The small page at `at`, where it may be copied straight from the file. Called for each fault.
     pub(super) fn page(&self, at: TemplateOffset, now: CoarseTime) -> Option<MappedRange<'_>> {
         let is_open = self.is_open(at, now);
-        is_open.then(|| self.file.range(at.get(), PageSize::Small.len())).flatten()
+        is_open
+            .then(|| self.file.range(at.get(), PageSize::Small.len()))
+            .flatten()
     }
 
     fn is_open(&self, at: TemplateOffset, now: CoarseTime) -> bool {

@@ -12,10 +12,6 @@ use super::source::{SourceError, TemplateOffset};
 /// How much is looked at in one go.
 const STEP_BYTES: u64 = 1 << 20;
 
-/// What the search in the background leaves to everybody else: all of it, where they want it (`nice`).
-#[cfg(target_os = "linux")]
-const NICE: i32 = 19;
-
 /// What is told of how a search in the background ended.
 type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 
@@ -174,9 +170,7 @@ fn take_over(template: &Inner) {
 fn look(template: &Inner, from: u64, urgency: Urgency) {
     #[cfg(target_os = "linux")]
     if urgency == Urgency::Background {
-        // Of this thread alone (`setpriority(2)`, under "C library/kernel differences"). To look with more weight than is
-        // due does no harm.
-        let _ = rustix::process::setpriority_process(None, NICE);
+        crate::priority::lower();
     }
     let size = template.source.len().get();
     let mut at = from;

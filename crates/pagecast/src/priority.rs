@@ -1,0 +1,116 @@
+//! How much of the processors the threads of a server get: their nice value (`setpriority(2)`, which on Linux is of one
+//! thread: see "C library/kernel differences" there).
+
+use rustix::process::{getpid, getpriority_process, setpriority_process};
+
+/// What a worker is raised by.
+const RAISE: i32 = 10;
+
+/// What work in the background leaves to everybody else: all of it, where they want it.
+const BACKGROUND: i32 = 19;
+
+/// After so many wakes for one thing each, a worker is as it was.
+const CALM: u32 = 64;
+
+/// The priority of this thread from now on: that of work for which nobody waits.
+pub(crate) fn lower() {
+    // To work with more weight than is due does no harm.
+    let _ = setpriority_process(None, BACKGROUND);
+}
+
+/// The priority of this thread from now on: that of the process, whoever has made the thread.
+pub(crate) fn reset() {
+    let _ = setpriority_process(None, of_process());
+}
+
+/// Whether threads of this process may be raised (`CAP_SYS_NICE`, or `RLIMIT_NICE`).
+pub(crate) fn may_be_raised() -> bool {
+    let tried = std::thread::spawn(|| setpriority_process(None, of_process() - RAISE).is_ok());
+    tried.join().unwrap_or(false)
+}
+
+fn of_process() -> i32 {
+    getpriority_process(Some(getpid())).unwrap_or(0)
+}
+
+/// The priority of a worker, raised while several things wait for it at a time.
+///
+/// A worker that many forks wait for is to be run before the vCPUs that it wakes, or each of them takes its core in turn,
+/// and the others wait. Where only one fork waits it is the other way round: the sooner its vCPU runs, the better.
+#[derive(Debug)]
+pub(crate) struct WorkerPriority {
+    usual: i32,
+    /// How many wakes for one thing are left until it is as usual; none while it is.
+    raised: u32,
+    may_be_raised: bool,
+}
+
+impl WorkerPriority {
+    /// Of this thread, which is a worker.
+    pub(crate) fn new(may_be_raised: bool) -> Self {
+        Self {
+            usual: of_process(),
+            raised: 0,
+            may_be_raised,
+        }
+    }
+
+    /// It was woken for so many things.
+    pub(crate) fn woken_for(&mut self, things: usize) {
+        if things > 1 && self.may_be_raised {
+            if self.raised == 0 {
+                let _ = setpriority_process(None, self.usual - RAISE);
+            }
+            self.raised = CALM;
+        } else if self.raised > 0 {
+            self.raised -= 1;
+            if self.raised == 0 {
+                let _ = setpriority_process(None, self.usual);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_this_thread() -> i32 {
+        getpriority_process(None).unwrap()
+    }
+
+    #[test]
+    fn a_worker_is_raised_while_several_things_wait_for_it() {
+        let usual = of_this_thread();
+        let may_be_raised = may_be_raised();
+        let raised = if may_be_raised { usual - RAISE } else { usual };
+        let mut priority = WorkerPriority::new(may_be_raised);
+        priority.woken_for(1);
+        assert_eq!(of_this_thread(), usual);
+        priority.woken_for(2);
+        for _ in 1..CALM {
+            priority.woken_for(1);
+            assert_eq!(of_this_thread(), raised);
+        }
+        priority.woken_for(1);
+        assert_eq!(of_this_thread(), usual);
+        assert_eq!(
+            getpriority_process(Some(getpid())).unwrap(),
+            usual,
+            "of this thread alone"
+        );
+        if !may_be_raised {
+            println!("skipped: this user may not raise the priority of a thread");
+        }
+    }
+
+    #[test]
+    fn what_a_thread_inherits_is_undone() {
+        lower();
+        assert_eq!(of_this_thread(), BACKGROUND);
+        if may_be_raised() {
+            reset();
+            assert_eq!(of_this_thread(), of_process());
+        }
+    }
+}
