@@ -145,6 +145,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ));
     }
     drop_from_page_cache(&setup.file)?;
+    setup.is_warm.set(false);
     let cached = cached(&setup.file, &setup.set.runs)?;
     if cached > STILL_CACHED {
         systems.retain(|system| !system.is_cold());

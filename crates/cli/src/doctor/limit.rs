@@ -17,9 +17,36 @@ const FORKS: u64 = 1000;
 /// The kernel's own default.
 const USUAL_MAPS: u64 = 65_530;
 
-pub(super) fn probe(host: &Host) -> [Finding; 2] {
+/// What a worker's nice value is lowered by while several forks wait for it.
+const RAISE: i32 = 10;
+
+pub(super) fn probe(host: &Host) -> [Finding; 3] {
     let files = open_files(rustix::process::getrlimit(Resource::Nofile));
-    [files, max_map_count(host)]
+    [files, max_map_count(host), priority(raise())]
+}
+
+/// Raises the priority of a thread that does nothing else.
+fn raise() -> bool {
+    let raised = std::thread::spawn(|| {
+        let usual = rustix::process::getpriority_process(None)?;
+        rustix::process::setpriority_process(None, usual - RAISE)
+    });
+    raised.join().is_ok_and(|raised| raised.is_ok())
+}
+
+fn priority(may_be_raised: bool) -> Finding {
+    let check = "priority";
+    if may_be_raised {
+        return Finding::ok(
+            check,
+            "threads may be raised: many forks at once are served with few switches",
+        );
+    }
+    Finding::warn(
+        check,
+        "threads may not be raised: many forks at once are served a little slower",
+        "start the server with CAP_SYS_NICE, or LimitNICE=-10 in a systemd unit",
+    )
 }
 
 fn open_files(limit: Rlimit) -> Finding {
@@ -66,6 +93,14 @@ mod tests {
             current: Some(current),
             maximum,
         }
+    }
+
+    #[test]
+    fn threads_that_may_not_be_raised_are_warned_of() {
+        assert_eq!(priority(true).status(), Status::Ok);
+        let warning = priority(false);
+        assert_eq!(warning.status(), Status::Warn);
+        assert!(warning.parts().2.contains("CAP_SYS_NICE"), "{warning:?}");
     }
 
     #[test]

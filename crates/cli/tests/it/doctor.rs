@@ -52,6 +52,7 @@ fn this_machine_is_examined() {
             "cgroup_memory",
             "open_files",
             "max_map_count",
+            "priority",
             "fuse",
             "leases",
             "lease_break_time",

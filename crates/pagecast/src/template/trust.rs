@@ -91,6 +91,11 @@ impl Trust {
 pub(super) struct CoarseTime(u64);
 
 impl CoarseTime {
+    #[cfg(test)]
+    pub(super) fn from_micros(micros: u64) -> Self {
+        Self(micros)
+    }
+
     pub(super) fn micros(self) -> u64 {
         self.0
     }

@@ -118,3 +118,83 @@ impl Windows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const ROUND_MICROS: u64 = ROUND.as_micros() as u64;
+
+    /// A file of so many windows and one page, in the page cache.
+    fn file(windows: u64) -> (File, ByteLen) {
+        let len = windows * WINDOW + PageSize::SMALLEST;
+        let file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut &file, &vec![7; usize::try_from(len).unwrap()]).unwrap();
+        (file, ByteLen::new(len))
+    }
+
+    fn windows(file: &File, len: ByteLen) -> Windows {
+        Windows::new(file.as_fd(), len).unwrap()
+    }
+
+    fn offset(window: u64, page: u64) -> TemplateOffset {
+        TemplateOffset::new(window * WINDOW + page * PageSize::SMALLEST)
+    }
+
+    #[test]
+    fn a_window_is_open_from_its_second_fault_to_the_end_of_the_round() {
+        let (file, len) = file(3);
+        let windows = windows(&file, len);
+        let at = |micros| CoarseTime::from_micros(ROUND_MICROS + micros);
+        let open = |window, page, micros| windows.page(offset(window, page), at(micros)).is_some();
+        assert!(!open(1, 0, 0));
+        assert!(open(1, 15, 0));
+        assert!(open(1, 0, ROUND_MICROS - 1));
+        assert!(!open(0, 0, 0) && !open(2, 0, 0), "others are not");
+        // The last one is shorter.
+        assert!(!open(3, 0, 0) && open(3, 0, 0));
+        assert!(!open(4, 0, 0) && !open(4, 0, 0), "beyond the file");
+        assert!(!open(1, 0, ROUND_MICROS));
+        assert!(open(1, 0, ROUND_MICROS));
+    }
+
+    #[test]
+    fn only_so_many_are_open_at_a_time() {
+        let most = MOST_OPEN as u64;
+        let (file, len) = file(most + 2);
+        let windows = windows(&file, len);
+        let now = CoarseTime::from_micros(ROUND_MICROS);
+        for window in 0..most {
+            assert!(windows.page(offset(window, 0), now).is_none());
+            let page = windows.page(offset(window, 1), now).unwrap();
+            assert_eq!(page.len(), PageSize::Small.len());
+        }
+        for _ in 0..3 {
+            assert!(windows.page(offset(most, 0), now).is_none());
+        }
+        assert!(windows.page(offset(0, 3), now).is_some());
+        let later = CoarseTime::from_micros(2 * ROUND_MICROS);
+        assert!(windows.page(offset(most, 0), later).is_none());
+        assert!(windows.page(offset(most, 0), later).is_some());
+    }
+
+    #[test]
+    fn what_is_not_in_the_page_cache_is_not_opened() {
+        let (file, len) = file(2);
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let windows = windows(&file, len);
+        if windows.file.range(0, PageSize::Small.len()).unwrap().is_resident() {
+            return pagecast_testkit::skip::skip("a file system that lets go of what is in the page cache");
+        }
+        let now = CoarseTime::from_micros(ROUND_MICROS);
+        for _ in 0..3 {
+            assert!(windows.page(offset(1, 0), now).is_none());
+        }
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut vec![0; WINDOW as usize], WINDOW).unwrap();
+        assert!(windows.page(offset(1, 0), now).is_some());
+    }
+}
