@@ -1,6 +1,7 @@
 //! What can be set: in a file, or as flags, which win.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +13,12 @@ use serde::{Deserialize, Serialize};
 /// Where everything is kept, if nothing else is said.
 pub const RUN_DIR: &str = "/run/pagecast";
 
+/// How many MiB a second, if nothing else is said.
+const COMPLETION_RATE: u32 = 1024;
+
+/// Longer, a worker would hardly ever sleep.
+const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
+
 /// What has been set; `None` for what has not. The same names in the file as on the command line, with `_` for `-`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -20,7 +27,7 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
 
-    /// How many threads answer page faults [default: four a processor, at most 16]
+    /// How many threads answer page faults [default: one a processor, four where threads may not be raised; at most 16]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
 
@@ -66,6 +73,17 @@ pub struct Settings {
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub complete_idle_after: Option<Duration>,
+
+    /// How many MiB a second the completion of a fork installs at most where nobody waits for it; 0 for as many as can be
+    /// [default: 1024]
+    #[arg(long, value_name = "MIB")]
+    pub completion_rate: Option<u32>,
+
+    /// How long a thread that has answered a page fault looks for the next one without sleeping, 10ms at most. Faster where
+    /// cores are free, and takes one in full meanwhile [default: not at all]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[serde(default, with = "humantime_serde")]
+    pub busy_poll: Option<Duration>,
 
     /// Serve the metrics on this TCP address too, to anybody who can reach it
     #[arg(long, value_name = "ADDR:PORT")]
@@ -153,6 +171,8 @@ impl Settings {
             backend: self.backend.or(other.backend),
             protect: self.protect.or(other.protect),
             complete_idle_after: self.complete_idle_after.or(other.complete_idle_after),
+            completion_rate: self.completion_rate.or(other.completion_rate),
+            busy_poll: self.busy_poll.or(other.busy_poll),
             metrics_addr: self.metrics_addr.or(other.metrics_addr),
             log_format: self.log_format.or(other.log_format),
         }
@@ -174,6 +194,14 @@ impl Settings {
             }
             workers => workers.map(usize::from),
         };
+        let busy_poll = self.busy_poll.unwrap_or_default();
+        if busy_poll > LONGEST_BUSY_POLL {
+            return Err(ConfigError::Value {
+                setting: "busy_poll",
+                value: humantime::format_duration(busy_poll).to_string(),
+                reason: "a core would hardly ever be free; 10ms can be had",
+            });
+        }
         let run_dir = self.run_dir.unwrap_or_else(|| RUN_DIR.into());
         let run_dir = std::path::absolute(&run_dir).map_err(|_| ConfigError::Value {
             setting: "run_dir",
@@ -192,6 +220,8 @@ impl Settings {
             backend: self.backend.unwrap_or_default(),
             protect: self.protect.unwrap_or_default(),
             complete_idle_after: self.complete_idle_after,
+            completion_rate: NonZeroU64::new(u64::from(self.completion_rate.unwrap_or(COMPLETION_RATE)) << 20),
+            busy_poll,
             metrics_addr: self.metrics_addr,
             log_format: self.log_format.unwrap_or_default(),
         })
@@ -223,6 +253,11 @@ pub struct Config {
     pub protect: Protection,
     /// How long a fork with `uffd` has no page fault until it is completed; never where this is `None`.
     pub complete_idle_after: Option<Duration>,
+    /// How many bytes a second a completion installs at most where nobody waits for it; as many as can be where this is
+    /// `None`.
+    pub completion_rate: Option<NonZeroU64>,
+    /// How long a worker looks for the next fault without sleeping.
+    pub busy_poll: Duration,
     /// Where else the metrics are.
     pub metrics_addr: Option<SocketAddr>,
     /// How log lines look.
@@ -268,6 +303,8 @@ mod tests {
             backend = "file"
             protect = "readonly"
             complete_idle_after = "10m"
+            completion_rate = 100
+            busy_poll = "50us"
             metrics_addr = "127.0.0.1:9100"
             log_format = "json"
             "#,
@@ -279,7 +316,16 @@ mod tests {
         assert_eq!(config.protect, Protection::Readonly);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.complete_idle_after, Some(Duration::from_mins(10)));
+        assert_eq!(config.completion_rate, NonZeroU64::new(100 << 20));
+        assert_eq!(config.busy_poll, Duration::from_micros(50));
         assert_eq!(config.allowed_uids, [1000]);
+    }
+
+    #[test]
+    fn a_completion_can_be_as_fast_as_can_be() {
+        let resolved = |text| read(text).unwrap().resolve().unwrap().completion_rate;
+        assert_eq!(resolved(""), NonZeroU64::new(1 << 30));
+        assert_eq!(resolved("completion_rate = 0"), None);
     }
 
     #[test]
@@ -291,6 +337,7 @@ mod tests {
         assert!(read("backend = \"tape\"").is_err());
         assert!(read("connect_deadline = 3").is_err());
         assert!(read("workers = 0").unwrap().resolve().is_err());
+        assert!(read("busy_poll = \"11ms\"").unwrap().resolve().is_err());
     }
 
     #[test]

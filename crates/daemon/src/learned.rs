@@ -52,7 +52,18 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let template = &fork.template;
     // One after the other: each goes on from what the one before has learned.
     let _learning = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
+    let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
     let set = match template.pages.working_set() {
+        Some(known) if recording.is_cut_short() && !known.learns_from(recording) => {
+            info!(
+                event = "recording_too_short",
+                template = %template.name,
+                fork = %fork.id,
+                recorded_bytes,
+                "the recorded fork has ended before it had touched much: nothing is learned from it"
+            );
+            return;
+        }
         Some(known) => {
             let mut set = WorkingSet::clone(&known);
             set.merge(recording);
@@ -61,7 +72,13 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         None => WorkingSet::of(recording),
     };
     let name = &template.name;
-    let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
+    // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
+    let kept = template
+        .check()
+        .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
+    if let Ok(Err(error)) = kept {
+        warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
+    }
     info!(
         event = "working_set_learned",
         template = %name,
@@ -71,16 +88,9 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         recordings = set.recordings(),
         "working set learned"
     );
-    let set = Arc::new(set);
-    template.pages.set_working_set(Some(Arc::clone(&set)));
+    // Once it is kept: who sees it finds it again after a crash.
+    template.pages.set_working_set(Some(Arc::new(set)));
     template.told_switched_off.store(false, Ordering::Relaxed);
-    // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
-    let kept = template
-        .check()
-        .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
-    if let Ok(Err(error)) = kept {
-        warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
-    }
     // Last: whoever sees this finds all of the above.
     if let Kind::Uffd(uffd) = &fork.kind {
         let _ = uffd.recorded.set(recorded_bytes);

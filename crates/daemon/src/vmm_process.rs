@@ -8,7 +8,7 @@ use std::time::Duration;
 use pagecast_client::fork::ForkMemory;
 use pagecast_uffd::PidFd;
 use procfs::ProcError;
-use procfs::process::{MMapPath, MemoryMap, Process, StatFlags};
+use procfs::process::{MMapPath, MemoryMap, Process, StatFlags, VmFlags};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
@@ -212,6 +212,14 @@ impl VmmProcess {
     /// What its memory costs now; `None` where it has exited, or is not ours to look at.
     pub(crate) fn memory(&self) -> Option<ForkMemory> {
         process_memory::of_process(&self.process)
+    }
+
+    /// Whether page faults of its memory go to somebody who serves them (`um` in `VmFlags`, `proc_pid_smaps(5)`): one that is
+    /// complete has none left that do. `true` where that cannot be told.
+    pub(crate) fn needs_server(&self) -> bool {
+        self.process.smaps().map_or(true, |maps| {
+            maps.iter().any(|map| map.extension.vm_flags.contains(VmFlags::UM))
+        })
     }
 
     /// By which paths it has opened this file that it maps; empty where it does not. Where it runs in another mount

@@ -177,6 +177,29 @@ fn after_a_kill_templates_and_file_forks_are_found_again_and_lost_vmms_are_kille
     assert_eq!(std::fs::metadata(files.template.path()).unwrap().nlink(), 1);
 }
 
+/// A daemon can die between the end of a completion and its forgetting the fork.
+#[test]
+fn a_vmm_that_was_complete_outlives_a_daemon_that_had_no_time_to_note_it() {
+    let files = Files::new();
+    let mut first = files.serve();
+    let vmm = files.serving(&first, "f", Backend::Uffd);
+    reads_right(&vmm);
+    let state = files.run_dir().join("forks/f.json");
+    eventually("it is kept", || state.exists());
+    let kept = std::fs::read(&state).unwrap();
+    first.call(first.client.complete_fork("f"));
+    first.await_fork("f", ForkState::Complete);
+    first.kill();
+    // All its memory, and what it writes and gives back.
+    reads_right(&vmm);
+    std::fs::write(&state, kept).unwrap();
+    let second = Served::start(&files.run_dir(), &[]);
+    assert!(!is_dead(&vmm));
+    reads_right(&vmm);
+    assert!(!state.exists());
+    assert!(second.call(second.client.forks(false)).is_empty());
+}
+
 /// What was written while nobody looked is what these VMMs would read from now on.
 #[test]
 fn a_template_that_changed_while_no_daemon_ran_takes_its_file_forks_with_it() {

@@ -35,11 +35,15 @@ impl Service {
         runtime: tokio::runtime::Handle,
         observer: impl Fn(ForkEvent) + Send + Sync + 'static,
     ) -> Result<Arc<Self>, StartError> {
-        let mut builder = Server::builder().observer(observer).deadlines(Deadlines {
-            connect: config.connect_deadline,
-            handshake: config.handshake_deadline,
-            ..Deadlines::default()
-        });
+        let mut builder = Server::builder()
+            .observer(observer)
+            .completion_rate(config.completion_rate)
+            .busy_poll(config.busy_poll)
+            .deadlines(Deadlines {
+                connect: config.connect_deadline,
+                handshake: config.handshake_deadline,
+                ..Deadlines::default()
+            });
         if let Some(workers) = config.workers {
             builder = builder.workers(workers);
         }
@@ -171,9 +175,10 @@ impl Service {
         };
         let gone = saved.vmm.is_some() && vmm.is_none();
         match saved.backend {
-            // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever.
+            // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever. But for one that was
+            // complete, which the daemon had no time to note.
             Backend::Uffd | Backend::Auto => {
-                if let Some(vmm) = vmm {
+                if let Some(vmm) = vmm.filter(|vmm| vmm.needs_server()) {
                     let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
                     if killed && let Ok(template) = saved.template.parse() {
                         self.state().totals.count_kill(&template, Backend::Uffd, "server_died");

@@ -46,6 +46,27 @@ fn number(value: &Value) -> u64 {
 }
 
 #[test]
+fn a_recorded_fork_that_is_killed_at_once_teaches_nothing() {
+    let fixture = Fixture::new();
+    fixture.add_template();
+    let _first = record(&fixture, "first");
+    let vmm = SimVmm::spawn().unwrap();
+    let created = fixture.create(&json!({ "id": "killed", "record": true }));
+    fixture.restore(&vmm, &created);
+    let read = Read {
+        pages: Pages::range(0..TOUCHED / 10),
+        ..Read::default()
+    };
+    vmm.run(read).unwrap();
+    vmm.kill().unwrap();
+    fixture.await_fork("killed", "exited");
+    // Recordings are learned from one after the other.
+    let _last = record(&fixture, "last");
+    assert_eq!(fixture.template()["working_set"]["recordings"], 2);
+    assert_eq!(fixture.fork("killed")["recording"]["learned"], false);
+}
+
+#[test]
 fn what_a_recorded_fork_touches_first_is_given_to_the_next_ahead() {
     let mut fixture = Fixture::new();
     assert_eq!(fixture.add_template()["working_set"], Value::Null);

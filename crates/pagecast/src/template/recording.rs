@@ -22,6 +22,7 @@ pub struct Recording {
     seen: PageSet,
     /// Numbers of small pages within the template.
     order: Vec<u32>,
+    is_cut_short: bool,
 }
 
 impl Recording {
@@ -37,7 +38,18 @@ impl Recording {
             pages,
             seen: PageSet::new(pages as usize),
             order: Vec::new(),
+            is_cut_short: false,
         }
+    }
+
+    /// Notes that its fork has ended before it did: what else the fork would have touched is not known.
+    pub fn cut_short(&mut self) {
+        self.is_cut_short = true;
+    }
+
+    /// Whether its fork has ended before it did.
+    pub fn is_cut_short(&self) -> bool {
+        self.is_cut_short
     }
 
     /// Notes that the small page at `at` was touched, and says whether there is room for another one. Again means nothing,

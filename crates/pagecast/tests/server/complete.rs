@@ -80,6 +80,26 @@ fn a_fork_completed_while_it_gives_memory_back_leaves_no_thread_behind() {
 }
 
 #[test]
+fn a_completion_that_nobody_waits_for_keeps_its_rate_and_a_close_does_not() {
+    const MIB_A_SECOND: u64 = 4;
+    let rate = NonZeroU64::new(MIB_A_SECOND << 20);
+    let fixture = Fixture::with(SIZE, |builder| builder.completion_rate(rate));
+    let (fork, vmm) = fixture.fork("slow");
+    let (other, _other) = fixture.fork("other");
+    let began = Instant::now();
+    fixture.server.complete(fork.id()).unwrap();
+    assert_reads_right(&vmm, read_range(500, 520));
+    assert_eq!(fork.wait(PATIENCE, ForkState::is_end).state, ForkState::Complete);
+    let took = began.elapsed();
+    // Some 6 MiB of data, of which the first and the last step are not waited for.
+    assert!(took > Duration::from_millis(500), "{took:?}");
+    assert_lives_on(&vmm);
+    fixture.server.complete(other.id()).unwrap();
+    fixture.server.close(PATIENCE).unwrap();
+    assert_eq!(other.status().state, ForkState::Complete);
+}
+
+#[test]
 fn what_cannot_be_completed_says_why() {
     let fixture = Fixture::new();
     let unknown = fixture.server.complete(&id("nobody"));

@@ -439,7 +439,11 @@ impl ServedFork {
 
     /// The same, now that it ends.
     pub(super) fn end_watch(&mut self) -> Option<Watched> {
-        self.watch.end(&self.record.counters)
+        let mut watched = self.watch.end(&self.record.counters)?;
+        if let Some(recording) = &mut watched.recording {
+            recording.cut_short();
+        }
+        Some(watched)
     }
 
     /// Does what is due by now.

@@ -72,9 +72,9 @@ impl WorkingSet {
     /// others lose weight, and are forgotten after a few recordings without them. Where there are too many pages, those
     /// with the least weight are forgotten, the last of them first.
     ///
-    /// An empty recording, and one of a template of another length, teaches nothing.
+    /// What it [cannot learn from](Self::learns_from) changes nothing.
     pub fn merge(&mut self, recording: &Recording) {
-        if recording.is_empty() || recording.template() != self.template {
+        if !self.learns_from(recording) {
             return;
         }
         let mut touched: HashMap<u32, u32> = ranked(recording).collect();
@@ -101,6 +101,14 @@ impl WorkingSet {
         }
         entries.sort_unstable_by_key(Entry::order);
         *self = Self::from_entries(self.template, self.recordings.saturating_add(1), entries);
+    }
+
+    /// Whether a recording tells anything. An empty one does not, nor does one of a template of another length. Nor does one
+    /// that was [cut short](Recording::is_cut_short) and has less than half as many pages as this: its fork had hardly begun,
+    /// so that it did not touch the others means nothing. Of forks that all end early, each is about as long as the others.
+    pub fn learns_from(&self, recording: &Recording) -> bool {
+        let is_too_short = recording.is_cut_short() && recording.len() < self.entries.len() / 2;
+        !recording.is_empty() && recording.template() == self.template && !is_too_short
     }
 
     /// `entries` are sorted, and each page is there once.

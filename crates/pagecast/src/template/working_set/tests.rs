@@ -80,6 +80,24 @@ fn a_recording_that_tells_nothing_changes_nothing() {
 }
 
 #[test]
+fn a_fork_that_ended_when_it_had_hardly_begun_tells_nothing() {
+    let cut_short = |touched| {
+        let mut recording = recording(touched);
+        recording.cut_short();
+        recording
+    };
+    let mut set = WorkingSet::of(&recording(0..100));
+    let before = set.clone();
+    set.merge(&cut_short(0..49));
+    assert_eq!(set, before);
+    // One that was not cut short touched nothing else.
+    assert!(set.learns_from(&recording(0..49)));
+    // Forks that always end early are learned from.
+    set.merge(&cut_short(50..100));
+    assert_eq!(set.recordings(), 2);
+}
+
+#[test]
 fn where_there_are_too_many_pages_those_that_more_forks_touch_stay() {
     let most = Recording::MOST_PAGES;
     let of = |touched: std::ops::Range<usize>| {
