@@ -329,9 +329,9 @@ impl Service {
         }
         match &fork.kind {
             // One that waits for its VMM is closed by this.
-            Kind::Uffd(_) => self
+            Kind::Uffd(uffd) => self
                 .server
-                .unregister(&fork.id)
+                .unregister_this(&uffd.served)
                 .map_err(|error| server_refuses(&error))?,
             Kind::File(file) if file.state() == ForkState::Serving => {
                 return Err(refuse(
@@ -365,12 +365,10 @@ impl Service {
     }
 
     /// Kills the VMM of a fork and waits for its end.
-    fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
+    pub(super) fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
         let died = match &fork.kind {
             Kind::Uffd(uffd) if fork.state() != ForkState::Complete => {
-                self.server
-                    .kill_fork(&fork.id)
-                    .map_err(|error| server_refuses(&error))?;
+                self.server.kill_this(&uffd.served);
                 uffd.served.wait(KILL_PATIENCE, ServedState::is_end).state.is_end()
             }
             // The page server has let it go.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
-use pagecast::template::PageSource;
+use pagecast::template::{MemFile, PageSource};
 use pagecast_client::fork::ForkError;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
@@ -14,7 +14,7 @@ use super::Service;
 use crate::fork::{Fork, Kind};
 use crate::inode::InodeId;
 use crate::placement::Placement;
-use crate::template::{Template, TemplateName};
+use crate::template::Template;
 use crate::vmm_process::{self, VmmError, VmmProcess};
 
 /// How often templates are compared that have no lease, while forks of them live.
@@ -30,10 +30,12 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
-    /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
-    pub(super) fn lease_broken(self: &Arc<Self>, name: &TemplateName) {
-        // One that is just being added is looked at once it is there.
-        let Some(template) = self.state().templates.get(name).cloned() else {
+    /// Somebody wants to write the file of a template, which we have a lease on, and waits for us to let go. Must not block.
+    pub(super) fn lease_broken(self: &Arc<Self>, file: &Arc<MemFile>) {
+        // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
+        // there.
+        let templates = self.templates();
+        let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
             return;
         };
         let service = Arc::clone(self);

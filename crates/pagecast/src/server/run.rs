@@ -299,11 +299,19 @@ impl Server {
     ///
     /// [`Error::ForkNotFound`].
     pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.record(id)?;
-        if self.doom(&record, FailReason::Killed) {
+        self.kill_record(&self.record(id)?);
+        Ok(())
+    }
+
+    /// As [`kill_fork`](Self::kill_fork), but of just this fork: another that has got its name since lives on.
+    pub fn kill_this(&self, fork: &Fork) {
+        self.kill_record(&fork.record);
+    }
+
+    fn kill_record(&self, record: &Arc<ForkRecord>) {
+        if self.doom(record, FailReason::Killed) {
             self.tell_workers(|| Message::Review);
         }
-        Ok(())
     }
 
     /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
@@ -354,17 +362,30 @@ impl Server {
     ///
     /// [`Error::ForkNotFound`]; [`Error::ForkInUse`] while its VMM needs it.
     pub fn unregister(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.record(id)?;
+        self.unregister_record(&self.record(id)?)
+    }
+
+    /// As [`unregister`](Self::unregister), but of just this fork: another that has got its name since is left alone. One
+    /// that is forgotten already stays so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkInUse`] while its VMM needs it.
+    pub fn unregister_this(&self, fork: &Fork) -> Result<(), Error> {
+        self.unregister_record(&fork.record)
+    }
+
+    fn unregister_record(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
         if record.state() == ForkState::Waiting {
-            self.acceptor.send(Request::Close(Arc::clone(&record)));
+            self.acceptor.send(Request::Close(Arc::clone(record)));
             // The acceptor ends it, or is just about to find that its VMM has connected.
             let patience = Instant::now() + self.deadlines.handshake;
             record.wait_state(patience, |state| state != ForkState::Waiting);
         }
         if !record.state().is_end() {
-            return Err(Error::ForkInUse(id.clone()));
+            return Err(Error::ForkInUse(record.id.clone()));
         }
-        self.registry.remove(&record);
+        self.registry.remove(record);
         Ok(())
     }
 

@@ -1,0 +1,149 @@
+//! A service in orders of events that no client can bring about at will.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
+use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use super::Service;
+use crate::daemon::Daemon;
+use crate::fork::{Fork, SavedFork};
+use crate::mapper::Mapper;
+use crate::run_dir::Kind;
+use crate::template::Template;
+use crate::{Config, Settings};
+
+/// Reached only where something hangs.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A daemon in a folder of its own, with a template named `t`.
+struct Rig {
+    // In this order: the daemon goes before its runtime, and both before their folder.
+    daemon: Daemon,
+    runtime: Runtime,
+    file: TemplateFile,
+    folder: TempDir,
+}
+
+impl Rig {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = Runtime::new().unwrap();
+        let rig = Self {
+            daemon: runtime.block_on(Daemon::start(config(&folder))).unwrap(),
+            runtime,
+            file: TemplateFile::create_at(&folder.path().join("mem"), TemplateModel::of_data(1 << 20, 1)).unwrap(),
+            folder,
+        };
+        rig.add_template();
+        rig
+    }
+
+    fn service(&self) -> &Arc<Service> {
+        self.daemon.service()
+    }
+
+    fn add_template(&self) {
+        let add = AddTemplate::new(self.file.path());
+        self.service().add_template("t", add).unwrap();
+    }
+
+    fn template(&self) -> Arc<Template> {
+        Arc::clone(&self.service().templates()[0])
+    }
+
+    fn fork(&self, id: &str, backend: Backend) -> Arc<Fork> {
+        self.fork_as(id, backend, |_| {})
+    }
+
+    fn fork_as(&self, id: &str, backend: Backend, change: impl FnOnce(&mut CreateFork)) -> Arc<Fork> {
+        let mut wanted = CreateFork {
+            id: Some(id.to_owned()),
+            backend: Some(backend),
+            ..CreateFork::of("t")
+        };
+        change(&mut wanted);
+        self.service().create_fork(&wanted).unwrap()
+    }
+
+    /// The forks that the next daemon would find.
+    fn saved(&self) -> Vec<String> {
+        let saved = self.service().run_dir().saved_values::<SavedFork>(Kind::Fork);
+        saved.unwrap().into_iter().map(|(id, _)| id).collect()
+    }
+}
+
+fn config(folder: &TempDir) -> Config {
+    let settings = Settings {
+        run_dir: Some(folder.path().join("run")),
+        workers: Some(1),
+        ..Settings::default()
+    };
+    settings.resolve().unwrap()
+}
+
+/// Waits for something that nobody reports.
+#[track_caller]
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < until, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// As whoever deletes a fork, or forgets it because many others have ended since, and is held up in the middle of it.
+#[test]
+fn whoever_comes_late_to_a_fork_leaves_another_of_its_id_alone() {
+    let rig = Rig::start();
+    for backend in [Backend::Uffd, Backend::File] {
+        let first = rig.fork("f", backend);
+        rig.service().remove_fork("f", false).unwrap();
+        let second = rig.fork("f", backend);
+        rig.service().kill_vmm(&first).unwrap();
+        rig.service().forget(&first);
+        assert_eq!(second.state(), ForkState::Waiting, "{backend}");
+        assert_eq!(rig.saved().len(), usize::from(backend == Backend::File));
+        assert!(second.mem_backend.backend_path.exists());
+        rig.service().remove_fork("f", false).unwrap();
+    }
+}
+
+#[test]
+fn a_fork_that_has_ended_does_not_take_the_memory_file_of_the_next_at_its_path_with_it() {
+    let rig = Rig::start();
+    let place = rig.folder.path().canonicalize().unwrap().join("place");
+    let at_place = |wanted: &mut CreateFork| wanted.path = Some(place.clone());
+    let mut vmm = Mapper::start("turn()", &[]);
+    let first = rig.fork_as("first", Backend::File, |wanted| {
+        at_place(wanted);
+        wanted.pid = Some(vmm.pid());
+    });
+    vmm.reap();
+    eventually("its end is noticed", || first.state().is_end() && !exists(&place));
+    let _second = rig.fork_as("second", Backend::File, at_place);
+    rig.service().remove_fork("first", false).unwrap();
+    assert!(exists(&place), "nobody has deleted the second");
+    rig.service().remove_fork("second", false).unwrap();
+    assert!(!exists(&place));
+}
+
+#[test]
+fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone() {
+    let rig = Rig::start();
+    let removed = rig.template();
+    rig.service().remove_template("t").unwrap();
+    rig.add_template();
+    // It was broken before it was given up, and its thread comes to tell only now.
+    rig.service().lease_broken(&removed.file);
+    let there = rig.template();
+    assert!(!there.is_withdrawn() && there.changed().is_none());
+}
+
+fn exists(path: &Path) -> bool {
+    path.try_exists().unwrap()
+}
