@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
@@ -30,8 +31,22 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
+    /// From now on acts where somebody wants to write a template, and where somebody has wanted to since its lease was taken.
+    pub(super) fn heed_leases(self: &Arc<Self>) {
+        self.heeds_leases.store(true, Ordering::SeqCst);
+        for template in self.templates() {
+            if template.is_lease_broken() {
+                self.lease_broken(&template.file);
+            }
+        }
+    }
+
     /// Somebody wants to write the file of a template, which we have a lease on, and waits for us to let go. Must not block.
     pub(super) fn lease_broken(self: &Arc<Self>, file: &Arc<MemFile>) {
+        // While the daemon starts, forks that live are not found yet, and would be missed.
+        if !self.heeds_leases.load(Ordering::SeqCst) {
+            return;
+        }
         // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
         // there.
         let templates = self.templates();

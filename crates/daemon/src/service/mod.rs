@@ -57,6 +57,9 @@ pub(crate) struct Service {
     exits: ExitWatch,
     state: Mutex<State>,
     closing: AtomicBool,
+    /// All templates and forks of an earlier daemon were found: whoever writes one of those templates can be told from its
+    /// forks.
+    heeds_leases: AtomicBool,
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,

@@ -1,11 +1,16 @@
 //! A service in orders of events that no client can bring about at will.
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pagecast_client::template::Guard;
 use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
+use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use rustix::fs::OFlags;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -13,8 +18,9 @@ use super::Service;
 use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
 use crate::mapper::Mapper;
-use crate::run_dir::Kind;
-use crate::template::Template;
+use crate::run_dir::{Kind, RunDir};
+use crate::template::{SavedTemplate, Template};
+use crate::vmm_process::VmmProcess;
 use crate::{Config, Settings};
 
 /// Reached only where something hangs.
@@ -41,6 +47,24 @@ impl Rig {
         };
         rig.add_template();
         rig
+    }
+
+    /// One whose template is guarded by a lease. Says that the test is skipped where there are none.
+    fn leased() -> Option<Self> {
+        let rig = Self::start();
+        if rig.template().guard() == Guard::Lease {
+            return Some(rig);
+        }
+        skip("the file system of temporary files has no leases");
+        None
+    }
+
+    /// Stops it; forks with `file` live on.
+    fn stop(self) -> (TemplateFile, TempDir) {
+        drop(self.daemon);
+        // With whatever still holds the run dir.
+        drop(self.runtime);
+        (self.file, self.folder)
     }
 
     fn service(&self) -> &Arc<Service> {
@@ -84,6 +108,14 @@ fn config(folder: &TempDir) -> Config {
         ..Settings::default()
     };
     settings.resolve().unwrap()
+}
+
+/// Opens a file for writing without waiting: refused, but from then on its lease is broken.
+fn break_lease(file: &TemplateFile) {
+    let mut open = File::options();
+    open.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    let refused = open.open(file.path()).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 /// Waits for something that nobody reports.
@@ -142,6 +174,41 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
     rig.service().lease_broken(&removed.file);
     let there = rig.template();
     assert!(!there.is_withdrawn() && there.changed().is_none());
+}
+
+/// Before its template is on the list, and before its forks are.
+#[test]
+fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found() {
+    for on_the_list in [false, true] {
+        let Some(rig) = Rig::leased() else { return };
+        let mapper = Mapper::start("turn()", &[]);
+        let vmm = VmmProcess::open(mapper.pid()).unwrap();
+        rig.fork_as("f", Backend::File, |wanted| wanted.pid = Some(vmm.pid()));
+        let (file, folder) = rig.stop();
+
+        let (runtime, config) = (Runtime::new().unwrap(), config(&folder));
+        let run_dir = RunDir::take(&config.run_dir, false).unwrap();
+        let service = Service::new(config, run_dir, runtime.handle().clone(), |_| {}).unwrap();
+        let template = if on_the_list {
+            service.find_templates().unwrap();
+            Arc::clone(&service.templates()[0])
+        } else {
+            let mut saved = service.run_dir().saved_values::<SavedTemplate>(Kind::Template).unwrap();
+            let (name, saved) = saved.remove(0);
+            service.find_template(&name, &saved.unwrap()).unwrap()
+        };
+        break_lease(&file);
+        // As the lease's own thread does, some time about now.
+        service.lease_broken(&template.file);
+        let mut state = service.state();
+        state.templates.insert(template.name.clone(), Arc::clone(&template));
+        drop(state);
+        let orphans = service.find_forks().unwrap();
+        assert!(orphans.is_empty());
+        service.heed_leases();
+        assert!(vmm.wait_exited(PATIENCE), "it would read what is written");
+        eventually("its fork has failed", || service.forks()[0].state() == ForkState::Failed);
+    }
 }
 
 fn exists(path: &Path) -> bool {
