@@ -1,8 +1,9 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
@@ -53,34 +54,59 @@ impl Service {
         let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
             return;
         };
-        let service = Arc::clone(self);
-        self.runtime.spawn_blocking(move || {
-            let how = "somebody opens it for writing".to_owned();
-            warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
-            template.set_changed(how.clone());
-            if !template.set_withdrawn() {
-                return;
-            }
-            // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-            let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
-            service.server.vacate(&template.pages, &how, patience);
-            service.withdraw(&template, &how);
-            template.release_lease();
-        });
+        warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
+        // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
+        let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
+        self.begin_withdrawal(&template, "somebody opens it for writing", Some(patience));
     }
 
     /// Takes a template away that was written while nobody looked.
     pub(super) fn withdraw_changed(self: &Arc<Self>, template: &Arc<Template>) {
-        if let Some(how) = template.changed()
-            && template.set_withdrawn()
-        {
-            self.withdraw(template, how);
-            template.release_lease();
+        if let Some(how) = template.changed() {
+            self.begin_withdrawal(template, how, None);
         }
     }
 
-    /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
-    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
+    /// Begins to end the forks of a template, once for each template; with `gently`, those that can be completed within that
+    /// time live on. On a thread of its own: those of the runtime may all be waiting for somebody, and this must not.
+    fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
+        template.set_changed(how.to_owned());
+        if !template.set_withdrawn() {
+            return;
+        }
+        let (service, withdrawn, why) = (Arc::clone(self), Arc::clone(template), how.to_owned());
+        let spawned = std::thread::Builder::new()
+            .name("withdrawal".to_owned())
+            .spawn(move || service.withdraw(&withdrawn, &why, gently));
+        match spawned {
+            Ok(thread) => {
+                let mut withdrawals = self.withdrawals();
+                withdrawals.retain(|earlier| !earlier.is_finished());
+                withdrawals.push(thread);
+            }
+            Err(error) => {
+                warn!(template = %template.name, %error, "no thread to end the forks of a template, whoever has noticed does it");
+                self.withdraw(template, how, gently);
+            }
+        }
+    }
+
+    fn withdrawals(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        // No code that can panic runs under this lock.
+        self.withdrawals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The threads that are ending forks now, to be waited for.
+    pub(crate) fn take_withdrawals(&self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut *self.withdrawals())
+    }
+
+    /// Ends every fork that would still read a template, by killing its VMM, since a wrong byte is worse; then lets go of the
+    /// lease.
+    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
+        if let Some(patience) = gently {
+            self.server.vacate(&template.pages, how, patience);
+        }
         template.end_warmth();
         let served = self.server.withdraw(&template.pages, how);
         // Whoever was told where the file is and comes only now finds nothing there.
@@ -136,6 +162,7 @@ impl Service {
             }
         }
         info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        template.release_lease();
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
@@ -144,19 +171,14 @@ impl Service {
         forks
     }
 
-    /// Compares templates without a lease with what they were, for as long as forks of them live.
+    /// Compares templates without a lease with what they were, for as long as forks of them live. Blocks.
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
-            let service = Arc::clone(&self);
-            let watched = tokio::task::spawn_blocking(move || service.compare_templates()).await;
-            match watched {
-                Ok(true) => tokio::time::sleep(WATCH_PACE).await,
+            if self.compare_templates() {
+                tokio::time::sleep(WATCH_PACE).await;
+            } else {
                 // Nothing to watch until a fork is made.
-                Ok(false) => self.fork_made.notified().await,
-                Err(error) => {
-                    error!(%error, "the watch over templates has failed");
-                    return;
-                }
+                self.fork_made.notified().await;
             }
         }
     }
@@ -170,13 +192,10 @@ impl Service {
                 continue;
             }
             watched = true;
-            if let Err(error) = template.file.check_unchanged()
-                && template.set_withdrawn()
-            {
+            if let Err(error) = template.file.check_unchanged() {
                 let how = chain(&error);
                 error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
-                template.set_changed(how.clone());
-                self.withdraw(&template, &how);
+                self.begin_withdrawal(&template, &how, None);
             }
         }
         watched

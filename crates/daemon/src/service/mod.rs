@@ -28,6 +28,7 @@ use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecast::server::{ForkEvent, ForkId, Server};
@@ -60,6 +61,8 @@ pub(crate) struct Service {
     /// All templates and forks of an earlier daemon were found: whoever writes one of those templates can be told from its
     /// forks.
     heeds_leases: AtomicBool,
+    /// Threads that end forks of templates that change.
+    withdrawals: Mutex<Vec<JoinHandle<()>>>,
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,

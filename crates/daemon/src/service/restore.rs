@@ -39,9 +39,14 @@ impl Service {
         let state = |source| StartError::State { source };
         service.find_templates().map_err(state)?;
         let orphans = service.find_forks().map_err(state)?;
-        service.heed_leases();
         for template in service.templates() {
             service.withdraw_changed(&template);
+        }
+        let withdrawals = service.take_withdrawals();
+        service.heed_leases();
+        for withdrawal in withdrawals {
+            // A panic has been told on its thread.
+            let _ = withdrawal.join();
         }
         for (id, orphan) in &orphans {
             service.end_orphan(id, orphan);
@@ -73,6 +78,7 @@ impl Service {
             state: Mutex::new(State::default()),
             closing: AtomicBool::new(false),
             heeds_leases: AtomicBool::new(false),
+            withdrawals: Mutex::default(),
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
             fork_serving: tokio::sync::Notify::new(),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use pagecast_client::template::Guard;
@@ -12,7 +12,7 @@ use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
 use tempfile::TempDir;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 
 use super::Service;
 use crate::daemon::Daemon;
@@ -37,8 +37,11 @@ struct Rig {
 
 impl Rig {
     fn start() -> Self {
+        Self::start_on(Runtime::new().unwrap())
+    }
+
+    fn start_on(runtime: Runtime) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let runtime = Runtime::new().unwrap();
         let rig = Self {
             daemon: runtime.block_on(Daemon::start(config(&folder))).unwrap(),
             runtime,
@@ -49,14 +52,19 @@ impl Rig {
         rig
     }
 
-    /// One whose template is guarded by a lease. Says that the test is skipped where there are none.
+    /// One whose template is guarded by a lease, where there are such.
     fn leased() -> Option<Self> {
         let rig = Self::start();
-        if rig.template().guard() == Guard::Lease {
-            return Some(rig);
+        rig.is_leased().then_some(rig)
+    }
+
+    /// Says that the test is skipped where it is not.
+    fn is_leased(&self) -> bool {
+        let is_leased = self.template().guard() == Guard::Lease;
+        if !is_leased {
+            skip("the file system of temporary files has no leases");
         }
-        skip("the file system of temporary files has no leases");
-        None
+        is_leased
     }
 
     /// Stops it; forks with `file` live on.
@@ -118,6 +126,34 @@ fn break_lease(file: &TemplateFile) {
     assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
 }
 
+/// A process of which nothing is of interest but its end.
+struct Vmm {
+    _mapper: Mapper,
+    process: VmmProcess,
+}
+
+impl Vmm {
+    fn start() -> Self {
+        let mapper = Mapper::start("turn()", &[]);
+        let process = VmmProcess::open(mapper.pid()).unwrap();
+        Self {
+            _mapper: mapper,
+            process,
+        }
+    }
+
+    /// Has it be the VMM of a fork with `file`.
+    fn of_fork(rig: &Rig, id: &str) -> Self {
+        let vmm = Self::start();
+        rig.fork_as(id, Backend::File, |wanted| wanted.pid = Some(vmm.process.pid()));
+        vmm
+    }
+
+    fn is_dead_in_time(&self) -> bool {
+        self.process.wait_exited(PATIENCE)
+    }
+}
+
 /// Waits for something that nobody reports.
 #[track_caller]
 fn eventually(what: &str, holds: impl Fn() -> bool) {
@@ -172,6 +208,7 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
     rig.add_template();
     // It was broken before it was given up, and its thread comes to tell only now.
     rig.service().lease_broken(&removed.file);
+    assert!(rig.service().take_withdrawals().is_empty());
     let there = rig.template();
     assert!(!there.is_withdrawn() && there.changed().is_none());
 }
@@ -181,9 +218,7 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
 fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found() {
     for on_the_list in [false, true] {
         let Some(rig) = Rig::leased() else { return };
-        let mapper = Mapper::start("turn()", &[]);
-        let vmm = VmmProcess::open(mapper.pid()).unwrap();
-        rig.fork_as("f", Backend::File, |wanted| wanted.pid = Some(vmm.pid()));
+        let vmm = Vmm::of_fork(&rig, "f");
         let (file, folder) = rig.stop();
 
         let (runtime, config) = (Runtime::new().unwrap(), config(&folder));
@@ -206,9 +241,45 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         let orphans = service.find_forks().unwrap();
         assert!(orphans.is_empty());
         service.heed_leases();
-        assert!(vmm.wait_exited(PATIENCE), "it would read what is written");
+        assert!(vmm.is_dead_in_time(), "it would read what is written");
         eventually("its fork has failed", || service.forks()[0].state() == ForkState::Failed);
     }
+}
+
+/// As where many clients ask for what takes long.
+#[test]
+fn calls_that_take_long_do_not_hold_up_who_ends_the_forks_of_a_template_that_is_to_be_written() {
+    let mut builder = Builder::new_multi_thread();
+    let runtime = builder.worker_threads(1).max_blocking_threads(1).enable_all().build();
+    let rig = Rig::start_on(runtime.unwrap());
+    if !rig.is_leased() {
+        return;
+    }
+    let (end, ended) = mpsc::channel::<()>();
+    // The one thread that there is for such calls.
+    rig.runtime.spawn_blocking(move || ended.recv());
+    let vmm = Vmm::of_fork(&rig, "f");
+    break_lease(&rig.file);
+    let in_time = vmm.is_dead_in_time();
+    drop(end);
+    assert!(in_time);
+}
+
+#[test]
+fn without_a_lease_calls_that_take_long_do_not_hold_up_who_notices_a_write_either() {
+    let mut builder = Builder::new_multi_thread();
+    let runtime = builder.worker_threads(1).max_blocking_threads(1).enable_all().build();
+    let rig = Rig::start_on(runtime.unwrap());
+    let (end, ended) = mpsc::channel::<()>();
+    rig.runtime.spawn_blocking(move || ended.recv());
+    // As on a file system that has none.
+    rig.template().release_lease();
+    let vmm = Vmm::of_fork(&rig, "f");
+    let file = File::options().write(true).open(rig.file.path()).unwrap();
+    file.set_len(2 << 20).unwrap();
+    let in_time = vmm.is_dead_in_time();
+    drop(end);
+    assert!(in_time);
 }
 
 fn exists(path: &Path) -> bool {
