@@ -213,8 +213,8 @@ impl Service {
                 .filter_map(|fork| fork.vmm())
                 .any(|known| known.pid() == vmm.pid())
         };
-        let own_path: Vec<_> = template.placement.iter().map(|place| place.path().to_owned()).collect();
-        let strangers: Vec<String> = guard::strangers(&template, &own_path)
+        let place: Vec<_> = template.placement.iter().collect();
+        let strangers: Vec<String> = guard::strangers(&template, &place)
             .iter()
             .filter(|vmm| !known(vmm))
             .map(|vmm| format!("pid {}", vmm.pid()))

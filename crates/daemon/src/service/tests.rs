@@ -1,6 +1,7 @@
 //! A service in orders of events that no client can bring about at will.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
@@ -14,10 +15,11 @@ use rustix::fs::OFlags;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-use super::Service;
+use super::{Service, guard};
 use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
 use crate::mapper::Mapper;
+use crate::placement::{How, Plan, Removal};
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{SavedTemplate, Template};
 use crate::vmm_process::VmmProcess;
@@ -41,11 +43,15 @@ impl Rig {
     }
 
     fn start_on(runtime: Runtime) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), runtime)
+    }
+
+    /// One that has its run dir there.
+    fn start_in(folder: TempDir, runtime: Runtime) -> Self {
         let rig = Self {
             daemon: runtime.block_on(Daemon::start(config(&folder))).unwrap(),
             runtime,
-            file: TemplateFile::create_at(&folder.path().join("mem"), TemplateModel::of_data(1 << 20, 1)).unwrap(),
+            file: TemplateFile::create(TemplateModel::of_data(1 << 20, 1)).unwrap(),
             folder,
         };
         rig.add_template();
@@ -280,6 +286,62 @@ fn without_a_lease_calls_that_take_long_do_not_hold_up_who_notices_a_write_eithe
     let in_time = vmm.is_dead_in_time();
     drop(end);
     assert!(in_time);
+}
+
+/// As whoever asks for the template to be in memory, and has its zeros looked for.
+#[test]
+fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
+    let Some(rig) = Rig::leased() else { return };
+    let vmm = Vmm::of_fork(&rig, "f");
+    let template = rig.template();
+    let asking = template.warmth.asking.lock().unwrap();
+    break_lease(&rig.file);
+    let in_time = vmm.is_dead_in_time();
+    eventually("the writer is let in", || template.guard() == Guard::Watch);
+    drop(asking);
+    assert!(in_time && template.warmth.is_over());
+}
+
+/// Nobody has told of it, and in `/proc` its path is gone with the mount.
+#[test]
+fn who_maps_the_file_by_a_mount_that_forks_were_told_of_dies_before_the_writer_is_let_in() {
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let rig = Rig::start_in(elsewhere, Runtime::new().unwrap());
+    if !rig.is_leased() {
+        return;
+    }
+    let placement = rig.template().placement.clone();
+    if !placement.is_some_and(|placement| matches!(placement.how(), How::BindMount { .. })) {
+        return skip("needs another file system at /dev/shm, and CAP_SYS_ADMIN to mount");
+    }
+    let fork = rig.fork("f", Backend::File);
+    let mapper = Mapper::of_file(&fork.mem_backend.backend_path);
+    let vmm = VmmProcess::open(mapper.pid()).unwrap();
+    break_lease(&rig.file);
+    assert!(vmm.wait_exited(PATIENCE));
+    assert_eq!(fork.state(), ForkState::Failed);
+}
+
+#[test]
+fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let rig = Rig::start();
+    let template = rig.template();
+    for folder in [rig.folder.path(), elsewhere.path()] {
+        let at = folder.canonicalize().unwrap().join("place");
+        let placed = Plan::new(template.file.as_fd(), &at).and_then(|plan| plan.carry_out(template.file.as_fd()));
+        let Ok(placement) = placed else {
+            return skip("needs CAP_SYS_ADMIN to mount");
+        };
+        let mapper = Mapper::of_file(&at);
+        let found = || -> Vec<_> {
+            let strangers = guard::strangers(&template, &[&placement]);
+            strangers.iter().map(VmmProcess::pid).collect()
+        };
+        assert_eq!(found(), [mapper.pid()]);
+        assert_eq!(placement.remove().unwrap(), Removal::Removed);
+        assert_eq!(found(), [mapper.pid()], "{:?}", placement.how());
+    }
 }
 
 fn exists(path: &Path) -> bool {
