@@ -1,5 +1,6 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -252,7 +253,7 @@ fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placeme
 /// VMMs that map the file by one of these places, which only forks are told, though nobody told us of them.
 pub(super) fn strangers(template: &Template, places: &[&Placement]) -> Vec<VmmProcess> {
     let file = InodeId::from(template.file.identity().inode());
-    let holders = match vmm_process::holders(file) {
+    let holders = match vmm_process::holders(&BTreeSet::from([file])) {
         Ok(holders) => holders,
         Err(error) => {
             error!(template = %template.name, %error, "cannot find out who maps the template");
