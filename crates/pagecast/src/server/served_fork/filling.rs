@@ -9,8 +9,9 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 
 use super::lane::{Done, Lane};
+use super::pause::Pause;
 use super::watch::Watch;
-use super::{Awaited, Deliver, End, FIRST_PAUSE, Scratch, ServedFork, kernel};
+use super::{Awaited, Deliver, End, Scratch, ServedFork, kernel};
 use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
@@ -122,6 +123,14 @@ impl ServedFork {
         }
     }
 
+    /// The kernel wants what nobody waits for to be tried again: soon at first, then ever less often.
+    pub(super) fn pause_filling(&mut self) {
+        let now = Instant::now();
+        let pause = self.fill_retry.get_or_insert_with(|| Pause::first(now));
+        pause.lengthen(now);
+        self.fill_pause = self.fill_pause.max(Some(pause.until()));
+    }
+
     fn next_fill(&mut self) -> Option<Fill> {
         self.fills.pop().or_else(|| self.session.next_fill())
     }
@@ -214,11 +223,14 @@ impl ServedFork {
             if !zeros {
                 counters.installed_bytes.add(installed as u64 * part.page_size.bytes());
             }
+            if installed > 0 {
+                self.fill_retry = None;
+            }
             match after {
-                After::Done | After::Wake(_) => {}
+                After::Done | After::Wake(_) => self.fill_retry = None,
                 After::Parked => {
                     counters.retried.add(1);
-                    self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                    self.pause_filling();
                 }
                 After::OutOfMemory => {
                     self.give_up_filling(FailReason::OutOfMemory {
@@ -282,6 +294,7 @@ impl ServedFork {
         self.fills.clear();
         self.reading = None;
         self.fill_pause = None;
+        self.fill_retry = None;
         self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 }
