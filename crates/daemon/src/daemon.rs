@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use crate::api::{self, listen};
 use crate::config::Config;
 use crate::error::StartError;
+use crate::own_thread::OwnThread;
 use crate::run_dir::RunDir;
 use crate::service::Service;
 
@@ -23,6 +24,8 @@ use crate::service::Service;
 pub struct Daemon {
     service: Arc<Service>,
     tasks: JoinSet<()>,
+    /// Those that block.
+    own_threads: Vec<OwnThread>,
 }
 
 impl Daemon {
@@ -83,9 +86,12 @@ impl Daemon {
                 api::metrics_router(Arc::clone(&service)),
             ));
         }
-        tasks.spawn(Arc::clone(&service).watch_templates());
+        let thread = |source| StartError::Thread { source };
+        let watch = Arc::clone(&service).watch_templates();
+        let mut own_threads = vec![OwnThread::start("watch", watch).map_err(thread)?];
         if let Some(after) = idle {
-            tasks.spawn(Arc::clone(&service).complete_idle(after));
+            let idle = Arc::clone(&service).complete_idle(after);
+            own_threads.push(OwnThread::start("idle", idle).map_err(thread)?);
         }
         info!(
             event = "ready",
@@ -93,7 +99,11 @@ impl Daemon {
             version = env!("CARGO_PKG_VERSION"),
             "pagecast is ready"
         );
-        Ok(Self { service, tasks })
+        Ok(Self {
+            service,
+            tasks,
+            own_threads,
+        })
     }
 
     /// Where its control socket is.
@@ -148,6 +158,12 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.tasks.abort_all();
+        self.own_threads.clear();
+        // Forks of a template that is about to be written end first: its lease ends with us.
+        for withdrawal in self.service.take_withdrawals() {
+            // A panic has been told on its thread.
+            let _ = withdrawal.join();
+        }
         // Nobody answers there any more.
         let _ = std::fs::remove_file(self.control_socket());
     }

@@ -14,6 +14,7 @@
 //! | `placement`, `protection` | what is done to a memory file, and undone |
 //! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
 //! | `run_dir` | what is kept |
+//! | `own_thread` | tasks that block |
 //! | `metrics`, `logging` | what is told |
 //!
 //! Nothing of this is on the fault path: that is in the library, on threads of its own.
@@ -33,6 +34,7 @@ pub mod logging;
 #[cfg(test)]
 mod mapper;
 mod metrics;
+mod own_thread;
 mod placement;
 mod process_memory;
 mod protection;

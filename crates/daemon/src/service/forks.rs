@@ -329,9 +329,9 @@ impl Service {
         }
         match &fork.kind {
             // One that waits for its VMM is closed by this.
-            Kind::Uffd(_) => self
+            Kind::Uffd(uffd) => self
                 .server
-                .unregister(&fork.id)
+                .unregister_this(&uffd.served)
                 .map_err(|error| server_refuses(&error))?,
             Kind::File(file) if file.state() == ForkState::Serving => {
                 return Err(refuse(
@@ -365,12 +365,10 @@ impl Service {
     }
 
     /// Kills the VMM of a fork and waits for its end.
-    fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
+    pub(super) fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
         let died = match &fork.kind {
             Kind::Uffd(uffd) if fork.state() != ForkState::Complete => {
-                self.server
-                    .kill_fork(&fork.id)
-                    .map_err(|error| server_refuses(&error))?;
+                self.server.kill_this(&uffd.served);
                 uffd.served.wait(KILL_PATIENCE, ServedState::is_end).state.is_end()
             }
             // The page server has let it go.
@@ -409,32 +407,39 @@ impl Service {
     /// path that was made for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid
     /// has to be told.
     pub(crate) fn find_vmms(self: &Arc<Self>) {
+        let mut waiting = Vec::new();
         for fork in self.forks() {
-            let file = match &fork.kind {
-                Kind::File(file) => file,
-                Kind::Uffd(uffd) => {
-                    // Its event may still be on its way.
-                    if uffd.vmm.get().is_none() && fork.state() == ForkState::Serving {
-                        self.vmm_connected(&fork);
-                    }
-                    continue;
+            match &fork.kind {
+                // Its event may still be on its way.
+                Kind::Uffd(uffd) if uffd.vmm.get().is_none() && fork.state() == ForkState::Serving => {
+                    self.vmm_connected(&fork);
                 }
-            };
-            let Some(placement) = file.placement.as_ref().filter(|_| file.state() == ForkState::Waiting) else {
-                continue;
-            };
-            let inode = InodeId::from(fork.template.file.identity().inode());
-            let is_it = |paths: &[PathBuf]| paths.iter().any(|path| path == placement.path());
-            let holders = match vmm_process::holders(inode) {
-                Ok(holders) => holders,
-                Err(error) => return warn!(%error, "cannot find out who maps a template"),
+                Kind::File(file) if file.placement.is_some() && file.state() == ForkState::Waiting => {
+                    waiting.push(fork);
+                }
+                _ => {}
+            }
+        }
+        if waiting.is_empty() {
+            return;
+        }
+        // All processes are looked at once, however many forks wait.
+        let holders = match vmm_process::holders(&waiting.iter().map(|fork| inode(fork)).collect()) {
+            Ok(holders) => holders,
+            Err(error) => return warn!(%error, "cannot find out who maps a template"),
+        };
+        for fork in waiting {
+            let Kind::File(file) = &fork.kind else { continue };
+            let is_it = |paths: &[PathBuf]| {
+                let place = file.placement.as_ref().map(Placement::path);
+                paths.iter().any(|path| Some(&**path) == place)
             };
             let vmm = holders
                 .iter()
-                .filter(|holder| is_it(&holder.paths))
+                .filter(|holder| holder.file == inode(&fork) && is_it(&holder.paths))
                 .filter_map(|holder| VmmProcess::open(holder.pid).ok())
                 // Looked at again, now that it cannot be another process any more.
-                .find(|vmm| vmm.mapped_paths(inode).is_ok_and(|paths| is_it(&paths)));
+                .find(|vmm| vmm.mapped_paths(inode(&fork)).is_ok_and(|paths| is_it(&paths)));
             if let Some(vmm) = vmm.map(Arc::new)
                 && file.found(&vmm)
             {
@@ -444,6 +449,11 @@ impl Service {
             }
         }
     }
+}
+
+/// The memory file of a fork's template.
+fn inode(fork: &Fork) -> InodeId {
+    fork.template.file.identity().inode().into()
 }
 
 /// Says beside the reason for `file` what was done ahead of the fork.

@@ -1,11 +1,14 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
-use pagecast::template::PageSource;
+use pagecast::template::{MemFile, PageSource};
 use pagecast_client::fork::ForkError;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
@@ -13,8 +16,8 @@ use tracing::{error, info, warn};
 use super::Service;
 use crate::fork::{Fork, Kind};
 use crate::inode::InodeId;
-use crate::placement::Placement;
-use crate::template::{Template, TemplateName};
+use crate::placement::{How, Placement};
+use crate::template::Template;
 use crate::vmm_process::{self, VmmError, VmmProcess};
 
 /// How often templates are compared that have no lease, while forks of them live.
@@ -30,95 +33,169 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
-    /// Somebody wants to write a template that we have a lease on, and waits for us to let go. Must not block.
-    pub(super) fn lease_broken(self: &Arc<Self>, name: &TemplateName) {
-        // One that is just being added is looked at once it is there.
-        let Some(template) = self.state().templates.get(name).cloned() else {
+    /// From now on acts where somebody wants to write a template, and where somebody has wanted to since its lease was taken.
+    pub(super) fn heed_leases(self: &Arc<Self>) {
+        self.heeds_leases.store(true, Ordering::SeqCst);
+        for template in self.templates() {
+            if template.is_lease_broken() {
+                self.lease_broken(&template.file);
+            }
+        }
+    }
+
+    /// Somebody wants to write the file of a template, which we have a lease on, and waits for us to let go. Must not block.
+    pub(super) fn lease_broken(self: &Arc<Self>, file: &Arc<MemFile>) {
+        // While the daemon starts, forks that live are not found yet, and would be missed.
+        if !self.heeds_leases.load(Ordering::SeqCst) {
+            return;
+        }
+        // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
+        // there.
+        let templates = self.templates();
+        let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
             return;
         };
-        let service = Arc::clone(self);
-        self.runtime.spawn_blocking(move || {
-            let how = "somebody opens it for writing".to_owned();
-            warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
-            template.set_changed(how.clone());
-            if !template.set_withdrawn() {
-                return;
-            }
-            // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-            let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
-            service.server.vacate(&template.pages, &how, patience);
-            service.withdraw(&template, &how);
-            template.release_lease();
-        });
+        warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
+        // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
+        let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
+        self.begin_withdrawal(&template, "somebody opens it for writing", Some(patience));
     }
 
     /// Takes a template away that was written while nobody looked.
     pub(super) fn withdraw_changed(self: &Arc<Self>, template: &Arc<Template>) {
-        if let Some(how) = template.changed()
-            && template.set_withdrawn()
-        {
-            self.withdraw(template, how);
-            template.release_lease();
+        if let Some(how) = template.changed() {
+            self.begin_withdrawal(template, how, None);
         }
     }
 
-    /// Ends every fork that would still read a template: by killing its VMM, since a wrong byte is worse.
-    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str) {
-        template.end_warmth();
-        let served = self.server.withdraw(&template.pages, how);
+    /// Begins to end the forks of a template, once for each template; with `gently`, those that can be completed within that
+    /// time live on. On a thread of its own: those of the runtime may all be waiting for somebody, and this must not.
+    fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
+        template.set_changed(how.to_owned());
+        if !template.set_withdrawn() {
+            return;
+        }
+        let (service, withdrawn, why) = (Arc::clone(self), Arc::clone(template), how.to_owned());
+        let spawned = std::thread::Builder::new()
+            .name("withdrawal".to_owned())
+            .spawn(move || service.withdraw(&withdrawn, &why, gently));
+        match spawned {
+            Ok(thread) => {
+                let mut withdrawals = self.withdrawals();
+                withdrawals.retain(|earlier| !earlier.is_finished());
+                withdrawals.push(thread);
+            }
+            Err(error) => {
+                warn!(template = %template.name, %error, "no thread to end the forks of a template, whoever has noticed does it");
+                self.withdraw(template, how, gently);
+            }
+        }
+    }
+
+    fn withdrawals(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        // No code that can panic runs under this lock.
+        self.withdrawals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The threads that are ending forks now, to be waited for.
+    pub(crate) fn take_withdrawals(&self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut *self.withdrawals())
+    }
+
+    /// Ends every fork that would still read a template, by killing its VMM, since a wrong byte is worse; then lets go of the
+    /// lease. The kernel gives a writer only so much time, so first comes what waits for nobody.
+    fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
+        let mut forks = self.living_forks_of(template);
+        forks.retain(|fork| matches!(fork.kind, Kind::File(_)));
+        let killed = self.kill_mappers(template, &forks, how);
         // Whoever was told where the file is and comes only now finds nothing there.
-        let mut paths: Vec<PathBuf> = template.placement.iter().map(|place| place.path().to_owned()).collect();
         if let Some(Err(error)) = template.placement.as_ref().map(Placement::remove) {
             error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
         }
+        // Not as whoever forgets the template does: that waits for whoever asks for it to be in memory.
+        template.warmth.end();
+        if let Some(patience) = gently {
+            self.server.vacate(&template.pages, how, patience);
+        }
+        let served = self.server.withdraw(&template.pages, how);
+        let left = self.await_deaths(template, killed);
+        if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
+            error!(template = %template.name, "a fork or a read of the template does not end");
+        }
+        // Somebody may have opened the file while it was there, and have mapped it since.
+        let late = self.kill_strangers(template, &places(template, &forks), &left);
+        self.await_deaths(template, late);
+        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        template.release_lease();
+    }
+
+    /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
+    /// never seen have ended.
+    fn kill_mappers(self: &Arc<Self>, template: &Arc<Template>, forks: &[Arc<Fork>], how: &str) -> Vec<Killed> {
         let error = ForkError {
             code: "template_changed".to_owned(),
             message: format!("the template has changed: {how}"),
         };
-        let forks: Vec<Arc<Fork>> = self
-            .living_forks_of(template)
-            .into_iter()
-            .filter(|fork| matches!(fork.kind, Kind::File(_)))
-            .collect();
         self.find_vmms();
-        let mut killed = Vec::new();
-        for fork in &forks {
+        let (mut killed, mut unseen) = (Vec::new(), Vec::new());
+        for fork in forks {
             let Kind::File(file) = &fork.kind else { continue };
-            paths.extend(file.placement.as_ref().map(|place| place.path().to_owned()));
             file.fail_when_dead(error.clone());
-            match file.vmm() {
-                Some(vmm) => {
-                    if let Err(error) = vmm.kill() {
-                        error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
-                    }
-                    killed.push((fork, vmm));
-                }
-                None => self.file_fork_ended(fork, ForkState::Failed),
+            let Some(vmm) = file.vmm() else {
+                unseen.push(fork);
+                continue;
+            };
+            if let Err(error) = vmm.kill() {
+                error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
             }
+            killed.push(Killed {
+                vmm,
+                fork: Some(Arc::clone(fork)),
+            });
         }
-        let until = Instant::now() + KILL_PATIENCE;
-        for (fork, vmm) in killed {
-            if vmm.wait_exited(until.saturating_duration_since(Instant::now())) {
-                self.file_fork_ended(fork, ForkState::Failed);
-            } else {
-                error!(fork = %fork.id, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
-            }
+        let strangers = self.kill_strangers(template, &places(template, forks), &killed);
+        for fork in unseen {
+            self.file_fork_ended(fork, ForkState::Failed);
         }
-        if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
-            error!(template = %template.name, "a fork or a read of the template does not end");
-        }
-        for vmm in strangers(template, &paths) {
+        killed.extend(strangers);
+        killed
+    }
+
+    /// Kills who maps the file of a template by one of `places`, but those that were killed already.
+    fn kill_strangers(&self, template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
+        let mut strangers = strangers(template, places);
+        strangers.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
+        for vmm in &strangers {
             warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
-            if vmm.kill().is_err() || !vmm.wait_exited(KILL_PATIENCE) {
-                error!(template = %template.name, pid = vmm.pid(), "cannot be killed, and may read wrong bytes");
-            } else {
-                let mut state = self.state();
-                state
-                    .totals
-                    .count_kill(&template.name, Backend::File, "template_changed");
+            if let Err(error) = vmm.kill() {
+                error!(template = %template.name, pid = vmm.pid(), %error, "cannot be killed, and may read wrong bytes");
             }
         }
-        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        let killed = |vmm| Killed {
+            vmm: Arc::new(vmm),
+            fork: None,
+        };
+        strangers.into_iter().map(killed).collect()
+    }
+
+    /// Waits until those that were killed are dead. Those that are not.
+    fn await_deaths(&self, template: &Template, mut killed: Vec<Killed>) -> Vec<Killed> {
+        let until = Instant::now() + KILL_PATIENCE;
+        killed.retain(|Killed { vmm, fork }| {
+            let died = vmm.wait_exited(until.saturating_duration_since(Instant::now()));
+            match fork {
+                Some(fork) if died => self.file_fork_ended(fork, ForkState::Failed),
+                None if died => {
+                    let mut state = self.state();
+                    state.totals.count_kill(&template.name, Backend::File, "template_changed");
+                }
+                _ => {
+                    error!(template = %template.name, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
+                }
+            }
+            !died
+        });
+        killed
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
@@ -127,19 +204,14 @@ impl Service {
         forks
     }
 
-    /// Compares templates without a lease with what they were, for as long as forks of them live.
+    /// Compares templates without a lease with what they were, for as long as forks of them live. Blocks.
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
-            let service = Arc::clone(&self);
-            let watched = tokio::task::spawn_blocking(move || service.compare_templates()).await;
-            match watched {
-                Ok(true) => tokio::time::sleep(WATCH_PACE).await,
+            if self.compare_templates() {
+                tokio::time::sleep(WATCH_PACE).await;
+            } else {
                 // Nothing to watch until a fork is made.
-                Ok(false) => self.fork_made.notified().await,
-                Err(error) => {
-                    error!(%error, "the watch over templates has failed");
-                    return;
-                }
+                self.fork_made.notified().await;
             }
         }
     }
@@ -153,34 +225,45 @@ impl Service {
                 continue;
             }
             watched = true;
-            if let Err(error) = template.file.check_unchanged()
-                && template.set_withdrawn()
-            {
+            if let Err(error) = template.file.check_unchanged() {
                 let how = chain(&error);
                 error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
-                template.set_changed(how.clone());
-                self.withdraw(&template, &how);
+                self.begin_withdrawal(&template, &how, None);
             }
         }
         watched
     }
 }
 
-/// VMMs that map the file by one of the paths that only forks are told, though nobody told us of them.
-pub(super) fn strangers(template: &Template, of_forks: &[PathBuf]) -> Vec<VmmProcess> {
+/// A process that was sent SIGKILL, and the fork that it is the VMM of, where that was told or found.
+struct Killed {
+    vmm: Arc<VmmProcess>,
+    fork: Option<Arc<Fork>>,
+}
+
+/// Where these forks with `file` find the memory file.
+fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placement> {
+    let own = forks.iter().filter_map(|fork| match &fork.kind {
+        Kind::File(file) => file.placement.as_ref(),
+        Kind::Uffd(_) => None,
+    });
+    template.placement.iter().chain(own).collect()
+}
+
+/// VMMs that map the file by one of these places, which only forks are told, though nobody told us of them.
+pub(super) fn strangers(template: &Template, places: &[&Placement]) -> Vec<VmmProcess> {
     let file = InodeId::from(template.file.identity().inode());
-    let holders = match vmm_process::holders(file) {
+    let holders = match vmm_process::holders(&BTreeSet::from([file])) {
         Ok(holders) => holders,
         Err(error) => {
             error!(template = %template.name, %error, "cannot find out who maps the template");
             return Vec::new();
         }
     };
-    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| of_forks.iter().any(|own| leads_to(path, own)));
+    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| places.iter().any(|place| is_at(path, place)));
     let mut strangers = Vec::new();
-    for holder in holders {
+    for holder in holders.iter().filter(|holder| is_fork(&holder.paths)) {
         match VmmProcess::open(holder.pid) {
-            _ if !is_fork(&holder.paths) => {}
             // Looked at again, now that it cannot be another process any more.
             Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => strangers.push(vmm),
             Ok(_) | Err(VmmError::NoProcess { .. }) => {}
@@ -192,10 +275,15 @@ pub(super) fn strangers(template: &Template, of_forks: &[PathBuf]) -> Vec<VmmPro
     strangers
 }
 
-/// Whether a path of a mapping, as the kernel tells it, is this one, which may be gone by now.
-fn leads_to(mapped: &Path, path: &Path) -> bool {
-    let gone = [path.as_os_str().as_encoded_bytes(), b" (deleted)"].concat();
-    mapped == path || mapped.as_os_str().as_encoded_bytes() == gone
+/// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
+/// deleted, and of a mount, which was of this one file, nothing is left but its root.
+fn is_at(mapped: &Path, place: &Placement) -> bool {
+    let gone = [place.path().as_os_str().as_encoded_bytes(), b" (deleted)"].concat();
+    mapped == place.path()
+        || match place.how() {
+            How::HardLink => mapped.as_os_str().as_encoded_bytes() == gone,
+            How::BindMount { .. } => mapped == Path::new("/"),
+        }
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

@@ -17,7 +17,7 @@ const PACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_s
 type Seen = HashMap<ForkId, (u64, Instant)>;
 
 impl Service {
-    /// Completes forks with `uffd` that had no fault for as long as `after`. Sleeps while none is served.
+    /// Completes forks with `uffd` that had no fault for as long as `after`. Sleeps while none is served. Blocks.
     pub(crate) async fn complete_idle(self: Arc<Self>, after: Duration) {
         let pace = (after / 4).clamp(PACE.0, PACE.1);
         let mut seen = Seen::new();
@@ -28,16 +28,8 @@ impl Service {
                 self.fork_serving.notified().await;
                 continue;
             }
-            let idle = look(&mut seen, &forks, after, Instant::now());
-            if !idle.is_empty() {
-                let service = Arc::clone(&self);
-                // Where it fails nobody is hurt, and it is tried again.
-                let _ = tokio::task::spawn_blocking(move || {
-                    for fork in idle {
-                        service.complete_idle_fork(&fork);
-                    }
-                })
-                .await;
+            for fork in look(&mut seen, &forks, after, Instant::now()) {
+                self.complete_idle_fork(&fork);
             }
             tokio::time::sleep(pace).await;
         }

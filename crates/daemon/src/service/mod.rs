@@ -19,6 +19,8 @@ mod guard;
 mod idle;
 mod restore;
 mod templates;
+#[cfg(test)]
+mod tests;
 mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +28,7 @@ use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecast::server::{ForkEvent, ForkId, Server};
@@ -55,6 +58,11 @@ pub(crate) struct Service {
     exits: ExitWatch,
     state: Mutex<State>,
     closing: AtomicBool,
+    /// All templates and forks of an earlier daemon were found: whoever writes one of those templates can be told from its
+    /// forks.
+    heeds_leases: AtomicBool,
+    /// Threads that end forks of templates that change.
+    withdrawals: Mutex<Vec<JoinHandle<()>>>,
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,
@@ -369,19 +377,19 @@ impl Service {
         } else {
             info!(event = "fork_ended", %fork, %state, faults, p99_us, installed_bytes, "ended");
         }
-        if let Err(error) = self.run_dir.forget(Saved::Fork, ended.id.as_str()) {
-            warn!(fork = %ended.id, %error, "cannot forget its state in the run dir");
-        }
+        self.forget_saved(ended);
     }
 
-    /// Gives back what a fork held that has ended and whose name is free.
+    /// Gives back what a fork held that is off the list. Its id may be another fork's by now.
     fn forget(&self, fork: &Fork) {
         match &fork.kind {
-            Kind::Uffd(_) => {
-                if let Err(error) = self.server.unregister(&fork.id) {
+            Kind::Uffd(uffd) => {
+                if let Err(error) = self.server.unregister_this(&uffd.served) {
                     warn!(fork = %fork.id, %error, "cannot be forgotten");
                 }
             }
+            // Taken away when it ended, and may be another fork's by now.
+            Kind::File(file) if file.state().is_end() => {}
             Kind::File(file) => {
                 if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
                     warn!(fork = %fork.id, %error, "its memory file cannot be taken away");
@@ -402,8 +410,17 @@ impl Service {
         }
     }
 
+    /// Forgets what is kept of a fork in the run dir, and not what is kept of another that has its id by now.
     fn forget_saved(&self, fork: &Fork) {
-        if let Err(error) = self.run_dir.forget(Saved::Fork, fork.id.as_str()) {
+        // Held meanwhile, so that nobody gets the id.
+        let state = self.state();
+        let is_it = |entry: &Entry| entry.made().is_some_and(|made| std::ptr::eq(&raw const **made, fork));
+        if state.forks.get(&fork.id).is_some_and(|entry| !is_it(entry)) {
+            return;
+        }
+        let forgotten = self.run_dir.forget(Saved::Fork, fork.id.as_str());
+        drop(state);
+        if let Err(error) = forgotten {
             warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
         }
     }

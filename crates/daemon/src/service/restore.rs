@@ -35,6 +35,33 @@ impl Service {
         runtime: tokio::runtime::Handle,
         observer: impl Fn(ForkEvent) + Send + Sync + 'static,
     ) -> Result<Arc<Self>, StartError> {
+        let service = Self::new(config, run_dir, runtime, observer)?;
+        let state = |source| StartError::State { source };
+        service.find_templates().map_err(state)?;
+        let orphans = service.find_forks().map_err(state)?;
+        for template in service.templates() {
+            service.withdraw_changed(&template);
+        }
+        let withdrawals = service.take_withdrawals();
+        service.heed_leases();
+        for withdrawal in withdrawals {
+            // A panic has been told on its thread.
+            let _ = withdrawal.join();
+        }
+        for (id, orphan) in &orphans {
+            service.end_orphan(id, orphan);
+        }
+        service.clear_sockets();
+        Ok(service)
+    }
+
+    /// One that has no templates and forks yet.
+    pub(super) fn new(
+        config: Config,
+        run_dir: RunDir,
+        runtime: tokio::runtime::Handle,
+        observer: impl Fn(ForkEvent) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, StartError> {
         let mut builder = Server::builder()
             .observer(observer)
             .completion_rate(config.completion_rate)
@@ -47,32 +74,25 @@ impl Service {
         if let Some(workers) = config.workers {
             builder = builder.workers(workers);
         }
-        let service = Arc::new(Self {
+        Ok(Arc::new(Self {
             server: builder.start().map_err(StartError::Server)?,
             exits: ExitWatch::start().map_err(|source| StartError::Thread { source })?,
             config,
             run_dir,
             state: Mutex::new(State::default()),
             closing: AtomicBool::new(false),
+            heeds_leases: AtomicBool::new(false),
+            withdrawals: Mutex::default(),
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
             fork_serving: tokio::sync::Notify::new(),
             started: Instant::now(),
             requests: Requests::default(),
             runtime,
-        });
-        service
-            .find_templates()
-            .map_err(|source| StartError::State { source })?;
-        service.find_forks().map_err(|source| StartError::State { source })?;
-        for template in service.templates() {
-            service.withdraw_changed(&template);
-        }
-        service.clear_sockets();
-        Ok(service)
+        }))
     }
 
-    fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
+    pub(super) fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
         for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Kind::Template)? {
             let saved = match saved {
                 Ok(saved) => saved,
@@ -118,7 +138,7 @@ impl Service {
         Ok(())
     }
 
-    fn find_template(self: &Arc<Self>, name: &str, saved: &SavedTemplate) -> Result<Arc<Template>, String> {
+    pub(super) fn find_template(self: &Arc<Self>, name: &str, saved: &SavedTemplate) -> Result<Arc<Template>, String> {
         let parsed: TemplateName = name.parse()?;
         let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
         let file = Arc::new(file);
@@ -151,87 +171,79 @@ impl Service {
         Ok(Arc::new(template))
     }
 
-    fn find_forks(self: &Arc<Self>) -> std::io::Result<()> {
+    /// Finds forks with `file` again. Those with `uffd` are handed out, for their VMMs to be killed: that waits for them, and
+    /// nobody else should.
+    pub(super) fn find_forks(self: &Arc<Self>) -> std::io::Result<Vec<(String, SavedFork)>> {
+        let mut orphans = Vec::new();
         for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
             match saved {
-                Ok(saved) => self.find_fork(&id, saved),
+                Ok(saved) if saved.backend == Backend::File => self.find_fork(&id, saved),
+                Ok(saved) => orphans.push((id, saved)),
                 Err(error) => warn!(event = "fork_lost", fork = id, %error, "fork lost: its state cannot be read"),
             }
         }
-        Ok(())
+        Ok(orphans)
     }
 
     fn find_fork(self: &Arc<Self>, id: &str, saved: SavedFork) {
-        let vmm = match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
-            Ok(vmm) => vmm.flatten().map(Arc::new),
-            Err(error) => {
-                error!(
-                    fork = id,
-                    error = chain(&error),
-                    "its VMM may live, and cannot be found"
-                );
-                None
-            }
-        };
+        let vmm = find_vmm(id, &saved);
         let gone = saved.vmm.is_some() && vmm.is_none();
-        match saved.backend {
-            // The userfaultfd has died with the daemon: at its next fault this VMM would hang for ever. But for one that was
-            // complete, which the daemon had no time to note.
-            Backend::Uffd | Backend::Auto => {
-                if let Some(vmm) = vmm.filter(|vmm| vmm.needs_server()) {
-                    let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
-                    if killed && let Ok(template) = saved.template.parse() {
-                        self.state().totals.count_kill(&template, Backend::Uffd, "server_died");
-                    }
-                    error!(
-                        event = "fork_lost",
-                        fork = id,
-                        pid = vmm.pid(),
-                        killed,
-                        "the daemon that served this VMM has died, and it would hang for ever"
-                    );
-                }
-                self.forget_saved_as(id);
+        if gone || matches!(saved.place, Some(Place::Planned(_))) {
+            info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
+            if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
+                warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
             }
-            Backend::File if gone || matches!(saved.place, Some(Place::Planned(_))) => {
-                info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
-                if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
-                    warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
-                }
-                self.forget_saved_as(id);
-            }
-            Backend::File => {
-                let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
-                    warn!(
-                        event = "fork_lost",
-                        fork = id,
-                        template = saved.template,
-                        "fork lost: its template is"
-                    );
-                    if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
-                        warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
-                    }
-                    self.forget_saved_as(id);
-                    return;
-                };
-                info!(event = "fork_found", fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
-                let placement = match saved.place {
-                    Some(Place::Done(placement)) => Some(placement),
-                    _ => None,
-                };
-                let fork = Arc::new(Fork {
-                    id,
-                    template,
-                    reason: saved.reason,
-                    mem_backend: saved.mem_backend,
-                    kind: ForkKind::File(FileFork::new(placement, vmm)),
-                });
-                self.state()
-                    .forks
-                    .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
-                self.start(&fork);
-            }
+            self.forget_saved_as(id);
+            return;
         }
+        let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
+            warn!(
+                event = "fork_lost",
+                fork = id,
+                template = saved.template,
+                "fork lost: its template is"
+            );
+            if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
+                warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+            }
+            self.forget_saved_as(id);
+            return;
+        };
+        info!(event = "fork_found", fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+        let placement = match saved.place {
+            Some(Place::Done(placement)) => Some(placement),
+            _ => None,
+        };
+        let fork = Arc::new(Fork {
+            id,
+            template,
+            reason: saved.reason,
+            mem_backend: saved.mem_backend,
+            kind: ForkKind::File(FileFork::new(placement, vmm)),
+        });
+        self.state()
+            .forks
+            .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
+        self.start(&fork);
+    }
+
+    /// The userfaultfd of a fork with `uffd` has died with the daemon: at its next fault its VMM would hang for ever. But for
+    /// one that was complete, which the daemon had no time to note.
+    fn end_orphan(&self, id: &str, saved: &SavedFork) {
+        if let Some(vmm) = find_vmm(id, saved).filter(|vmm| vmm.needs_server()) {
+            let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
+            if killed && let Ok(template) = saved.template.parse() {
+                self.state().totals.count_kill(&template, Backend::Uffd, "server_died");
+            }
+            error!(
+                event = "fork_lost",
+                fork = id,
+                pid = vmm.pid(),
+                killed,
+                "the daemon that served this VMM has died, and it would hang for ever"
+            );
+        }
+        self.forget_saved_as(id);
     }
 
     fn forget_saved_as(&self, id: &str) {
@@ -248,6 +260,21 @@ impl Service {
                 // One that stays is replaced when its fork is made again.
                 let _ = std::fs::remove_file(entry.path());
             }
+        }
+    }
+}
+
+/// The VMM of a fork that was saved, where it lives.
+fn find_vmm(id: &str, saved: &SavedFork) -> Option<Arc<VmmProcess>> {
+    match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
+        Ok(vmm) => vmm.flatten().map(Arc::new),
+        Err(error) => {
+            error!(
+                fork = id,
+                error = chain(&error),
+                "its VMM may live, and cannot be found"
+            );
+            None
         }
     }
 }

@@ -57,9 +57,9 @@ impl Service {
             placed = ?template.placement.as_ref().map(Placement::how),
             "template added"
         );
-        // Before it could be found by its name.
+        // Before it could be found.
         if template.is_lease_broken() {
-            self.lease_broken(&template.name);
+            self.lease_broken(&template.file);
         }
         learned::take_up(&template);
         Ok((template, true))
@@ -130,10 +130,10 @@ impl Service {
     /// The lease that guards a template, where its file system has leases and we may have one.
     pub(super) fn lease(self: &Arc<Self>, name: &TemplateName, file: &Arc<MemFile>) -> Result<Option<Lease>, ApiError> {
         let service = Arc::downgrade(self);
-        let broken = name.clone();
+        let leased = Arc::clone(file);
         let on_break = move || {
             if let Some(service) = service.upgrade() {
-                service.lease_broken(&broken);
+                service.lease_broken(&leased);
             }
         };
         match file.lease(on_break) {
@@ -213,8 +213,8 @@ impl Service {
                 .filter_map(|fork| fork.vmm())
                 .any(|known| known.pid() == vmm.pid())
         };
-        let own_path: Vec<_> = template.placement.iter().map(|place| place.path().to_owned()).collect();
-        let strangers: Vec<String> = guard::strangers(&template, &own_path)
+        let place: Vec<_> = template.placement.iter().collect();
+        let strangers: Vec<String> = guard::strangers(&template, &place)
             .iter()
             .filter(|vmm| !known(vmm))
             .map(|vmm| format!("pid {}", vmm.pid()))

@@ -209,20 +209,30 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
         mappers.push(mapper);
     }
 
-    let mut holders = holders(id_of(&path)).unwrap();
-    holders.sort_by_key(|holder| holder.pid);
-    expected.sort();
-    let found: Vec<_> = holders
-        .iter()
-        .map(|holder| (holder.pid, holder.paths[0].clone()))
+    // All processes are looked at once for any number of files.
+    let other_dir = tempfile::tempdir().unwrap();
+    let other = template(other_dir.path());
+    let other_mapper = Mapper::of_file(&other);
+    let files = BTreeSet::from([id_of(&path), id_of(&other)]);
+    let mut expected: Vec<_> = expected
+        .into_iter()
+        .map(|(pid, at)| (pid, id_of(&path), at))
+        .chain([(other_mapper.pid(), id_of(&other), other)])
         .collect();
+    expected.sort();
+    let mut found: Vec<_> = holders(&files)
+        .unwrap()
+        .into_iter()
+        .map(|holder| (holder.pid, holder.file, holder.paths[0].clone()))
+        .collect();
+    found.sort();
     assert_eq!(found, expected);
 
     for placement in &placements {
         let _ = placement.remove().unwrap();
     }
     // They still map it.
-    assert_eq!(super::holders(id_of(&path)).unwrap().len(), mappers.len());
+    assert_eq!(holders(&BTreeSet::from([id_of(&path)])).unwrap().len(), mappers.len());
     assert!(placements.iter().any(|placement| placement.how() == How::HardLink));
 }
 

@@ -15,7 +15,7 @@ pub(super) struct Crew {
     /// None on a machine of one core.
     pool: Option<ThreadPool>,
     cores: usize,
-    /// How many of its threads are at work.
+    /// How many of its threads somebody has taken.
     busy: AtomicUsize,
     /// Says how many threads are running on this host.
     load: Option<File>,
@@ -38,36 +38,63 @@ impl Crew {
         }
     }
 
-    /// How many of its threads may be used now: as many as there are cores that nobody uses.
-    pub(super) fn free(&self) -> usize {
-        let Some(pool) = &self.pool else { return 0 };
-        let idle = pool
-            .current_num_threads()
-            .saturating_sub(self.busy.load(Ordering::Relaxed));
-        if idle == 0 {
+    /// Takes as many of its threads as there are cores that nobody uses, for nobody else to count on.
+    pub(super) fn take_free(&self) -> Helpers<'_> {
+        Helpers {
+            crew: self,
+            count: self.reserve(),
+        }
+    }
+
+    fn reserve(&self) -> usize {
+        let threads = self.pool.as_ref().map_or(0, ThreadPool::current_num_threads);
+        // Asked first, because it costs nothing.
+        if self.busy.load(Ordering::Relaxed) >= threads {
             return 0;
         }
         let running = self.load.as_ref().and_then(running).unwrap_or(self.cores);
-        idle.min(self.cores.saturating_sub(running))
+        let unused = self.cores.saturating_sub(running);
+        let free = |busy: usize| threads.saturating_sub(busy).min(unused);
+        let before = self
+            .busy
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |busy| Some(busy + free(busy)));
+        // The update refuses nothing, so this is what it saw.
+        free(before.unwrap_or_else(|busy| busy))
+    }
+}
+
+/// Threads of the crew that are one's own until this is dropped.
+pub(super) struct Helpers<'a> {
+    crew: &'a Crew,
+    count: usize,
+}
+
+impl Helpers<'_> {
+    /// How many, beside this one.
+    pub(super) fn count(&self) -> usize {
+        self.count
     }
 
-    /// Does all that is to be done, the first here and the others on threads of the crew, and returns when all is done.
+    /// Does all that is to be done, the first here and the others on these threads, and returns when all is done.
     pub(super) fn run<T: Send>(&self, mut work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
-        let Some(pool) = self.pool.as_ref().filter(|_| work.len() > 1) else {
+        let Some(pool) = self.crew.pool.as_ref().filter(|_| work.len() > 1) else {
             return work.into_iter().map(|work| work()).collect();
         };
         let others = work.split_off(1);
-        self.busy.fetch_add(others.len(), Ordering::Relaxed);
         let mut results: Vec<Option<T>> = others.iter().map(|_| None).collect();
-        let helpers = others.len();
         let own: Vec<T> = pool.in_place_scope(|scope| {
             for (other, result) in others.into_iter().zip(&mut results) {
                 scope.spawn(|_| *result = Some(other()));
             }
             work.into_iter().map(|work| work()).collect()
         });
-        self.busy.fetch_sub(helpers, Ordering::Relaxed);
         own.into_iter().chain(results.into_iter().flatten()).collect()
+    }
+}
+
+impl Drop for Helpers<'_> {
+    fn drop(&mut self) {
+        self.crew.busy.fetch_sub(self.count, Ordering::Relaxed);
     }
 }
 
@@ -90,7 +117,7 @@ mod tests {
         let numbers = |numbers: std::ops::Range<i32>| numbers.map(|number| move || number).collect::<Vec<_>>();
         for count in 0..5 {
             let all: Vec<i32> = (0..count).collect();
-            assert_eq!(crew.run(numbers(0..count)), all);
+            assert_eq!(crew.take_free().run(numbers(0..count)), all);
         }
         assert_eq!(crew.busy.load(Ordering::Relaxed), 0);
     }
@@ -103,6 +130,22 @@ mod tests {
     #[test]
     fn no_more_threads_are_free_than_cores_beside_this_one() {
         let crew = Crew::new();
-        assert!(crew.free() < crew.cores);
+        assert!(crew.take_free().count() < crew.cores);
+    }
+
+    /// Who counts on a thread that is another's waits for as long as that one takes.
+    #[test]
+    fn a_thread_is_taken_by_one_at_a_time() {
+        let crew = Crew {
+            pool: Some(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap()),
+            // However many threads run on this host.
+            cores: usize::MAX,
+            ..Crew::new()
+        };
+        let first = crew.take_free();
+        let second = crew.take_free();
+        assert_eq!((first.count(), second.count()), (2, 0));
+        drop(first);
+        assert_eq!(crew.take_free().count(), 2);
     }
 }

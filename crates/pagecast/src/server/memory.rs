@@ -27,46 +27,144 @@ struct Needed {
 /// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool
 /// of hugepages, by what is known of the templates' zeros.
 pub(super) fn check_room(forks: &[Arc<ForkRecord>]) -> Result<(), NotEnoughMemory> {
-    let mut all = Needed::default();
-    let mut by_cgroup: BTreeMap<MemoryCgroup, u64> = BTreeMap::new();
-    for fork in forks {
-        let needed = needed(fork);
-        all.small_bytes += needed.small_bytes;
-        all.huge_pages += needed.huge_pages;
-        for cgroup in fork.pid().map(MemoryCgroup::of_process).unwrap_or_default() {
-            *by_cgroup.entry(cgroup).or_default() += needed.small_bytes;
+    let demand = Demand::of(forks);
+    Room::now().check(&demand, demand.by_cgroup.keys())
+}
+
+/// Those of `wanted` that can be completed beside those that are being completed: as many as there is room for, in their
+/// order. Looks at each fork once, and at none any more after `until`.
+pub(super) fn fitting(
+    completing: &[Arc<ForkRecord>],
+    wanted: &[Arc<ForkRecord>],
+    until: Instant,
+) -> Vec<Arc<ForkRecord>> {
+    let mut demand = Demand::of(completing);
+    let in_time = wanted.iter().take_while(|_| Instant::now() < until);
+    let shares: Vec<_> = in_time.map(|fork| (fork, Share::of(fork))).collect();
+    // Looked at only now: what is installed meanwhile is counted twice, never not at all.
+    let mut room = Room::now();
+    let mut fitting = Vec::new();
+    for (fork, share) in shares {
+        demand.add(&share);
+        if room.check(&demand, &share.cgroups).is_ok() {
+            fitting.push(Arc::clone(fork));
+        } else {
+            demand.remove(&share);
         }
     }
-    let check = |needed: u64, available: Option<u64>, place: &dyn Fn() -> String| {
-        let Some(available) = available.map(|bytes| bytes - bytes / SPARE_PART) else {
-            return Ok(());
+    fitting
+}
+
+/// What completing one fork takes, and which cgroups are charged for it.
+struct Share {
+    needed: Needed,
+    cgroups: Vec<MemoryCgroup>,
+}
+
+impl Share {
+    fn of(fork: &ForkRecord) -> Self {
+        Self {
+            needed: needed(fork),
+            cgroups: fork.pid().map(MemoryCgroup::of_process).unwrap_or_default(),
+        }
+    }
+}
+
+/// What completing some forks takes together.
+#[derive(Default)]
+struct Demand {
+    forks: usize,
+    all: Needed,
+    by_cgroup: BTreeMap<MemoryCgroup, u64>,
+}
+
+impl Demand {
+    fn of(forks: &[Arc<ForkRecord>]) -> Self {
+        let mut demand = Self::default();
+        for fork in forks {
+            demand.add(&Share::of(fork));
+        }
+        demand
+    }
+
+    fn add(&mut self, share: &Share) {
+        self.forks += 1;
+        self.all.small_bytes += share.needed.small_bytes;
+        self.all.huge_pages += share.needed.huge_pages;
+        for cgroup in &share.cgroups {
+            *self.by_cgroup.entry(cgroup.clone()).or_default() += share.needed.small_bytes;
+        }
+    }
+
+    /// Takes back what was added.
+    fn remove(&mut self, share: &Share) {
+        self.forks -= 1;
+        self.all.small_bytes -= share.needed.small_bytes;
+        self.all.huge_pages -= share.needed.huge_pages;
+        for cgroup in &share.cgroups {
+            if let Some(needed) = self.by_cgroup.get_mut(cgroup) {
+                *needed -= share.needed.small_bytes;
+            }
+        }
+    }
+}
+
+/// What there is, each looked at once.
+struct Room {
+    host: Option<u64>,
+    huge_pages: u64,
+    cgroups: BTreeMap<MemoryCgroup, Option<u64>>,
+}
+
+impl Room {
+    fn now() -> Self {
+        Self {
+            host: host_available(),
+            huge_pages: hugepages::free(),
+            cgroups: BTreeMap::new(),
+        }
+    }
+
+    /// Whether there is so much, on the host and in these cgroups.
+    fn check<'a>(
+        &mut self,
+        demand: &Demand,
+        cgroups: impl IntoIterator<Item = &'a MemoryCgroup>,
+    ) -> Result<(), NotEnoughMemory> {
+        let forks = demand.forks;
+        let check = |needed: u64, available: Option<u64>, place: &dyn Fn() -> String| {
+            let Some(available) = available.map(|bytes| bytes - bytes / SPARE_PART) else {
+                return Ok(());
+            };
+            if needed <= available {
+                return Ok(());
+            }
+            Err(NotEnoughMemory {
+                forks,
+                needed,
+                available,
+                place: place(),
+            })
         };
-        if needed <= available {
-            return Ok(());
+        check(demand.all.small_bytes, self.host, &|| "on this host".to_owned())?;
+        for cgroup in cgroups {
+            let looked_at = self.cgroups.entry(cgroup.clone());
+            let available = *looked_at.or_insert_with(|| cgroup.available());
+            let needed = demand.by_cgroup.get(cgroup).copied().unwrap_or(0);
+            check(needed, available, &|| {
+                format!("in the cgroup {}", cgroup.folder().display())
+            })?;
         }
-        Err(NotEnoughMemory {
-            forks: forks.len(),
-            needed,
-            available,
-            place: place(),
-        })
-    };
-    check(all.small_bytes, host_available(), &|| "on this host".to_owned())?;
-    for (cgroup, needed) in &by_cgroup {
-        check(*needed, cgroup.available(), &|| {
-            format!("in the cgroup {}", cgroup.folder().display())
-        })?;
+        if demand.all.huge_pages > self.huge_pages {
+            return Err(NotEnoughMemory {
+                forks,
+                needed: demand.all.huge_pages * PageSize::Huge.bytes(),
+                available: self.huge_pages * PageSize::Huge.bytes(),
+                place: "in the pool of hugepages".to_owned(),
+            });
+        }
+        Ok(())
     }
-    let free = hugepages::free();
-    if all.huge_pages > free {
-        return Err(NotEnoughMemory {
-            forks: forks.len(),
-            needed: all.huge_pages * PageSize::Huge.bytes(),
-            available: free * PageSize::Huge.bytes(),
-            place: "in the pool of hugepages".to_owned(),
-        });
-    }
-    Ok(())
 }
 
 /// Looks for more zeros in the templates of these forks, as long as there is time: each is a page less to install.

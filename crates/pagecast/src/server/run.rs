@@ -268,15 +268,11 @@ impl Server {
     /// [`Error::NotEnoughMemory`] where completing it, beside the others that are being completed, would drive the host
     /// out of memory: try again later.
     pub fn complete(&self, id: &ForkId) -> Result<(), Error> {
-        self.complete_for(id, Asker::Request)
-    }
-
-    fn complete_for(&self, id: &ForkId, asker: Asker) -> Result<(), Error> {
         let record = self.record(id)?;
         let mut forks = Vec::new();
-        let state = self.ask_where_room(&record, asker, &mut forks).or_else(|_| {
+        let state = self.ask_where_room(&record, &mut forks).or_else(|_| {
             memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
-            self.ask_where_room(&record, asker, &mut forks)
+            self.ask_where_room(&record, &mut forks)
         })?;
         match state {
             ForkState::Serving | ForkState::Complete => Ok(()),
@@ -290,7 +286,6 @@ impl Server {
     fn ask_where_room(
         &self,
         record: &Arc<ForkRecord>,
-        asker: Asker,
         forks: &mut Vec<Arc<ForkRecord>>,
     ) -> Result<ForkState, NotEnoughMemory> {
         // It guards no data, so a panic under it leaves nothing behind.
@@ -300,10 +295,27 @@ impl Server {
         if record.state() == ForkState::Serving && !record.is_completing() {
             memory::check_room(forks)?;
         }
-        let state = record.ask_completion(asker);
+        let state = record.ask_completion(Asker::Request);
         drop(admission);
         self.tell_workers(|| Message::Review);
         Ok(state)
+    }
+
+    /// Asks for the completion of as many forks of a template as there is room for, and time to find that out, for whoever takes
+    /// it away. Whether those are all that are served.
+    fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
+        let admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let (completing, mut wanted): (Vec<_>, Vec<_>) =
+            self.serving().into_iter().partition(|fork| fork.is_completing());
+        wanted.retain(|fork| fork.template.is_same(template));
+        let fitting = memory::fitting(&completing, &wanted, until);
+        let asked_before = completing.iter().filter(|fork| fork.template.is_same(template));
+        for fork in asked_before.chain(&fitting) {
+            fork.ask_completion(Asker::Vacator);
+        }
+        drop(admission);
+        self.tell_workers(|| Message::Review);
+        fitting.len() == wanted.len()
     }
 
     /// Kills the VMM of a fork and returns at once; its state says when it is dead. A fork that waits for its VMM is
@@ -313,11 +325,19 @@ impl Server {
     ///
     /// [`Error::ForkNotFound`].
     pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.record(id)?;
-        if self.doom(&record, FailReason::Killed) {
+        self.kill_record(&self.record(id)?);
+        Ok(())
+    }
+
+    /// As [`kill_fork`](Self::kill_fork), but of just this fork: another that has got its name since lives on.
+    pub fn kill_this(&self, fork: &Fork) {
+        self.kill_record(&fork.record);
+    }
+
+    fn kill_record(&self, record: &Arc<ForkRecord>) {
+        if self.doom(record, FailReason::Killed) {
             self.tell_workers(|| Message::Review);
         }
-        Ok(())
     }
 
     /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
@@ -352,10 +372,12 @@ impl Server {
     /// lease ([`MemFile::lease`](crate::template::MemFile::lease)).
     pub fn vacate(&self, template: &Template, how: &str, patience: Duration) -> bool {
         let until = Instant::now() + patience / 2;
-        let mut forks = self.forks_of(template);
-        // Those that cannot be completed are withdrawn from.
-        forks.retain(|fork| self.complete_for(&fork.id, Asker::Vacator).is_ok());
-        for fork in &forks {
+        if !self.complete_fitting(template, until) && Instant::now() < until {
+            template.find_zeros(until.min(Instant::now() + ZEROS_PATIENCE));
+            self.complete_fitting(template, until);
+        }
+        // Those that were not asked are withdrawn from.
+        for fork in self.forks_of(template) {
             fork.wait_completed(Asker::Vacator, until);
         }
         self.withdraw(template, how);
@@ -368,17 +390,30 @@ impl Server {
     ///
     /// [`Error::ForkNotFound`]; [`Error::ForkInUse`] while its VMM needs it.
     pub fn unregister(&self, id: &ForkId) -> Result<(), Error> {
-        let record = self.record(id)?;
+        self.unregister_record(&self.record(id)?)
+    }
+
+    /// As [`unregister`](Self::unregister), but of just this fork: another that has got its name since is left alone. One
+    /// that is forgotten already stays so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkInUse`] while its VMM needs it.
+    pub fn unregister_this(&self, fork: &Fork) -> Result<(), Error> {
+        self.unregister_record(&fork.record)
+    }
+
+    fn unregister_record(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
         if record.state() == ForkState::Waiting {
-            self.acceptor.send(Request::Close(Arc::clone(&record)));
+            self.acceptor.send(Request::Close(Arc::clone(record)));
             // The acceptor ends it, or is just about to find that its VMM has connected.
             let patience = Instant::now() + self.deadlines.handshake;
             record.wait_state(patience, |state| state != ForkState::Waiting);
         }
         if !record.state().is_end() {
-            return Err(Error::ForkInUse(id.clone()));
+            return Err(Error::ForkInUse(record.id.clone()));
         }
-        self.registry.remove(&record);
+        self.registry.remove(record);
         Ok(())
     }
 

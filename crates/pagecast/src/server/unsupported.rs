@@ -87,6 +87,11 @@ impl Server {
     }
 
     /// There is no server to ask.
+    pub fn kill_this(&self, _fork: &Fork) {
+        match *self {}
+    }
+
+    /// There is no server to ask.
     pub fn withdraw(&self, _template: &Template, _how: &str) -> usize {
         match *self {}
     }
@@ -107,6 +112,15 @@ impl Server {
     ///
     /// None: it cannot be called.
     pub fn unregister(&self, _id: &ForkId) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no server to ask.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn unregister_this(&self, _fork: &Fork) -> Result<(), Error> {
         match *self {}
     }
 

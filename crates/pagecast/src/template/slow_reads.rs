@@ -61,7 +61,8 @@ impl SlowReads {
         let reads = &template.slow_reads;
         let mut state = reads.lock();
         state.queue.push_back(Request { at, length, done });
-        if state.idle > 0 {
+        // A thread that was woken is idle until it runs, so each can be counted on once.
+        if state.queue.len() <= state.idle {
             reads.work.notify_one();
             return;
         }
@@ -165,4 +166,60 @@ fn read(template: &Inner, at: TemplateOffset, length: usize) -> Result<Vec<u8>, 
     let mut bytes = vec![0; length];
     template.source.read(at, &mut bytes)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use pagecast_uffd::ByteLen;
+
+    use super::*;
+    use crate::Template;
+    use crate::template::{Page, PageSource};
+
+    /// A template that reads at once.
+    struct Quick;
+
+    impl PageSource for Quick {
+        fn len(&self) -> ByteLen {
+            ByteLen::new(1 << 20)
+        }
+        fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+            Ok(Page::NotReady)
+        }
+        fn read(&self, _: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn check_unchanged(&self) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn is_known_zero(&self, _: TemplateOffset, _: ByteLen) -> bool {
+            false
+        }
+        fn find_zeros(&self, _: TemplateOffset, _: ByteLen) -> Result<(), SourceError> {
+            Ok(())
+        }
+    }
+
+    /// It may be stuck in its read by then, which must hold up nobody else.
+    #[test]
+    fn an_idle_thread_is_counted_on_for_one_read_only() {
+        let template = Template::from_source(Quick);
+        {
+            // One that was woken and does not come to run.
+            let mut state = template.inner.slow_reads.lock();
+            state.threads = 1;
+            state.idle = 1;
+        }
+        let (done, all_done) = channel();
+        for number in 0..2 {
+            let done = done.clone();
+            template.read_later(TemplateOffset::new(0), 4096, move |_| done.send(number).unwrap());
+        }
+        drop(done);
+        let patience = Duration::from_secs(30);
+        assert_eq!(all_done.recv_timeout(patience), Ok(0));
+        assert_eq!(all_done.recv_timeout(patience), Ok(1));
+    }
 }

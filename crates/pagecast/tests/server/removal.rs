@@ -168,8 +168,7 @@ fn a_vmm_stopped_in_the_middle_of_a_race_costs_nothing_and_goes_on_right() {
 
 /// Makes the kernel answer every install with `EAGAIN` for most of a second: a thread of the VMM is in `madvise`, its
 /// removal has been read, and it cannot run again because something more important has its processor.
-#[test]
-fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
+fn retries_are_paced(completing: bool) {
     const WINDOW: Duration = Duration::from_millis(300);
     const ATTEMPTS: usize = 5;
     if !alone() {
@@ -206,6 +205,10 @@ fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
             script.open_gate();
             return skip("cannot take a processor for itself (chrt, CAP_SYS_NICE)");
         };
+        if completing {
+            // What is left is installed beside, and retried too.
+            fixture.server.complete(fork.id()).unwrap();
+        }
         let used = cpu_time_of(|| {
             script.open_gate();
             std::thread::sleep(WINDOW);
@@ -223,7 +226,7 @@ fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
             println!("attempt {attempt}: the VMM got to run, which the kernel allows it now and then");
             continue;
         }
-        // Two faults, each tried soon at first and 100 times a second in the end.
+        // Two faults, and what is filled meanwhile, each tried soon at first and 100 times a second in the end.
         assert!((10..=200).contains(&retried), "{retried} retries in {WINDOW:?}");
         assert!(
             used < WINDOW / 5,
@@ -232,6 +235,16 @@ fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
         return;
     }
     skip("the VMM got to run in every attempt");
+}
+
+#[test]
+fn retries_that_stay_parked_are_paced_and_succeed_in_the_end() {
+    retries_are_paced(false);
+}
+
+#[test]
+fn a_completion_that_cannot_go_on_is_paced_and_succeeds_in_the_end() {
+    retries_are_paced(true);
 }
 
 /// One processor for the test and one for the VMM, of those that this process may use.

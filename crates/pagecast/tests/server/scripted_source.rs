@@ -37,6 +37,8 @@ pub(crate) struct Script {
     holds: AtomicU64,
     /// How often anything was read, slowly or at once.
     accesses: AtomicU64,
+    /// How often it was asked whether zeros are known.
+    zero_looks: AtomicU64,
 }
 
 impl Script {
@@ -50,6 +52,7 @@ impl Script {
             reads: AtomicU64::new(0),
             holds: AtomicU64::new(0),
             accesses: AtomicU64::new(0),
+            zero_looks: AtomicU64::new(0),
         }
     }
 
@@ -72,6 +75,11 @@ impl Script {
     /// How often anything was read, slowly or at once.
     pub(crate) fn accesses(&self) -> u64 {
         self.accesses.load(Ordering::SeqCst)
+    }
+
+    /// How often it was asked whether zeros are known.
+    pub(crate) fn zero_looks(&self) -> u64 {
+        self.zero_looks.load(Ordering::SeqCst)
     }
 
     fn wait_at_gate(&self) {
@@ -143,6 +151,7 @@ impl PageSource for ScriptedSource {
     }
 
     fn is_known_zero(&self, _at: TemplateOffset, _len: ByteLen) -> bool {
+        self.0.zero_looks.fetch_add(1, Ordering::SeqCst);
         false
     }
 

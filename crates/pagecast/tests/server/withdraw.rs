@@ -239,3 +239,30 @@ fn a_template_can_be_withdrawn_while_its_forks_are_completed() {
     script.open_gate();
     assert!(fixture.server.wait_withdrawn(&fixture.template, PATIENCE));
 }
+
+/// Whether there is room to complete forks takes a look at every page, and the kernel gives a writer only so much time.
+#[test]
+fn a_template_is_vacated_with_one_look_at_each_page_of_each_fork_and_with_none_where_there_is_no_time() {
+    const FORKS: u64 = 6;
+    for patience in [Duration::ZERO, Duration::from_secs(1)] {
+        let script = Script::new(&model(8 << 20), |page| match page {
+            1024.. => Access::Gated,
+            _ => Access::Ready,
+        });
+        let (fixture, script) = Fixture::scripted(script, |builder| builder);
+        let forks: Vec<_> = (0..FORKS).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
+        // Looks at zeros when it comes to its worker, which is over once that has answered a fault.
+        for (_, vmm) in &forks {
+            assert_reads_right(vmm, read_range(0, 1));
+        }
+        let before = script.zero_looks();
+        fixture.server.vacate(&fixture.template, HOW, patience);
+        let looks = script.zero_looks() - before;
+        let most = if patience.is_zero() { 0 } else { FORKS * 2048 };
+        assert!(looks <= most, "{looks} looks with a patience of {patience:?}");
+        for (fork, _vmm) in &forks {
+            assert_withdrawn(fork);
+        }
+        script.open_gate();
+    }
+}

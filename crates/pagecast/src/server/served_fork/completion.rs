@@ -1,11 +1,10 @@
 //! Completing a fork: once what is left has been installed, letting go.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pagecast_uffd::{Errno, Outcome};
 
-use super::{End, FIRST_PAUSE, Scratch, ServedFork};
+use super::{End, Scratch, ServedFork};
 use crate::server::failure::FailReason;
 
 impl ServedFork {
@@ -54,6 +53,7 @@ impl ServedFork {
                 return self.on_refused_unregister(errno);
             }
             self.unregistered = true;
+            self.fill_retry = None;
         }
         self.serve(false, scratch)?;
         let Some(first_page) = self.session.regions().first_page() else {
@@ -62,7 +62,7 @@ impl ServedFork {
         match self.uffd.zeropage(first_page) {
             Outcome::NotRegistered => Err(End::Complete),
             Outcome::Retry { .. } => {
-                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                self.pause_filling();
                 Ok(())
             }
             Outcome::PeerGone => Err(End::PeerGone),
@@ -85,7 +85,7 @@ impl ServedFork {
         match first_page.map(|page| self.uffd.continue_range(page)) {
             Some(Outcome::PeerGone) => Err(End::PeerGone),
             Some(Outcome::Retry { .. }) => {
-                self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                self.pause_filling();
                 Ok(())
             }
             _ => {

@@ -9,8 +9,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 
 use super::lane::{Done, Lane};
+use super::pause::Pause;
 use super::watch::Watch;
-use super::{Awaited, Deliver, End, FIRST_PAUSE, Scratch, ServedFork, kernel};
+use super::{Awaited, Deliver, End, Scratch, ServedFork, kernel};
+use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
 use crate::session::{After, Fill};
@@ -68,11 +70,13 @@ impl ServedFork {
             return Ok(());
         }
         if let Some(first) = self.next_fill() {
-            let lanes = 1 + scratch.crew.free();
+            let crew = Arc::clone(&scratch.crew);
+            let helpers = crew.take_free();
+            let lanes = 1 + helpers.count();
             let more = std::iter::from_fn(|| self.next_fill()).take(lanes * FILLS_A_LANE - 1);
             let fills = std::iter::once(first).chain(more).collect();
             let (begun, before) = (Instant::now(), self.record.counters.installed_bytes.get());
-            self.fill_pieces(fills, lanes, scratch)?;
+            self.fill_pieces(fills, &helpers, scratch)?;
             self.keep_rate(begun, self.record.counters.installed_bytes.get() - before, scratch);
             return Ok(());
         }
@@ -119,13 +123,22 @@ impl ServedFork {
         }
     }
 
+    /// The kernel wants what nobody waits for to be tried again: soon at first, then ever less often.
+    pub(super) fn pause_filling(&mut self) {
+        let now = Instant::now();
+        let pause = self.fill_retry.get_or_insert_with(|| Pause::first(now));
+        pause.lengthen(now);
+        self.fill_pause = self.fill_pause.max(Some(pause.until()));
+    }
+
     fn next_fill(&mut self) -> Option<Fill> {
         self.fills.pop().or_else(|| self.session.next_fill())
     }
 
-    /// Installs some of these fills, in `lanes` threads, of which this is one; all of them where nothing happens that the
-    /// worker has to look at.
-    fn fill_pieces(&mut self, fills: Vec<Fill>, lanes: usize, scratch: &mut Scratch) -> Result<(), End> {
+    /// Installs some of these fills, on this thread and those that help; all of them where nothing happens that the worker has
+    /// to look at.
+    fn fill_pieces(&mut self, fills: Vec<Fill>, helpers: &Helpers<'_>, scratch: &mut Scratch) -> Result<(), End> {
+        let lanes = 1 + helpers.count();
         let zeros_are_known = self.template.zeros_are_known();
         let all_parts: Vec<_> = fills.iter().map(|fill| self.session.fill_parts(fill)).collect();
         let stop = AtomicBool::new(false);
@@ -158,7 +171,7 @@ impl ServedFork {
                 all_done
             }
         });
-        let mut all_done: Vec<_> = scratch.crew.run(work.collect()).into_iter().flatten().collect();
+        let mut all_done: Vec<_> = helpers.run(work.collect()).into_iter().flatten().collect();
         // What was not come to is next.
         all_done.sort_unstable_by_key(|(index, _)| *index);
         let mut all_done = all_done.into_iter().peekable();
@@ -210,11 +223,14 @@ impl ServedFork {
             if !zeros {
                 counters.installed_bytes.add(installed as u64 * part.page_size.bytes());
             }
+            if installed > 0 {
+                self.fill_retry = None;
+            }
             match after {
-                After::Done | After::Wake(_) => {}
+                After::Done | After::Wake(_) => self.fill_retry = None,
                 After::Parked => {
                     counters.retried.add(1);
-                    self.fill_pause = Some(Instant::now() + FIRST_PAUSE);
+                    self.pause_filling();
                 }
                 After::OutOfMemory => {
                     self.give_up_filling(FailReason::OutOfMemory {
@@ -278,6 +294,7 @@ impl ServedFork {
         self.fills.clear();
         self.reading = None;
         self.fill_pause = None;
+        self.fill_retry = None;
         self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
     }
 }

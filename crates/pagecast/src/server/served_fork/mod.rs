@@ -4,6 +4,7 @@ mod completion;
 mod eagerness;
 mod filling;
 mod lane;
+mod pause;
 mod watch;
 
 use std::num::NonZeroU64;
@@ -20,13 +21,10 @@ use crate::page::PageSize;
 use crate::session::{After, Content, Fill, Install, Noted, PageRef, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
 use eagerness::Eagerness;
+use pause::Pause;
 use watch::Watch;
 pub(super) use watch::Watched;
 
-/// The first pause before a retry: about what the thread that the kernel waits for takes to run again.
-const FIRST_PAUSE: Duration = Duration::from_micros(50);
-/// The longest pause before a retry: a VMM that is frozen while it gives memory back costs 100 wakes a second.
-const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a
 /// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
@@ -123,8 +121,7 @@ struct Tried {
 
 /// Faults that the kernel would not let us answer.
 struct Retry {
-    at: Instant,
-    pause: Duration,
+    pause: Pause,
     since: Instant,
     /// It was for lack of memory, which must not last.
     out_of_memory: bool,
@@ -152,6 +149,8 @@ pub(super) struct ServedFork {
     reading: Option<Fill>,
     fills_read: u64,
     fill_pause: Option<Instant>,
+    /// The kernel would not let fills go on, nor the fork be unregistered.
+    fill_retry: Option<Pause>,
     /// Somebody waits for its completion.
     at_once: bool,
     watch: Watch,
@@ -186,6 +185,7 @@ impl ServedFork {
             reading: None,
             fills_read: 0,
             fill_pause: None,
+            fill_retry: None,
             at_once: false,
             watch: Watch::default(),
             watched: None,
@@ -352,15 +352,11 @@ impl ServedFork {
     fn park(&mut self, since: Instant, out_of_memory: bool, deadline: Duration) -> Result<(), End> {
         let now = Instant::now();
         let retry = self.retry.get_or_insert(Retry {
-            at: now + FIRST_PAUSE,
-            pause: FIRST_PAUSE,
+            pause: Pause::first(now),
             since,
             out_of_memory,
         });
-        if retry.at <= now {
-            retry.pause = (retry.pause * 2).min(LONGEST_PAUSE);
-            retry.at = now + retry.pause;
-        }
+        retry.pause.lengthen(now);
         if out_of_memory && !retry.out_of_memory {
             retry.out_of_memory = true;
             retry.since = since;
@@ -421,7 +417,7 @@ impl ServedFork {
     /// When this fork wants a turn though nothing happens.
     pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
         let reads = self.reads.iter().map(|read| read.since + fault_deadline);
-        let retry = self.retry.as_ref().map(|retry| retry.at);
+        let retry = self.retry.as_ref().map(|retry| retry.pause.until());
         let unread = self.unread.then(Instant::now);
         let watch = self.watch.next_look();
         reads
@@ -467,7 +463,7 @@ impl ServedFork {
         if self.unread {
             self.serve(false, scratch)?;
         }
-        if let Some(retry) = self.retry.as_ref().filter(|retry| retry.at <= now) {
+        if let Some(retry) = self.retry.as_ref().filter(|retry| retry.pause.until() <= now) {
             let since = retry.since;
             self.session.release_parked();
             // Whatever is parked was parked because something happened: hear of it first.

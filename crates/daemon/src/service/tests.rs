@@ -1,0 +1,351 @@
+//! A service in orders of events that no client can bring about at will.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use pagecast_client::template::Guard;
+use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
+use pagecast_testkit::skip::skip;
+use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use rustix::fs::OFlags;
+use tempfile::TempDir;
+use tokio::runtime::{Builder, Runtime};
+
+use super::{Service, guard};
+use crate::daemon::Daemon;
+use crate::fork::{Fork, SavedFork};
+use crate::mapper::Mapper;
+use crate::placement::{How, Plan, Removal};
+use crate::run_dir::{Kind, RunDir};
+use crate::template::{SavedTemplate, Template};
+use crate::vmm_process::VmmProcess;
+use crate::{Config, Settings};
+
+/// Reached only where something hangs.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A daemon in a folder of its own, with a template named `t`.
+struct Rig {
+    // In this order: the daemon goes before its runtime, and both before their folder.
+    daemon: Daemon,
+    runtime: Runtime,
+    file: TemplateFile,
+    folder: TempDir,
+}
+
+impl Rig {
+    fn start() -> Self {
+        Self::start_on(Runtime::new().unwrap())
+    }
+
+    fn start_on(runtime: Runtime) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), runtime)
+    }
+
+    /// One that has its run dir there.
+    fn start_in(folder: TempDir, runtime: Runtime) -> Self {
+        let rig = Self {
+            daemon: runtime.block_on(Daemon::start(config(&folder))).unwrap(),
+            runtime,
+            file: TemplateFile::create(TemplateModel::of_data(1 << 20, 1)).unwrap(),
+            folder,
+        };
+        rig.add_template();
+        rig
+    }
+
+    /// One whose template is guarded by a lease, where there are such.
+    fn leased() -> Option<Self> {
+        let rig = Self::start();
+        rig.is_leased().then_some(rig)
+    }
+
+    /// Says that the test is skipped where it is not.
+    fn is_leased(&self) -> bool {
+        let is_leased = self.template().guard() == Guard::Lease;
+        if !is_leased {
+            skip("the file system of temporary files has no leases");
+        }
+        is_leased
+    }
+
+    /// Stops it; forks with `file` live on.
+    fn stop(self) -> (TemplateFile, TempDir) {
+        drop(self.daemon);
+        // With whatever still holds the run dir.
+        drop(self.runtime);
+        (self.file, self.folder)
+    }
+
+    fn service(&self) -> &Arc<Service> {
+        self.daemon.service()
+    }
+
+    fn add_template(&self) {
+        let add = AddTemplate::new(self.file.path());
+        self.service().add_template("t", add).unwrap();
+    }
+
+    fn template(&self) -> Arc<Template> {
+        Arc::clone(&self.service().templates()[0])
+    }
+
+    fn fork(&self, id: &str, backend: Backend) -> Arc<Fork> {
+        self.fork_as(id, backend, |_| {})
+    }
+
+    fn fork_as(&self, id: &str, backend: Backend, change: impl FnOnce(&mut CreateFork)) -> Arc<Fork> {
+        let mut wanted = CreateFork {
+            id: Some(id.to_owned()),
+            backend: Some(backend),
+            ..CreateFork::of("t")
+        };
+        change(&mut wanted);
+        self.service().create_fork(&wanted).unwrap()
+    }
+
+    /// The forks that the next daemon would find.
+    fn saved(&self) -> Vec<String> {
+        let saved = self.service().run_dir().saved_values::<SavedFork>(Kind::Fork);
+        saved.unwrap().into_iter().map(|(id, _)| id).collect()
+    }
+}
+
+fn config(folder: &TempDir) -> Config {
+    let settings = Settings {
+        run_dir: Some(folder.path().join("run")),
+        workers: Some(1),
+        ..Settings::default()
+    };
+    settings.resolve().unwrap()
+}
+
+/// Opens a file for writing without waiting: refused, but from then on its lease is broken.
+fn break_lease(file: &TemplateFile) {
+    let mut open = File::options();
+    open.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    let refused = open.open(file.path()).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
+}
+
+/// A process of which nothing is of interest but its end.
+struct Vmm {
+    _mapper: Mapper,
+    process: VmmProcess,
+}
+
+impl Vmm {
+    fn start() -> Self {
+        let mapper = Mapper::start("turn()", &[]);
+        let process = VmmProcess::open(mapper.pid()).unwrap();
+        Self {
+            _mapper: mapper,
+            process,
+        }
+    }
+
+    /// Has it be the VMM of a fork with `file`.
+    fn of_fork(rig: &Rig, id: &str) -> Self {
+        let vmm = Self::start();
+        rig.fork_as(id, Backend::File, |wanted| wanted.pid = Some(vmm.process.pid()));
+        vmm
+    }
+
+    fn is_dead_in_time(&self) -> bool {
+        self.process.wait_exited(PATIENCE)
+    }
+}
+
+/// Waits for something that nobody reports.
+#[track_caller]
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < until, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// As whoever deletes a fork, or forgets it because many others have ended since, and is held up in the middle of it.
+#[test]
+fn whoever_comes_late_to_a_fork_leaves_another_of_its_id_alone() {
+    let rig = Rig::start();
+    for backend in [Backend::Uffd, Backend::File] {
+        let first = rig.fork("f", backend);
+        rig.service().remove_fork("f", false).unwrap();
+        let second = rig.fork("f", backend);
+        rig.service().kill_vmm(&first).unwrap();
+        rig.service().forget(&first);
+        assert_eq!(second.state(), ForkState::Waiting, "{backend}");
+        assert_eq!(rig.saved().len(), usize::from(backend == Backend::File));
+        assert!(second.mem_backend.backend_path.exists());
+        rig.service().remove_fork("f", false).unwrap();
+    }
+}
+
+#[test]
+fn a_fork_that_has_ended_does_not_take_the_memory_file_of_the_next_at_its_path_with_it() {
+    let rig = Rig::start();
+    let place = rig.folder.path().canonicalize().unwrap().join("place");
+    let at_place = |wanted: &mut CreateFork| wanted.path = Some(place.clone());
+    let mut vmm = Mapper::start("turn()", &[]);
+    let first = rig.fork_as("first", Backend::File, |wanted| {
+        at_place(wanted);
+        wanted.pid = Some(vmm.pid());
+    });
+    vmm.reap();
+    eventually("its end is noticed", || first.state().is_end() && !exists(&place));
+    let _second = rig.fork_as("second", Backend::File, at_place);
+    rig.service().remove_fork("first", false).unwrap();
+    assert!(exists(&place), "nobody has deleted the second");
+    rig.service().remove_fork("second", false).unwrap();
+    assert!(!exists(&place));
+}
+
+#[test]
+fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone() {
+    let rig = Rig::start();
+    let removed = rig.template();
+    rig.service().remove_template("t").unwrap();
+    rig.add_template();
+    // It was broken before it was given up, and its thread comes to tell only now.
+    rig.service().lease_broken(&removed.file);
+    assert!(rig.service().take_withdrawals().is_empty());
+    let there = rig.template();
+    assert!(!there.is_withdrawn() && there.changed().is_none());
+}
+
+/// Before its template is on the list, and before its forks are.
+#[test]
+fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found() {
+    for on_the_list in [false, true] {
+        let Some(rig) = Rig::leased() else { return };
+        let vmm = Vmm::of_fork(&rig, "f");
+        let (file, folder) = rig.stop();
+
+        let (runtime, config) = (Runtime::new().unwrap(), config(&folder));
+        let run_dir = RunDir::take(&config.run_dir, false).unwrap();
+        let service = Service::new(config, run_dir, runtime.handle().clone(), |_| {}).unwrap();
+        let template = if on_the_list {
+            service.find_templates().unwrap();
+            Arc::clone(&service.templates()[0])
+        } else {
+            let mut saved = service.run_dir().saved_values::<SavedTemplate>(Kind::Template).unwrap();
+            let (name, saved) = saved.remove(0);
+            service.find_template(&name, &saved.unwrap()).unwrap()
+        };
+        break_lease(&file);
+        // As the lease's own thread does, some time about now.
+        service.lease_broken(&template.file);
+        let mut state = service.state();
+        state.templates.insert(template.name.clone(), Arc::clone(&template));
+        drop(state);
+        let orphans = service.find_forks().unwrap();
+        assert!(orphans.is_empty());
+        service.heed_leases();
+        assert!(vmm.is_dead_in_time(), "it would read what is written");
+        eventually("its fork has failed", || {
+            service.forks()[0].state() == ForkState::Failed
+        });
+    }
+}
+
+/// As where many clients ask for what takes long.
+#[test]
+fn calls_that_take_long_do_not_hold_up_who_ends_the_forks_of_a_template_that_is_to_be_written() {
+    let mut builder = Builder::new_multi_thread();
+    let runtime = builder.worker_threads(1).max_blocking_threads(1).enable_all().build();
+    let rig = Rig::start_on(runtime.unwrap());
+    if !rig.is_leased() {
+        return;
+    }
+    let (end, ended) = mpsc::channel::<()>();
+    // The one thread that there is for such calls.
+    rig.runtime.spawn_blocking(move || ended.recv());
+    let vmm = Vmm::of_fork(&rig, "f");
+    break_lease(&rig.file);
+    let in_time = vmm.is_dead_in_time();
+    drop(end);
+    assert!(in_time);
+}
+
+#[test]
+fn without_a_lease_calls_that_take_long_do_not_hold_up_who_notices_a_write_either() {
+    let mut builder = Builder::new_multi_thread();
+    let runtime = builder.worker_threads(1).max_blocking_threads(1).enable_all().build();
+    let rig = Rig::start_on(runtime.unwrap());
+    let (end, ended) = mpsc::channel::<()>();
+    rig.runtime.spawn_blocking(move || ended.recv());
+    // As on a file system that has none.
+    rig.template().release_lease();
+    let vmm = Vmm::of_fork(&rig, "f");
+    let file = File::options().write(true).open(rig.file.path()).unwrap();
+    file.set_len(2 << 20).unwrap();
+    let in_time = vmm.is_dead_in_time();
+    drop(end);
+    assert!(in_time);
+}
+
+/// As whoever asks for the template to be in memory, and has its zeros looked for.
+#[test]
+fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
+    let Some(rig) = Rig::leased() else { return };
+    let vmm = Vmm::of_fork(&rig, "f");
+    let template = rig.template();
+    let asking = template.warmth.asking.lock().unwrap();
+    break_lease(&rig.file);
+    let in_time = vmm.is_dead_in_time();
+    eventually("the writer is let in", || template.guard() == Guard::Watch);
+    drop(asking);
+    assert!(in_time && template.warmth.is_over());
+}
+
+/// Nobody has told of it, and in `/proc` its path is gone with the mount.
+#[test]
+fn who_maps_the_file_by_a_mount_that_forks_were_told_of_dies_before_the_writer_is_let_in() {
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let rig = Rig::start_in(elsewhere, Runtime::new().unwrap());
+    if !rig.is_leased() {
+        return;
+    }
+    let placement = rig.template().placement.clone();
+    if !placement.is_some_and(|placement| matches!(placement.how(), How::BindMount { .. })) {
+        return skip("needs another file system at /dev/shm, and CAP_SYS_ADMIN to mount");
+    }
+    let fork = rig.fork("f", Backend::File);
+    let mapper = Mapper::of_file(&fork.mem_backend.backend_path);
+    let vmm = VmmProcess::open(mapper.pid()).unwrap();
+    break_lease(&rig.file);
+    assert!(vmm.wait_exited(PATIENCE));
+    assert_eq!(fork.state(), ForkState::Failed);
+}
+
+#[test]
+fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let rig = Rig::start();
+    let template = rig.template();
+    for folder in [rig.folder.path(), elsewhere.path()] {
+        let at = folder.canonicalize().unwrap().join("place");
+        let placed = Plan::new(template.file.as_fd(), &at).and_then(|plan| plan.carry_out(template.file.as_fd()));
+        let Ok(placement) = placed else {
+            return skip("needs CAP_SYS_ADMIN to mount");
+        };
+        let mapper = Mapper::of_file(&at);
+        let found = || -> Vec<_> {
+            let strangers = guard::strangers(&template, &[&placement]);
+            strangers.iter().map(VmmProcess::pid).collect()
+        };
+        assert_eq!(found(), [mapper.pid()]);
+        assert_eq!(placement.remove().unwrap(), Removal::Removed);
+        assert_eq!(found(), [mapper.pid()], "{:?}", placement.how());
+    }
+}
+
+fn exists(path: &Path) -> bool {
+    path.try_exists().unwrap()
+}

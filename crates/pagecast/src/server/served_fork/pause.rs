@@ -1,0 +1,63 @@
+//! Pauses before the kernel is asked once more for what it would not do.
+
+use std::time::{Duration, Instant};
+
+/// The first pause: about what the thread that the kernel waits for takes to run again.
+const FIRST: Duration = Duration::from_micros(50);
+
+/// The longest: a VMM that is frozen while it gives memory back costs 100 wakes a second.
+const LONGEST: Duration = Duration::from_millis(10);
+
+/// A pause that is as long as the tries before were in vain. Made anew once one gets on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pause {
+    until: Instant,
+    length: Duration,
+}
+
+impl Pause {
+    /// After the first try.
+    pub(super) fn first(now: Instant) -> Self {
+        Self {
+            until: now + FIRST,
+            length: FIRST,
+        }
+    }
+
+    /// After one more. Those of one turn count as one: only what is tried after the pause makes it longer.
+    pub(super) fn lengthen(&mut self, now: Instant) {
+        if self.until <= now {
+            self.length = (self.length * 2).min(LONGEST);
+            self.until = now + self.length;
+        }
+    }
+
+    /// When to try again.
+    pub(super) fn until(&self) -> Instant {
+        self.until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_grows_until_there_are_a_hundred_a_second() {
+        let begun = Instant::now();
+        let mut pause = Pause::first(begun);
+        // Others of the same turn.
+        pause.lengthen(begun);
+        assert_eq!(pause.until() - begun, FIRST);
+        let mut now = begun;
+        let mut tries = 0;
+        while now < begun + Duration::from_secs(1) {
+            let before = pause.until();
+            now = before;
+            pause.lengthen(now);
+            assert!(pause.until() - now <= LONGEST);
+            tries += 1;
+        }
+        assert!((100..=120).contains(&tries), "{tries} tries in a second");
+    }
+}
