@@ -75,7 +75,7 @@ impl Daemon {
             control,
             api::router(Arc::clone(&service)),
             api::forbidden_router(Arc::clone(&service)),
-            allowed,
+            move |stream| listen::may_control(stream, &allowed),
         ));
         if let Some(listener) = metrics {
             tasks.spawn(listen::serve_metrics(

@@ -21,6 +21,9 @@ use tracing::warn;
 /// How many connections there can be at once; more wait their turn.
 const MOST_CONNECTIONS: usize = 256;
 
+/// How many there can be at once of those who may not use the socket; more are hung up on, so that they keep nobody waiting.
+const MOST_FORBIDDEN: usize = 16;
+
 /// How long a client may take to send the head of a request, the first or the next.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -46,20 +49,28 @@ pub(crate) fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the control API to those who may use it, until dropped; others get `forbidden`.
-pub(crate) async fn serve_control(listener: UnixListener, router: Router, forbidden: Router, allowed: Vec<u32>) {
+/// Serves the control API to those who `may` use it, until dropped; others get `forbidden`.
+pub(crate) async fn serve_control(
+    listener: UnixListener,
+    router: Router,
+    forbidden: Router,
+    mut may: impl FnMut(&UnixStream) -> bool,
+) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let forbidden_places = Arc::new(Semaphore::new(MOST_FORBIDDEN));
     let mut connections = JoinSet::new();
     loop {
-        let place = Arc::clone(&places).acquire_owned().await;
         let stream = accepted(listener.accept().await.map(|(stream, _)| stream)).await;
         while connections.try_join_next().is_some() {}
         let Some(stream) = stream else { continue };
-        let router = if may_control(&stream, &allowed) {
-            router.clone()
+        // Only those who may take a place of those who may, and only they are waited for.
+        let (place, router) = if may(&stream) {
+            (Arc::clone(&places).acquire_owned().await.ok(), &router)
         } else {
-            forbidden.clone()
+            (Arc::clone(&forbidden_places).try_acquire_owned().ok(), &forbidden)
         };
+        let Some(place) = place else { continue };
+        let router = router.clone();
         connections.spawn(async move {
             serve(stream, router, tokio::time::sleep(CONNECTION_PATIENCE), ANSWER_PATIENCE).await;
             drop(place);
@@ -95,7 +106,8 @@ async fn accepted<S>(stream: io::Result<S>) -> Option<S> {
     }
 }
 
-fn may_control(stream: &UnixStream, allowed: &[u32]) -> bool {
+/// Whether whoever has connected is the daemon's own user, root or allowed.
+pub(crate) fn may_control(stream: &UnixStream, allowed: &[u32]) -> bool {
     let own = rustix::process::geteuid().as_raw();
     match stream.peer_cred() {
         Ok(peer) => peer.uid() == own || peer.uid() == 0 || allowed.contains(&peer.uid()),
@@ -188,5 +200,39 @@ mod tests {
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!(answer, b"");
+    }
+
+    /// They hold on to what they get, and would for as long as they like.
+    #[tokio::test]
+    async fn those_who_may_not_keep_nobody_waiting_who_may() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let listener = bind(&path, 0o600).unwrap();
+        let router = Router::new().route("/slow", get(async || "done"));
+        let never = Router::new().route("/slow", get(std::future::pending::<&str>));
+        // All but the last.
+        let mut left = MOST_CONNECTIONS + 1;
+        let may = move |_: &UnixStream| {
+            left -= 1;
+            left == 0
+        };
+        let _serving = tokio::spawn(serve_control(listener, router, never, may));
+        let mut crowd = Vec::new();
+        for _ in 0..MOST_CONNECTIONS {
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            // Some are hung up on.
+            let _ = stream.write_all(ASK).await;
+            crowd.push(stream);
+        }
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        client.write_all(ASK).await.unwrap();
+        let mut answer = [0; 12];
+        let answered = tokio::time::timeout(PATIENCE, client.read_exact(&mut answer)).await;
+        answered.expect("nobody may be kept waiting").unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        // Beyond those of their own they get no place at all.
+        let last = crowd.last_mut().unwrap();
+        let hung_up = tokio::time::timeout(PATIENCE, last.read(&mut [0])).await.unwrap();
+        assert!(matches!(hung_up, Ok(0) | Err(_)), "{hung_up:?}");
     }
 }
