@@ -47,7 +47,9 @@ pub struct CreateFork {
     /// The page size of the guest in bytes, 4096 or 2097152; by default the template's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
-    /// `file`: the VMM, which never shakes hands with pagecast; without it, the fork's life and memory stay unknown.
+    /// `file`: the VMM, which never shakes hands with pagecast. Without it, one that maps the fork's own `path` is found by
+    /// that, while any other stays unknown with its memory and its end. Where no process that may be the VMM maps the
+    /// template within `connect_deadline`, or any more after that, the fork ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }

@@ -84,6 +84,7 @@ impl Daemon {
             ));
         }
         tasks.spawn(Arc::clone(&service).watch_templates());
+        tasks.spawn(Arc::clone(&service).end_overdue());
         if let Some(after) = idle {
             tasks.spawn(Arc::clone(&service).complete_idle(after));
         }

@@ -264,8 +264,9 @@ impl Service {
             Kind::File(file) => {
                 let vmm = file.vmm();
                 self.save_fork(fork, vmm.as_deref());
-                if let Some(vmm) = vmm {
-                    self.watch(fork, &vmm);
+                match vmm {
+                    Some(vmm) => self.watch(fork, &vmm),
+                    None => self.await_vmm(file),
                 }
             }
         }
@@ -287,13 +288,17 @@ impl Service {
 
     pub(super) fn file_fork_ended(&self, fork: &Arc<Fork>, state: ForkState) {
         if let Kind::File(file) = &fork.kind
-            && file.end(state, None)
+            && file.end(state)
         {
-            if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
-                warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
-            }
-            self.ended(fork);
+            self.file_fork_is_over(fork, file);
         }
+    }
+
+    pub(super) fn file_fork_is_over(&self, fork: &Arc<Fork>, file: &FileFork) {
+        if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
+            warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
+        }
+        self.ended(fork);
     }
 
     /// Begins to complete a fork.

@@ -53,6 +53,7 @@ impl Service {
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
             fork_serving: tokio::sync::Notify::new(),
+            file_fork_waits: tokio::sync::Notify::new(),
             started: Instant::now(),
             requests: Requests::default(),
             runtime,
