@@ -56,6 +56,8 @@ pub(crate) struct Service {
     server: Server,
     exits: ExitWatch,
     state: Mutex<State>,
+    /// Held from looking at how a file is protected until what that changes can be seen: several templates may be of it.
+    protecting: Mutex<()>,
     closing: AtomicBool,
     next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.

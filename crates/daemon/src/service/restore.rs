@@ -49,6 +49,7 @@ impl Service {
             config,
             run_dir,
             state: Mutex::new(State::default()),
+            protecting: Mutex::new(()),
             closing: AtomicBool::new(false),
             next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
