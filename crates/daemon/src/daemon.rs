@@ -140,9 +140,10 @@ impl Daemon {
         killed
     }
 
-    /// How many forks need the daemon.
+    /// How many forks need the daemon: those with `uffd` that wait or are served.
     pub fn serving(&self) -> usize {
-        self.service.server().forks().len()
+        let forks = self.service.server().forks();
+        forks.iter().filter(|fork| !fork.state.is_end()).count()
     }
 }
 

@@ -237,6 +237,20 @@ fn a_fork_that_is_complete_is_let_go() {
 }
 
 #[test]
+fn only_forks_that_wait_or_are_served_need_the_daemon() {
+    let fixture = fixture();
+    let _served = fixture.serving("served", "uffd");
+    fixture.create(&json!({ "id": "waiting", "backend": "uffd" }));
+    let _file = fixture.serving("file", "file");
+    fixture.serving("ended", "uffd").kill().unwrap();
+    fixture.await_fork("ended", "exited");
+    let _complete = fixture.serving("complete", "uffd");
+    fixture.ask("POST", "/v1/forks/complete/complete").ok(202);
+    fixture.await_fork("complete", "complete");
+    assert_eq!(fixture.daemon().serving(), 2);
+}
+
+#[test]
 fn a_vmm_that_is_refused_fails_its_fork_and_says_why() {
     let fixture = fixture();
     let created = fixture.create(&json!({ "id": "f", "backend": "uffd" }));
