@@ -192,7 +192,9 @@ fn growth_is_measured_with_forks_and_with_templates() {
             &["fault_p50_us", "add_template_ms"],
         );
     }
-    assert_eq!(goals(&section).len(), 2);
+    let goals = goals(&section);
+    assert_eq!(goals.len(), 3);
+    assert!(goals[1].contains("time 2 to time 1"), "{goals:?}");
 }
 
 #[test]
