@@ -159,6 +159,7 @@ fn many_forks_are_measured_in_firecracker_or_it_says_that_they_are_simulated() {
             "ready_p99_ms",
             "demand_faults",
             "private_mib",
+            "private_sum_mib",
             "pss_mib",
             "server_cpu_seconds",
         ];
