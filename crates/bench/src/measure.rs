@@ -34,6 +34,8 @@ pub enum Measure {
     NanosPerPage,
     /// Memory that only this fork has.
     PrivateMib,
+    /// The same of all forks, added up.
+    PrivateSumMib,
     /// The proportional set sizes of all forks, added up.
     PssMib,
     /// The same as a multiple of the least that the forks could cost.
@@ -77,6 +79,7 @@ impl Measure {
             Self::ProcessorsUsed => "CPUs used",
             Self::NanosPerPage => "ns/page",
             Self::PrivateMib => "private/fork, MiB",
+            Self::PrivateSumMib => "private in sum, MiB",
             Self::PssMib => "PSS in sum, MiB",
             Self::PssToLeast => "PSS to least",
             Self::ServerCpuSeconds => "server CPU, s",

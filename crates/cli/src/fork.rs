@@ -60,19 +60,19 @@ struct Create {
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
-    /// uffd: where its socket is to be.
+    /// Where its socket is to be; takes uffd.
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
-    /// file: where the memory file is to be put, for a VMM that sees only a part of the file system.
+    /// Where the memory file is to be put, for a VMM that sees only a part of the file system; takes file.
     #[arg(long, value_name = "PATH")]
     path: Option<PathBuf>,
 
-    /// The user that the VMM runs as [default: the daemon's]
+    /// The user that the VMM runs as, who gets the socket; takes uffd [default: the daemon's]
     #[arg(long)]
     uid: Option<u32>,
 
-    /// The group of its socket.
+    /// The group of its socket; takes uffd.
     #[arg(long)]
     gid: Option<u32>,
 

@@ -18,20 +18,21 @@ pub struct CreateFork {
     /// Which backend; by default what the daemon's configuration says, which by default is `auto`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<Backend>,
-    /// `uffd`: where the socket is to be, absolute, at most 107 bytes; by default in the run dir.
+    /// Where the socket is to be, absolute, at most 107 bytes; by default in the run dir. Takes `uffd`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub socket_path: Option<PathBuf>,
-    /// `file`: where the memory file is to be put, absolute, for a VMM that sees only a part of the file system: a hard
-    /// link or else a bind mount, never a copy. By default a place in the run dir.
+    /// Where the memory file is to be put, absolute, for a VMM that sees only a part of the file system: a hard link or
+    /// else a bind mount, never a copy. By default a place in the run dir. Takes `file`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub path: Option<PathBuf>,
-    /// The user that the VMM runs as; by default the daemon's.
+    /// The user that the VMM runs as, who gets the socket; by default the daemon's. Takes `uffd`: the memory file of one
+    /// with `file` keeps the owner and mode of the template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub uid: Option<u32>,
-    /// The group of the socket.
+    /// The group of the socket. Takes `uffd`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub gid: Option<u32>,
@@ -46,7 +47,9 @@ pub struct CreateFork {
     /// The page size of the guest in bytes, 4096 or 2097152; by default the template's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
-    /// `file`: the VMM, which never shakes hands with pagecast; without it, the fork's life and memory stay unknown.
+    /// `file`: the VMM, which never shakes hands with pagecast. Without it, one that maps the fork's own `path` is found by
+    /// that, while any other stays unknown with its memory and its end. Where no process that may be the VMM maps the
+    /// template within `connect_deadline`, or any more after that, the fork ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }
@@ -66,7 +69,7 @@ impl CreateFork {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// The best of the others for the template and the guest.
+    /// The best of the others for the template, the guest and what else is asked for.
     #[default]
     Auto,
     /// pagecast answers page faults: lazy, for 4 KiB and 2 MiB pages; shares zero pages only.

@@ -36,7 +36,8 @@ impl AddTemplate {
     }
 }
 
-/// How the memory file of a template is protected while it is a template. Removing the template undoes it.
+/// How the memory file of a template is protected while it is a template. Removing the template undoes it; where
+/// the file is that of several, the last of them that is protected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]

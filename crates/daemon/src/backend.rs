@@ -12,6 +12,10 @@ pub(crate) struct Facts<'a> {
     pub(crate) remote: Option<&'a str>,
     /// What is wanted that can only be had where faults come to us.
     pub(crate) needs_faults: Option<&'a str>,
+    /// The field of the request that says something of a socket, which only `uffd` has.
+    pub(crate) of_socket: Option<&'a str>,
+    /// Whether a path for the memory file is asked for, which only `file` takes.
+    pub(crate) of_file: bool,
 }
 
 /// A backend that is not `auto`, and why it is the one; or why it cannot be.
@@ -32,22 +36,41 @@ pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, Stri
                 .to_owned(),
         ),
         Backend::Uffd | Backend::File => Ok((wanted, "it was asked for".to_owned())),
-        Backend::Auto if huge => Ok((
+        Backend::Auto => Ok(best(facts)),
+    }
+}
+
+/// What `auto` is, where either could be had.
+fn best(facts: Facts<'_>) -> (Backend, String) {
+    if facts.page_size != PageSize::Small {
+        return (
             Backend::Uffd,
             "the guest has 2 MiB pages, which only `uffd` can give it".to_owned(),
-        )),
-        Backend::Auto => Ok(match facts.remote {
-            Some(filesystem) => (
-                Backend::Uffd,
-                format!("the template is on {filesystem}, where a mapping may stall or fail"),
-            ),
-            None => (
-                Backend::File,
-                "the template is a complete local file and the guest has 4 KiB pages: forks share every page they have \
-                 not written"
-                    .to_owned(),
-            ),
-        }),
+        );
+    }
+    if let Some(field) = facts.of_socket {
+        return (
+            Backend::Uffd,
+            format!("{field} is about a socket, which only `uffd` has"),
+        );
+    }
+    if facts.of_file {
+        return (
+            Backend::File,
+            "path is where the memory file is to be, which only `file` takes".to_owned(),
+        );
+    }
+    match facts.remote {
+        Some(filesystem) => (
+            Backend::Uffd,
+            format!("the template is on {filesystem}, where a mapping may stall or fail"),
+        ),
+        None => (
+            Backend::File,
+            "the template is a complete local file and the guest has 4 KiB pages: forks share every page they have \
+             not written"
+                .to_owned(),
+        ),
     }
 }
 
@@ -80,6 +103,8 @@ mod tests {
         page_size: PageSize::Small,
         remote: None,
         needs_faults: None,
+        of_socket: None,
+        of_file: false,
     };
 
     #[test]
@@ -111,6 +136,32 @@ mod tests {
         assert_eq!(choose(Backend::Auto, recorded).unwrap().0, Backend::Uffd);
         assert_eq!(choose(Backend::Uffd, recorded).unwrap().0, Backend::Uffd);
         assert!(choose(Backend::File, recorded).unwrap_err().contains("a recording"));
+    }
+
+    #[test]
+    fn auto_is_what_has_the_fields_that_were_given() {
+        let chosen = |facts| choose(Backend::Auto, facts).unwrap();
+        let socket = Facts {
+            of_socket: Some("uid"),
+            ..LOCAL
+        };
+        let (backend, reason) = chosen(socket);
+        assert_eq!(backend, Backend::Uffd);
+        assert!(reason.contains("uid"), "{reason}");
+        let file = Facts {
+            of_file: true,
+            remote: Some("NFS"),
+            ..LOCAL
+        };
+        let (backend, reason) = chosen(file);
+        assert_eq!(backend, Backend::File);
+        assert!(reason.contains("path"), "{reason}");
+        // Which then cannot be had, and whoever asked is told.
+        let huge = Facts {
+            page_size: PageSize::Huge,
+            ..file
+        };
+        assert_eq!(chosen(huge).0, Backend::Uffd);
     }
 
     #[test]

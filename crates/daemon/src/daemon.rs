@@ -78,7 +78,7 @@ impl Daemon {
             control,
             api::router(Arc::clone(&service)),
             api::forbidden_router(Arc::clone(&service)),
-            allowed,
+            move |stream| listen::may_control(stream, &allowed),
         ));
         if let Some(listener) = metrics {
             tasks.spawn(listen::serve_metrics(
@@ -86,6 +86,7 @@ impl Daemon {
                 api::metrics_router(Arc::clone(&service)),
             ));
         }
+        tasks.spawn(Arc::clone(&service).end_overdue());
         let thread = |source| StartError::Thread { source };
         let watch = Arc::clone(&service).watch_templates();
         let mut own_threads = vec![OwnThread::start("watch", watch).map_err(thread)?];
@@ -149,9 +150,10 @@ impl Daemon {
         killed
     }
 
-    /// How many forks need the daemon.
+    /// How many forks need the daemon: those with `uffd` that wait or are served.
     pub fn serving(&self) -> usize {
-        self.service.server().forks().len()
+        let forks = self.service.server().forks();
+        forks.iter().filter(|fork| !fork.state.is_end()).count()
     }
 }
 

@@ -1,6 +1,7 @@
 //! A fork that has been made.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use pagecast::server::ForkId;
 use pagecast_client::fork::{BackendType, ForkError, MemBackend, Prefault};
@@ -54,6 +55,20 @@ struct FileLife {
     state: ForkState,
     vmm: Option<Arc<VmmProcess>>,
     error: Option<ForkError>,
+    /// When it is looked whether its VMM has come.
+    deadline: Option<Instant>,
+    /// A process was seen that may be its VMM.
+    suspected: bool,
+}
+
+impl FileLife {
+    /// An error that came first stays.
+    fn end(&mut self, state: ForkState) {
+        self.state = match self.error {
+            Some(_) => ForkState::Failed,
+            None => state,
+        };
+    }
 }
 
 impl Fork {
@@ -131,6 +146,8 @@ impl FileFork {
                 },
                 vmm,
                 error: None,
+                deadline: None,
+                suspected: false,
             }),
         }
     }
@@ -163,19 +180,41 @@ impl FileFork {
         true
     }
 
-    /// It has ended. `false` where it had before; an error that came first stays, one that comes later is kept too.
-    pub(crate) fn end(&self, state: ForkState, error: Option<ForkError>) -> bool {
+    /// It has ended. `false` where it had before.
+    pub(crate) fn end(&self, state: ForkState) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
             return false;
         }
-        life.state = match life.error {
-            Some(_) => ForkState::Failed,
-            None => state,
-        };
-        if life.error.is_none() {
-            life.error = error;
+        life.end(state);
+        true
+    }
+
+    /// When it is to be looked whether its VMM has come; never, where this is `None`.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.life().deadline
+    }
+
+    pub(crate) fn set_deadline(&self, deadline: Option<Instant>) {
+        self.life().deadline = deadline;
+    }
+
+    /// A process was seen that may be its VMM, and cannot be told from those of others.
+    pub(crate) fn suspect(&self) {
+        self.life().suspected = true;
+    }
+
+    /// Its VMM has not come: it has failed, or, where it may have come without being known, that has exited. `false` where
+    /// it has been found meanwhile, or the fork has ended.
+    pub(crate) fn give_up(&self, error: ForkError) -> bool {
+        let mut life = self.life();
+        if life.state != ForkState::Waiting {
+            return false;
         }
+        if !life.suspected {
+            life.error.get_or_insert(error);
+        }
+        life.end(ForkState::Exited);
         true
     }
 

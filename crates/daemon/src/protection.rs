@@ -113,6 +113,27 @@ impl Applied {
         })
     }
 
+    /// The same for a file that is protected already, as that of another template: whichever is undone last restores what
+    /// was before the first. `None` where the file is protected in another way.
+    pub(crate) fn beside(self, first: &Self) -> Option<Self> {
+        use Change::{Immutable, Readonly};
+        match (self.change, first.change) {
+            (Readonly { .. }, Readonly { .. }) | (Immutable { .. }, Immutable { .. }) => Some(*first),
+            _ => None,
+        }
+    }
+
+    /// Whether the file of this one is protected by `other` too.
+    pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
+        let protects = |one: &Self| one.change != Change::None;
+        self.file == other.file && protects(self) && protects(other)
+    }
+
+    /// Whether the file can be neither linked nor its links be taken away.
+    pub(crate) fn holds_links(&self) -> bool {
+        matches!(self.change, Change::Immutable { .. })
+    }
+
     /// Protects the file, which must be the one that the plan was made for.
     ///
     /// # Errors

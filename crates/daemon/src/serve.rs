@@ -91,7 +91,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
 }
 
 async fn kill(daemon: &Daemon) -> Ended {
-    warn!("second signal: VMMs are killed");
+    warn!(event = "killing", "second signal: VMMs are killed");
     if let Err(error) = daemon.kill(KILL_PATIENCE).await {
         warn!(%error, "not all have died");
     }

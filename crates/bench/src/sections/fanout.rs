@@ -234,6 +234,7 @@ fn play(
         (Measure::ReadyP99Ms, quantile(&read, 0.99)),
         (Measure::DemandFaults, quantile(&faults, 0.5)),
         (Measure::PrivateMib, quantile(&private, 0.5)),
+        (Measure::PrivateSumMib, private.iter().sum()),
         (Measure::PssMib, mib(pss)),
         (Measure::PssToLeast, to_f64(pss) / to_f64(least)),
         (

@@ -28,6 +28,10 @@ const DATA_EVERY: u64 = (1 << 20) / LAYOUT_PAGE;
 /// So many pages of data there.
 const DATA_PAGES: u64 = 16;
 
+/// How much larger a server may be that has done the same again and again: what it keeps for good is not much, and nothing
+/// grows with time.
+const GROWTH: f64 = 1.05;
+
 /// What is measured of a server with so many forks.
 pub(crate) const FORKS: &str = "forks of 1 GiB";
 const LOADED: &str = "all forks touch pages at once";
@@ -145,6 +149,14 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         Goal::AtMost(32.0),
         Spread::of([mib(many.peak_bytes)]),
     );
+    if let Some(grown) = many.grown() {
+        report.goal(
+            format!("server resident with {most} idle forks, time {} to time 1", plan.times),
+            None,
+            Goal::AtMost(GROWTH),
+            Spread::of([grown]),
+        );
+    }
     report.goal(
         format!("CPU of the idle server with {most} forks, ms a second"),
         None,
@@ -163,9 +175,19 @@ struct Many {
     peak_bytes: u64,
     /// Each time that it was left alone.
     idle_cpu_s: Vec<f64>,
+    /// The same.
+    idle_resident_bytes: Vec<u64>,
 }
 
 impl Many {
+    /// How much larger the server was the last time than the first, where there is more than one.
+    fn grown(&self) -> Option<f64> {
+        match self.idle_resident_bytes[..] {
+            [first, .., last] => Some(to_f64(last) / to_f64(first)),
+            _ => None,
+        }
+    }
+
     fn measure(bench: &Bench, interrupt: &Interrupt, plan: &Plan, samples: &mut Samples) -> Result<Self> {
         let progress = Progress::start("growth: writing a template");
         let template = TemplateFile::create(many_model())?;
@@ -177,6 +199,7 @@ impl Many {
         let mut many = Self {
             peak_bytes: 0,
             idle_cpu_s: Vec::new(),
+            idle_resident_bytes: Vec::new(),
         };
         let most = plan.steps.last().copied().unwrap_or_default();
         let progress = Progress::of("growth: forks", "forks", u64::from(most * plan.times));
@@ -257,6 +280,8 @@ impl Time<'_> {
         let idle = watch.end()?;
         add(samples, &Subject::new(self.title(most), IDLE), &idle);
         many.idle_cpu_s.push(idle.cpu.as_secs_f64());
+        // Before more forks wait beside these, the last time.
+        many.idle_resident_bytes.push(idle.resident_bytes);
         many.peak_bytes = many.peak_bytes.max(peak_bytes(self.daemon.pid())?);
 
         let waiting = self.wait_beside(most, &mut watch, samples)?;

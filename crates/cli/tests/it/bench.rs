@@ -159,6 +159,7 @@ fn many_forks_are_measured_in_firecracker_or_it_says_that_they_are_simulated() {
             "ready_p99_ms",
             "demand_faults",
             "private_mib",
+            "private_sum_mib",
             "pss_mib",
             "server_cpu_seconds",
         ];
@@ -192,7 +193,9 @@ fn growth_is_measured_with_forks_and_with_templates() {
             &["fault_p50_us", "add_template_ms"],
         );
     }
-    assert_eq!(goals(&section).len(), 2);
+    let goals = goals(&section);
+    assert_eq!(goals.len(), 3);
+    assert!(goals[1].contains("time 2 to time 1"), "{goals:?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::time::Duration;
 
 use pagecast::template::{Identity, MemFile, Recording, TemplateOffset, WorkingSet};
 use pagecast_testkit::PageSize;
@@ -201,12 +202,22 @@ fn an_idle_server_uses_no_cpu() {
     let vmms: Vec<_> = (0..5).map(|_| vmm(&handle, &template)).collect();
     handle.await_events("serving", 5);
     vmms.iter().for_each(reads_right);
-    let before = ProcessUse::of(handle.pid()).unwrap().cpu_time;
-    // Not to wait for something, but to see that nothing happens.
-    std::thread::sleep(std::time::Duration::from_secs(2));
-    let used = ProcessUse::of(handle.pid()).unwrap().cpu_time.saturating_sub(before);
-    // One tick of the clock that CPU time is counted in.
-    assert!(used <= std::time::Duration::from_millis(10), "{used:?}");
+    let used = || {
+        let before = ProcessUse::of(handle.pid()).unwrap().cpu_time;
+        // Not to wait for something, but to see that nothing happens.
+        std::thread::sleep(Duration::from_secs(2));
+        ProcessUse::of(handle.pid()).unwrap().cpu_time.saturating_sub(before)
+    };
+    // It comes to rest once it has looked for zeros in the background, which may take its time on a busy machine. One that
+    // never does uses more than a tick of the clock that CPU time is counted in, each time that it is looked at.
+    let mut looked = Vec::new();
+    while looked.len() < 10 {
+        looked.push(used());
+        if looked.last() <= Some(&Duration::from_millis(10)) {
+            return;
+        }
+    }
+    panic!("{looked:?}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use pagecast_client::template::{Protection, TemplateState, Warm, WarmthState};
 use pagecast_client::{AddTemplate, Backend, ClientError, CreateFork, ErrorCode, ForkState};
@@ -430,6 +431,51 @@ fn a_run_dir_without_permission_is_told() {
         said.contains("Permission denied") && said.contains("--run-dir"),
         "{said}"
     );
+}
+
+/// The same command on a kernel that has no userfaultfd: `seccomp(2)` says so to it, and `/dev/userfaultfd` too.
+fn without_userfaultfd(command: &Command) -> Command {
+    const RUN: &str = "
+import ctypes, os, struct, sys
+userfaultfd, ioctl = {'x86_64': (323, 16), 'aarch64': (282, 29)}[os.uname().machine]
+LOAD, IF, RETURN = 0x20, 0x15, 0x06
+NUMBER, SECOND_ARGUMENT, NEW = 0, 24, 0xaa00
+ALLOW, REFUSE = 0x7fff0000, 0x00050000 | 38 # ENOSYS
+code = [
+    (LOAD, 0, 0, NUMBER), (IF, 3, 0, userfaultfd), (IF, 0, 3, ioctl),
+    (LOAD, 0, 0, SECOND_ARGUMENT), (IF, 0, 1, NEW),
+    (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+class Program(ctypes.Structure):
+    _fields_ = [('length', ctypes.c_ushort), ('code', ctypes.c_char_p)]
+program = Program(len(code), b''.join(struct.pack('HBBI', *line) for line in code))
+libc = ctypes.CDLL(None)
+NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
+assert libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+assert libc.prctl(SECCOMP, FILTER, ctypes.byref(program), 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+";
+    let mut without = Command::new("python3");
+    without.args(["-c", RUN]).arg(command.get_program());
+    without.args(command.get_args()).env_remove("RUST_LOG");
+    without
+}
+
+#[test]
+fn a_kernel_without_userfaultfd_is_told_and_serves_file_forks_where_that_is_enough() {
+    let files = Files::new();
+    let refused = without_userfaultfd(&serve(&files.run_dir(), &[])).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    for named in ["no userfaultfd", "--backend file"] {
+        assert!(said.contains(named), "{said}");
+    }
+    let mut served = Served::start_as(
+        without_userfaultfd(&serve(&files.run_dir(), &["--backend", "file"])),
+        &files.run_dir(),
+    );
+    assert_eq!(served.said("no userfaultfd").len(), 1);
+    served.add_template("t", files.template.path());
+    reads_right(&files.serving(&served, "f", Backend::File));
 }
 
 #[test]

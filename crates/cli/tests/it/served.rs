@@ -39,11 +39,16 @@ pub(crate) fn serve(run_dir: &Path, flags: &[&str]) -> Command {
 impl Served {
     /// Starts one and waits until it says that it is ready.
     pub(crate) fn start(run_dir: &Path, flags: &[&str]) -> Self {
+        Self::start_as(serve(run_dir, flags), run_dir)
+    }
+
+    /// The same by a command that is made already.
+    pub(crate) fn start_as(mut command: Command, run_dir: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let notify = folder.path().join("notify");
         let notified = UnixDatagram::bind(&notify).unwrap();
         notified.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut child = serve(run_dir, flags)
+        let mut child = command
             .env("NOTIFY_SOCKET", &notify)
             .stderr(Stdio::piped())
             .spawn()

@@ -135,21 +135,6 @@ impl Service {
             None => template.spec.page_size(),
         };
         let asked = wanted.backend.unwrap_or(self.config.backend);
-        match asked {
-            Backend::File if wanted.socket_path.is_some() => {
-                return Err(refuse(
-                    ErrorCode::InvalidField,
-                    "socket_path: a fork with `file` has no socket; use path",
-                ));
-            }
-            Backend::Uffd if wanted.path.is_some() => {
-                return Err(refuse(
-                    ErrorCode::InvalidField,
-                    "path: a fork with `uffd` gets a socket, not a file; use socket_path",
-                ));
-            }
-            _ => {}
-        }
         let facts = Facts {
             page_size,
             remote: template.remote(),
@@ -158,8 +143,11 @@ impl Service {
                 Some(Prefault::All) => Some("a prefault of everything"),
                 _ => None,
             },
+            of_socket: of_socket(wanted),
+            of_file: wanted.path.is_some(),
         };
         let (backend, reason) = choose(asked, facts).map_err(|why| refuse(ErrorCode::BackendUnavailable, why))?;
+        check_fields(wanted, backend, &reason)?;
         match backend {
             Backend::File => self.make_file_fork(id, template, reason, wanted),
             _ => self.make_uffd_fork(id, template, reason, wanted),
@@ -276,8 +264,9 @@ impl Service {
             Kind::File(file) => {
                 let vmm = file.vmm();
                 self.save_fork(fork, vmm.as_deref());
-                if let Some(vmm) = vmm {
-                    self.watch(fork, &vmm);
+                match vmm {
+                    Some(vmm) => self.watch(fork, &vmm),
+                    None => self.await_vmm(file),
                 }
             }
         }
@@ -299,13 +288,17 @@ impl Service {
 
     pub(super) fn file_fork_ended(&self, fork: &Arc<Fork>, state: ForkState) {
         if let Kind::File(file) = &fork.kind
-            && file.end(state, None)
+            && file.end(state)
         {
-            if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
-                warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
-            }
-            self.ended(fork);
+            self.file_fork_is_over(fork, file);
         }
+    }
+
+    pub(super) fn file_fork_is_over(&self, fork: &Arc<Fork>, file: &FileFork) {
+        if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
+            warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
+        }
+        self.ended(fork);
     }
 
     /// Begins to complete a fork.
@@ -452,8 +445,41 @@ impl Service {
 }
 
 /// The memory file of a fork's template.
-fn inode(fork: &Fork) -> InodeId {
+pub(super) fn inode(fork: &Fork) -> InodeId {
     fork.template.file.identity().inode().into()
+}
+
+/// The field of a request that says something of a socket.
+fn of_socket(wanted: &CreateFork) -> Option<&'static str> {
+    [
+        ("socket_path", wanted.socket_path.is_some()),
+        ("uid", wanted.uid.is_some()),
+        ("gid", wanted.gid.is_some()),
+    ]
+    .into_iter()
+    .find_map(|(field, given)| given.then_some(field))
+}
+
+/// Refuses what the backend that was chosen would have to pass over.
+fn check_fields(wanted: &CreateFork, backend: Backend, reason: &str) -> Result<(), ApiError> {
+    let why = match (backend, of_socket(wanted)) {
+        (Backend::Uffd, socket) if wanted.path.is_some() => match socket {
+            Some(field) => format!("path: it takes `file`, and {field} takes `uffd`; leave one of them out"),
+            None => format!(
+                "path: a fork with `uffd` gets a socket, not a file; use socket_path. It has `uffd` because {reason}"
+            ),
+        },
+        (Backend::File, Some("socket_path")) => {
+            "socket_path: a fork with `file` has no socket; use path, or `uffd`".to_owned()
+        }
+        // The memory file is the template's own inode, so it cannot be given to anybody.
+        (Backend::File, Some(field)) => format!(
+            "{field}: with `file` the memory file keeps the owner and mode of the template; let the VMM's user read that \
+             and leave {field} out, or use `uffd`"
+        ),
+        _ => return Ok(()),
+    };
+    Err(refuse(ErrorCode::InvalidField, why))
 }
 
 /// Says beside the reason for `file` what was done ahead of the fork.

@@ -8,6 +8,7 @@
 //! | `warm` | templates in memory ahead of their forks |
 //! | `guard` | what happens when a template changes |
 //! | `idle` | forks that are completed because they have no faults any more |
+//! | `overdue` | forks with `file` whose VMM has not come |
 //! | `restore` | what is found in the run dir at the start |
 //!
 //! Calls may wait for disks and for processes to die, so they are made on threads that may. No lock is held meanwhile:
@@ -17,6 +18,7 @@ mod describe;
 mod forks;
 mod guard;
 mod idle;
+mod overdue;
 mod restore;
 mod templates;
 #[cfg(test)]
@@ -57,6 +59,8 @@ pub(crate) struct Service {
     server: Server,
     exits: ExitWatch,
     state: Mutex<State>,
+    /// Held from looking at how a file is protected until what that changes can be seen: several templates may be of it.
+    protecting: Mutex<()>,
     closing: AtomicBool,
     /// All templates and forks of an earlier daemon were found: whoever writes one of those templates can be told from its
     /// forks.
@@ -68,6 +72,8 @@ pub(crate) struct Service {
     fork_made: tokio::sync::Notify,
     /// A fork with `uffd` is served: it may come to be idle.
     fork_serving: tokio::sync::Notify,
+    /// A fork with `file` waits for its VMM: it may come to be overdue.
+    file_fork_waits: tokio::sync::Notify,
     started: Instant,
     requests: Requests,
     /// Where slow work is done.

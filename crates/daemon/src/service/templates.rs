@@ -1,12 +1,14 @@
 //! Templates: added and removed.
 
+use std::fmt::Display;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::chain;
 use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
+use pagecast_client::template::Protection;
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
@@ -45,9 +47,11 @@ impl Service {
         let opened = self.open_template(name.clone(), spec);
         let mut state = self.state();
         state.busy.remove(&name);
-        let template = Arc::new(opened?);
+        let (template, protecting) = opened?;
+        let template = Arc::new(template);
         state.templates.insert(name, Arc::clone(&template));
         drop(state);
+        drop(protecting);
         info!(
             event = "template_added",
             template = %template.name,
@@ -96,8 +100,13 @@ impl Service {
         })
     }
 
-    /// Opens a template, guards it and puts its file where forks find it; undoes all of that where a part fails.
-    fn open_template(self: &Arc<Self>, name: TemplateName, spec: Spec) -> Result<Template, ApiError> {
+    /// Opens a template, guards it and puts its file where forks find it; undoes all of that where a part fails. What is
+    /// beside it is to be held until it can be found by its name.
+    fn open_template(
+        self: &Arc<Self>,
+        name: TemplateName,
+        spec: Spec,
+    ) -> Result<(Template, Option<MutexGuard<'_, ()>>), ApiError> {
         let file = Arc::new(MemFile::open(&spec.mem_path).map_err(|error| invalid(&error))?);
         if !spec.page_size().is_aligned(file.len().get()) {
             return Err(refuse(
@@ -111,20 +120,51 @@ impl Service {
             ));
         }
         let lease = self.lease(&name, &file)?;
-        let protection = Applied::plan(file.as_fd(), spec.protect)
-            .map_err(|error| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {}", chain(&error))))?;
+        let protecting = self.protecting(spec.protect);
+        let protection = self.plan_protection(&spec, &file)?;
         let placement = self.place_template(&name, &spec, &file, protection, false)?;
         let template = Template::new(name, spec, file, protection, placement, lease);
         // After the link was made, which the immutable flag refuses.
         if let Err(error) = protection.enforce(template.file.as_fd()) {
-            undo(&template);
+            undo(&template, self.protects_too(&template.protection).as_deref());
             self.forget_template(&template.name);
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!("protect: {}", chain(&error)),
             ));
         }
-        Ok(template)
+        Ok((template, protecting))
+    }
+
+    /// Held while a file is protected, or that is undone. Where nothing is done, nobody has to wait.
+    fn protecting(&self, how: Protection) -> Option<MutexGuard<'_, ()>> {
+        // There is nothing in it that could be wrong.
+        let lock = || self.protecting.lock().unwrap_or_else(PoisonError::into_inner);
+        (how != Protection::None).then(lock)
+    }
+
+    /// Looks at what protecting a file will change.
+    fn plan_protection(&self, spec: &Spec, file: &MemFile) -> Result<Applied, ApiError> {
+        let invalid = |why: &dyn Display| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {why}"));
+        let planned = Applied::plan(file.as_fd(), spec.protect).map_err(|error| invalid(&chain(&error)))?;
+        match self.protects_too(&planned) {
+            None => Ok(planned),
+            Some(other) => planned.beside(&other.protection).ok_or_else(|| {
+                invalid(&format_args!(
+                    "the file is that of template {} too, which is protected in another way; ask for the same",
+                    other.name
+                ))
+            }),
+        }
+    }
+
+    /// A template that protects the same file.
+    fn protects_too(&self, protection: &Applied) -> Option<Arc<Template>> {
+        let state = self.state();
+        let mut templates = state.templates.values();
+        templates
+            .find(|template| template.protection.is_shared_with(protection))
+            .cloned()
     }
 
     /// The lease that guards a template, where its file system has leases and we may have one.
@@ -228,6 +268,7 @@ impl Service {
                 ),
             ));
         }
+        let protecting = self.protecting(template.spec.protect);
         {
             let mut state = self.state();
             let users: Vec<String> = state
@@ -254,7 +295,8 @@ impl Service {
             state.busy.insert(template.name.clone());
         }
         template.end_warmth();
-        undo(&template);
+        undo(&template, self.protects_too(&template.protection).as_deref());
+        drop(protecting);
         self.forget_template(&template.name);
         self.state().busy.remove(&template.name);
         info!(event = "template_removed", template = name, "template removed");
@@ -270,14 +312,24 @@ fn uses_template(entry: &Entry) -> bool {
     }
 }
 
-/// Undoes what was done to the file of a template.
-fn undo(template: &Template) {
+/// Undoes what was done to the file of a template, but for what `other` protects too.
+fn undo(template: &Template, other: Option<&Template>) {
+    let protection = &template.protection;
     // The immutable flag first: it refuses to let the link go.
-    if let Err(error) = template.protection.undo(template.file.as_fd()) {
+    let undone = match other {
+        Some(_) if !protection.holds_links() => Ok(()),
+        _ => protection.undo(template.file.as_fd()).map(drop),
+    };
+    if let Err(error) = undone {
         warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
     }
     if let Some(placement) = &template.placement {
         take_away(&template.name, placement);
+    }
+    if let Some(other) = other
+        && let Err(error) = other.protection.enforce(other.file.as_fd())
+    {
+        warn!(template = %other.name, error = chain(&error), "it is not protected any more");
     }
     template.release_lease();
 }

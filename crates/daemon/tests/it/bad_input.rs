@@ -398,6 +398,25 @@ fn what_does_not_go_together_is_refused() {
         "socket_path",
     );
     refused(json!({ "backend": "uffd", "path": socket }), "invalid_field", "path");
+    for field in ["uid", "gid"] {
+        refused(json!({ "backend": "file", field: 1000 }), "invalid_field", field);
+        // The memory file cannot be given to anybody.
+        refused(json!({ "path": socket, field: 1000 }), "invalid_field", field);
+    }
+    refused(
+        json!({ "path": socket, "socket_path": socket }),
+        "invalid_field",
+        "socket_path",
+    );
+    for needs_uffd in [
+        json!({ "page_size": 2 << 20 }),
+        json!({ "record": true }),
+        json!({ "prefault": "all" }),
+    ] {
+        let mut fields = needs_uffd;
+        fields["path"] = json!(socket);
+        refused(fields, "invalid_field", "only `uffd`");
+    }
     refused(
         json!({ "backend": "file", "page_size": 2 << 20 }),
         "backend_unavailable",

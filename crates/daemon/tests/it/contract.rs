@@ -116,6 +116,34 @@ fn a_fork_says_what_to_tell_firecracker_and_why() {
 }
 
 #[test]
+fn auto_is_the_backend_that_has_what_was_asked_for() {
+    let fixture = Fixture::new();
+    fixture.add_template();
+    let place = fixture.folder.path().canonicalize().unwrap().join("place");
+    let own = rustix::process::geteuid().as_raw();
+    for (fields, backend, named) in [
+        (json!({ "socket_path": place }), "uffd", "socket_path"),
+        (json!({ "uid": own }), "uffd", "uid"),
+        (
+            json!({ "gid": rustix::process::getegid().as_raw(), "backend": "auto" }),
+            "uffd",
+            "gid",
+        ),
+        (json!({ "path": place }), "file", "path"),
+    ] {
+        let created = fixture.create(&fields);
+        assert_eq!(created["backend"], backend, "{fields}");
+        assert!(created["reason"].as_str().unwrap().contains(named), "{created:#}");
+        if named.ends_with("path") {
+            assert_eq!(created["mem_backend"]["backend_path"], place.to_str().unwrap());
+        }
+        fixture
+            .ask("DELETE", &format!("/v1/forks/{}", created["id"].as_str().unwrap()))
+            .ok(204);
+    }
+}
+
+#[test]
 fn health_and_metrics_tell_of_the_daemon() {
     let fixture = Fixture::new();
     fixture.add_template();

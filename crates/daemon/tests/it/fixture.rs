@@ -57,11 +57,17 @@ impl Fixture {
 
     /// Stops the daemon as one signal does, and starts another on the same run dir.
     pub(crate) fn restart(&mut self) {
+        self.restart_with(|_| {});
+    }
+
+    /// The same, and the other has other settings.
+    pub(crate) fn restart_with(&mut self, set: impl FnOnce(&mut Settings)) {
         let daemon = self.daemon.take().unwrap();
         self.runtime.block_on(daemon.close(PATIENCE)).unwrap();
         drop(daemon);
         // Whatever still holds the run dir goes with it.
         drop(std::mem::replace(&mut self.runtime, runtime()));
+        set(&mut self.settings);
         self.daemon = Some(start(&self.runtime, &self.settings));
     }
 

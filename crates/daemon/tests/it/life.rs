@@ -1,7 +1,10 @@
 //! The life of forks with both backends, as their VMMs live it and as the API tells it.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use pagecast_testkit::sim_vmm::{MapFile, SimVmm};
 use pagecast_testkit::skip::skip;
@@ -234,6 +237,20 @@ fn a_fork_that_is_complete_is_let_go() {
 }
 
 #[test]
+fn only_forks_that_wait_or_are_served_need_the_daemon() {
+    let fixture = fixture();
+    let _served = fixture.serving("served", "uffd");
+    fixture.create(&json!({ "id": "waiting", "backend": "uffd" }));
+    let _file = fixture.serving("file", "file");
+    fixture.serving("ended", "uffd").kill().unwrap();
+    fixture.await_fork("ended", "exited");
+    let _complete = fixture.serving("complete", "uffd");
+    fixture.ask("POST", "/v1/forks/complete/complete").ok(202);
+    fixture.await_fork("complete", "complete");
+    assert_eq!(fixture.daemon().serving(), 2);
+}
+
+#[test]
 fn a_vmm_that_is_refused_fails_its_fork_and_says_why() {
     let fixture = fixture();
     let created = fixture.create(&json!({ "id": "f", "backend": "uffd" }));
@@ -258,6 +275,126 @@ fn a_vmm_that_does_not_come_in_time_fails_its_fork() {
     let fork = fixture.await_fork("f", "failed");
     assert_eq!(fork["error"]["code"], "connect_deadline", "{fork:#}");
     eventually("nothing of it is kept", || fixture.kept("forks").is_empty());
+}
+
+const SOON: Option<Duration> = Some(Duration::from_millis(100));
+
+/// A client that makes these forks and is killed before it does anything with them.
+fn client_that_dies(fixture: &Fixture, forks: &[Value]) {
+    const MAKE: &str = "
+import socket, sys
+for body in sys.argv[2:]:
+    asker = socket.socket(socket.AF_UNIX)
+    asker.connect(sys.argv[1])
+    head = f'POST /v1/forks HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n'
+    asker.sendall((head + body).encode())
+    assert asker.recv(4096).startswith(b'HTTP/1.1 201')
+print(flush=True)
+sys.stdin.read()
+";
+    let mut client = Command::new("python3")
+        .args(["-c", MAKE])
+        .arg(fixture.socket())
+        .args(forks.iter().map(Value::to_string))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut made = BufReader::new(client.stdout.take().unwrap());
+    made.read_line(&mut line).unwrap();
+    assert_eq!(line, "\n", "not all forks were made");
+    client.kill().unwrap();
+    client.wait().unwrap();
+}
+
+#[test]
+fn the_forks_with_file_of_a_client_that_died_end() {
+    let fixture = Fixture::with(|_, settings| {
+        settings.connect_deadline = SOON;
+        settings.max_forks = Some(2);
+    });
+    fixture.add_template();
+    let place = fixture.folder.path().canonicalize().unwrap().join("place");
+    client_that_dies(
+        &fixture,
+        &[
+            json!({ "template": "t", "id": "placed", "backend": "file", "path": place }),
+            json!({ "template": "t", "id": "shared", "backend": "file" }),
+        ],
+    );
+    for id in ["placed", "shared"] {
+        let fork = fixture.await_fork(id, "failed");
+        assert_eq!(fork["error"]["code"], "connect_deadline", "{fork:#}");
+    }
+    eventually("its place is taken away", || !place.exists());
+    eventually("nothing of them is kept", || fixture.kept("forks").is_empty());
+    // They keep neither other forks nor the end of their template from anybody.
+    fixture.create(&json!({ "id": "other", "backend": "uffd" }));
+    fixture.ask("DELETE", "/v1/forks/other").ok(204);
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+}
+
+#[test]
+fn a_fork_with_file_that_was_found_again_waits_no_longer_than_a_new_one() {
+    let mut fixture = fixture();
+    let folder = fixture.folder.path().canonicalize().unwrap();
+    let mapped = fixture.create(&json!({ "id": "mapped", "path": folder.join("mapped") }));
+    fixture.create(&json!({ "id": "placed", "path": folder.join("placed") }));
+    let vmm = SimVmm::spawn().unwrap();
+    // Nobody has asked for it since.
+    fixture.restore(&vmm, &mapped);
+    fixture.restart_with(|settings| settings.connect_deadline = SOON);
+    fixture.await_fork("placed", "failed");
+    eventually("its place is taken away", || !folder.join("placed").exists());
+    assert_eq!(fixture.fork("mapped")["pid"], vmm.pid());
+    assert_eq!(fixture.fork("mapped")["state"], "serving");
+    reads_right(&vmm);
+}
+
+/// By another path than the daemon knows, as in a mount namespace of its own, or by the one that all forks share.
+#[test]
+fn a_fork_with_file_waits_on_while_somebody_maps_it_who_may_be_its_vmm() {
+    let fixture = Fixture::with(|_, settings| settings.connect_deadline = SOON);
+    fixture.add_template();
+    let folder = fixture.folder.path().canonicalize().unwrap();
+    let stray = folder.join("stray");
+    std::fs::hard_link(fixture.file.path(), &stray).unwrap();
+    let map = |path: &Path| {
+        let vmm = SimVmm::spawn().unwrap();
+        vmm.run(MapFile {
+            path: path.to_owned(),
+            template: fixture.file.model().clone(),
+        })
+        .unwrap();
+        vmm
+    };
+    // Before there are forks, so that no deadline comes first.
+    let on_shared = map(&fixture.run_dir().join("templates/t.mem"));
+    let on_stray = map(&stray);
+    fixture.create(&json!({ "id": "shared" }));
+    fixture.create(&json!({ "id": "placed", "path": folder.join("placed") }));
+    // One whose deadline comes after theirs, and that nobody can have mapped.
+    let other = folder.join("other");
+    std::fs::write(&other, [1; 4096]).unwrap();
+    fixture
+        .send("PUT", "/v1/templates/u", &json!({ "mem_path": other }))
+        .ok(201);
+    fixture.create(&json!({ "id": "unmapped", "template": "u" }));
+    fixture.await_fork("unmapped", "failed");
+    for id in ["shared", "placed"] {
+        assert_eq!(fixture.fork(id)["state"], "waiting", "{id}");
+    }
+    assert!(folder.join("placed").exists());
+    // Whoever it was has exited.
+    on_stray.kill().unwrap();
+    let fork = fixture.await_fork("placed", "exited");
+    assert!(fork.get("error").is_none(), "{fork:#}");
+    eventually("its place is taken away", || !folder.join("placed").exists());
+    assert_eq!(fixture.fork("shared")["state"], "waiting");
+    reads_right(&on_shared);
+    on_shared.kill().unwrap();
+    fixture.await_fork("shared", "exited");
 }
 
 #[test]

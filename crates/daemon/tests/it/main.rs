@@ -11,6 +11,7 @@ mod guard;
 mod http;
 mod learned;
 mod life;
+mod logs;
 mod openapi;
 mod protect;
 mod warm;

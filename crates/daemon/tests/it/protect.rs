@@ -101,6 +101,52 @@ fn an_immutable_template_can_be_neither_written_nor_moved_until_it_is_removed() 
     fixture.file.check_untouched().unwrap();
 }
 
+/// Whichever is removed last gives back what was before the first.
+#[test]
+fn a_file_of_two_templates_stays_protected_until_both_are_removed() {
+    for order in [["t", "u"], ["u", "t"]] {
+        let mut fixture = Fixture::new();
+        let path = fixture.file.path().to_owned();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+        let add = |fixture: &Fixture, name: &str, how: &str| {
+            let body = json!({ "mem_path": path, "protect": how });
+            fixture.send("PUT", &format!("/v1/templates/{name}"), &body)
+        };
+        add(&fixture, "t", "readonly").ok(201);
+        add(&fixture, "u", "readonly").ok(201);
+        add(&fixture, "v", "none").ok(201);
+        let refused = add(&fixture, "w", "immutable").error(422, "template_invalid");
+        assert!(refused.contains("template t"), "{refused}");
+        fixture.restart();
+        fixture.ask("DELETE", &format!("/v1/templates/{}", order[0])).ok(204);
+        assert_eq!(mode(&path), 0o440, "{order:?}");
+        fixture.restart();
+        fixture.ask("DELETE", &format!("/v1/templates/{}", order[1])).ok(204);
+        assert_eq!(mode(&path), 0o640, "{order:?}");
+    }
+}
+
+#[test]
+fn a_file_of_two_immutable_templates_stays_so_until_both_are_removed() {
+    for order in [["t", "u"], ["u", "t"]] {
+        let fixture = Fixture::new();
+        let Some(_mutable) = add_immutable(&fixture) else {
+            return;
+        };
+        let path = fixture.file.path().to_owned();
+        let again = json!({ "mem_path": path, "protect": "immutable" });
+        fixture.send("PUT", "/v1/templates/u", &again).ok(201);
+        fixture.ask("DELETE", &format!("/v1/templates/{}", order[0])).ok(204);
+        assert!(is_immutable(&path), "{order:?}");
+        // The link too, that the flag held.
+        let kept = fixture.kept("templates");
+        assert!(!kept.contains(&format!("{}.mem", order[0])), "{kept:?}");
+        fixture.ask("DELETE", &format!("/v1/templates/{}", order[1])).ok(204);
+        assert!(!is_immutable(&path), "{order:?}");
+        assert_eq!(fixture.kept("templates"), [""; 0]);
+    }
+}
+
 /// A file with the flag can have no more links.
 #[test]
 fn an_immutable_template_is_mounted_where_it_cannot_be_linked() {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Order, Pages, RaceReport, Read, Region, Remove, RemoveRace, Share, SimVmm, Write};
@@ -209,11 +209,14 @@ fn retries_are_paced(completing: bool) {
             // What is left is installed beside, and retried too.
             fixture.server.complete(fork.id()).unwrap();
         }
+        let started = Instant::now();
         let used = cpu_time_of(|| {
             script.open_gate();
             std::thread::sleep(WINDOW);
         });
         let retried = fork.status().stats.faults.retried;
+        // On a busy machine it is more than was asked for.
+        let window = started.elapsed();
         let parked = [held.is_done(), waiting.is_done(), removal.is_done()] == [false; 3];
         drop(hog);
         for read in [held, waiting] {
@@ -227,10 +230,14 @@ fn retries_are_paced(completing: bool) {
             continue;
         }
         // Two faults, and what is filled meanwhile, each tried soon at first and 100 times a second in the end.
-        assert!((10..=200).contains(&retried), "{retried} retries in {WINDOW:?}");
+        let pauses = u64::try_from(window.as_millis()).unwrap() / 10;
         assert!(
-            used < WINDOW / 5,
-            "{used:?} of processor time in {WINDOW:?} of parked retries"
+            (pauses / 3..=pauses * 7).contains(&retried),
+            "{retried} retries in {window:?}"
+        );
+        assert!(
+            used < window / 5,
+            "{used:?} of processor time in {window:?} of parked retries"
         );
         return;
     }

@@ -1,0 +1,100 @@
+//! Forks with `file` whose VMM has not come in time, such as those of a client that has died.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pagecast_client::fork::ForkError;
+use tracing::{error, warn};
+
+use super::Service;
+use super::forks::inode;
+use crate::fork::{FileFork, Fork, Kind};
+use crate::vmm_process::{self, Holder};
+
+impl Service {
+    /// Gives the VMM of a fork with `file` as long to come as one with `uffd` has.
+    pub(super) fn await_vmm(&self, file: &FileFork) {
+        // One that is later than any clock goes is none.
+        file.set_deadline(Instant::now().checked_add(self.config.connect_deadline));
+        self.file_fork_waits.notify_one();
+    }
+
+    /// Ends forks with `file` that are overdue. Sleeps until one may be.
+    pub(crate) async fn end_overdue(self: Arc<Self>) {
+        loop {
+            let next = self.forks().iter().filter_map(|fork| waits(fork)?.deadline()).min();
+            let Some(next) = next else {
+                self.file_fork_waits.notified().await;
+                continue;
+            };
+            tokio::time::sleep_until(next.into()).await;
+            let service = Arc::clone(&self);
+            if let Err(error) = tokio::task::spawn_blocking(move || service.look_for_overdue()).await {
+                return error!(%error, "forks with `file` that are overdue are not ended any more");
+            }
+        }
+    }
+
+    fn look_for_overdue(self: &Arc<Self>) {
+        let now = Instant::now();
+        // Those with a path of their own may only not have been looked for.
+        self.find_vmms();
+        let forks = self.forks();
+        let overdue: Vec<_> = forks
+            .iter()
+            .filter_map(|fork| Some((fork, waits(fork)?)))
+            .filter(|(_, file)| file.deadline().is_some_and(|deadline| deadline <= now))
+            .collect();
+        let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| inode(fork)).collect()) {
+            Ok(holders) => holders,
+            Err(error) => {
+                warn!(%error, "cannot find out who maps a template");
+                return overdue.iter().for_each(|(_, file)| self.await_vmm(file));
+            }
+        };
+        for (fork, file) in overdue {
+            let mut holders = holders.iter().filter(|holder| holder.file == inode(fork));
+            if holders.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
+                file.suspect();
+                self.await_vmm(file);
+            } else if file.give_up(ForkError {
+                code: "connect_deadline".to_owned(),
+                message: format!(
+                    "no process has mapped its memory file within {:?}",
+                    self.config.connect_deadline
+                ),
+            }) {
+                self.file_fork_is_over(fork, file);
+            }
+        }
+    }
+}
+
+/// A fork with `file` whose VMM is not known.
+fn waits(fork: &Fork) -> Option<&FileFork> {
+    match &fork.kind {
+        Kind::File(file) if file.state() == pagecast_client::ForkState::Waiting => Some(file),
+        _ => None,
+    }
+}
+
+/// Whether a process that maps the template may be the VMM of this fork: it is not known as that of another, and has not
+/// opened the file by paths that only others were told. One in a mount namespace of its own has a path that nobody knows.
+fn may_be_its_vmm(holder: &Holder, fork: &Fork, forks: &[Arc<Fork>]) -> bool {
+    let is_known = |fork: &Arc<Fork>| fork.vmm().is_some_and(|vmm| vmm.pid() == holder.pid);
+    if forks.iter().any(is_known) {
+        return false;
+    }
+    let template = &fork.template;
+    let told = |fork: &Fork| fork.mem_backend.backend_path.clone();
+    let of_others: BTreeSet<_> = forks
+        .iter()
+        .filter(|other| other.template.name == template.name)
+        .map(|other| told(other))
+        .chain([template.spec.mem_path.clone(), template.path_for_forks()])
+        .filter(|path| *path != told(fork))
+        .collect();
+    holder.paths.iter().any(|path| !of_others.contains::<Path>(path))
+}
