@@ -238,9 +238,13 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
             let (name, saved) = saved.remove(0);
             service.find_template(&name, &saved.unwrap()).unwrap()
         };
+        let holders = Arc::strong_count(&template.file);
         break_lease(&file);
-        // As the lease's own thread does, some time about now.
-        service.lease_broken(&template.file);
+        // Its thread holds the file until it has told, and then nobody may have begun yet.
+        eventually("the break is told", || Arc::strong_count(&template.file) < holders);
+        for withdrawal in service.take_withdrawals() {
+            withdrawal.join().unwrap();
+        }
         let mut state = service.state();
         state.templates.insert(template.name.clone(), Arc::clone(&template));
         drop(state);
@@ -321,7 +325,7 @@ fn who_maps_the_file_by_a_mount_that_forks_were_told_of_dies_before_the_writer_i
     let vmm = VmmProcess::open(mapper.pid()).unwrap();
     break_lease(&rig.file);
     assert!(vmm.wait_exited(PATIENCE));
-    assert_eq!(fork.state(), ForkState::Failed);
+    eventually("its fork has failed", || fork.state() == ForkState::Failed);
 }
 
 #[test]
