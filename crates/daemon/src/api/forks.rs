@@ -83,7 +83,7 @@ pub(super) async fn show(State(service): State<Arc<Service>>, Segment(id): Segme
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
     (status = 409, body = ErrorBody, description = "fork_waiting, fork_ended, not_completable"),
-    (status = 503, body = ErrorBody, description = "not_enough_memory, closing"),
+    (status = 503, body = ErrorBody, description = "not_enough_memory"),
 ))]
 pub(super) async fn complete(State(service): State<Arc<Service>>, Segment(id): Segment) -> Result<StatusCode, Failure> {
     blocking(move || service.complete_fork(&id)).await?;

@@ -123,7 +123,7 @@ impl Service {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
         // Somebody may have opened the file while it was there, and have mapped it since.
-        let late = self.kill_strangers(template, &places(template, &forks), &left);
+        let late = kill_strangers(template, &places(template, &forks), &left);
         self.await_deaths(template, late);
         info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
         template.release_lease();
@@ -153,29 +153,12 @@ impl Service {
                 fork: Some(Arc::clone(fork)),
             });
         }
-        let strangers = self.kill_strangers(template, &places(template, forks), &killed);
+        let strangers = kill_strangers(template, &places(template, forks), &killed);
         for fork in unseen {
             self.file_fork_ended(fork, ForkState::Failed);
         }
         killed.extend(strangers);
         killed
-    }
-
-    /// Kills who maps the file of a template by one of `places`, but those that were killed already.
-    fn kill_strangers(&self, template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
-        let mut strangers = strangers(template, places);
-        strangers.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
-        for vmm in &strangers {
-            warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
-            if let Err(error) = vmm.kill() {
-                error!(template = %template.name, pid = vmm.pid(), %error, "cannot be killed, and may read wrong bytes");
-            }
-        }
-        let killed = |vmm| Killed {
-            vmm: Arc::new(vmm),
-            fork: None,
-        };
-        strangers.into_iter().map(killed).collect()
     }
 
     /// Waits until those that were killed are dead. Those that are not.
@@ -248,6 +231,23 @@ fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placeme
         Kind::Uffd(_) => None,
     });
     template.placement.iter().chain(own).collect()
+}
+
+/// Kills who maps the file of a template by one of `places`, but those that were killed already.
+fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
+    let mut strangers = strangers(template, places);
+    strangers.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
+    for vmm in &strangers {
+        warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
+        if let Err(error) = vmm.kill() {
+            error!(template = %template.name, pid = vmm.pid(), %error, "cannot be killed, and may read wrong bytes");
+        }
+    }
+    let killed = |vmm| Killed {
+        vmm: Arc::new(vmm),
+        fork: None,
+    };
+    strangers.into_iter().map(killed).collect()
 }
 
 /// VMMs that map the file by one of these places, which only forks are told, though nobody told us of them.

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 #![cfg(target_os = "linux")]
 
+mod answers;
 mod bad_input;
 mod clients;
 mod codes;

@@ -1,7 +1,7 @@
 //! The `OpenAPI` document: it is true of itself, and of every answer that the tests get.
 
 use std::collections::BTreeSet;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use serde_json::{Value, json};
 
@@ -22,6 +22,33 @@ pub(crate) fn codes() -> BTreeSet<&'static str> {
     let codes = codes.iter().map(|code| code.as_str().unwrap());
     // What a client says of codes from the future.
     codes.filter(|code| *code != "unknown").collect()
+}
+
+/// An answer of a call: its method and path in the document, its status, and its code where it is an error.
+pub(crate) type Kind = (String, String, String, String);
+
+/// All that was held against the document by this process.
+static CHECKED: Mutex<BTreeSet<Kind>> = Mutex::new(BTreeSet::new());
+
+pub(crate) fn checked() -> BTreeSet<Kind> {
+    CHECKED.lock().unwrap().clone()
+}
+
+/// All that the document tells of.
+pub(crate) fn documented() -> BTreeSet<Kind> {
+    let mut documented = BTreeSet::new();
+    for (path, method, operation) in operations() {
+        for (status, response) in operation["responses"].as_object().unwrap() {
+            let codes = response["description"].as_str().unwrap();
+            let codes = if status.starts_with('2') { "" } else { codes };
+            documented.extend(codes.split(", ").map(|code| kind(method, path, status, code)));
+        }
+    }
+    documented
+}
+
+fn kind(method: &str, path: &str, status: &str, code: &str) -> Kind {
+    (method.to_owned(), path.to_owned(), status.to_owned(), code.to_owned())
 }
 
 /// Every call: path, method and operation.
@@ -45,7 +72,7 @@ pub(crate) fn check(method: &str, path: &str, answer: &Answer) {
         method if method == "head" => "get".to_owned(),
         method => method,
     };
-    let Some((_, _, operation)) = on_path.iter().find(|(_, method, _)| *method == asked) else {
+    let Some((template, _, operation)) = on_path.iter().find(|(_, method, _)| *method == asked) else {
         let (status, code) = if on_path.is_empty() {
             (404, "not_found")
         } else {
@@ -69,6 +96,18 @@ pub(crate) fn check(method: &str, path: &str, answer: &Answer) {
         assert!(answer.body.is_empty(), "{answer:?}");
         return;
     }
+    let json = if answer.status < 400 {
+        Value::Null
+    } else {
+        answer.json()
+    };
+    let given = kind(
+        &asked,
+        template,
+        &status,
+        json["error"]["code"].as_str().unwrap_or_default(),
+    );
+    CHECKED.lock().unwrap().insert(given);
     let Some(content) = documented["content"].as_object() else {
         assert!(answer.body.is_empty(), "{method} {path}: {answer:?}");
         return;
