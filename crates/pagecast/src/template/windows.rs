@@ -6,7 +6,6 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
 
@@ -20,9 +19,9 @@ const WINDOW: u64 = 64 << 10;
 /// How many are open at most: 4 MiB.
 const MOST_OPEN: usize = 64;
 
-/// How long they are. What is in the page cache stays there for that long, as a rule; where it does not, one copy waits for
+/// How long they are, in microseconds. What is in the page cache stays there for that long, as a rule; where it does not, one copy waits for
 /// the disk.
-const ROUND: Duration = Duration::from_millis(10);
+const ROUND: u64 = 10_000;
 
 /// The windows of one mem-file. Shared by all threads without a lock: a window that is opened while others are closed is
 /// one more or less for a moment.
@@ -76,7 +75,7 @@ impl Windows {
             return false;
         };
         let begun = self.begun.load(Ordering::Relaxed);
-        if now.micros().saturating_sub(begun) >= ROUND.as_micros() as u64 {
+        if now.micros().saturating_sub(begun) >= ROUND {
             self.next_round(begun, now);
         }
         if open.load(Ordering::Relaxed) & bit != 0 {
@@ -126,8 +125,6 @@ mod tests {
 
     use super::*;
 
-    const ROUND_MICROS: u64 = ROUND.as_micros() as u64;
-
     /// A file of so many windows and one page, in the page cache.
     fn file(windows: u64) -> (File, ByteLen) {
         let len = windows * WINDOW + PageSize::SMALLEST;
@@ -148,17 +145,17 @@ mod tests {
     fn a_window_is_open_from_its_second_fault_to_the_end_of_the_round() {
         let (file, len) = file(3);
         let windows = windows(&file, len);
-        let at = |micros| CoarseTime::from_micros(ROUND_MICROS + micros);
+        let at = |micros| CoarseTime::from_micros(ROUND + micros);
         let open = |window, page, micros| windows.page(offset(window, page), at(micros)).is_some();
         assert!(!open(1, 0, 0));
         assert!(open(1, 15, 0));
-        assert!(open(1, 0, ROUND_MICROS - 1));
+        assert!(open(1, 0, ROUND - 1));
         assert!(!open(0, 0, 0) && !open(2, 0, 0), "others are not");
         // The last one is shorter.
         assert!(!open(3, 0, 0) && open(3, 0, 0));
         assert!(!open(4, 0, 0) && !open(4, 0, 0), "beyond the file");
-        assert!(!open(1, 0, ROUND_MICROS));
-        assert!(open(1, 0, ROUND_MICROS));
+        assert!(!open(1, 0, ROUND));
+        assert!(open(1, 0, ROUND));
     }
 
     #[test]
@@ -166,7 +163,7 @@ mod tests {
         let most = MOST_OPEN as u64;
         let (file, len) = file(most + 2);
         let windows = windows(&file, len);
-        let now = CoarseTime::from_micros(ROUND_MICROS);
+        let now = CoarseTime::from_micros(ROUND);
         for window in 0..most {
             assert!(windows.page(offset(window, 0), now).is_none());
             let page = windows.page(offset(window, 1), now).unwrap();
@@ -176,7 +173,7 @@ mod tests {
             assert!(windows.page(offset(most, 0), now).is_none());
         }
         assert!(windows.page(offset(0, 3), now).is_some());
-        let later = CoarseTime::from_micros(2 * ROUND_MICROS);
+        let later = CoarseTime::from_micros(2 * ROUND);
         assert!(windows.page(offset(most, 0), later).is_none());
         assert!(windows.page(offset(most, 0), later).is_some());
     }
@@ -190,11 +187,11 @@ mod tests {
         if windows.file.range(0, PageSize::Small.len()).unwrap().is_resident() {
             return pagecast_testkit::skip::skip("a file system that lets go of what is in the page cache");
         }
-        let now = CoarseTime::from_micros(ROUND_MICROS);
+        let now = CoarseTime::from_micros(ROUND);
         for _ in 0..3 {
             assert!(windows.page(offset(1, 0), now).is_none());
         }
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut vec![0; WINDOW as usize], WINDOW).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0; 64 << 10], WINDOW).unwrap();
         assert!(windows.page(offset(1, 0), now).is_some());
     }
 }
