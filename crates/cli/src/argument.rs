@@ -1,7 +1,10 @@
 //! Values of arguments that several commands take.
 
+use std::time::Duration;
+
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use pagecast_client::{Backend, Prefault};
+use pagecast_daemon::config::LONGEST_BUSY_POLL;
 
 /// A backend, by its name.
 pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
@@ -29,6 +32,18 @@ pub(crate) fn prefault() -> impl TypedValueParser<Value = Prefault> {
         "all" => Prefault::All,
         _ => Prefault::None,
     })
+}
+
+/// For how long to look for faults without sleeping.
+pub(crate) fn busy_poll(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time > LONGEST_BUSY_POLL {
+        return Err(format!(
+            "it is {} at most",
+            humantime::format_duration(LONGEST_BUSY_POLL)
+        ));
+    }
+    Ok(time)
 }
 
 /// A page size, in bytes.

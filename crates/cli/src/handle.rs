@@ -13,6 +13,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::KILLED;
+use crate::argument;
 use crate::report::{Format, Line, Reporter};
 
 /// Serve one template on one socket to any number of VMMs, without a daemon.
@@ -45,6 +46,11 @@ pub(crate) struct Handle {
     /// How many threads answer page faults [default: one a processor, four where threads may not be raised; at most 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
+
+    /// How long a thread that has answered a page fault looks for the next one without sleeping, at most 1s: faults can be
+    /// answered sooner where cores are free, and its core is used in full meanwhile.
+    #[arg(long, value_name = "TIME", value_parser = argument::busy_poll, default_value = "0s")]
+    busy_poll: Duration,
 
     /// The user that the VMMs run as, if not the one who runs this: owns the socket, and nobody else is let in.
     #[arg(long, value_name = "UID")]
@@ -100,6 +106,7 @@ impl Handle {
             // Nobody listens any more only while we exit.
             move |event| drop(happenings.send(Happening::Fork(event)))
         });
+        builder = builder.busy_poll(self.busy_poll);
         if let Some(workers) = self.workers {
             builder = builder.workers(workers.into());
         }

@@ -16,8 +16,8 @@ pub const RUN_DIR: &str = "/run/pagecast";
 /// How many MiB a second, if nothing else is said.
 const COMPLETION_RATE: u32 = 1024;
 
-/// Longer, a worker would hardly ever sleep.
-const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
+/// The longest time for [`Settings::busy_poll`]: with more, a worker would hardly ever sleep.
+pub const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
 
 /// What has been set; `None` for what has not. The same names in the file as on the command line, with `_` for `-`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]

@@ -144,7 +144,9 @@ async fn record(
                     return Ok(Ok((fork, since.elapsed())));
                 }
                 if since.elapsed() > PATIENCE {
-                    bail!("no recording within {PATIENCE:?}: the guest has touched nothing that it did not have");
+                    bail!(
+                        "no recording within {PATIENCE:?}: the guest has touched nothing that it did not have, or somebody has completed it"
+                    );
                 }
             }
             _ => {}

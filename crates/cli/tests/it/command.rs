@@ -42,12 +42,18 @@ pub(crate) struct Handle {
 impl Handle {
     /// Starts one and waits until it listens.
     pub(crate) fn start(folder: &Path, mem_file: &Path) -> Self {
+        Self::start_with(folder, mem_file, &[])
+    }
+
+    /// The same, with more flags.
+    pub(crate) fn start_with(folder: &Path, mem_file: &Path, flags: &[&str]) -> Self {
         let socket = folder.join("handle.sock");
         let mut child = Command::new(env!("CARGO_BIN_EXE_pagecast"))
             .args(["handle", "--json", "--socket"])
             .arg(&socket)
             .arg("--mem-file")
             .arg(mem_file)
+            .args(flags)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

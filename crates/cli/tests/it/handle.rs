@@ -15,6 +15,7 @@ use pagecast_uffd::ByteLen;
 use rustix::process::Signal;
 
 use crate::command::Handle;
+use crate::served::spins_between_faults;
 
 const SIZE: u64 = 4 << 20;
 
@@ -186,6 +187,9 @@ fn wrong_usage_exits_with_2_and_a_missing_mem_file_with_1() {
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
     assert_eq!(run(&["handle"]).0, Some(2));
+    let (code, said) = run(&["handle", "--socket", "s", "--mem-file", "m", "--busy-poll", "2s"]);
+    assert_eq!(code, Some(2));
+    assert!(said.contains("--busy-poll") && said.contains("10ms at most"), "{said}");
     let (code, said) = run(&["handle", "--socket", "/nonexistent/s", "--mem-file", "/nonexistent/m"]);
     assert_eq!(code, Some(1));
     assert!(
@@ -218,6 +222,17 @@ fn an_idle_server_uses_no_cpu() {
         }
     }
     panic!("{looked:?}");
+}
+
+#[test]
+fn busy_polling_looks_for_faults_without_sleeping() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let mut handle = Handle::start_with(folder.path(), template.path(), &["--busy-poll", "10ms"]);
+    let vmm = vmm(&handle, &template);
+    handle.await_event("serving");
+    assert!(spins_between_faults(handle.pid(), &vmm, 1024));
+    reads_right(&vmm);
 }
 
 #[test]

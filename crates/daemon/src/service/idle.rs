@@ -57,15 +57,21 @@ fn served_faults(fork: &Fork) -> Option<u64> {
     (status.state == ForkState::Serving).then_some(status.stats.faults.demand)
 }
 
-/// Those of `forks` that had no fault since `after` ago. Each is named once in that time: it may take long to be complete,
-/// or not be possible.
+/// Whether its recording is not over, and would be cut short by completing it. It begins with the first fault, and ends by
+/// itself soon after faults have become rare.
+fn is_recorded(fork: &Fork) -> bool {
+    matches!(&fork.kind, Kind::Uffd(uffd) if uffd.record && uffd.recorded.get().is_none())
+}
+
+/// Those of `forks` that had no fault since `after` ago, and are not being recorded. Each is named once in that time: it may
+/// take long to be complete, or not be possible.
 fn look(seen: &mut Seen, forks: &[Arc<Fork>], after: Duration, now: Instant) -> Vec<Arc<Fork>> {
     seen.retain(|id, _| forks.iter().any(|fork| fork.id == *id));
     let mut idle = Vec::new();
     for fork in forks {
         let Some(faults) = served_faults(fork) else { continue };
         let (before, since) = seen.entry(fork.id.clone()).or_insert((faults, now));
-        if *before != faults {
+        if *before != faults || is_recorded(fork) {
             (*before, *since) = (faults, now);
         } else if now.duration_since(*since) >= after {
             *since = now;

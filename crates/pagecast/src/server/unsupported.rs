@@ -1,6 +1,7 @@
 //! The server on platforms that cannot have one.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::Duration;
 
@@ -22,6 +23,18 @@ impl Builder {
     /// Does nothing here.
     #[must_use]
     pub fn deadlines(self, _deadlines: Deadlines) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
+    pub fn completion_rate(self, _bytes_per_second: Option<NonZeroU64>) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
+    pub fn busy_poll(self, _time: Duration) -> Self {
         self
     }
 

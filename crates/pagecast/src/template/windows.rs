@@ -191,7 +191,7 @@ mod tests {
         for _ in 0..3 {
             assert!(windows.page(offset(1, 0), now).is_none());
         }
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0; 64 << 10], WINDOW).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut vec![0; 64 << 10], WINDOW).unwrap();
         assert!(windows.page(offset(1, 0), now).is_some());
     }
 }

@@ -80,12 +80,11 @@ fn a_fork_completed_while_it_gives_memory_back_leaves_no_thread_behind() {
 }
 
 #[test]
-fn a_completion_that_nobody_waits_for_keeps_its_rate_and_a_close_does_not() {
+fn a_completion_that_nobody_waits_for_keeps_its_rate() {
     const MIB_A_SECOND: u64 = 4;
     let rate = NonZeroU64::new(MIB_A_SECOND << 20);
     let fixture = Fixture::with(SIZE, |builder| builder.completion_rate(rate));
     let (fork, vmm) = fixture.fork("slow");
-    let (other, _other) = fixture.fork("other");
     let began = Instant::now();
     fixture.server.complete(fork.id()).unwrap();
     assert_reads_right(&vmm, read_range(500, 520));
@@ -94,9 +93,19 @@ fn a_completion_that_nobody_waits_for_keeps_its_rate_and_a_close_does_not() {
     // Some 6 MiB of data, of which the first and the last step are not waited for.
     assert!(took > Duration::from_millis(500), "{took:?}");
     assert_lives_on(&vmm);
-    fixture.server.complete(other.id()).unwrap();
+}
+
+#[test]
+fn a_close_does_not_wait_for_a_completion_that_is_held_to_its_rate() {
+    // A byte a second: the pause after its first step is longer than anybody waits.
+    let fixture = Fixture::with(SIZE, |builder| builder.completion_rate(Some(NonZeroU64::MIN)));
+    let (fork, vmm) = fixture.fork("a");
+    fixture.server.complete(fork.id()).unwrap();
+    eventually("its first step", || fork.status().stats.installed_bytes > 0);
+    assert_eq!(fork.status().state, ForkState::Serving, "held to its rate");
     fixture.server.close(PATIENCE).unwrap();
-    assert_eq!(other.status().state, ForkState::Complete);
+    assert_eq!(fork.status().state, ForkState::Complete);
+    assert_lives_on(&vmm);
 }
 
 #[test]

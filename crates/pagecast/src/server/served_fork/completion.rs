@@ -11,7 +11,15 @@ impl ServedFork {
     /// From now on installs everything that is left, whenever `fill` gets a turn: at the rate that is set, or `at_once`.
     pub(in crate::server) fn begin_completion(&mut self, at_once: bool) {
         self.session.begin_completion();
+        // What is installed from now on does not fault, whether or not it would have been touched.
+        if let Some(watched) = self.end_watch() {
+            self.watched = Some(watched);
+        }
         self.at_once = at_once;
+        if at_once {
+            // It may be one for the rate, and long where that is low.
+            self.fill_pause = None;
+        }
     }
 
     /// Nobody wants it complete any more: serves the fork as before, where it is not all but complete.

@@ -433,7 +433,7 @@ impl ServedFork {
         self.watched.take()
     }
 
-    /// The same, now that it ends.
+    /// The same, where it ends before that was over.
     pub(super) fn end_watch(&mut self) -> Option<Watched> {
         let mut watched = self.watch.end(&self.record.counters)?;
         if let Some(recording) = &mut watched.recording {
