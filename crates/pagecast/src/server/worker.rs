@@ -341,6 +341,7 @@ impl Worker {
             self.registry.report(&record, watched);
         }
         drop(fork);
+        record.template.source().let_go();
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.registry.end(&record, state, reason);
     }

@@ -267,6 +267,12 @@ impl PageSource for MemFile {
         self.windows.as_ref()?.page(at, now)
     }
 
+    fn let_go(&self) {
+        if let Some(windows) = &self.windows {
+            windows.close();
+        }
+    }
+
     fn check_unchanged(&self) -> Result<(), SourceError> {
         if self.trust.holds() {
             return Ok(());

@@ -96,6 +96,9 @@ pub trait PageSource: Send + Sync + 'static {
         None
     }
 
+    /// A fork has ended: what was mapped for the sake of its faults may be let go, and is mapped again where others need it.
+    fn let_go(&self) {}
+
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
     /// given to a fork, so it has to be fast.
     ///
@@ -155,6 +158,10 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
     #[cfg(target_os = "linux")]
     fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
         (**self).at_hand(at)
+    }
+
+    fn let_go(&self) {
+        (**self).let_go();
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {

@@ -103,9 +103,13 @@ impl Windows {
         let won = self
             .begun
             .compare_exchange(begun, now.micros(), Ordering::Relaxed, Ordering::Relaxed);
-        if won.is_err() {
-            return;
+        if won.is_ok() {
+            self.close();
         }
+    }
+
+    /// Closes all of them.
+    pub(super) fn close(&self) {
         for word in &self.touched {
             word.store(0, Ordering::Relaxed);
         }
@@ -176,6 +180,8 @@ mod tests {
         let later = CoarseTime::from_micros(2 * ROUND);
         assert!(windows.page(offset(most, 0), later).is_none());
         assert!(windows.page(offset(most, 0), later).is_some());
+        windows.close();
+        assert!(windows.page(offset(most, 0), later).is_none());
     }
 
     #[test]
