@@ -9,8 +9,12 @@ const RAISE: i32 = 10;
 /// What work in the background leaves to everybody else: all of it, where they want it.
 const BACKGROUND: i32 = 19;
 
-/// After so many wakes for one thing each, a worker is as it was.
-const CALM: u32 = 64;
+/// Over how many wakes it is counted how many things wait for a worker at a time.
+const WAKES: usize = 64;
+
+/// A worker is raised where so many things wait for it at a time, and is as it was where fewer than that do.
+const RAISED_FROM: usize = 3 * WAKES;
+const LOWERED_BELOW: usize = 5 * WAKES / 2;
 
 /// The priority of this thread from now on: that of work for which nobody waits.
 pub(crate) fn lower() {
@@ -33,16 +37,17 @@ fn of_process() -> i32 {
     getpriority_process(Some(getpid())).unwrap_or(0)
 }
 
-/// The priority of a worker, raised while several things wait for it at a time.
+/// The priority of a worker, raised while many things wait for it at a time.
 ///
 /// A worker that many forks wait for is to be run before the vCPUs that it wakes, or each of them takes its core in turn,
-/// and the others wait. Where only one fork waits it is the other way round: the sooner its vCPU runs, the better.
+/// and the others wait. Where few forks wait it is the other way round: the sooner their vCPUs run, the better.
 #[derive(Debug)]
 pub(crate) struct WorkerPriority {
     usual: i32,
-    /// How many wakes for one thing are left until it is as usual; none while it is.
-    raised: u32,
     may_be_raised: bool,
+    is_raised: bool,
+    /// [`WAKES`] times the mean of what it was woken for lately.
+    things: usize,
 }
 
 impl WorkerPriority {
@@ -50,23 +55,20 @@ impl WorkerPriority {
     pub(crate) fn new(may_be_raised: bool) -> Self {
         Self {
             usual: of_process(),
-            raised: 0,
             may_be_raised,
+            is_raised: false,
+            things: WAKES,
         }
     }
 
     /// It was woken for so many things.
     pub(crate) fn woken_for(&mut self, things: usize) {
-        if things > 1 && self.may_be_raised {
-            if self.raised == 0 {
-                let _ = setpriority_process(None, self.usual - RAISE);
-            }
-            self.raised = CALM;
-        } else if self.raised > 0 {
-            self.raised -= 1;
-            if self.raised == 0 {
-                let _ = setpriority_process(None, self.usual);
-            }
+        self.things += things;
+        self.things -= self.things / (WAKES + 1);
+        let raise = self.things >= if self.is_raised { LOWERED_BELOW } else { RAISED_FROM };
+        if raise != self.is_raised && self.may_be_raised {
+            self.is_raised = raise;
+            let _ = setpriority_process(None, if raise { self.usual - RAISE } else { self.usual });
         }
     }
 }
@@ -80,19 +82,25 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_is_raised_while_several_things_wait_for_it() {
+    fn a_worker_is_raised_while_many_things_wait_for_it() {
         let usual = of_this_thread();
         let may_be_raised = may_be_raised();
         let raised = if may_be_raised { usual - RAISE } else { usual };
         let mut priority = WorkerPriority::new(may_be_raised);
-        priority.woken_for(1);
-        assert_eq!(of_this_thread(), usual);
-        priority.woken_for(2);
-        for _ in 1..CALM {
-            priority.woken_for(1);
-            assert_eq!(of_this_thread(), raised);
+        for _ in 0..1000 {
+            priority.woken_for(2);
+            assert_eq!(of_this_thread(), usual);
         }
+        for _ in 0..5 * WAKES {
+            priority.woken_for(4);
+        }
+        assert_eq!(of_this_thread(), raised);
+        // A wake for one thing is no reason yet.
         priority.woken_for(1);
+        assert_eq!(of_this_thread(), raised);
+        for _ in 0..5 * WAKES {
+            priority.woken_for(1);
+        }
         assert_eq!(of_this_thread(), usual);
         assert_eq!(
             getpriority_process(Some(getpid())).unwrap(),

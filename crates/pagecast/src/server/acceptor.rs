@@ -4,7 +4,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -20,7 +19,7 @@ use super::record::ForkRecord;
 use super::registry::Registry;
 use super::served_fork::ServedFork;
 use super::socket_file::SocketFile;
-use super::worker::{Message, WorkerHandle};
+use super::workers::Workers;
 use crate::session::Session;
 use crate::template::Template;
 
@@ -85,7 +84,7 @@ pub(super) struct Acceptor {
     epoll: OwnedFd,
     inbox: Arc<Inbox<Request>>,
     registry: Arc<Registry>,
-    workers: Arc<[WorkerHandle]>,
+    workers: Arc<Workers>,
     deadlines: Deadlines,
     entries: Slab<Entry>,
     /// Doors are not listened at until then.
@@ -98,7 +97,7 @@ impl Acceptor {
     /// Starts the acceptor thread.
     pub(super) fn start(
         registry: Arc<Registry>,
-        workers: Arc<[WorkerHandle]>,
+        workers: Arc<Workers>,
         deadlines: Deadlines,
     ) -> std::io::Result<(Arc<Inbox<Request>>, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
@@ -416,14 +415,7 @@ impl Acceptor {
         self.next_serial += 1;
         let session = Session::new(layout.into_regions());
         let fork = ServedFork::new(record, uffd, peer, socket, session, self.next_serial);
-        let idlest = self
-            .workers
-            .iter()
-            .min_by_key(|worker| worker.forks.load(Ordering::Relaxed));
-        if let Some(worker) = idlest {
-            worker.forks.fetch_add(1, Ordering::Relaxed);
-            worker.inbox.send(Message::Adopt(Box::new(fork)));
-        }
+        self.workers.adopt(fork);
     }
 
     fn refuse(&self, record: &Arc<ForkRecord>, refusal: Refusal) {

@@ -44,6 +44,8 @@ mod served_fork;
 mod socket_file;
 #[cfg(target_os = "linux")]
 mod worker;
+#[cfg(target_os = "linux")]
+mod workers;
 
 pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};

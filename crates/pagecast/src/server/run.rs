@@ -17,7 +17,8 @@ use super::memory;
 use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
-use super::worker::{Message, Worker, WorkerHandle};
+use super::worker::Message;
+use super::workers::{WorkerOptions, Workers};
 use crate::priority;
 use crate::template::{SourceError, Template};
 
@@ -39,9 +40,6 @@ pub struct Builder {
     observer: Observer,
 }
 
-/// The most workers there are where nobody said.
-const MOST_WORKERS: usize = 16;
-
 impl Builder {
     fn new() -> Self {
         Self {
@@ -53,9 +51,10 @@ impl Builder {
         }
     }
 
-    /// How many threads answer faults; at least one. By default one a processor where this process may raise the priority of
-    /// a thread (`CAP_SYS_NICE`): a worker that many forks wait for is then run first. Elsewhere four a processor, because a
-    /// worker that waits for a processor holds up all of its forks. No more than 16 either way.
+    /// How many threads answer faults; at least one. By default two a processor, no more than 16.
+    ///
+    /// The first forks get one of their own each, those that come after them share one a processor, or all where this
+    /// process may not raise the priority of a thread (`CAP_SYS_NICE`).
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers.max(1));
@@ -109,25 +108,14 @@ impl Builder {
         };
         let registry = Arc::new(Registry::new(self.observer));
         let crew = Arc::new(Crew::new());
-        let mut workers = Vec::new();
-        let mut threads = Vec::new();
-        let may_be_raised = priority::may_be_raised();
-        let count = self.workers.unwrap_or_else(|| usual_workers(may_be_raised));
-        for index in 0..count {
-            let (worker, thread) = Worker::start(
-                index,
-                Arc::clone(&registry),
-                Arc::clone(&crew),
-                self.deadlines.fault,
-                self.completion_rate,
-                self.busy_poll,
-                may_be_raised,
-            )
-            .map_err(failed)?;
-            workers.push(worker);
-            threads.push(thread);
-        }
-        let workers: Arc<[WorkerHandle]> = workers.into();
+        let options = WorkerOptions {
+            fault_deadline: self.deadlines.fault,
+            completion_rate: self.completion_rate,
+            busy_poll: self.busy_poll,
+            may_be_raised: priority::may_be_raised(),
+        };
+        let (workers, threads) = Workers::start(self.workers, &registry, &crew, options).map_err(failed)?;
+        let workers = Arc::new(workers);
         let (acceptor, thread) =
             Acceptor::start(Arc::clone(&registry), Arc::clone(&workers), self.deadlines).map_err(failed)?;
         Ok(Server {
@@ -144,20 +132,13 @@ impl Builder {
     }
 }
 
-/// How many workers there are where nobody said.
-fn usual_workers(may_be_raised: bool) -> usize {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = if may_be_raised { 1 } else { 4 };
-    (each * processors).min(MOST_WORKERS)
-}
-
 /// A page server.
 ///
 /// Dropping it closes it; forks that cannot be completed within half a minute have their VMMs killed, since a VMM without
 /// its server freezes at its next fault. Call [`close`](Self::close) to decide for yourself.
 pub struct Server {
     registry: Arc<Registry>,
-    workers: Arc<[WorkerHandle]>,
+    workers: Arc<Workers>,
     acceptor: Arc<Inbox<Request>>,
     deadlines: Deadlines,
     /// Held between finding room for a completion and asking for it, so that no two are given the same room.
@@ -297,7 +278,7 @@ impl Server {
         }
         let state = record.ask_completion(Asker::Request);
         drop(admission);
-        self.tell_workers(|| Message::Review);
+        self.workers.tell(|| Message::Review);
         Ok(state)
     }
 
@@ -314,7 +295,7 @@ impl Server {
             fork.ask_completion(Asker::Vacator);
         }
         drop(admission);
-        self.tell_workers(|| Message::Review);
+        self.workers.tell(|| Message::Review);
         fitting.len() == wanted.len()
     }
 
@@ -336,7 +317,7 @@ impl Server {
 
     fn kill_record(&self, record: &Arc<ForkRecord>) {
         if self.doom(record, FailReason::Killed) {
-            self.tell_workers(|| Message::Review);
+            self.workers.tell(|| Message::Review);
         }
     }
 
@@ -351,7 +332,7 @@ impl Server {
         let forks = self.forks_of(template);
         let changed = || FailReason::Template(SourceError::Changed { how: how.to_owned() });
         let concerned = forks.iter().filter(|fork| self.doom(fork, changed())).count();
-        self.tell_workers(|| Message::Review);
+        self.workers.tell(|| Message::Review);
         concerned
     }
 
@@ -455,7 +436,7 @@ impl Server {
         for fork in &forks {
             fork.ask_completion(asker);
         }
-        self.tell_workers(|| Message::Review);
+        self.workers.tell(|| Message::Review);
         for fork in &forks {
             fork.wait_completed(asker, until);
         }
@@ -463,7 +444,7 @@ impl Server {
             for fork in &forks {
                 fork.withdraw_completion(asker);
             }
-            self.tell_workers(|| Message::Review);
+            self.workers.tell(|| Message::Review);
             return Err(error);
         }
         self.stop();
@@ -484,7 +465,7 @@ impl Server {
         for fork in &forks {
             self.doom(fork, FailReason::Killed);
         }
-        self.tell_workers(|| Message::Review);
+        self.workers.tell(|| Message::Review);
         let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_state(until, ForkState::is_end);
@@ -525,12 +506,6 @@ impl Server {
         forks
     }
 
-    fn tell_workers(&self, message: impl Fn() -> Message) {
-        for worker in &*self.workers {
-            worker.inbox.send(message());
-        }
-    }
-
     fn is_closed(&self) -> bool {
         matches!(*self.life(), Life::Closed)
     }
@@ -552,7 +527,7 @@ impl Server {
     fn stop(&self) {
         let mut life = self.life();
         if let Life::Closing(workers) = std::mem::replace(&mut *life, Life::Closed) {
-            self.tell_workers(|| Message::Stop);
+            self.workers.tell(|| Message::Stop);
             for worker in workers {
                 let _ = worker.join();
             }

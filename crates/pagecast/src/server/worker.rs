@@ -1,7 +1,6 @@
 //! A thread that answers the faults of its forks.
 
 use std::mem::MaybeUninit;
-use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +19,7 @@ use super::inbox::Inbox;
 use super::record::Wish;
 use super::registry::Registry;
 use super::served_fork::{Awaited, End, Scratch, ServedFork};
+use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
 use crate::template::SourceError;
 
@@ -50,6 +50,13 @@ pub(super) struct WorkerHandle {
     pub(super) inbox: Arc<Inbox<Message>>,
     /// How many forks it has.
     pub(super) forks: Arc<AtomicUsize>,
+}
+
+impl Drop for WorkerHandle {
+    /// Nobody can give it forks any more.
+    fn drop(&mut self) {
+        self.inbox.send(Message::Stop);
+    }
 }
 
 /// Which file descriptor of which fork an epoll event is about.
@@ -140,10 +147,7 @@ impl Worker {
         index: usize,
         registry: Arc<Registry>,
         crew: Arc<Crew>,
-        fault_deadline: Duration,
-        completion_rate: Option<NonZeroU64>,
-        busy_poll: Duration,
-        may_be_raised: bool,
+        options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
         let forks = Arc::new(AtomicUsize::new(0));
@@ -153,7 +157,7 @@ impl Worker {
             let inbox = Arc::clone(&inbox);
             Arc::new(move |serial, awaited, bytes| inbox.send(Message::Bytes { serial, awaited, bytes }))
         };
-        let scratch = Scratch::new(deliver, crew, Arc::clone(&epoll), fault_deadline, completion_rate);
+        let scratch = Scratch::new(deliver, crew, Arc::clone(&epoll), options.fault_deadline, options.completion_rate);
         let worker = Self {
             epoll,
             registry,
@@ -163,9 +167,9 @@ impl Worker {
             scratch,
             restless: Vec::new(),
             next_to_fill: 0,
-            busy_poll,
+            busy_poll: options.busy_poll,
             busy_until: None,
-            may_be_raised,
+            may_be_raised: options.may_be_raised,
             stopping: false,
         };
         let thread = std::thread::Builder::new()

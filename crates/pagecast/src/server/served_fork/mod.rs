@@ -48,6 +48,8 @@ pub(super) struct Scratch {
     epoll: Arc<OwnedFd>,
     crew: Arc<Crew>,
     deliver: Deliver,
+    /// When the clock was looked at last. On the fault path this stands for now, where nothing worth a look came between.
+    looked_at: Instant,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
     /// Bytes a second.
@@ -70,6 +72,7 @@ impl Scratch {
             epoll,
             crew,
             deliver,
+            looked_at: Instant::now(),
             fault_deadline,
             completion_rate,
         }
@@ -225,7 +228,8 @@ impl ServedFork {
                 .uffd
                 .read_events(&mut scratch.events)
                 .map_err(|errno| kernel("read events", errno))?;
-            first_read.get_or_insert_with(Instant::now);
+            scratch.looked_at = Instant::now();
+            first_read.get_or_insert(scratch.looked_at);
             for event in scratch.events.drain() {
                 match self.session.on_event(&event)? {
                     Noted::Fault { offset, page_size } => {
@@ -258,19 +262,18 @@ impl ServedFork {
     fn install_from_template(&mut self, install: &Install, scratch: &mut Scratch, since: Instant) -> Result<(), End> {
         let Content::Template(from) = install.content else {
             let tried = self.install_zeros(install, &scratch.zeros);
-            return self.finish(install, tried, since, scratch.fault_deadline);
+            return self.finish(install, tried, since, scratch);
         };
         if install.page_size == PageSize::Small
             && self.template.zeros_are_known()
             && let Some(bytes) = self.template.source().at_hand(from)
         {
-            let begun = Instant::now();
             let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
             // It was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM does
             // not live to use it.
             self.template.source().check_unchanged()?;
-            let tried = self.copied(install.to, outcome, begun);
-            return self.finish(install, tried, since, scratch.fault_deadline);
+            let tried = self.copied(install.to, outcome, scratch.looked_at);
+            return self.finish(install, tried, since, scratch);
         }
         let buffer = room(&mut scratch.bytes, install.bytes());
         let tried = match self.template.source().try_read(from, buffer)? {
@@ -290,7 +293,7 @@ impl ServedFork {
                 self.install_zeros(install, &scratch.zeros)
             }
         };
-        self.finish(install, tried, since, scratch.fault_deadline)
+        self.finish(install, tried, since, scratch)
     }
 
     /// Copies bytes of the template.
@@ -323,11 +326,12 @@ impl ServedFork {
     }
 
     /// Does what the outcome of an install asks for.
-    fn finish(&mut self, install: &Install, tried: Tried, since: Instant, deadline: Duration) -> Result<(), End> {
+    fn finish(&mut self, install: &Install, tried: Tried, since: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let Tried { outcome, begun } = tried;
         let counters = &self.record.counters;
         if outcome == Outcome::Installed {
             let now = Instant::now();
+            scratch.looked_at = now;
             counters.fault_latency.record(now.duration_since(since));
             counters.install_latency.record(now.duration_since(begun));
         }
@@ -336,9 +340,9 @@ impl ServedFork {
             After::Wake(range) => self.wake(range),
             After::Parked => {
                 counters.retried.add(1);
-                self.park(since, false, deadline)
+                self.park(since, false, scratch.fault_deadline)
             }
-            After::OutOfMemory => self.park(since, true, deadline),
+            After::OutOfMemory => self.park(since, true, scratch.fault_deadline),
             After::PeerGone => Err(End::PeerGone),
             After::Failed(errno) => Err(kernel("install a page", errno)),
         }
@@ -407,7 +411,7 @@ impl ServedFork {
                     } else {
                         self.copy(install.to, &bytes)
                     };
-                    self.finish(&install, tried, since, scratch.fault_deadline)
+                    self.finish(&install, tried, since, scratch)
                 }
             },
             Awaited::Fill(_) => self.on_fill_bytes(&bytes, scratch),

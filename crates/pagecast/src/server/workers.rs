@@ -1,0 +1,125 @@
+//! All workers of a server, and which of them gets a fork.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::crew::Crew;
+use super::registry::Registry;
+use super::served_fork::ServedFork;
+use super::worker::{Message, Worker, WorkerHandle};
+
+/// The most workers there are where nobody said.
+const MOST: usize = 16;
+
+/// What all of them are to be like.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WorkerOptions {
+    /// How long a fault may wait for the template or for memory.
+    pub(super) fault_deadline: Duration,
+    /// Bytes a second.
+    pub(super) completion_rate: Option<NonZeroU64>,
+    /// How long to look for faults without sleeping after there was one.
+    pub(super) busy_poll: Duration,
+    /// Whether this process may raise the priority of a thread.
+    pub(super) may_be_raised: bool,
+}
+
+/// The workers of a server, seen from outside.
+pub(super) struct Workers {
+    all: Box<[WorkerHandle]>,
+    /// So many, the first ones, take more than one fork.
+    shared: usize,
+}
+
+impl Workers {
+    /// Starts them: so many, or as many as are usual here.
+    pub(super) fn start(
+        count: Option<usize>,
+        registry: &Arc<Registry>,
+        crew: &Arc<Crew>,
+        options: WorkerOptions,
+    ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = count.unwrap_or_else(|| (2 * processors).min(MOST));
+        let started = (0..count).map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
+        let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
+        let workers = Self {
+            shared: shared(count, processors, options.may_be_raised),
+            all: all.into(),
+        };
+        Ok((workers, threads))
+    }
+
+    /// Gives a fork to one of them, for life. Called by one thread only.
+    pub(super) fn adopt(&self, fork: ServedFork) {
+        let forks = |worker: &WorkerHandle| worker.forks.load(Ordering::Relaxed);
+        let Some(worker) = place(&self.all, self.shared, forks) else {
+            return;
+        };
+        worker.forks.fetch_add(1, Ordering::Relaxed);
+        worker.inbox.send(Message::Adopt(Box::new(fork)));
+    }
+
+    /// Tells all of them.
+    pub(super) fn tell(&self, message: impl Fn() -> Message) {
+        for worker in &self.all {
+            worker.inbox.send(message());
+        }
+    }
+}
+
+/// How many of `count` workers take more than one fork: one a processor, since one that many forks wait for is run before
+/// the vCPUs that it wakes, and then a second one only holds it up. Where it cannot be raised all of them, because one that
+/// waits for a processor holds up all of its forks.
+fn shared(count: usize, processors: usize, may_be_raised: bool) -> usize {
+    if may_be_raised { count.min(processors) } else { count }
+}
+
+/// Which of `workers` gets the next fork: one that has none, else the one that has the fewest among the first `shared`.
+fn place<T>(workers: &[T], shared: usize, forks: impl Fn(&T) -> usize) -> Option<&T> {
+    let idle = workers.iter().find(|worker| forks(worker) == 0);
+    idle.or_else(|| workers.iter().take(shared).min_by_key(|worker| forks(worker)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many forks each of `count` workers has after so many have come.
+    fn placed(forks: usize, count: usize, shared: usize) -> Vec<usize> {
+        let workers: Vec<usize> = (0..count).collect();
+        let mut have = vec![0; count];
+        for _ in 0..forks {
+            let worker = *place(&workers, shared, |worker| have[*worker]).unwrap();
+            have[worker] += 1;
+        }
+        have
+    }
+
+    #[test]
+    fn the_first_forks_have_a_worker_each_and_the_others_share_some() {
+        assert_eq!(placed(4, 4, 2), [1, 1, 1, 1]);
+        assert_eq!(placed(5, 4, 2), [2, 1, 1, 1]);
+        assert_eq!(placed(20, 4, 2), [9, 9, 1, 1]);
+        assert_eq!(placed(20, 4, 4), [5, 5, 5, 5]);
+        assert_eq!(placed(3, 1, 1), [3]);
+    }
+
+    #[test]
+    fn a_worker_that_has_lost_its_fork_gets_the_next_one() {
+        let workers = [3, 4, 1, 0];
+        assert_eq!(place(&workers, 2, |forks| *forks), Some(&0));
+        assert_eq!(place(&workers[..3], 2, |forks| *forks), Some(&3));
+    }
+
+    #[test]
+    fn one_worker_a_processor_is_shared_where_it_may_be_raised() {
+        assert_eq!(shared(4, 2, true), 2);
+        assert_eq!(shared(1, 2, true), 1);
+        assert_eq!(shared(16, 64, true), 16);
+        assert_eq!(shared(4, 2, false), 4);
+    }
+}
