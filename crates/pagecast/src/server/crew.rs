@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use procfs::{FromRead, LoadAverage};
 use rayon::ThreadPool;
 
-/// How many threads a server has for this at most: a bulk copy is bound by memory before it is by cores.
+/// How many threads a server has for this at most, where nobody said: a bulk copy is bound by memory before it is by cores.
 const MOST: usize = 3;
 
 /// One for all workers of a server. Its threads sleep while there is nothing to do.
 pub(super) struct Crew {
-    /// None on a machine of one core.
+    /// None where there are no threads, as on a machine of one core.
     pool: Option<ThreadPool>,
     cores: usize,
+    /// All of its threads are there to be used, whatever else runs on this host.
+    always: bool,
     /// How many of its threads somebody has taken.
     busy: AtomicUsize,
     /// Says how many threads are running on this host.
@@ -22,17 +24,21 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    pub(super) fn new() -> Self {
+    /// So many threads that are always used, or some that are used while cores are free.
+    pub(super) fn new(always: Option<usize>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = (cores - 1).min(MOST);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|index| format!("pagecast-fill-{index}"))
-            .build();
+        let threads = always.unwrap_or((cores - 1).min(MOST));
+        let pool = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|index| format!("pagecast-fill-{index}"))
+                .build()
+        };
         Self {
             // Without these threads all goes on, on one core for each fork.
-            pool: pool.ok().filter(|_| threads > 0),
+            pool: (threads > 0).then(pool).and_then(Result::ok),
             cores,
+            always: always.is_some(),
             busy: AtomicUsize::new(0),
             load: File::open("/proc/loadavg").ok(),
         }
@@ -52,8 +58,12 @@ impl Crew {
         if self.busy.load(Ordering::Relaxed) >= threads {
             return 0;
         }
-        let running = self.load.as_ref().and_then(running).unwrap_or(self.cores);
-        let unused = self.cores.saturating_sub(running);
+        let unused = if self.always {
+            threads
+        } else {
+            let running = self.load.as_ref().and_then(running).unwrap_or(self.cores);
+            self.cores.saturating_sub(running)
+        };
         let free = |busy: usize| threads.saturating_sub(busy).min(unused);
         let before = self
             .busy
@@ -113,7 +123,7 @@ mod tests {
 
     #[test]
     fn all_is_done_and_comes_back_in_order() {
-        let crew = Crew::new();
+        let crew = Crew::new(None);
         let numbers = |numbers: std::ops::Range<i32>| numbers.map(|number| move || number).collect::<Vec<_>>();
         for count in 0..5 {
             let all: Vec<i32> = (0..count).collect();
@@ -129,19 +139,14 @@ mod tests {
 
     #[test]
     fn no_more_threads_are_free_than_cores_beside_this_one() {
-        let crew = Crew::new();
+        let crew = Crew::new(None);
         assert!(crew.take_free().count() < crew.cores);
     }
 
     /// Who counts on a thread that is another's waits for as long as that one takes.
     #[test]
     fn a_thread_is_taken_by_one_at_a_time() {
-        let crew = Crew {
-            pool: Some(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap()),
-            // However many threads run on this host.
-            cores: usize::MAX,
-            ..Crew::new()
-        };
+        let crew = Crew::new(Some(2));
         let first = crew.take_free();
         let second = crew.take_free();
         assert_eq!((first.count(), second.count()), (2, 0));

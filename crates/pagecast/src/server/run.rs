@@ -1,7 +1,7 @@
 //! The server as its owner sees it.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ pub struct Builder {
     workers: Option<usize>,
     deadlines: Deadlines,
     completion_rate: Option<NonZeroU64>,
+    fill_threads: Option<NonZeroUsize>,
     busy_poll: Duration,
     observer: Observer,
 }
@@ -46,6 +47,7 @@ impl Builder {
             workers: None,
             deadlines: Deadlines::default(),
             completion_rate: NonZeroU64::new(COMPLETION_RATE),
+            fill_threads: None,
             busy_poll: Duration::ZERO,
             observer: Box::new(|_| {}),
         }
@@ -78,6 +80,14 @@ impl Builder {
         self
     }
 
+    /// On how many threads one fork is filled (prefaulted, completed) at a time, whatever else runs on this host. By default on
+    /// one, and on as many more as there are idle processors, at most three.
+    #[must_use]
+    pub fn fill_threads(mut self, threads: NonZeroUsize) -> Self {
+        self.fill_threads = Some(threads);
+        self
+    }
+
     /// How long a worker looks for the next fault without sleeping after it has answered one; by default not at all.
     ///
     /// Where cores are free this saves the time that waking a thread on another core takes, which can be most of a fault.
@@ -107,7 +117,7 @@ impl Builder {
             source,
         };
         let registry = Arc::new(Registry::new(self.observer));
-        let crew = Arc::new(Crew::new());
+        let crew = Arc::new(Crew::new(self.fill_threads.map(|threads| threads.get() - 1)));
         let options = WorkerOptions {
             fault_deadline: self.deadlines.fault,
             completion_rate: self.completion_rate,

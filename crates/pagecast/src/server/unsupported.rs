@@ -1,7 +1,7 @@
 //! The server on platforms that cannot have one.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::Path;
 use std::time::Duration;
 
@@ -29,6 +29,12 @@ impl Builder {
     /// Does nothing here.
     #[must_use]
     pub fn completion_rate(self, _bytes_per_second: Option<NonZeroU64>) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
+    pub fn fill_threads(self, _threads: NonZeroUsize) -> Self {
         self
     }
 

@@ -83,6 +83,10 @@ impl GiveBack {
     /// between: one range a run, the first that is still long enough. None where a fault waits for its answer.
     pub(super) fn next(&mut self, regions: &RegionMap, states: &[PageStates]) -> Option<ZeroRange> {
         while let Some(run) = self.runs.pop() {
+            if self.runs.is_empty() {
+                // A fork lives on for long after its last one, and this room was made for all of them.
+                self.runs = Vec::new();
+            }
             let PageRef { region: index, page } = run.at;
             let (Some(region), Some(states)) = (regions.get(index), states.get(index.get())) else {
                 continue;
@@ -109,5 +113,34 @@ impl GiveBack {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pagecast_uffd::{ByteLen, HostAddr};
+
+    use super::*;
+    use crate::session::Region;
+    use crate::template::TemplateOffset;
+
+    #[test]
+    fn nothing_is_held_on_to_once_all_is_handed_out() {
+        let len = ByteLen::new(256 * PageSize::SMALLEST);
+        let memory = HostRange::new(HostAddr::new(1 << 30), len).unwrap();
+        let region = Region::new(memory, TemplateOffset::new(0), PageSize::Small);
+        let states = [PageStates::new(region.pages())];
+        let regions = RegionMap::new(vec![region]);
+        let run = |first: u64| Run {
+            at: TemplateOffset::new(first * PageSize::SMALLEST),
+            len: ByteLen::new(16 * PageSize::SMALLEST),
+        };
+        let mut give_back = GiveBack::new(&regions, [0, 32, 64, 96].map(run));
+        for _ in 0..4 {
+            assert!(!give_back.is_done());
+            assert_eq!(give_back.next(&regions, &states).unwrap().pages, 16);
+        }
+        assert!(give_back.is_done());
+        assert_eq!(give_back.runs.capacity(), 0);
     }
 }

@@ -1,9 +1,12 @@
 //! What a fork is given ahead of its faults: runs of zeros, its working set, everything.
 
+use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 
 use pagecast::server::{ForkEvent, ForkOptions, ForkState, Prefault};
 use pagecast::template::{Planned, PrefaultPlan, PrefaultTally, Recording, TemplateOffset, WorkingSet};
+use pagecast_testkit::process::own_fds;
 use pagecast_testkit::sim_vmm::{Order, Pages, Read, RemoveRace};
 
 use crate::fixture::{
@@ -153,14 +156,15 @@ fn a_fork_with_all_its_memory_ahead_is_still_served() {
 
 #[test]
 fn pages_removed_while_they_are_prefaulted_are_never_the_templates_again() {
-    for round in 0..4 {
-        let fixture = Fixture::new();
+    for (threads, seed) in [(1, 0), (4, 1), (1, 2), (4, 3)] {
+        let threads = NonZeroUsize::new(threads).unwrap();
+        let fixture = Fixture::with(SIZE, |builder| builder.fill_threads(threads));
         fixture.template.set_working_set(Some(working_set(0..PAGES)));
         let (fork, vmm) = fixture.fork_as("a", |options| options.prefault(Prefault::All));
         let race = RemoveRace {
             millis: 200,
             threads: 3,
-            seed: round,
+            seed,
         };
         let report = vmm.run(race).unwrap();
         assert_eq!(report.checked.mismatches, 0, "{report:?}");
@@ -169,20 +173,57 @@ fn pages_removed_while_they_are_prefaulted_are_never_the_templates_again() {
     }
 }
 
-#[test]
-fn twenty_forks_that_start_at_once_are_all_prefaulted_and_another_is_served_meanwhile() {
-    let fixture = Fixture::new();
-    let (running, runner) = fixture.fork_as("running", |options| options.prefault(Prefault::None));
-    let read = runner.start(read_everything(1)).unwrap();
-    fixture.template.set_working_set(Some(working_set(0..PAGES)));
-    let forks: Vec<_> = (0..20).map(|index| fixture.fork(&format!("fork-{index}"))).collect();
-    assert_right(read);
+/// Twenty forks, of which the first holds the only worker with its very first fill until all others are there, and the
+/// template's pages as they were read then: of a fork that had been running and faulted meanwhile, and of the twenty.
+fn twenty_at_once(faults_on: u64) -> Vec<Range<u64>> {
+    let script = Script::new(&model(SIZE), |page| match page {
+        0 => Access::HoldsWorker,
+        _ => Access::Ready,
+    });
+    let (fixture, script) = Fixture::scripted(script, |builder| builder.workers(1).fill_threads(NonZeroUsize::MIN));
+    let (_running, runner) = fixture.fork_as("running", |options| options.prefault(Prefault::None));
+    let forks: Vec<_> = (0..20)
+        .map(|index| fixture.fork_as(&format!("fork-{index}"), |options| options.prefault(Prefault::All)))
+        .collect();
+    eventually("the first fill is begun", || script.holds() == 1);
+    let fault = runner.start(read_range(faults_on, faults_on + 1)).unwrap();
+    eventually("the fault is there", || unread_faults() == 1);
+    script.open_gate();
+    assert_right(fault);
     for (fork, vmm) in &forks {
+        eventually("all is there", || fork.status().stats.faults.prefaulted == PAGES);
         assert_reads_right(vmm, Read::default());
-        assert_eq!(fork.status().state, ForkState::Serving);
+        assert_eq!(fork.status().stats.faults.demand, 0);
     }
-    assert_eq!(running.status().stats.faults.prefaulted, 0);
-    assert!(forks.iter().all(|(fork, _)| fork.status().stats.faults.prefaulted > 0));
+    script.accesses()
+}
+
+/// How many faults of all userfaultfds of this process nobody has read yet.
+fn unread_faults() -> u64 {
+    let pending = |number: i32| {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+        let pending = info.lines().find_map(|line| line.strip_prefix("pending:"))?;
+        pending.trim().parse::<u64>().ok()
+    };
+    own_fds().unwrap().into_keys().filter_map(pending).sum()
+}
+
+#[test]
+fn a_fault_waits_for_one_fill_however_many_forks_start_at_once() {
+    let accesses = twenty_at_once(1500);
+    let fault = accesses.iter().position(|pages| *pages == (1500..1501)).unwrap();
+    assert_eq!(fault, 1, "{:?}", &accesses[..=fault]);
+}
+
+#[test]
+fn forks_that_start_at_once_are_prefaulted_by_turns() {
+    let accesses = twenty_at_once(1500);
+    let fills: Vec<_> = accesses.into_iter().filter(|pages| pages.end - pages.start > 1).collect();
+    let first_done = fills.iter().position(|pages| pages.end == PAGES).unwrap();
+    // Two steps of 1 MiB: one that the others have not had, one that the first fork was ahead.
+    let behind = PAGES - 512;
+    let as_far = fills[..first_done].iter().filter(|pages| pages.contains(&behind));
+    assert_eq!(as_far.count(), 20, "when the first fork has all, the others are not far");
 }
 
 #[test]

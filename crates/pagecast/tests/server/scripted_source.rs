@@ -1,5 +1,6 @@
 //! A template that is slow, stuck or broken where a test wants it to be.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -35,8 +36,8 @@ pub(crate) struct Script {
     pub(crate) zeros_gated: bool,
     reads: AtomicU64,
     holds: AtomicU64,
-    /// How often anything was read, slowly or at once.
-    accesses: AtomicU64,
+    /// Which pages of 4 KiB were read, slowly or at once, in this order.
+    accesses: Mutex<Vec<Range<u64>>>,
     /// How often it was asked whether zeros are known.
     zero_looks: AtomicU64,
 }
@@ -51,7 +52,7 @@ impl Script {
             zeros_gated: false,
             reads: AtomicU64::new(0),
             holds: AtomicU64::new(0),
-            accesses: AtomicU64::new(0),
+            accesses: Mutex::new(Vec::new()),
             zero_looks: AtomicU64::new(0),
         }
     }
@@ -72,9 +73,9 @@ impl Script {
         self.holds.load(Ordering::Relaxed)
     }
 
-    /// How often anything was read, slowly or at once.
-    pub(crate) fn accesses(&self) -> u64 {
-        self.accesses.load(Ordering::SeqCst)
+    /// Which pages were read, slowly or at once, in this order.
+    pub(crate) fn accesses(&self) -> Vec<Range<u64>> {
+        self.accesses.lock().unwrap().clone()
     }
 
     /// How often it was asked whether zeros are known.
@@ -88,10 +89,10 @@ impl Script {
     }
 
     fn access_at(&self, at: TemplateOffset, buffer: &[u8]) -> impl Iterator<Item = Access> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
         let first = at.get() / LAYOUT_PAGE;
-        let pages = buffer.len() as u64 / LAYOUT_PAGE;
-        (first..first + pages).map(|page| (self.access)(page))
+        let pages = first..first + buffer.len() as u64 / LAYOUT_PAGE;
+        self.accesses.lock().unwrap().push(pages.clone());
+        pages.map(|page| (self.access)(page))
     }
 
     fn fill(&self, at: TemplateOffset, buffer: &mut [u8]) {
