@@ -1,36 +1,51 @@
 //! A set of pages of one region, or of one template.
 
+use std::alloc::{Layout, handle_alloc_error};
+
+use memmap2::MmapMut;
+
 use crate::page::PageIndex;
 
 const BITS: usize = u64::BITS as usize;
 
 /// A set of pages, a bit each, of a region or template whose length is known.
 ///
-/// Made of zeroed memory that the allocator gets from the kernel untouched, so an idle fork of many pages costs little.
-#[derive(Clone, Debug)]
+/// A mapping of its own: what nobody has written to takes no memory, and all of it goes back to the kernel at once. From the
+/// allocator, sets of a few dozen KiB would be zeroed by writing, and what many forks had used would stay with the process.
+#[derive(Debug)]
 pub(crate) struct PageSet {
-    words: Box<[u64]>,
+    words: MmapMut,
     pages: usize,
 }
 
 impl PageSet {
     /// The empty set of a region of `pages` pages.
     pub(crate) fn new(pages: usize) -> Self {
+        // No mapping is empty.
+        let words = Layout::array::<u64>(pages.div_ceil(BITS).max(1)).expect("a bit a page of an address space");
         Self {
-            words: vec![0; pages.div_ceil(BITS)].into_boxed_slice(),
+            words: MmapMut::map_anon(words.size()).unwrap_or_else(|_| handle_alloc_error(words)),
             pages,
         }
     }
 
+    fn words(&self) -> &[u64] {
+        bytemuck::cast_slice(&self.words)
+    }
+
+    fn words_mut(&mut self) -> &mut [u64] {
+        bytemuck::cast_slice_mut(&mut self.words)
+    }
+
     pub(crate) fn contains(&self, page: PageIndex) -> bool {
-        self.words
+        self.words()
             .get(page.get() / BITS)
             .is_some_and(|word| word >> (page.get() % BITS) & 1 == 1)
     }
 
     /// Whether it was not in before.
     pub(crate) fn insert(&mut self, page: PageIndex) -> bool {
-        let Some(word) = self.words.get_mut(page.get() / BITS) else {
+        let Some(word) = self.words_mut().get_mut(page.get() / BITS) else {
             return false;
         };
         let bit = 1 << (page.get() % BITS);
@@ -40,7 +55,7 @@ impl PageSet {
     }
 
     pub(crate) fn remove(&mut self, page: PageIndex) {
-        if let Some(word) = self.words.get_mut(page.get() / BITS) {
+        if let Some(word) = self.words_mut().get_mut(page.get() / BITS) {
             *word &= !(1 << (page.get() % BITS));
         }
     }
@@ -62,7 +77,7 @@ impl PageSet {
             let bit = at % BITS;
             let here = (BITS - bit).min(end - at);
             let mask = (u64::MAX >> (BITS - here)) << bit;
-            if let Some(word) = self.words.get_mut(at / BITS) {
+            if let Some(word) = self.words_mut().get_mut(at / BITS) {
                 change(word, mask);
             }
             at += here;
@@ -78,8 +93,8 @@ impl PageSet {
         most: usize,
     ) -> Option<(PageIndex, usize)> {
         let inside = |word: usize| {
-            let own = self.words.get(word).copied().unwrap_or(u64::MAX);
-            own | other.and_then(|set| set.words.get(word)).copied().unwrap_or(0)
+            let own = self.words().get(word).copied().unwrap_or(u64::MAX);
+            own | other.and_then(|set| set.words().get(word)).copied().unwrap_or(0)
         };
         let first = self.seek(from.get(), |word| !inside(word))?;
         let end = self.seek(first, inside).unwrap_or(self.pages);
@@ -88,21 +103,21 @@ impl PageSet {
 
     /// The first page of this set at or after `from`.
     pub(crate) fn next_inside(&self, from: PageIndex) -> Option<PageIndex> {
-        let word = |word: usize| self.words.get(word).copied().unwrap_or(0);
+        let word = |word: usize| self.words().get(word).copied().unwrap_or(0);
         self.seek(from.get(), word).map(PageIndex::new)
     }
 
     /// The first page at or after `from` whose bit is set in `word_at`.
     fn seek(&self, from: usize, word_at: impl Fn(usize) -> u64) -> Option<usize> {
         let mut index = from / BITS;
-        let mut word = if index < self.words.len() {
+        let mut word = if index < self.words().len() {
             word_at(index) & (u64::MAX << (from % BITS))
         } else {
             return None;
         };
         while word == 0 {
             index += 1;
-            if index == self.words.len() {
+            if index == self.words().len() {
                 return None;
             }
             word = word_at(index);

@@ -16,6 +16,7 @@ use super::crew::Crew;
 use super::failure::FailReason;
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
+use super::quiet::Quiet;
 use super::record::Wish;
 use super::registry::Registry;
 use super::served_fork::{Awaited, End, Scratch, ServedFork};
@@ -63,6 +64,7 @@ impl Drop for WorkerHandle {
 #[derive(Clone, Copy)]
 enum Token {
     Inbox,
+    Quiet,
     Uffd(usize),
     Process(usize),
     Socket(usize),
@@ -72,6 +74,7 @@ impl Token {
     fn encode(self) -> EventData {
         EventData::new_u64(match self {
             Self::Inbox => 0,
+            Self::Quiet => 4,
             Self::Uffd(slot) => (slot as u64) << 2 | 1,
             Self::Process(slot) => (slot as u64) << 2 | 2,
             Self::Socket(slot) => (slot as u64) << 2 | 3,
@@ -85,6 +88,7 @@ impl Token {
             1 => Self::Uffd(slot),
             2 => Self::Process(slot),
             3 => Self::Socket(slot),
+            _ if slot == 1 => Self::Quiet,
             _ => Self::Inbox,
         }
     }
@@ -137,6 +141,7 @@ pub(super) struct Worker {
     /// How long to look for faults without sleeping after there was one.
     busy_poll: Duration,
     busy_until: Option<Instant>,
+    quiet: Quiet,
     may_be_raised: bool,
     stopping: bool,
 }
@@ -153,11 +158,19 @@ impl Worker {
         let forks = Arc::new(AtomicUsize::new(0));
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
+        let quiet = Quiet::new()?;
+        epoll::add(&epoll, &quiet, Token::Quiet.encode(), EventFlags::IN)?;
         let deliver = {
             let inbox = Arc::clone(&inbox);
             Arc::new(move |serial, awaited, bytes| inbox.send(Message::Bytes { serial, awaited, bytes }))
         };
-        let scratch = Scratch::new(deliver, crew, Arc::clone(&epoll), options.fault_deadline, options.completion_rate);
+        let scratch = Scratch::new(
+            deliver,
+            crew,
+            Arc::clone(&epoll),
+            options.fault_deadline,
+            options.completion_rate,
+        );
         let worker = Self {
             epoll,
             registry,
@@ -169,6 +182,7 @@ impl Worker {
             next_to_fill: 0,
             busy_poll: options.busy_poll,
             busy_until: None,
+            quiet,
             may_be_raised: options.may_be_raised,
             stopping: false,
         };
@@ -210,10 +224,12 @@ impl Worker {
                 match Token::decode(data) {
                     // Last, because a fork that comes may take the place of one that goes in this very round.
                     Token::Inbox => mail = true,
+                    Token::Quiet => self.look_if_quiet(),
                     // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
                     Token::Uffd(slot) => {
                         self.step(slot, |fork, scratch| fork.serve(alone, scratch));
+                        self.quiet.stir();
                         if !self.busy_poll.is_zero() {
                             self.busy_until = Some(Instant::now() + self.busy_poll);
                         }
@@ -226,6 +242,15 @@ impl Worker {
                 self.read_mail();
             }
             self.serve_restless();
+        }
+    }
+
+    /// Where no fault has come for a while, lets go of what is mapped for faults.
+    fn look_if_quiet(&mut self) {
+        if self.quiet.look() {
+            for (_, served) in &self.forks {
+                served.fork.record.template.source().let_go();
+            }
         }
     }
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use pagecast_uffd::{Event, FaultFlags, HostRange, Outcome, PageFault};
 
 use crate::page::{PageIndex, PageSize};
-use crate::template::{PrefaultPlan, Run, TemplateOffset};
+use crate::template::{PrefaultPlan, TemplateOffset, ZeroRuns};
 pub use filling::Fill;
 use filling::Filling;
 use give_back::GiveBack;
@@ -298,10 +298,9 @@ impl Session {
         (present, after)
     }
 
-    /// The kernel itself is to fill long runs of zeros: of these runs of the template, which are zeros, those that are worth
-    /// it.
-    pub fn begin_give_back(&mut self, zeros: impl IntoIterator<Item = Run>) {
-        self.give_back = GiveBack::new(&self.regions, zeros);
+    /// The kernel itself is to fill these runs of the template, which are zeros.
+    pub fn begin_give_back(&mut self, zeros: ZeroRuns) {
+        self.give_back = GiveBack::new(zeros);
     }
 
     /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once;

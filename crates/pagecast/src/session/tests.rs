@@ -6,7 +6,7 @@ use pagecast_uffd::{ByteLen, FaultFlags, HostAddr};
 use proptest::prelude::*;
 
 use super::*;
-use crate::template::{Recording, WorkingSet};
+use crate::template::{Recording, Run, WorkingSet, ZeroRuns};
 
 const PAGES: usize = 24;
 const THREADS: usize = 4;
@@ -329,7 +329,7 @@ impl Driver {
                 }),
             }
         }
-        session.give_back = GiveBack::bounded(&session.regions, runs, 2, 3);
+        session.give_back = GiveBack::new(ZeroRuns::bounded(runs, 2, 3));
         Self {
             kernel: Kernel::new(zeros),
             session,

@@ -269,7 +269,7 @@ impl PageSource for MemFile {
 
     fn let_go(&self) {
         if let Some(windows) = &self.windows {
-            windows.close();
+            windows.let_go();
         }
     }
 

@@ -27,6 +27,7 @@ mod working_set;
 #[cfg(target_os = "linux")]
 mod zero_file;
 mod zero_map;
+mod zero_runs;
 mod zero_search;
 
 use std::fmt;
@@ -60,6 +61,7 @@ pub use zero_file::KeepError;
 pub use zero_map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use zero_map::leading_zero_pages;
+pub use zero_runs::ZeroRuns;
 use zero_search::ZeroSearch;
 
 /// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
@@ -72,6 +74,9 @@ struct Inner {
     source: Box<dyn PageSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
+    /// Of all zeros, once they are known.
+    #[cfg(target_os = "linux")]
+    zero_runs: OnceLock<ZeroRuns>,
     /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
     working_set: Mutex<Option<Arc<WorkingSet>>>,
     /// How the prefaults with it do.
@@ -113,6 +118,8 @@ impl Template {
                 source: Box::new(source),
                 slow_reads: SlowReads::default(),
                 zero_search: ZeroSearch::default(),
+                #[cfg(target_os = "linux")]
+                zero_runs: OnceLock::new(),
                 working_set: Mutex::default(),
                 tallies: Mutex::default(),
                 withdrawn: OnceLock::new(),
@@ -211,6 +218,16 @@ impl Template {
     /// Whether [all zeros were looked for](Self::find_zeros).
     pub fn zeros_are_known(&self) -> bool {
         self.inner.zero_search.is_done()
+    }
+
+    /// The longest runs of zeros, as far as they are known.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn zero_runs(&self) -> ZeroRuns {
+        if !self.zeros_are_known() {
+            return ZeroRuns::known(self.source());
+        }
+        let known = || ZeroRuns::known(self.source());
+        self.inner.zero_runs.get_or_init(known).clone()
     }
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than

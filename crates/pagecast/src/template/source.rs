@@ -96,7 +96,8 @@ pub trait PageSource: Send + Sync + 'static {
         None
     }
 
-    /// A fork has ended: what was mapped for the sake of its faults may be let go, and is mapped again where others need it.
+    /// A fork has ended, or some have not faulted for a while: what was mapped for the sake of their faults may be let go,
+    /// and is mapped again where it is needed.
     fn let_go(&self) {}
 
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are

@@ -108,8 +108,14 @@ impl Windows {
         }
     }
 
-    /// Closes all of them.
-    pub(super) fn close(&self) {
+    /// Closes all of them, where any is open.
+    pub(super) fn let_go(&self) {
+        if self.opened.load(Ordering::Relaxed) > 0 {
+            self.close();
+        }
+    }
+
+    fn close(&self) {
         for word in &self.touched {
             word.store(0, Ordering::Relaxed);
         }
@@ -180,7 +186,7 @@ mod tests {
         let later = CoarseTime::from_micros(2 * ROUND);
         assert!(windows.page(offset(most, 0), later).is_none());
         assert!(windows.page(offset(most, 0), later).is_some());
-        windows.close();
+        windows.let_go();
         assert!(windows.page(offset(most, 0), later).is_none());
     }
 

@@ -218,12 +218,19 @@ fn a_fault_waits_for_one_fill_however_many_forks_start_at_once() {
 #[test]
 fn forks_that_start_at_once_are_prefaulted_by_turns() {
     let accesses = twenty_at_once(1500);
-    let fills: Vec<_> = accesses.into_iter().filter(|pages| pages.end - pages.start > 1).collect();
+    let fills: Vec<_> = accesses
+        .into_iter()
+        .filter(|pages| pages.end - pages.start > 1)
+        .collect();
     let first_done = fills.iter().position(|pages| pages.end == PAGES).unwrap();
     // Two steps of 1 MiB: one that the others have not had, one that the first fork was ahead.
     let behind = PAGES - 512;
     let as_far = fills[..first_done].iter().filter(|pages| pages.contains(&behind));
-    assert_eq!(as_far.count(), 20, "when the first fork has all, the others are not far");
+    assert_eq!(
+        as_far.count(),
+        20,
+        "when the first fork has all, the others are not far"
+    );
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
 use crate::session::{After, Fill};
-use crate::template::{PrefaultPlan, Recording, Run, SourceError, TemplateOffset};
+use crate::template::{PrefaultPlan, Recording, SourceError};
 
 /// How many fills a lane carries out at most before the worker looks after its other forks: what is done once a step, such as
 /// calling other threads, takes as long as half a fill.
@@ -29,13 +29,7 @@ impl ServedFork {
     /// Begins with what a new fork is given ahead of its faults.
     pub(in crate::server) fn begin(&mut self) {
         let source = self.template.source();
-        let mut at = TemplateOffset::new(0);
-        let zeros = std::iter::from_fn(|| {
-            let run: Run = source.next_known_zeros(at)?;
-            at = TemplateOffset::new(run.at.get() + run.len.get());
-            Some(run)
-        });
-        self.session.begin_give_back(zeros);
+        self.session.begin_give_back(self.template.zero_runs());
         let Plan { prefault, record } = self.record.plan;
         if record {
             // What is there does not fault.
