@@ -1,6 +1,7 @@
 //! A set of pages of one region, or of one template.
 
 use std::alloc::{Layout, handle_alloc_error};
+use std::ops::Range;
 
 use memmap2::MmapMut;
 
@@ -92,39 +93,40 @@ impl PageSet {
         from: PageIndex,
         most: usize,
     ) -> Option<(PageIndex, usize)> {
+        let (own, other) = (self.words(), other.map(Self::words));
         let inside = |word: usize| {
-            let own = self.words().get(word).copied().unwrap_or(u64::MAX);
-            own | other.and_then(|set| set.words().get(word)).copied().unwrap_or(0)
+            let own = own.get(word).copied().unwrap_or(u64::MAX);
+            own | other.and_then(|other| other.get(word)).copied().unwrap_or(0)
         };
-        let first = self.seek(from.get(), |word| !inside(word))?;
-        let end = self.seek(first, inside).unwrap_or(self.pages);
-        Some((PageIndex::new(first), (end - first).min(most)))
+        let first = seek(from.get()..self.pages, |word| !inside(word))?;
+        let until = first.saturating_add(most).min(self.pages);
+        let end = seek(first..until, inside).unwrap_or(until);
+        Some((PageIndex::new(first), end - first))
     }
 
-    /// The first page of this set at or after `from`.
-    pub(crate) fn next_inside(&self, from: PageIndex) -> Option<PageIndex> {
-        let word = |word: usize| self.words().get(word).copied().unwrap_or(0);
-        self.seek(from.get(), word).map(PageIndex::new)
+    /// The first of these pages that is in this set.
+    pub(crate) fn first_of(&self, pages: Range<PageIndex>) -> Option<PageIndex> {
+        let words = self.words();
+        let word = |word: usize| words.get(word).copied().unwrap_or(0);
+        let end = pages.end.get().min(self.pages);
+        seek(pages.start.get()..end, word).map(PageIndex::new)
     }
+}
 
-    /// The first page at or after `from` whose bit is set in `word_at`.
-    fn seek(&self, from: usize, word_at: impl Fn(usize) -> u64) -> Option<usize> {
-        let mut index = from / BITS;
-        let mut word = if index < self.words().len() {
-            word_at(index) & (u64::MAX << (from % BITS))
-        } else {
-            return None;
-        };
-        while word == 0 {
-            index += 1;
-            if index == self.words().len() {
-                return None;
-            }
-            word = word_at(index);
+/// The first of these pages whose bit is set in `word_at`.
+fn seek(pages: Range<usize>, word_at: impl Fn(usize) -> u64) -> Option<usize> {
+    let mut index = pages.start / BITS;
+    let mut mask = u64::MAX << (pages.start % BITS);
+    while index * BITS < pages.end {
+        let word = word_at(index) & mask;
+        if word != 0 {
+            let page = index * BITS + word.trailing_zeros() as usize;
+            return (page < pages.end).then_some(page);
         }
-        let page = index * BITS + word.trailing_zeros() as usize;
-        (page < self.pages).then_some(page)
+        mask = u64::MAX;
+        index += 1;
     }
+    None
 }
 
 #[cfg(test)]
@@ -186,8 +188,9 @@ mod tests {
                 prop_assert_eq!(set.contains(PageIndex::new(page)), model.contains(&page));
             }
             for from in 0..=pages {
-                let next = set.next_inside(PageIndex::new(from)).map(PageIndex::get);
-                prop_assert_eq!(next, model.range(from..).next().copied());
+                let end = from + most;
+                let next = set.first_of(PageIndex::new(from)..PageIndex::new(end)).map(PageIndex::get);
+                prop_assert_eq!(next, model.range(from..end).next().copied());
                 let outside = |page: &usize| !model.contains(page) && !other_model.contains(page);
                 let expected = (from..pages).find(outside)
                     .map(|first| (first, (first..pages).take_while(outside).count().min(most)));

@@ -62,7 +62,7 @@ impl GiveBack {
             let end = page.get() + pages;
             let mut from = page;
             while let Some((first, pages)) = states
-                .next_absent(from, usize::MAX)
+                .next_absent(from, end.saturating_sub(from.get()))
                 .filter(|(first, _)| first.get() < end)
             {
                 let pages = pages.min(end - first.get());

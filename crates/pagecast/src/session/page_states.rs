@@ -85,8 +85,8 @@ impl PageStates {
 
     /// Whether a fault of one of `count` pages from `first` on waits for its answer.
     pub(crate) fn any_waiting(&self, first: PageIndex, count: usize) -> bool {
-        let waiting = self.waiting.next_inside(first);
-        waiting.is_some_and(|page| page.get() < first.get() + count)
+        let end = PageIndex::new(first.get() + count);
+        self.waiting.first_of(first..end).is_some()
     }
 }
 

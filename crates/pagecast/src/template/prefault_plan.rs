@@ -91,9 +91,9 @@ impl PrefaultPlan {
     pub(crate) fn until_held_out(&self, at: TemplateOffset, len: u64) -> u64 {
         let first = page_at(at);
         let end = page_at(TemplateOffset::new(at.get() + len));
-        match self.held_out.next_inside(first) {
-            Some(page) if page < end => (page.get() - first.get()) as u64 * PageSize::SMALLEST,
-            _ => len,
+        match self.held_out.first_of(first..end) {
+            Some(page) => (page.get() - first.get()) as u64 * PageSize::SMALLEST,
+            None => len,
         }
     }
 }
