@@ -12,9 +12,12 @@ const BACKGROUND: i32 = 19;
 /// Over how many wakes it is counted how many things wait for a worker at a time.
 const WAKES: usize = 64;
 
+/// What is counted in: so many are one thing.
+const THING: usize = 1024;
+
 /// A worker is raised where so many things wait for it at a time, and is as it was where fewer than that do.
-const RAISED_FROM: usize = 3 * WAKES;
-const LOWERED_BELOW: usize = 5 * WAKES / 2;
+const RAISED_FROM: usize = 3 * THING;
+const LOWERED_BELOW: usize = 5 * THING / 2;
 
 /// The priority of this thread from now on: that of work for which nobody waits.
 pub(crate) fn lower() {
@@ -46,8 +49,8 @@ pub(crate) struct WorkerPriority {
     usual: i32,
     may_be_raised: bool,
     is_raised: bool,
-    /// [`WAKES`] times the mean of what it was woken for lately.
-    things: usize,
+    /// What it was woken for lately, on average, in parts of a [`THING`].
+    mean: usize,
 }
 
 impl WorkerPriority {
@@ -57,15 +60,14 @@ impl WorkerPriority {
             usual: of_process(),
             may_be_raised,
             is_raised: false,
-            things: WAKES,
+            mean: THING,
         }
     }
 
     /// It was woken for so many things.
     pub(crate) fn woken_for(&mut self, things: usize) {
-        self.things += things;
-        self.things -= self.things / (WAKES + 1);
-        let raise = self.things >= if self.is_raised { LOWERED_BELOW } else { RAISED_FROM };
+        self.mean = self.mean - self.mean / WAKES + things * THING / WAKES;
+        let raise = self.mean >= if self.is_raised { LOWERED_BELOW } else { RAISED_FROM };
         if raise != self.is_raised && self.may_be_raised {
             self.is_raised = raise;
             let _ = setpriority_process(None, if raise { self.usual - RAISE } else { self.usual });
@@ -99,7 +101,7 @@ mod tests {
         priority.woken_for(1);
         assert_eq!(of_this_thread(), raised);
         for _ in 0..5 * WAKES {
-            priority.woken_for(1);
+            priority.woken_for(2);
         }
         assert_eq!(of_this_thread(), usual);
         assert_eq!(
