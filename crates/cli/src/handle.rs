@@ -47,7 +47,7 @@ pub(crate) struct Handle {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 
-    /// How long a thread that has answered a page fault looks for the next one without sleeping, at most 1s: faults can be
+    /// How long a thread that has answered a page fault looks for the next one without sleeping, at most 10ms: faults can be
     /// answered sooner where cores are free, and its core is used in full meanwhile.
     #[arg(long, value_name = "TIME", value_parser = argument::busy_poll, default_value = "0s")]
     busy_poll: Duration,

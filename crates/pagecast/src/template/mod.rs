@@ -223,11 +223,12 @@ impl Template {
     /// The longest runs of zeros, as far as they are known.
     #[cfg(target_os = "linux")]
     pub(crate) fn zero_runs(&self) -> ZeroRuns {
-        if !self.zeros_are_known() {
-            return ZeroRuns::known(self.source());
-        }
         let known = || ZeroRuns::known(self.source());
-        self.inner.zero_runs.get_or_init(known).clone()
+        if self.zeros_are_known() {
+            self.inner.zero_runs.get_or_init(known).clone()
+        } else {
+            known()
+        }
     }
 
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than

@@ -173,9 +173,26 @@ fn pages_removed_while_they_are_prefaulted_are_never_the_templates_again() {
     }
 }
 
+#[test]
+fn twenty_forks_that_start_at_once_are_all_prefaulted_and_another_is_served_meanwhile() {
+    let fixture = Fixture::new();
+    let (running, runner) = fixture.fork_as("running", |options| options.prefault(Prefault::None));
+    let read = runner.start(read_everything(1)).unwrap();
+    fixture.template.set_working_set(Some(working_set(0..PAGES)));
+    let forks: Vec<_> = (0..20).map(|index| fixture.fork(&format!("fork-{index}"))).collect();
+    assert_right(read);
+    for (fork, vmm) in &forks {
+        assert_reads_right(vmm, Read::default());
+        assert_eq!(fork.status().state, ForkState::Serving);
+    }
+    assert_eq!(running.status().stats.faults.prefaulted, 0);
+    assert!(forks.iter().all(|(fork, _)| fork.status().stats.faults.prefaulted > 0));
+}
+
 /// Twenty forks, of which the first holds the only worker with its very first fill until all others are there, and the
-/// template's pages as they were read then: of a fork that had been running and faulted meanwhile, and of the twenty.
-fn twenty_at_once(faults_on: u64) -> Vec<Range<u64>> {
+/// template's pages as they were read then: of a fork that had been running and faulted meanwhile, on page 1500, and of the
+/// twenty.
+fn twenty_at_once() -> Vec<Range<u64>> {
     let script = Script::new(&model(SIZE), |page| match page {
         0 => Access::HoldsWorker,
         _ => Access::Ready,
@@ -186,7 +203,7 @@ fn twenty_at_once(faults_on: u64) -> Vec<Range<u64>> {
         .map(|index| fixture.fork_as(&format!("fork-{index}"), |options| options.prefault(Prefault::All)))
         .collect();
     eventually("the first fill is begun", || script.holds() == 1);
-    let fault = runner.start(read_range(faults_on, faults_on + 1)).unwrap();
+    let fault = runner.start(read_range(1500, 1501)).unwrap();
     eventually("the fault is there", || unread_faults() == 1);
     script.open_gate();
     assert_right(fault);
@@ -210,14 +227,14 @@ fn unread_faults() -> u64 {
 
 #[test]
 fn a_fault_waits_for_one_fill_however_many_forks_start_at_once() {
-    let accesses = twenty_at_once(1500);
+    let accesses = twenty_at_once();
     let fault = accesses.iter().position(|pages| *pages == (1500..1501)).unwrap();
     assert_eq!(fault, 1, "{:?}", &accesses[..=fault]);
 }
 
 #[test]
 fn forks_that_start_at_once_are_prefaulted_by_turns() {
-    let accesses = twenty_at_once(1500);
+    let accesses = twenty_at_once();
     let fills: Vec<_> = accesses
         .into_iter()
         .filter(|pages| pages.end - pages.start > 1)
