@@ -37,32 +37,40 @@ pub(crate) fn own_rss() -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use pagecast_testkit::hugepages::HugePages;
+    use procfs::process::MMapPath;
 
     use super::*;
+
+    use crate::mapper::Mapper;
+
+    const MIB: u64 = 1 << 20;
 
     fn of_pid(pid: i32) -> Option<ForkMemory> {
         of_process(&Process::new(pid).ok()?)
     }
-    use crate::mapper::Mapper;
 
-    const MIB: u64 = 1 << 20;
-    /// What a process may use beside what a test has it do.
-    const SLACK: u64 = MIB;
-
-    /// What was added to each number, in bytes.
-    fn added(before: ForkMemory, after: ForkMemory) -> ForkMemory {
-        ForkMemory {
-            rss: after.rss.saturating_sub(before.rss),
-            pss: after.pss.saturating_sub(before.pss),
-            private: after.private.saturating_sub(before.private),
-            shared: after.shared.saturating_sub(before.shared),
-            swap: after.swap.saturating_sub(before.swap),
-        }
-    }
-
-    fn is_about(bytes: u64, expected: u64) -> bool {
-        bytes.abs_diff(expected) < SLACK
+    /// What one mapping of a process costs, that of `path`. What a test says of this is exact: how much of the libraries
+    /// of a process is its own changes whenever another process with them starts or ends.
+    #[track_caller]
+    fn of_mapping(pid: i32, path: &str) -> ForkMemory {
+        let mut maps = Process::new(pid).unwrap().smaps().unwrap();
+        maps.0
+            .retain(|map| matches!(&map.pathname, MMapPath::Path(mapped) if mapped == Path::new(path)));
+        assert_eq!(maps.0.len(), 1, "mappings of {path}");
+        let of_mapping = of_rollup(SmapsRollup {
+            memory_map_rollup: maps,
+        })
+        .unwrap();
+        let whole = of_pid(pid).unwrap();
+        assert!(whole.rss >= of_mapping.rss && whole.pss >= of_mapping.pss, "{whole:?}");
+        assert!(
+            whole.private >= of_mapping.private && whole.shared >= of_mapping.shared,
+            "{whole:?}"
+        );
+        of_mapping
     }
 
     #[test]
@@ -71,25 +79,29 @@ mod tests {
         let path = dir.path().join("mem");
         std::fs::write(&path, vec![7; 32 << 20]).unwrap();
         let _other = Mapper::of_file(&path);
+        let path = path.to_str().unwrap();
         let script = "turn()\nmemory = map(sys.argv[1])\ntouch(memory)\nturn()\ntouch(memory, write=True)\nturn()";
-        let mut mapper = Mapper::start(script, &[path.to_str().unwrap()]);
-
-        let before = of_pid(mapper.pid()).unwrap();
-        mapper.next();
-        let read = of_pid(mapper.pid()).unwrap();
-        let cost = added(before, read);
-        assert!(is_about(cost.rss, 32 * MIB), "{cost:?}");
-        assert!(is_about(cost.shared, 32 * MIB), "{cost:?}");
-        assert!(is_about(cost.pss, 16 * MIB), "{cost:?}");
-        assert!(cost.private < SLACK, "{cost:?}");
+        let mut mapper = Mapper::start(script, &[path]);
 
         mapper.next();
-        let written = of_pid(mapper.pid()).unwrap();
-        let cost = added(before, written);
-        assert!(is_about(cost.rss, 32 * MIB), "{cost:?}");
-        assert!(is_about(cost.private, 32 * MIB), "{cost:?}");
-        assert!(is_about(cost.pss, 32 * MIB), "{cost:?}");
-        assert!(cost.shared < SLACK, "{cost:?}");
+        let read = ForkMemory {
+            rss: 32 * MIB,
+            pss: 16 * MIB,
+            private: 0,
+            shared: 32 * MIB,
+            swap: 0,
+        };
+        assert_eq!(of_mapping(mapper.pid(), path), read);
+
+        mapper.next();
+        let written = ForkMemory {
+            rss: 32 * MIB,
+            pss: 32 * MIB,
+            private: 32 * MIB,
+            shared: 0,
+            swap: 0,
+        };
+        assert_eq!(of_mapping(mapper.pid(), path), written);
     }
 
     #[test]
@@ -118,21 +130,27 @@ os.read(ready, 1)
 touch(shared)
 turn()";
         let mut mapper = Mapper::start(script, &[]);
-        let before = of_pid(mapper.pid()).unwrap();
+        // What the kernel calls anonymous hugepages: a file that nobody sees.
+        let path = "/anon_hugepage (deleted)";
         mapper.next();
-        let cost = added(before, of_pid(mapper.pid()).unwrap());
-        for bytes in [cost.rss, cost.pss, cost.private] {
-            assert!(is_about(bytes, 8 * MIB), "{cost:?}");
-        }
-        assert!(cost.shared < SLACK, "{cost:?}");
+        let private = ForkMemory {
+            rss: 8 * MIB,
+            pss: 8 * MIB,
+            private: 8 * MIB,
+            shared: 0,
+            swap: 0,
+        };
+        assert_eq!(of_mapping(mapper.pid(), path), private);
 
-        // The fork shares the rest of the process too, which makes it cheaper.
         mapper.next();
-        let cost = added(before, of_pid(mapper.pid()).unwrap());
-        assert!(is_about(cost.rss, 8 * MIB), "{cost:?}");
-        assert!(cost.shared >= 8 * MIB, "{cost:?}");
-        assert!(cost.private < SLACK, "{cost:?}");
-        assert!(cost.pss <= 4 * MIB + SLACK, "{cost:?}");
+        let shared = ForkMemory {
+            rss: 8 * MIB,
+            pss: 4 * MIB,
+            private: 0,
+            shared: 8 * MIB,
+            swap: 0,
+        };
+        assert_eq!(of_mapping(mapper.pid(), path), shared);
     }
 
     #[test]
