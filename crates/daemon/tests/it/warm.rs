@@ -1,6 +1,9 @@
 //! Templates brought into memory ahead of their forks, and kept there.
 
+use std::os::unix::fs::FileExt;
+
 use pagecast_testkit::skip::skip;
+use procfs::Current;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use serde_json::{Value, json};
@@ -138,6 +141,37 @@ fn a_writer_is_let_on_and_nothing_of_the_template_stays() {
     fixture.send("POST", WARM, &json!({})).error(409, "template_changed");
     // A daemon that is started now does not keep it either.
     fixture.ask("DELETE", "/v1/templates/t").ok(204);
+}
+
+#[test]
+fn a_template_that_memory_cannot_hold_is_refused_and_can_be_forked_all_the_same() {
+    let available = procfs::Meminfo::current().unwrap().mem_available.unwrap();
+    if available > 256 << 30 {
+        return skip("less than 256 GiB of free memory: a template of more takes too long to write");
+    }
+    // One byte in each 2 MiB, which are wanted as a whole. On a disk it takes 4 KiB of each.
+    let size = (available + available / 2).next_multiple_of(HUGE);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("big.mem");
+    let file = std::fs::File::create(&path).unwrap();
+    for at in (0..size).step_by(usize::try_from(HUGE).unwrap()) {
+        file.write_all_at(b"x", at).unwrap();
+    }
+    file.set_len(size).unwrap();
+    // Nobody may have it open for writing.
+    drop(file);
+    let fixture = Fixture::new();
+    fixture
+        .send("PUT", "/v1/templates/big", &json!({ "mem_path": path }))
+        .ok(201);
+    for resident in [false, true] {
+        let refused = fixture.send("POST", "/v1/templates/big/warm", &json!({ "resident": resident }));
+        refused.error(503, "not_enough_memory");
+    }
+    let big = fixture.ask("GET", "/v1/templates/big").ok(200);
+    assert_eq!((&big["state"], &big["warmth"]), (&json!("ready"), &Value::Null));
+    let fork = json!({ "id": "fork", "template": "big", "backend": "file" });
+    fixture.send("POST", "/v1/forks", &fork).ok(201);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::IoSliceMut;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -23,12 +24,14 @@ use super::windows::Windows;
 use super::zero_map::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
-/// The most runs of data whose holes are looked for when a file is opened; a file in more pieces than this is read where
-/// it is not known. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
+/// The most runs of data whose holes are looked for when a file is opened; those of a
+/// file in more pieces than this are left to the search for zeros. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
 const MOST_EXTENTS: usize = 4096;
 
 /// How much is read at once to find zeros.
 const SCAN_BYTES: usize = 1 << 20;
+
+const SMALLEST: usize = PageSize::Small.as_usize();
 
 /// `RWF_DONTCACHE` (Linux 6.14): what a read brings into the page cache does not stay there; what was there does.
 const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
@@ -299,23 +302,26 @@ impl PageSource for MemFile {
             return self.check_unchanged();
         }
         let end = at.get().saturating_add(len.get()).min(self.identity.size());
-        let mut buffer = vec![0; SCAN_BYTES];
-        let mut at = at.get();
-        while at < end {
-            let len = (end - at).min(SCAN_BYTES as u64);
-            let chunk = buffer
-                .get_mut(..usize::try_from(len).unwrap_or(SCAN_BYTES))
-                .unwrap_or_default();
-            if !self.zeros.covers(TemplateOffset::new(at), ByteLen::new(len)) {
-                self.read_past_cache(TemplateOffset::new(at), chunk)?;
-                for (index, page) in chunk.chunks(PageSize::Small.as_usize()).enumerate() {
-                    if is_zero(page) {
-                        let page_at = at + index as u64 * PageSize::SMALLEST;
-                        self.zeros.set(TemplateOffset::new(page_at), PageSize::Small.len());
-                    }
+        let (mut at, mut buffer) = (at, Vec::new());
+        // Only data is read: what is known already, and holes past the first `MOST_EXTENTS`, would cost as much.
+        while let Some(unknown) = self.zeros.next_unknown(at).filter(|run| run.at.get() < end) {
+            let start = unknown.at.get();
+            let stop = end.min(start.saturating_add(unknown.len.get().min(SCAN_BYTES as u64)));
+            let data = next_data(&self.file, start..stop).map_err(Self::io_error(unknown.at))?;
+            // Blocks of the file system may be smaller than pages.
+            let first = data.start - data.start % PageSize::SMALLEST;
+            let last = data.end.next_multiple_of(PageSize::SMALLEST).min(stop);
+            buffer.resize(usize::try_from(last - first).unwrap_or(SCAN_BYTES), 0);
+            self.read_past_cache(TemplateOffset::new(first), &mut buffer)?;
+            // Before anything is noted: past the end of a file that was truncated there are holes as well.
+            self.check_unchanged()?;
+            self.zeros.set(unknown.at, ByteLen::new(data.start - start));
+            for (page, at) in buffer.chunks(SMALLEST).zip((first..last).step_by(SMALLEST)) {
+                if is_zero(page) {
+                    self.zeros.set(TemplateOffset::new(at), PageSize::Small.len());
                 }
             }
-            at += len;
+            at = TemplateOffset::new(last);
         }
         self.check_unchanged()
     }
@@ -325,21 +331,32 @@ impl PageSource for MemFile {
 fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
     let mut at = 0;
     for _ in 0..MOST_EXTENTS {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data.min(size),
-            // No data from here on.
-            Err(E::NXIO) => size,
-            // A file system that does not tell: all of it may be data.
-            Err(E::INVAL | E::OPNOTSUPP) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        zeros.set(TemplateOffset::new(at), ByteLen::new(data.saturating_sub(at)));
-        if data == size {
-            return Ok(());
+        let data = next_data(file, at..size)?;
+        zeros.set(TemplateOffset::new(at), ByteLen::new(data.start - at));
+        if data.end == size {
+            break;
         }
-        at = rustix::fs::seek(file, SeekFrom::Hole(data))?;
+        at = data.end;
     }
     Ok(())
+}
+
+/// The first part of these bytes of `file` that is no hole, as far as its file system tells; an empty one at their end where
+/// all of them are.
+fn next_data(file: &File, bytes: Range<u64>) -> std::io::Result<Range<u64>> {
+    let within = |at: u64| at.clamp(bytes.start, bytes.end);
+    let start = match rustix::fs::seek(file, SeekFrom::Data(bytes.start)) {
+        Ok(data) => within(data),
+        // No data from here on.
+        Err(E::NXIO) => bytes.end,
+        // A file system that does not tell: all of it may be data.
+        Err(E::INVAL | E::OPNOTSUPP) => return Ok(bytes),
+        Err(errno) => return Err(errno.into()),
+    };
+    if start == bytes.end {
+        return Ok(start..start);
+    }
+    Ok(start..within(rustix::fs::seek(file, SeekFrom::Hole(start))?))
 }
 
 #[cfg(test)]
@@ -349,7 +366,7 @@ mod tests {
 
     use super::*;
 
-    const PAGE: usize = PageSize::Small.as_usize();
+    const PAGE: usize = SMALLEST;
 
     fn page(index: u64) -> TemplateOffset {
         TemplateOffset::new(index * PageSize::SMALLEST)
@@ -386,6 +403,40 @@ mod tests {
         let (_dir, mem_file) = mem_file();
         mem_file.find_zeros(page(0), mem_file.len()).unwrap();
         assert_eq!(mem_file.zeros().known_bytes(), ByteLen::new(3 * PageSize::SMALLEST));
+    }
+
+    #[test]
+    fn holes_past_those_that_are_found_at_once_are_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        let file = File::create(&path).unwrap();
+        // Of each 16 pages one is data. The last one is all zeros.
+        let extents = MOST_EXTENTS as u64 + 100;
+        for extent in 0..extents {
+            let byte = u8::from(extent + 1 < extents);
+            file.write_all_at(&[byte; PAGE], page(extent * 16 + 8).get()).unwrap();
+        }
+        file.set_len(page(extents * 16).get()).unwrap();
+        let mem_file = MemFile::open(&path).unwrap();
+        let at_once = mem_file.zeros().known_bytes();
+        mem_file.find_zeros(page(0), mem_file.len()).unwrap();
+        let all = ByteLen::new((extents * 15 + 1) * PageSize::SMALLEST);
+        assert_eq!(mem_file.zeros().known_bytes(), all);
+        assert!(!mem_file.is_known_zero(page(8), PageSize::Small.len()));
+        if at_once == ByteLen::new(0) {
+            return pagecast_testkit::skip::skip("a file system that tells of holes");
+        }
+        assert!(at_once < all);
+    }
+
+    #[test]
+    fn what_is_past_the_end_of_a_truncated_file_is_not_taken_for_zeros() {
+        let (_dir, mem_file) = mem_file();
+        let known = mem_file.zeros().known_bytes();
+        let file = File::options().write(true).open(mem_file.path()).unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        mem_file.find_zeros(page(0), mem_file.len()).unwrap_err();
+        assert_eq!(mem_file.zeros().known_bytes(), known);
     }
 
     #[test]

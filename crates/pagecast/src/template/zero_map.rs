@@ -53,10 +53,21 @@ impl ZeroMap {
 
     /// The next run of small pages at or after `from` that are known to be zeros.
     pub fn next_run(&self, from: TemplateOffset) -> Option<Run> {
+        self.next_run_where(true, from)
+    }
+
+    /// The next run of small pages at or after `from` that are not known to be zeros. The last one may reach past the end
+    /// of the template.
+    pub(crate) fn next_unknown(&self, from: TemplateOffset) -> Option<Run> {
+        self.next_run_where(false, from)
+    }
+
+    fn next_run_where(&self, known: bool, from: TemplateOffset) -> Option<Run> {
         let word_at = |index: usize| self.words.get(index).map(|word| word.load(Ordering::Relaxed));
-        let start = seek(from.get().div_ceil(PageSize::SMALLEST), word_at)?;
-        let past = |index: usize| word_at(index).map(|word| !word);
-        let end = seek(start, past).unwrap_or(self.words.len() as u64 * BITS);
+        let wanted = |index: usize| word_at(index).map(|word| if known { word } else { !word });
+        let others = |index: usize| wanted(index).map(|word| !word);
+        let start = seek(from.get().div_ceil(PageSize::SMALLEST), wanted)?;
+        let end = seek(start, others).unwrap_or(self.words.len() as u64 * BITS);
         Some(Run {
             at: TemplateOffset::new(start * PageSize::SMALLEST),
             len: ByteLen::new((end - start) * PageSize::SMALLEST),
@@ -192,6 +203,15 @@ mod tests {
             let expected = (first..300).find(|page| known(*page)).map(|start| (start, (start..300).take_while(|page| known(*page)).count() as u64));
             let found = map.next_run(TemplateOffset::new(first * PAGE)).map(|run| (run.at.get() / PAGE, run.len.get() / PAGE));
             prop_assert_eq!(found, expected);
+            let unknown = map.next_unknown(TemplateOffset::new(first * PAGE)).map(|run| run.at.get() / PAGE);
+            let end = 300_u64.next_multiple_of(BITS);
+            prop_assert_eq!(unknown, (first..end).find(|page| !known(*page)));
+            // Runs of the two kinds take turns.
+            for start in (first..end).filter(|page| !known(*page)) {
+                let run = map.next_unknown(TemplateOffset::new(start * PAGE)).unwrap();
+                let pages = (start..end).take_while(|page| !known(*page)).count() as u64;
+                prop_assert_eq!((run.at.get() / PAGE, run.len.get() / PAGE), (start, pages));
+            }
         }
     }
 }
