@@ -24,8 +24,8 @@ use super::windows::Windows;
 use super::zero_map::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
-/// The most runs of data whose holes are looked for when a file is opened; those of a
-/// file in more pieces than this are left to the search for zeros. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
+/// The most runs of data whose holes are looked for when a file is opened; those of a file in more pieces are left to the
+/// search for zeros. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
 const MOST_EXTENTS: usize = 4096;
 
 /// How much is read at once to find zeros.
