@@ -43,7 +43,7 @@ pub(crate) struct Handle {
     #[arg(long, value_name = "PATH")]
     mem_file: PathBuf,
 
-    /// How many threads answer page faults [default: two a processor, at most 16]
+    /// How many threads answer page faults, with forks spread evenly [default: two a processor, at most 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 

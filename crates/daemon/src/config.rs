@@ -27,7 +27,7 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
 
-    /// How many threads answer page faults [default: two a processor, at most 16]
+    /// How many threads answer page faults, with forks spread evenly [default: two a processor, at most 16]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
 

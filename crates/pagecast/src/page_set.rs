@@ -11,31 +11,65 @@ const BITS: usize = u64::BITS as usize;
 
 /// A set of pages, a bit each, of a region or template whose length is known.
 ///
-/// A mapping of its own: what nobody has written to takes no memory, and all of it goes back to the kernel at once. From the
-/// allocator, sets of a few dozen KiB would be zeroed by writing, and what many forks had used would stay with the process.
 #[derive(Debug)]
 pub(crate) struct PageSet {
-    words: MmapMut,
+    words: Words,
     pages: usize,
+}
+
+/// Zeroed memory, by its size.
+#[derive(Debug)]
+enum Words {
+    /// A VMM may have very many small regions, which must not cost a page each.
+    Small(Box<[u64]>),
+    /// A mapping of its own: what nobody has written to takes no memory, and all of it goes back to the kernel. From the
+    /// allocator, sets of a few dozen KiB would be zeroed by writing, and what many forks had used would stay with the
+    /// process.
+    Large(MmapMut),
+}
+
+/// The smallest that is mapped, in words: a page of memory.
+const LARGE: usize = 4096 / size_of::<u64>();
+
+impl Words {
+    fn zeroed(count: usize) -> Self {
+        if count < LARGE {
+            return Self::Small(vec![0; count].into());
+        }
+        Self::mapped(count)
+    }
+
+    fn mapped(count: usize) -> Self {
+        let layout = Layout::array::<u64>(count).expect("a bit a page of an address space");
+        let words = MmapMut::map_anon(layout.size()).unwrap_or_else(|_| handle_alloc_error(layout));
+        // Or the first bit would take 2 MiB, where sets lie beside each other. A kernel without them has nothing to heed.
+        #[cfg(target_os = "linux")]
+        let _ = words.advise(memmap2::Advice::NoHugePage);
+        Self::Large(words)
+    }
 }
 
 impl PageSet {
     /// The empty set of a region of `pages` pages.
     pub(crate) fn new(pages: usize) -> Self {
-        // No mapping is empty.
-        let words = Layout::array::<u64>(pages.div_ceil(BITS).max(1)).expect("a bit a page of an address space");
         Self {
-            words: MmapMut::map_anon(words.size()).unwrap_or_else(|_| handle_alloc_error(words)),
+            words: Words::zeroed(pages.div_ceil(BITS)),
             pages,
         }
     }
 
     fn words(&self) -> &[u64] {
-        bytemuck::cast_slice(&self.words)
+        match &self.words {
+            Words::Small(words) => words,
+            Words::Large(words) => bytemuck::cast_slice(words),
+        }
     }
 
     fn words_mut(&mut self) -> &mut [u64] {
-        bytemuck::cast_slice_mut(&mut self.words)
+        match &mut self.words {
+            Words::Small(words) => words,
+            Words::Large(words) => bytemuck::cast_slice_mut(words),
+        }
     }
 
     pub(crate) fn contains(&self, page: PageIndex) -> bool {
@@ -155,8 +189,8 @@ mod tests {
         proptest::collection::vec(change, 0..20)
     }
 
-    fn apply(pages: usize, changes: &[Change]) -> (PageSet, BTreeSet<usize>) {
-        let mut set = PageSet::new(pages);
+    fn apply(mut set: PageSet, changes: &[Change]) -> (PageSet, BTreeSet<usize>) {
+        let pages = set.pages;
         let mut model = BTreeSet::new();
         for change in changes {
             match *change {
@@ -178,12 +212,20 @@ mod tests {
         (set, model)
     }
 
+    #[test]
+    fn only_large_ones_are_mapped() {
+        let is_mapped = |pages| matches!(PageSet::new(pages).words, Words::Large(_));
+        assert!(!is_mapped(0) && !is_mapped(1) && !is_mapped(BITS * (LARGE - 1)));
+        assert!(is_mapped(BITS * LARGE) && is_mapped(1 << 18));
+    }
+
     proptest! {
         #[test]
         fn it_is_a_set((pages, ours, others, most) in (1..200usize, 1..70usize)
             .prop_flat_map(|(pages, most)| (Just(pages), changes(pages), changes(pages), Just(most)))) {
-            let (set, model) = apply(pages, &ours);
-            let (other, other_model) = apply(pages, &others);
+            let mapped = PageSet { words: Words::mapped(pages.div_ceil(BITS)), pages };
+            let (set, model) = apply(mapped, &ours);
+            let (other, other_model) = apply(PageSet::new(pages), &others);
             for page in 0..pages {
                 prop_assert_eq!(set.contains(PageIndex::new(page)), model.contains(&page));
             }

@@ -17,7 +17,7 @@ const FORKS: u64 = 1000;
 /// The kernel's own default.
 const USUAL_MAPS: u64 = 65_530;
 
-/// What a worker's nice value is lowered by while several forks wait for it.
+/// What a worker's nice value is lowered by while many things wait for it.
 const RAISE: i32 = 10;
 
 pub(super) fn probe(host: &Host) -> [Finding; 3] {

@@ -11,8 +11,9 @@
 //! | `overdue` | forks with `file` whose VMM has not come |
 //! | `restore` | what is found in the run dir at the start |
 //!
-//! Calls may wait for disks and for processes to die, so they are made on threads that may. No lock is held meanwhile but that of
-//! protecting files: names are taken first, used afterwards, and given back where that fails.
+//! Calls may wait for disks and for processes to die, so they are made on threads that may. Names are taken first, used
+//! afterwards, and given back where that fails, so no lock is held meanwhile but two that only such calls take: that of protecting
+//! files, and that of asking for one template to be in memory.
 
 mod describe;
 mod forks;

@@ -399,7 +399,7 @@ impl Acceptor {
         }
     }
 
-    /// Gives a fork to the worker that has the fewest.
+    /// Gives a fork to a worker.
     fn hand_over(&mut self, handshaken: Handshaken) {
         let Handshaken {
             socket,

@@ -53,10 +53,10 @@ impl Builder {
         }
     }
 
-    /// How many threads answer faults; at least one. By default two a processor, no more than 16.
+    /// How many threads answer faults; at least one. Forks are spread evenly over them.
     ///
-    /// The first forks get one of their own each, those that come after them share one a processor, or all where this
-    /// process may not raise the priority of a thread (`CAP_SYS_NICE`).
+    /// By default two a processor, no more than 16, of which the first forks get one of their own each, while those that come
+    /// after them share one a processor, or all where this process may not raise the priority of a thread (`CAP_SYS_NICE`).
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers.max(1));
@@ -80,8 +80,9 @@ impl Builder {
         self
     }
 
-    /// On how many threads one fork is filled (prefaulted, completed) at a time, whatever else runs on this host. By default on
-    /// one, and on as many more as there are idle processors, at most three.
+    /// On how many threads at most a fork is filled (prefaulted, completed) at a time, whatever else runs on this host: on all
+    /// of them while no other fork is filled, on one while others have the rest. By default on one, and on as many more as
+    /// there are idle processors, at most three.
     #[must_use]
     pub fn fill_threads(mut self, threads: NonZeroUsize) -> Self {
         self.fill_threads = Some(threads);

@@ -217,7 +217,10 @@ impl Worker {
             };
             let mut mail = false;
             let alone = events.len() == 1;
-            priority.woken_for(events.len());
+            // A look while it spins is no wake.
+            if !(is_busy && events.is_empty()) {
+                priority.woken_for(events.len());
+            }
             for event in events {
                 // Copied out, because the kernel's struct is packed.
                 let (flags, data) = (event.flags, event.data);

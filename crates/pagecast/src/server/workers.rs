@@ -43,11 +43,14 @@ impl Workers {
         options: WorkerOptions,
     ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let count = count.unwrap_or_else(|| (2 * processors).min(MOST));
-        let started = (0..count).map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
+        let usual = (2 * processors).min(MOST);
+        // Who asks for so many wants forks spread over all of them.
+        let shared = count.unwrap_or_else(|| shared(usual, processors, options.may_be_raised));
+        let started = (0..count.unwrap_or(usual))
+            .map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
         let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Self {
-            shared: shared(count, processors, options.may_be_raised),
+            shared,
             all: all.into(),
         };
         Ok((workers, threads))
@@ -71,7 +74,7 @@ impl Workers {
     }
 }
 
-/// How many of `count` workers take more than one fork: one a processor, since one that many forks wait for is run before
+/// How many of the usual `count` workers take more than one fork: one a processor, since one that many forks wait for is run before
 /// the vCPUs that it wakes, and then a second one only holds it up. Where it cannot be raised all of them, because one that
 /// waits for a processor holds up all of its forks.
 fn shared(count: usize, processors: usize, may_be_raised: bool) -> usize {

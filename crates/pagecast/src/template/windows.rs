@@ -19,8 +19,8 @@ const WINDOW: u64 = 64 << 10;
 /// How many are open at most: 4 MiB.
 const MOST_OPEN: usize = 64;
 
-/// How long they are, in microseconds. What is in the page cache stays there for that long, as a rule; where it does not, one copy waits for
-/// the disk.
+/// How long they are, in microseconds. What is in the page cache stays there for that long, as a rule; where it does not,
+/// one copy waits for the disk.
 const ROUND: u64 = 10_000;
 
 /// The windows of one mem-file. Shared by all threads without a lock: a window that is opened while others are closed is
@@ -92,8 +92,9 @@ impl Windows {
         if !window.is_some_and(|window| window.is_resident()) {
             return false;
         }
-        self.opened.fetch_add(1, Ordering::Relaxed);
+        // In this order: who closes the windows and does not see this one counted leaves it open, and counted for the next.
         open.fetch_or(bit, Ordering::Relaxed);
+        self.opened.fetch_add(1, Ordering::Release);
         true
     }
 
@@ -119,7 +120,7 @@ impl Windows {
         for word in &self.touched {
             word.store(0, Ordering::Relaxed);
         }
-        if self.opened.swap(0, Ordering::Relaxed) > 0 {
+        if self.opened.swap(0, Ordering::Acquire) > 0 {
             for word in &self.open {
                 word.store(0, Ordering::Relaxed);
             }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use pagecast::Template;
 use pagecast::server::{CloseError, Error, ForkOptions, ForkState, Server};
 use pagecast_testkit::cgroup::Cgroup;
-use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
+use pagecast_testkit::sim_vmm::{Connect, Job, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::process::{Pid, Signal};
 
@@ -65,7 +65,9 @@ fn vmms_closed_while_they_fault_read_right_after_the_server_process_is_gone() {
     let reads: Vec<_> = busy
         .map(|(vmm, seed)| vmm.start(read_everything(seed)).unwrap())
         .collect();
-    eventually("faults", || vmms.iter().any(|vmm| in_page_fault(vmm) > 0));
+    eventually("faults", || {
+        vmms.iter().any(|vmm| in_page_fault(vmm) > 0) || reads.iter().any(Job::is_done)
+    });
     writeln!(server.stdin.take().unwrap(), "close").unwrap();
     let status = server.wait().unwrap();
     assert!(status.success(), "{status}: {:?}", said.collect::<Vec<_>>());
@@ -102,7 +104,9 @@ fn closing_twenty_forks_that_fault_completes_all_and_frees_what_they_held() {
         .zip(0..)
         .map(|((_, vmm), seed)| vmm.start(read_everything(seed)).unwrap())
         .collect();
-    eventually("faults", || forks.iter().any(|(_, vmm)| in_page_fault(vmm) > 0));
+    eventually("faults", || {
+        forks.iter().any(|(fork, _)| fork.status().stats.faults.demand > 0)
+    });
     fixture.server.close(PATIENCE).unwrap();
     reads.into_iter().for_each(assert_right);
     for (fork, vmm) in &forks {
@@ -190,7 +194,7 @@ fn closing_while_memory_is_given_back_leaves_nobody_behind() {
 #[test]
 fn a_stopped_vmm_holds_up_no_close_and_goes_on_right() {
     let fixture = Fixture::new();
-    let (_, reading) = fixture.fork("reading");
+    let (reading_fork, reading) = fixture.fork("reading");
     let (racing_fork, racing) = fixture.fork("racing");
     let read = reading.start(read_everything(1)).unwrap();
     let race = racing
@@ -201,7 +205,7 @@ fn a_stopped_vmm_holds_up_no_close_and_goes_on_right() {
         })
         .unwrap();
     eventually("faults and removals", || {
-        in_page_fault(&reading) > 0 && racing_fork.status().stats.faults.removed > 0
+        reading_fork.status().stats.faults.demand > 0 && racing_fork.status().stats.faults.removed > 0
     });
     vmm_process::stop(&reading);
     vmm_process::stop(&racing);

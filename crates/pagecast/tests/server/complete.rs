@@ -17,7 +17,6 @@ use crate::fixture::{
     half_stuck, model, read_everything, read_range, too_big,
 };
 use crate::scripted_source::{Access, Script};
-use crate::vmm_process::in_page_fault;
 
 const SIZE: u64 = 8 << 20;
 
@@ -38,7 +37,7 @@ fn a_fork_completed_while_it_faults_lives_on_and_the_others_are_served() {
     let (going_fork, going) = fixture.fork("going");
     let (staying_fork, staying) = fixture.fork("staying");
     let reads = [&going, &staying].map(|vmm| vmm.start(read_everything(1)).unwrap());
-    eventually("a fault", || in_page_fault(&going) > 0);
+    eventually("faults", || going_fork.status().stats.faults.demand > 0);
     fixture.server.complete(going_fork.id()).unwrap();
     // Again, while it is at it or done already.
     fixture.server.complete(going_fork.id()).unwrap();

@@ -192,7 +192,7 @@ fn retries_are_paced(completing: bool) {
         };
         // The worker is held at page 0 until all else is as it should be; page 30 and the removal wait for it.
         let held = vmm.start(page(0)).unwrap();
-        eventually("a fault", || in_page_fault(&vmm) == 1);
+        eventually("the worker is held", || script.holds() > 0);
         let removal = vmm.start(Remove::range(10..20)).unwrap();
         let waiting = vmm.start(page(30)).unwrap();
         eventually("a fault and a removal", || {
