@@ -47,7 +47,7 @@ echo "$fork" >&2
 
 # What pagecast answers as mem_backend is what Firecracker wants to hear.
 mem_backend=$(echo "$fork" | sed 's/.*"mem_backend":\({[^}]*}\).*/\1/')
-firecracker PUT /snapshot/load "{\"snapshot_path\": \"$vmstate\", \"mem_backend\": $mem_backend, \"resume_vm\": true}"
+firecracker PUT /snapshot/load "{\"snapshot_path\": \"$vmstate\", \"mem_backend\": $mem_backend, \"resume_vm\": true}" >&2
 pagecast GET /v1/forks/one >&2
 
 wait "$vm"
