@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use pagecast_testkit::template_file::TemplateFile;
 use pagecast_uffd::{ByteLen, Event, FaultFlags, HostAddr, HostRange, Outcome, PageFault, Uffd, fd_passing};
@@ -32,6 +33,9 @@ pub(crate) enum Flaw {
     /// Answers nothing.
     IgnoreFaults,
 }
+
+/// How long what was decided early is not carried out, or a removal would hardly ever come in between on a busy machine.
+const DECIDED_FOR: Duration = Duration::from_millis(1);
 
 /// Why it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,6 +198,9 @@ fn serve(
         }
         if flaw == Flaw::IgnoreFaults {
             continue;
+        }
+        if flaw == Flaw::DecideEarly {
+            std::thread::sleep(DECIDED_FOR);
         }
         for fault in std::mem::take(&mut session.parked).into_iter().chain(faults) {
             if let Some(ending) = session.answer(fault) {
