@@ -10,7 +10,6 @@ use crate::page::PageIndex;
 const BITS: usize = u64::BITS as usize;
 
 /// A set of pages, a bit each, of a region or template whose length is known.
-///
 #[derive(Debug)]
 pub(crate) struct PageSet {
     words: Words,

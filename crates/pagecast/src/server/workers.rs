@@ -37,17 +37,14 @@ pub(super) struct Workers {
 impl Workers {
     /// Starts them: so many, or as many as are usual here.
     pub(super) fn start(
-        count: Option<usize>,
+        asked: Option<usize>,
         registry: &Arc<Registry>,
         crew: &Arc<Crew>,
         options: WorkerOptions,
     ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let usual = (2 * processors).min(MOST);
-        // Who asks for so many wants forks spread over all of them.
-        let shared = count.unwrap_or_else(|| shared(usual, processors, options.may_be_raised));
-        let started = (0..count.unwrap_or(usual))
-            .map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
+        let (count, shared) = counts(asked, processors, options.may_be_raised);
+        let started = (0..count).map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
         let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Self {
             shared,
@@ -74,11 +71,17 @@ impl Workers {
     }
 }
 
-/// How many of the usual `count` workers take more than one fork: one a processor, since one that many forks wait for is run before
-/// the vCPUs that it wakes, and then a second one only holds it up. Where it cannot be raised all of them, because one that
-/// waits for a processor holds up all of its forks.
-fn shared(count: usize, processors: usize, may_be_raised: bool) -> usize {
-    if may_be_raised { count.min(processors) } else { count }
+/// How many workers there are, and how many of them take more than one fork: one a processor, since one that many forks wait
+/// for is run before the vCPUs that it wakes, and then a second one only holds it up. Where it cannot be raised all of them,
+/// because one that waits for a processor holds up all of its forks; and where so many were asked for, to spread forks over
+/// them.
+fn counts(asked: Option<usize>, processors: usize, may_be_raised: bool) -> (usize, usize) {
+    let usual = (2 * processors).min(MOST);
+    match asked {
+        Some(count) => (count, count),
+        None if may_be_raised => (usual, usual.min(processors)),
+        None => (usual, usual),
+    }
 }
 
 /// Which of `workers` gets the next fork: one that has none, else the one that has the fewest among the first `shared`.
@@ -120,9 +123,16 @@ mod tests {
 
     #[test]
     fn one_worker_a_processor_is_shared_where_it_may_be_raised() {
-        assert_eq!(shared(4, 2, true), 2);
-        assert_eq!(shared(1, 2, true), 1);
-        assert_eq!(shared(16, 64, true), 16);
-        assert_eq!(shared(4, 2, false), 4);
+        assert_eq!(counts(None, 2, true), (4, 2));
+        assert_eq!(counts(None, 1, true), (2, 1));
+        assert_eq!(counts(None, 64, true), (16, 16));
+        assert_eq!(counts(None, 2, false), (4, 4));
+    }
+
+    #[test]
+    fn as_many_as_were_asked_for_are_all_shared() {
+        assert_eq!(counts(Some(1), 2, true), (1, 1));
+        assert_eq!(counts(Some(8), 2, true), (8, 8));
+        assert_eq!(counts(Some(32), 64, false), (32, 32));
     }
 }

@@ -31,8 +31,6 @@ const MOST_EXTENTS: usize = 4096;
 /// How much is read at once to find zeros.
 const SCAN_BYTES: usize = 1 << 20;
 
-const SMALLEST: usize = PageSize::Small.as_usize();
-
 /// `RWF_DONTCACHE` (Linux 6.14): what a read brings into the page cache does not stay there; what was there does.
 const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 
@@ -316,7 +314,9 @@ impl PageSource for MemFile {
             // Before anything is noted: past the end of a file that was truncated there are holes as well.
             self.check_unchanged()?;
             self.zeros.set(unknown.at, ByteLen::new(data.start - start));
-            for (page, at) in buffer.chunks(SMALLEST).zip((first..last).step_by(SMALLEST)) {
+            // Of whole pages only: of one that is asked for in part, the rest may be anything.
+            let small = PageSize::Small.as_usize();
+            for (page, at) in buffer.chunks_exact(small).zip((first..last).step_by(small)) {
                 if is_zero(page) {
                     self.zeros.set(TemplateOffset::new(at), PageSize::Small.len());
                 }
@@ -366,7 +366,7 @@ mod tests {
 
     use super::*;
 
-    const PAGE: usize = SMALLEST;
+    const PAGE: usize = PageSize::Small.as_usize();
 
     fn page(index: u64) -> TemplateOffset {
         TemplateOffset::new(index * PageSize::SMALLEST)
