@@ -6,6 +6,7 @@
 //! | [`firecracker`] | the binary, looked at before anything is started |
 //! | [`exec`] | processes that do not outlive us, however we end |
 //! | [`vmm`] | one Firecracker process |
+//! | [`drives`] | files that no two may write to |
 //! | [`launch`] | one fork, from nothing to a guest that runs, and then to its end |
 //! | [`fleet`] | all forks, and their common end |
 //! | [`folder`] | the folder of a run, and those that dead runs left |
@@ -13,6 +14,7 @@
 //! | [`report`], [`table`], [`progress`] | what came of it, and how far it is |
 //! | [`train`] | one fork, to record what it touches first |
 
+mod drives;
 mod exec;
 mod firecracker;
 mod fleet;
@@ -34,6 +36,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use pagecast_client::{Backend, Prefault};
 
+use self::drives::SharedDrive;
 pub(crate) use self::exec::Exec;
 use self::fleet::{Fleet, catching_panics};
 use self::interrupt::Interrupt;
@@ -102,6 +105,7 @@ const SIGNALLED: u8 = 128;
 enum Stopped {
     Signal(u8),
     DaemonEnded,
+    SharedDrive(SharedDrive),
 }
 
 /// A run that has begun.
@@ -146,7 +150,7 @@ impl Run {
         }
         let early = conducted.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         if let Some(early) = early {
-            return stopped(&early, problems.is_empty());
+            return stopped(early, problems.is_empty());
         }
         if !self.keep {
             self.print(&report)?;
@@ -198,6 +202,8 @@ impl Conductor<'_> {
         let started = Instant::now();
         self.fleet.fork();
         self.until_all("forking", |state| state > State::Started).await?;
+        self.fleet.resume().map_err(Stopped::SharedDrive)?;
+        self.until_all("resuming", |state| state > State::Loaded).await?;
         let took = started.elapsed();
 
         let client = self.fleet.client().clone();
@@ -281,11 +287,12 @@ impl Conductor<'_> {
 }
 
 /// What is said of a run that was stopped, after which everything was cleaned up, or not.
-fn stopped(early: &Stopped, clean: bool) -> Result<ExitCode> {
+fn stopped(early: Stopped, clean: bool) -> Result<ExitCode> {
     match early {
-        Stopped::Signal(signal) if clean => Ok(ended_by(*signal)),
-        Stopped::Signal(signal) => Ok(ExitCode::from(SIGNALLED.saturating_add(*signal))),
+        Stopped::Signal(signal) if clean => Ok(ended_by(signal)),
+        Stopped::Signal(signal) => Ok(ExitCode::from(SIGNALLED.saturating_add(signal))),
         Stopped::DaemonEnded => Err(DaemonError::Ended.into()),
+        Stopped::SharedDrive(error) => Err(error.into()),
     }
 }
 

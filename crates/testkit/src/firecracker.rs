@@ -38,4 +38,4 @@ pub use guest::{build_guest, guest_command, has_guest_source};
 pub use kvm::{Kvm, kvm};
 pub use microvm::{BlankVmm, MemBackend, MicroVm};
 pub use range::GuestRange;
-pub use snapshot::{Snapshot, SnapshotOptions};
+pub use snapshot::{Drive, Snapshot, SnapshotOptions};

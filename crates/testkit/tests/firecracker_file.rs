@@ -199,7 +199,10 @@ fn a_command_that_fails_says_what_the_guest_and_firecracker_said() -> Result<()>
     if kvm()?.skips() {
         return Ok(());
     }
-    let mut vm = MicroVm::boot(32, false, false)?;
+    let mut vm = MicroVm::boot(&SnapshotOptions {
+        mem_mib: 32,
+        ..SnapshotOptions::default()
+    })?;
     let outside = GuestRange {
         start_mib: 31,
         count_mib: 2,

@@ -9,8 +9,9 @@ use pagecast_client::{Client, ErrorCode};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::drives::{Loaded, SharedDrive, refuse_shared};
 use super::folder::{LeftFolder, RunFolder};
-use super::launch::{Event, Launch, Plan, Registered, Stage};
+use super::launch::{Event, Launch, Plan, Registered, Stage, Turn};
 use crate::daemon::DaemonError;
 
 /// How long Firecrackers may take to end, and again the daemon to forget their forks.
@@ -25,6 +26,8 @@ pub(crate) struct Fleet {
     lives: JoinSet<(usize, Registered)>,
     stage: watch::Sender<Stage>,
     events: mpsc::UnboundedReceiver<Event>,
+    /// Those that have told of it.
+    loaded: Vec<Loaded>,
 }
 
 impl Fleet {
@@ -54,6 +57,7 @@ impl Fleet {
             lives,
             stage,
             events,
+            loaded: Vec::new(),
         }
     }
 
@@ -70,19 +74,39 @@ impl Fleet {
         &self.folder
     }
 
-    /// Lets those that have started become forks.
+    /// Lets those that have started become forks, and load.
     pub(crate) fn fork(&self) {
         self.stage.send_replace(Stage::Fork);
     }
 
+    /// Lets those that have loaded resume. Call it once all have loaded, or failed.
+    ///
+    /// # Errors
+    ///
+    /// They share a drive that they would write to. None is resumed then.
+    pub(crate) fn resume(&self) -> Result<(), SharedDrive> {
+        refuse_shared(&self.loaded)?;
+        self.stage.send_replace(Stage::Resume);
+        Ok(())
+    }
+
     /// The next event, if there is one already.
     pub(crate) fn event_so_far(&mut self) -> Option<Event> {
-        self.events.try_recv().ok()
+        let event = self.events.try_recv().ok()?;
+        Some(self.noted(event))
     }
 
     /// The next event; none once all forks have ended. May be dropped and called again.
     pub(crate) async fn event(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await?;
+        Some(self.noted(event))
+    }
+
+    fn noted(&mut self, mut event: Event) -> Event {
+        if let Turn::Loaded { vm, .. } = &mut event.turn {
+            self.loaded.push(std::mem::take(vm));
+        }
+        event
     }
 
     /// Ends all that is left: kills every Firecracker, has the daemon forget the forks, removes the folder. What could not

@@ -6,6 +6,7 @@ use std::time::Duration;
 use pagecast_client::{Client, CreateFork, CreatedFork};
 use tokio::sync::{mpsc, watch};
 
+use super::drives::{Loaded, WritableFiles, open_for_writing};
 use super::firecracker::Firecracker;
 use super::setup::Wanted;
 use super::vmm::{Vmm, VmmError};
@@ -28,8 +29,10 @@ pub(crate) struct Plan {
 pub(crate) enum Stage {
     /// Start Firecracker, and wait: how long that takes, and what it costs the others, is no matter of the template.
     Start,
-    /// Ask the daemon for the fork, load and resume, all at once.
+    /// Ask the daemon for the fork, and load, all at once.
     Fork,
+    /// Resume, all at once.
+    Resume,
     /// End.
     End,
 }
@@ -41,8 +44,10 @@ pub(crate) enum Turn {
     Started { pid: i32 },
     /// The daemon waits for Firecracker.
     Created(CreatedFork),
+    /// Its guest could run.
+    Loaded { load: Duration, vm: Loaded },
     /// Its guest runs.
-    Resumed { load: Duration, resume: Duration },
+    Resumed { resume: Duration },
     /// It will never run; why not.
     Failed(LaunchError),
     /// Its Firecracker has ended by itself.
@@ -116,6 +121,8 @@ impl Launch {
         };
         listens.map_err(|error| failed(error, Some(vmm)))?;
 
+        // Our own files that it has inherited are no drives.
+        let inherited = writable(vmm)?;
         self.tell(Turn::Started { pid: vmm.pid() });
         tokio::select! {
             // An error means that whoever would say so has gone.
@@ -150,11 +157,25 @@ impl Launch {
             Ok(load) => load,
             Err(error) => return Err(self.with_the_daemons_word(failed(error, Some(vmm)), plan).await),
         };
+        let mut writable = writable(vmm)?;
+        writable.retain(|id, _| !inherited.contains_key(id));
+        self.tell(Turn::Loaded {
+            load,
+            vm: Loaded {
+                id: self.id.clone(),
+                pid: vmm.pid(),
+                writable,
+            },
+        });
+        tokio::select! {
+            _ = self.stage.wait_for(|stage| *stage >= Stage::Resume) => {}
+            error = vmm.ended() => return Err(failed(error, Some(vmm))),
+        }
         let Some(resumed) = self.unless_ended(vmm.resume()).await else {
             return Ok(());
         };
         let resume = resumed.map_err(|error| failed(error, Some(vmm)))?;
-        self.tell(Turn::Resumed { load, resume });
+        self.tell(Turn::Resumed { resume });
 
         if let Some(error) = self.unless_ended(vmm.ended()).await {
             self.tell(Turn::Ended(error));
@@ -196,6 +217,10 @@ impl Launch {
             turn,
         });
     }
+}
+
+fn writable(vmm: &Vmm) -> Result<WritableFiles, LaunchError> {
+    open_for_writing(vmm.pid()).map_err(|source| failed(VmmError::OpenFiles(source), Some(vmm)))
 }
 
 fn failed(error: VmmError, vmm: Option<&Vmm>) -> LaunchError {

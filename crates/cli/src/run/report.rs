@@ -50,6 +50,8 @@ pub(crate) enum State {
     Starting,
     /// Its Firecracker waits for the snapshot.
     Started,
+    /// Its Firecracker has loaded the snapshot.
+    Loaded,
     /// Its guest runs.
     Resumed,
     /// Its Firecracker has ended as one ends whose guest has shut down.
@@ -189,9 +191,12 @@ impl ForkReport {
                 self.backend = Some(created.backend);
                 self.reason = Some(created.reason);
             }
-            Turn::Resumed { load, resume } => {
-                self.state = State::Resumed;
+            Turn::Loaded { load, .. } => {
+                self.state = State::Loaded;
                 self.load_ms = Some(milliseconds(load));
+            }
+            Turn::Resumed { resume } => {
+                self.state = State::Resumed;
                 self.resume_ms = Some(milliseconds(resume));
             }
             Turn::Failed(error) => {

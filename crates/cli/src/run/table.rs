@@ -35,7 +35,7 @@ pub(crate) fn for_people(report: &Report, output: Output) -> String {
 fn row(fork: &ForkReport) -> Vec<Cell> {
     let colour = match fork.state {
         State::Resumed => Color::Green,
-        State::Exited | State::Starting | State::Started => Color::Yellow,
+        State::Exited | State::Starting | State::Started | State::Loaded => Color::Yellow,
         State::Died | State::Failed => Color::Red,
     };
     let ms = |value: Option<f64>| value.map_or_else(dash, |value| format!("{value:.1}"));

@@ -96,7 +96,7 @@ impl Train {
         let recorded = recorded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         let (fork, took) = match recorded {
             Ok(recorded) => recorded,
-            Err(early) => return stopped(&early, problems.is_empty()),
+            Err(early) => return stopped(early, problems.is_empty()),
         };
         let template = client.template(&self.name).await.map_err(DaemonError::from)?;
         let trained = Trained {
@@ -135,6 +135,11 @@ async fn record(
             () = tokio::time::sleep(PACE), if resumed.is_some() => None,
         };
         match (event.map(|event| event.turn), resumed) {
+            (Some(Turn::Loaded { .. }), _) => {
+                if let Err(shared) = fleet.resume() {
+                    return Ok(Err(Stopped::SharedDrive(shared)));
+                }
+            }
             (Some(Turn::Resumed { .. }), _) => resumed = Some(Instant::now()),
             (Some(Turn::Failed(error)), _) => return Err(error.into()),
             (Some(Turn::Ended(error)), _) => return Err(error).context("the recording has not ended"),

@@ -55,6 +55,8 @@ pub(crate) enum VmmError {
     Silent(Duration),
     #[error("cannot look after Firecracker")]
     Wait(#[source] io::Error),
+    #[error("cannot tell which files Firecracker has open for writing")]
+    OpenFiles(#[source] io::Error),
     #[error("Firecracker has ended ({0})")]
     Ended(ExitStatus),
     #[error("{call} is not answered")]

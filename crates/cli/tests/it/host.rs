@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
-use pagecast_testkit::firecracker::{Snapshot, SnapshotOptions, binary, kvm};
+use pagecast_testkit::firecracker::{Drive, Snapshot, SnapshotOptions, binary, kvm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -43,6 +43,20 @@ pub(crate) struct Vmm {
 impl Host {
     /// None where Firecracker cannot run here.
     pub(crate) fn new() -> Option<Self> {
+        Self::with_drive(None)
+    }
+
+    /// The guest of the template has a drive: a file in the folder of the template.
+    pub(crate) fn with_writable_drive() -> Option<Self> {
+        Self::with_drive(Some(false))
+    }
+
+    /// The same, and Firecracker opens the file for reading only.
+    pub(crate) fn with_read_only_drive() -> Option<Self> {
+        Self::with_drive(Some(true))
+    }
+
+    fn with_drive(read_only: Option<bool>) -> Option<Self> {
         if kvm().unwrap().skips() {
             return None;
         }
@@ -50,6 +64,11 @@ impl Host {
         let options = SnapshotOptions {
             mem_mib: 32,
             fill_mib: 8,
+            drive: read_only.map(|read_only| {
+                let path = template.path().canonicalize().unwrap().join("disk");
+                fs::write(&path, vec![0; 1 << 20]).unwrap();
+                Drive { path, read_only }
+            }),
             ..SnapshotOptions::default()
         };
         let snapshot = Snapshot::create(&options, template.path()).unwrap();

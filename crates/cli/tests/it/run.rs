@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
@@ -305,6 +306,81 @@ fn a_load_that_takes_too_long_fails() {
         "{said}"
     );
     assert!(said.contains("resumed 0 of 1 from base"), "{said}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn forks_that_would_write_to_one_drive_are_refused_before_any_is_resumed() {
+    let Some(host) = Host::with_writable_drive() else {
+        return;
+    };
+    for backend in ["file", "uffd"] {
+        let run = host.output(&["-n", "20", "--backend", backend]);
+        assert_eq!(run.status.code(), Some(1), "{run:?}");
+        assert_eq!(text(&run.stdout), "");
+        let said = text(&run.stderr);
+        let drive = host.template.path().canonicalize().unwrap().join("disk");
+        let begins = format!(
+            "pagecast: no microVM was resumed: {} is open for writing in run-",
+            drive.display()
+        );
+        assert!(said.starts_with(&begins) && said.lines().count() == 1, "{said}");
+        assert!(
+            said.contains(" and 17 more, ") && said.contains("`PATCH /drives/{id}`"),
+            "{said}"
+        );
+        host.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_fork_whose_drive_another_run_writes_to_is_refused() {
+    let Some(host) = Host::with_writable_drive() else {
+        return;
+    };
+    let first = host.start(&["--keep", "--json"]);
+    assert_eq!(first.report()["summary"]["resumed"], 1);
+    let pid = host.vmms()[0].pid.as_raw_nonzero();
+    let second = host.output(&[]);
+    assert_eq!(second.status.code(), Some(1), "{second:?}");
+    let said = text(&second.stderr);
+    assert!(said.contains(&format!("-1, process {pid}, and")), "{said}");
+    let train = host.train(&[]).output().unwrap();
+    assert_eq!(train.status.code(), Some(1), "{train:?}");
+    assert!(text(&train.stderr).contains("is open for writing in"), "{train:?}");
+    signal(&first.child, Signal::INT);
+    assert_eq!(first.wait().0, Some(0));
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn forks_that_only_read_their_drive_may_share_it() {
+    let Some(host) = Host::with_read_only_drive() else {
+        return;
+    };
+    let run = host.output(&["-n", "3", "--json"]);
+    assert!(run.status.success(), "{run:?}");
+    let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert_eq!(report["summary"]["resumed"], 3, "{report:#}");
+    host.assert_nothing_is_left();
+}
+
+#[test]
+fn a_file_that_the_command_was_started_with_is_no_drive() {
+    let Some(host) = Host::new() else { return };
+    // A file descriptor that programs inherit, as `3>FILE` of a shell makes one.
+    let run = Command::new("sh")
+        .args(["-c", "exec \"$@\" 3>>\"$FILE\"", "sh"])
+        .arg(env!("CARGO_BIN_EXE_pagecast"))
+        .args(["run", "--template", "base", "-n", "2", "--dir"])
+        .arg(host.runs.path())
+        .arg("--firecracker")
+        .arg(&host.firecracker)
+        .env("FILE", host.template.path().join("inherited"))
+        .env("PAGECAST_SOCKET", host.daemon.socket())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{run:?}");
     host.assert_nothing_is_left();
 }
 

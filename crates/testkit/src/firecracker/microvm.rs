@@ -11,7 +11,7 @@ use super::api::Api;
 use super::console::{Console, Inflated, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::process::Process;
-use super::{GuestRange, Snapshot, build_guest};
+use super::{GuestRange, Snapshot, SnapshotOptions, build_guest};
 use crate::process::MemoryUse;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
@@ -114,22 +114,34 @@ pub struct MicroVm {
 }
 
 impl MicroVm {
-    /// Boots the tiny guest and waits until it takes commands.
+    /// Boots the tiny guest, with its memory as it is at the start, and waits until it takes commands.
     ///
     /// # Errors
     ///
     /// If Firecracker or the guest cannot be had, or the guest does not come up.
-    pub fn boot(mem_mib: u32, huge_pages: bool, balloon: bool) -> Result<Self> {
+    pub fn boot(options: &SnapshotOptions) -> Result<Self> {
+        let mem_mib = options.mem_mib;
         let kernel = build_guest()?;
         let mut vm = BlankVmm::start()?.with_guest(Patterns::zeros(mem_mib));
-        let huge_pages = if huge_pages { "2M" } else { "None" };
+        let huge_pages = if options.huge_pages { "2M" } else { "None" };
         vm.put(
             "/machine-config",
             &json!({ "vcpu_count": 1, "mem_size_mib": mem_mib, "huge_pages": huge_pages }),
         )?;
-        if balloon {
+        if options.balloon {
             // The guest gives back what it is told to give: there is no size that Firecracker has to want first.
             vm.put("/balloon", &json!({ "amount_mib": 0, "deflate_on_oom": false }))?;
+        }
+        if let Some(drive) = &options.drive {
+            vm.put(
+                "/drives/data",
+                &json!({
+                    "drive_id": "data",
+                    "path_on_host": drive.path,
+                    "is_root_device": false,
+                    "is_read_only": drive.read_only,
+                }),
+            )?;
         }
         vm.put("/boot-source", &json!({ "kernel_image_path": kernel }))?;
         vm.put("/actions", &json!({ "action_type": "InstanceStart" }))?;

@@ -22,6 +22,17 @@ pub struct SnapshotOptions {
     pub huge_pages: bool,
     /// Give the guest a balloon, so that it can give memory back (see [`MicroVm::inflate`]).
     pub balloon: bool,
+    /// Give the guest a drive. It does not use it, but each microVM of the snapshot opens its file.
+    pub drive: Option<Drive>,
+}
+
+/// A drive of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drive {
+    /// Its file, which has to exist, with some bytes in it.
+    pub path: PathBuf,
+    /// Whether Firecracker opens it for reading only.
+    pub read_only: bool,
 }
 
 impl Default for SnapshotOptions {
@@ -32,6 +43,7 @@ impl Default for SnapshotOptions {
             pattern: 1,
             huge_pages: false,
             balloon: false,
+            drive: None,
         }
     }
 }
@@ -79,7 +91,7 @@ impl Snapshot {
         let mem_path = folder.join("mem");
         let vmstate_path = folder.join("vmstate");
 
-        let mut vm = MicroVm::boot(options.mem_mib, options.huge_pages, options.balloon)?;
+        let mut vm = MicroVm::boot(options)?;
         if options.fill_mib > 0 {
             vm.write(filled, 1, options.pattern)?;
         }
