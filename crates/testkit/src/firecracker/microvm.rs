@@ -11,7 +11,7 @@ use super::api::Api;
 use super::console::{Console, Inflated, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::process::Process;
-use super::{GuestRange, Snapshot, SnapshotOptions, build_guest};
+use super::{GuestRange, Jail, Snapshot, SnapshotOptions, build_guest};
 use crate::process::MemoryUse;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
@@ -26,12 +26,12 @@ pub enum MemBackend {
 }
 
 impl MemBackend {
-    fn to_json(&self) -> Value {
-        let (backend_type, backend_path) = match self {
+    fn to_json(&self, process: &Process) -> Value {
+        let (backend_type, path) = match self {
             Self::File(path) => ("File", path),
             Self::Uffd(path) => ("Uffd", path),
         };
-        json!({ "backend_type": backend_type, "backend_path": backend_path })
+        json!({ "backend_type": backend_type, "backend_path": process.inside(path) })
     }
 }
 
@@ -52,7 +52,19 @@ impl BlankVmm {
     ///
     /// If Firecracker cannot be had, or does not come up.
     pub fn start() -> Result<Self> {
-        let (mut process, input, output) = Process::spawn()?;
+        Self::started(Process::spawn()?)
+    }
+
+    /// Starts one in a jail. Paths that it gets later are those of the host.
+    ///
+    /// # Errors
+    ///
+    /// If the jailer or Firecracker does not come up.
+    pub fn start_in(jail: Jail) -> Result<Self> {
+        Self::started(Process::spawn_in(jail)?)
+    }
+
+    fn started((mut process, input, output): (Process, ChildStdin, ChildStdout)) -> Result<Self> {
         let api =
             Api::connect(process.api_socket(), || process.ensure_alive()).map_err(|error| process.explain(&error))?;
         Ok(Self {
@@ -80,8 +92,8 @@ impl BlankVmm {
     fn load(self, snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(MicroVm, Duration)> {
         let vm = self.with_guest(snapshot.patterns.clone());
         let request = json!({
-            "snapshot_path": snapshot.vmstate_path,
-            "mem_backend": backend.to_json(),
+            "snapshot_path": vm.process.take_in(&snapshot.vmstate_path)?,
+            "mem_backend": backend.to_json(&vm.process),
             "resume_vm": resume,
         });
         let started = Instant::now();
@@ -179,6 +191,11 @@ impl MicroVm {
     /// Firecracker's process id, which is its own until the `MicroVm` is dropped or killed.
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Where it is confined, if it is.
+    pub fn jail(&self) -> Option<&Jail> {
+        self.process.jail()
     }
 
     /// What the kernel says about Firecracker's memory, the guest's included.
