@@ -29,6 +29,7 @@ pub mod error;
 mod exit_watch;
 mod fork;
 mod inode;
+mod jailed;
 mod learned;
 pub mod logging;
 #[cfg(test)]

@@ -19,6 +19,7 @@ use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
 use crate::inode::InodeId;
+use crate::jailed;
 use crate::placement::{Placement, Plan};
 use crate::run_dir::Kind as Saved;
 use crate::template::{Place, Template};
@@ -397,8 +398,7 @@ impl Service {
     }
 
     /// Looks for VMMs that are not known yet. Of forks with `file` whose pid was not told, those that map the file by the
-    /// path that was made for that fork alone. A VMM in a mount namespace of its own has another path to it, and its pid
-    /// has to be told.
+    /// path that was made for that fork alone, in a jail too.
     pub(crate) fn find_vmms(self: &Arc<Self>) {
         let mut waiting = Vec::new();
         for fork in self.forks() {
@@ -423,16 +423,19 @@ impl Service {
         };
         for fork in waiting {
             let Kind::File(file) = &fork.kind else { continue };
-            let is_it = |paths: &[PathBuf]| {
+            let is_it = |pid, paths: &[PathBuf]| {
                 let place = file.placement.as_ref().map(Placement::path);
-                paths.iter().any(|path| Some(&**path) == place)
+                place.is_some_and(|place| paths.iter().any(|path| jailed::is_at(pid, path, place)))
             };
             let vmm = holders
                 .iter()
-                .filter(|holder| holder.file == inode(&fork) && is_it(&holder.paths))
+                .filter(|holder| holder.file == inode(&fork) && is_it(holder.pid, &holder.paths))
                 .filter_map(|holder| VmmProcess::open(holder.pid).ok())
                 // Looked at again, now that it cannot be another process any more.
-                .find(|vmm| vmm.mapped_paths(inode(&fork)).is_ok_and(|paths| is_it(&paths)));
+                .find(|vmm| {
+                    let paths = vmm.mapped_paths(inode(&fork));
+                    paths.is_ok_and(|paths| is_it(vmm.pid(), &paths))
+                });
             if let Some(vmm) = vmm.map(Arc::new)
                 && file.found(&vmm)
             {

@@ -1,6 +1,8 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -16,6 +18,7 @@ use tracing::{error, info, warn};
 use super::Service;
 use crate::fork::{Fork, Kind};
 use crate::inode::InodeId;
+use crate::jailed;
 use crate::placement::{How, Placement};
 use crate::template::Template;
 use crate::vmm_process::{self, VmmError, VmmProcess};
@@ -260,12 +263,16 @@ pub(super) fn strangers(template: &Template, places: &[&Placement]) -> Vec<VmmPr
             return Vec::new();
         }
     };
-    let is_fork = |paths: &[PathBuf]| paths.iter().any(|path| places.iter().any(|place| is_at(path, place)));
+    let is_fork = |pid, paths: &[PathBuf]| {
+        paths
+            .iter()
+            .any(|path| places.iter().any(|place| is_at(pid, path, place)))
+    };
     let mut strangers = Vec::new();
-    for holder in holders.iter().filter(|holder| is_fork(&holder.paths)) {
+    for holder in holders.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
         match VmmProcess::open(holder.pid) {
             // Looked at again, now that it cannot be another process any more.
-            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(&paths)) => strangers.push(vmm),
+            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(vmm.pid(), &paths)) => strangers.push(vmm),
             Ok(_) | Err(VmmError::NoProcess { .. }) => {}
             Err(error) => {
                 error!(template = %template.name, pid = holder.pid, error = chain(&error), "maps the template, and cannot be killed");
@@ -277,11 +284,12 @@ pub(super) fn strangers(template: &Template, places: &[&Placement]) -> Vec<VmmPr
 
 /// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
 /// deleted, and of a mount, which was of this one file, nothing is left but its root.
-fn is_at(mapped: &Path, place: &Placement) -> bool {
-    let gone = [place.path().as_os_str().as_encoded_bytes(), b" (deleted)"].concat();
-    mapped == place.path()
+fn is_at(pid: i32, mapped: &Path, place: &Placement) -> bool {
+    let before = mapped.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+    let before = before.map(|bytes| Path::new(OsStr::from_bytes(bytes)));
+    jailed::is_at(pid, mapped, place.path())
         || match place.how() {
-            How::HardLink => mapped.as_os_str().as_encoded_bytes() == gone,
+            How::HardLink => before.is_some_and(|path| jailed::is_at(pid, path, place.path())),
             How::BindMount { .. } => mapped == Path::new("/"),
         }
 }

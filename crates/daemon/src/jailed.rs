@@ -1,0 +1,61 @@
+//! Paths of processes that have another root directory than we have, such as those that Firecracker's jailer starts.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use crate::inode::InodeId;
+
+/// Whether a process has opened the file at `place`, if `mapped` is the path that `/proc/PID/maps` tells: that starts at the
+/// root directory of the process. `place` need not exist any more.
+pub(crate) fn is_at(pid: i32, mapped: &Path, place: &Path) -> bool {
+    if mapped == place {
+        return true;
+    }
+    let Some(root) = place.as_os_str().as_bytes().strip_suffix(mapped.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // `mapped` starts with a slash, so this is a folder above `place`, unless it is nothing.
+    if root.is_empty() || !mapped.is_absolute() {
+        return false;
+    }
+    let of = |path: &Path| rustix::fs::stat(path).map(|stat| InodeId::of_stat(&stat));
+    match (
+        of(Path::new(OsStr::from_bytes(root))),
+        of(Path::new(&format!("/proc/{pid}/root"))),
+    ) {
+        (Ok(jail), Ok(theirs)) => jail == theirs,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> i32 {
+        std::process::id().cast_signed()
+    }
+
+    #[test]
+    fn a_path_is_that_of_a_place_without_a_jail() {
+        assert!(is_at(own(), Path::new("/srv/mem"), Path::new("/srv/mem")));
+        assert!(!is_at(own(), Path::new("/srv/mem"), Path::new("/srv/other")));
+    }
+
+    #[test]
+    fn the_end_of_a_place_is_not_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        // The root directory of this process is another one.
+        assert!(!is_at(own(), Path::new("/mem"), &folder.path().join("mem")));
+        assert!(!is_at(own(), Path::new(""), &folder.path().join("mem")));
+        assert!(!is_at(own(), Path::new("mem"), &folder.path().join("mem")));
+    }
+
+    #[test]
+    fn a_place_in_the_root_directory_of_the_process_is_found() {
+        // The root directory, by another name.
+        assert!(is_at(own(), Path::new("/mem"), Path::new("/proc/self/root/mem")));
+        assert!(!is_at(0, Path::new("/mem"), Path::new("/proc/self/root/mem")));
+    }
+}
