@@ -7,6 +7,7 @@
 //! | [`exec`] | processes that do not outlive us, however we end |
 //! | [`vmm`] | one Firecracker process |
 //! | [`drives`] | files that no two may write to |
+//! | [`jail`] | Firecrackers that the jailer starts |
 //! | [`launch`] | one fork, from nothing to a guest that runs, and then to its end |
 //! | [`fleet`] | all forks, and their common end |
 //! | [`folder`] | the folder of a run, and those that dead runs left |
@@ -20,6 +21,7 @@ mod firecracker;
 mod fleet;
 mod folder;
 mod interrupt;
+mod jail;
 mod launch;
 mod life;
 mod progress;

@@ -43,7 +43,7 @@ impl Fleet {
             let launch = Launch {
                 number,
                 id: id.clone(),
-                folder: folder.path().join(id),
+                folder: folder.of_fork(id),
                 stage: stages.clone(),
                 events: sender.clone(),
             };
@@ -190,6 +190,10 @@ async fn forget(client: &Client, ids: impl IntoIterator<Item = String>) -> Vec<S
 pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
     let mut problems = Vec::new();
     for folder in left {
+        if let Err(error) = folder.end_jailed() {
+            problems.push(format!("{}, which a run left: {error}", folder.path().display()));
+            continue;
+        }
         if let Some(socket) = folder.socket() {
             let remembered = forget(&Client::new(socket), folder.ids()).await;
             if !remembered.is_empty() {

@@ -1,5 +1,6 @@
 //! The folder of a run, and those that dead runs left.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -10,6 +11,7 @@ use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use super::jail::{self, UFFD_SOCKET};
 use super::vmm::API_SOCKET;
 
 /// How the names of all such folders begin.
@@ -29,6 +31,8 @@ pub(crate) struct RunFolder {
     folder: TempDir,
     /// The middle of the ids.
     tag: String,
+    /// Where the folders of the microVMs are.
+    of_forks: PathBuf,
     _lock: File,
 }
 
@@ -37,6 +41,19 @@ pub(crate) struct RunFolder {
 struct Record {
     /// The control socket of the daemon.
     socket: PathBuf,
+    /// The name of the folder in it that the jails are in, if there are jails.
+    #[serde(default)]
+    jails: Option<PathBuf>,
+}
+
+impl Record {
+    /// Where the folders of the forks are in the folder of the run.
+    fn of_forks(&self, run: &Path) -> PathBuf {
+        match &self.jails {
+            Some(jails) => run.join(jails),
+            None => run.to_owned(),
+        }
+    }
 }
 
 /// Why there is no folder.
@@ -56,12 +73,13 @@ pub(crate) enum FolderError {
 }
 
 impl RunFolder {
-    /// A new folder in `base`, for the forks of the daemon at `socket`.
+    /// A new folder in `base`, for the forks of the daemon at `socket`. They are jailed in its sub-folder `jails`, if that is
+    /// given.
     ///
     /// # Errors
     ///
     /// [`FolderError`].
-    pub(crate) fn create(base: &Path, socket: &Path) -> Result<Self, FolderError> {
+    pub(crate) fn create(base: &Path, socket: &Path, jails: Option<&OsStr>) -> Result<Self, FolderError> {
         let failed = |source| FolderError::Make {
             base: base.to_owned(),
             source,
@@ -70,21 +88,25 @@ impl RunFolder {
         let mut attempts = 0;
         let folder = loop {
             attempts += 1;
-            match Self::try_create(&base, socket) {
+            match Self::try_create(&base, socket, jails) {
                 // Another run took it for the rest of a dead one between its creation and its lock.
                 Err(error) if error.kind() == ErrorKind::NotFound && base.is_dir() && attempts < ATTEMPTS => {}
                 made => break made.map_err(failed)?,
             }
         };
         // The longest that can be: ids end with a number.
-        let longest = folder.path().join(folder.id(u16::MAX.into(), 5)).join(API_SOCKET);
+        let mut longest = folder.of_fork(&folder.id(u16::MAX.into(), 5));
+        match jails {
+            Some(_) => longest.extend(["root", UFFD_SOCKET]),
+            None => longest.push(API_SOCKET),
+        }
         if longest.as_os_str().len() > LONGEST_SOCKET {
             return Err(FolderError::TooLong { base });
         }
         Ok(folder)
     }
 
-    fn try_create(base: &Path, socket: &Path) -> io::Result<Self> {
+    fn try_create(base: &Path, socket: &Path, jails: Option<&OsStr>) -> io::Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix(PREFIX)
             .permissions(fs::Permissions::from_mode(0o700))
@@ -93,15 +115,22 @@ impl RunFolder {
         lock.lock()?;
         let record = Record {
             socket: std::path::absolute(socket)?,
+            jails: jails.map(PathBuf::from),
         };
         fs::write(folder.path().join(RECORD), serde_json::to_vec(&record)?)?;
         let name = folder.path().file_name().unwrap_or_default().to_string_lossy();
         let tag = name.trim_start_matches(PREFIX).to_lowercase();
         Ok(Self {
+            of_forks: record.of_forks(folder.path()),
             folder,
             tag,
             _lock: lock,
         })
+    }
+
+    /// The folder of a fork.
+    pub(crate) fn of_fork(&self, id: &str) -> PathBuf {
+        self.of_forks.join(id)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -113,12 +142,14 @@ impl RunFolder {
         format!("run-{}-{number:0digits$}", self.tag)
     }
 
-    /// Removes it with all that is in it.
+    /// Removes it with all that is in it: the processes in its jails, their cgroups, and all files.
     ///
     /// # Errors
     ///
     /// It cannot be removed.
     pub(crate) fn remove(self) -> io::Result<()> {
+        jail::kill_inside(&self.of_forks)?;
+        jail::remove_cgroups(self.path().file_name().unwrap_or_default())?;
         self.folder.close()
     }
 
@@ -158,25 +189,43 @@ impl LeftFolder {
 
     /// The daemon's control socket, if it got as far as that.
     pub(crate) fn socket(&self) -> Option<PathBuf> {
+        Some(self.record()?.socket)
+    }
+
+    fn record(&self) -> Option<Record> {
         let record = fs::read(self.path.join(RECORD)).ok()?;
-        Some(serde_json::from_slice::<Record>(&record).ok()?.socket)
+        serde_json::from_slice(&record).ok()
     }
 
     /// The ids of its forks.
     pub(crate) fn ids(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let folder = self.record().unwrap_or_default().of_forks(&self.path);
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .filter_map(|entry| entry.file_name().into_string().ok())
             .collect()
     }
 
-    /// Removes it with all that is in it.
+    /// Ends the Firecrackers that are left: those that were jailed live on when the run is killed.
+    ///
+    /// # Errors
+    ///
+    /// They do not end.
+    pub(crate) fn end_jailed(&self) -> io::Result<()> {
+        match self.record().and_then(|record| record.jails) {
+            Some(jails) => jail::kill_inside(&self.path.join(jails)),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes it with all that is in it, and the cgroups of the run.
     ///
     /// # Errors
     ///
     /// It cannot be removed.
     pub(crate) fn remove(self) -> io::Result<()> {
+        jail::remove_cgroups(self.path.file_name().unwrap_or_default())?;
         fs::remove_dir_all(&self.path)
     }
 
@@ -194,7 +243,7 @@ mod tests {
     const SOCKET: &str = "/run/pagecast/control.sock";
 
     fn create(base: &Path) -> RunFolder {
-        RunFolder::create(base, Path::new(SOCKET)).unwrap()
+        RunFolder::create(base, Path::new(SOCKET), None).unwrap()
     }
 
     #[test]
@@ -249,14 +298,14 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let long = base.path().join("x".repeat(90));
         fs::create_dir(&long).unwrap();
-        let error = RunFolder::create(&long, Path::new(SOCKET)).unwrap_err();
+        let error = RunFolder::create(&long, Path::new(SOCKET), None).unwrap_err();
         assert!(matches!(error, FolderError::TooLong { .. }), "{error}");
         assert_eq!(long.read_dir().unwrap().count(), 0, "nothing is left of the attempt");
     }
 
     #[test]
     fn a_base_that_is_not_there_is_named() {
-        let error = RunFolder::create(Path::new("/nonexistent"), Path::new(SOCKET)).unwrap_err();
+        let error = RunFolder::create(Path::new("/nonexistent"), Path::new(SOCKET), None).unwrap_err();
         assert!(error.to_string().contains("/nonexistent"), "{error}");
     }
 }

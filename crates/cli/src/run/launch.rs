@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pagecast_client::{Client, CreateFork, CreatedFork};
+use pagecast_client::fork::MemBackend;
+use pagecast_client::{Backend, Client, CreateFork, CreatedFork, ErrorCode};
 use tokio::sync::{mpsc, watch};
 
 use super::drives::{Loaded, WritableFiles, open_for_writing};
 use super::firecracker::Firecracker;
+use super::jail::{self, Jail, Jailer};
 use super::setup::Wanted;
 use super::vmm::{Vmm, VmmError};
 use crate::daemon::DaemonError;
@@ -18,6 +20,8 @@ use crate::output::harmless;
 pub(crate) struct Plan {
     pub(crate) client: Client,
     pub(crate) firecracker: Firecracker,
+    /// Starts it, if there is one.
+    pub(crate) jailer: Option<Jailer>,
     pub(crate) wanted: Wanted,
     pub(crate) vmstate: PathBuf,
     /// How long each step of each fork may take.
@@ -99,23 +103,113 @@ impl Launch {
     /// daemon knows of the fork is left to whoever ends the run.
     pub(crate) async fn live(mut self, plan: &Plan) -> Registered {
         let mut registered = Registered::No;
-        let started = Vmm::start(&plan.firecracker, &self.id, self.folder.clone(), plan.patience);
-        let mut vmm = match started {
-            Ok(vmm) => vmm,
-            Err(error) => {
-                self.tell(Turn::Failed(failed(error, None)));
-                return registered;
+        match &plan.jailer {
+            Some(jailer) => {
+                if let Err(error) = self.live_in_jail(plan, jailer, &mut registered).await {
+                    self.tell(Turn::Failed(error));
+                }
             }
+            None => match Vmm::start(&plan.firecracker, &self.id, self.folder.clone(), plan.patience) {
+                Ok(vmm) => self.live_as(plan, vmm, None, &mut registered).await,
+                Err(error) => self.tell(Turn::Failed(failed(error, None))),
+            },
+        }
+        registered
+    }
+
+    /// The fork is made first, since what the daemon puts into the jail has to be there when the jailer starts.
+    async fn live_in_jail(
+        &mut self,
+        plan: &Plan,
+        jailer: &Jailer,
+        registered: &mut Registered,
+    ) -> Result<(), LaunchError> {
+        let prepared = jailer.prepare(&plan.firecracker.path, &self.folder, &plan.vmstate);
+        let jail = prepared.map_err(|source| {
+            let folder = self.folder.clone();
+            failed(VmmError::Folder { folder, source }, None)
+        })?;
+        let to_uffd = CreateFork {
+            socket_path: Some(jail.uffd_socket()),
+            uid: Some(jailer.uid()),
+            gid: Some(jailer.gid()),
+            ..self.wanted(plan)
         };
-        if let Err(error) = self.live_with(plan, &mut vmm, &mut registered).await {
+        let to_file = CreateFork {
+            path: Some(jail.mem_file()),
+            ..self.wanted(plan)
+        };
+        let created = match plan.wanted.backend {
+            Some(Backend::Uffd) => self.create(plan, &to_uffd, registered).await?,
+            Some(Backend::File) => self.create(plan, &to_file, registered).await?,
+            Some(Backend::Auto) | None => match self.create(plan, &to_file, registered).await {
+                // The template or what else is wanted needs `uffd`, which takes no path.
+                Err(error) if error.is(ErrorCode::InvalidField) => self.create(plan, &to_uffd, registered).await?,
+                created => created?,
+            },
+        };
+        if *self.stage.borrow() == Stage::End {
+            return Ok(());
+        }
+        // If it ends here, what the jailer has started by then is ended with the folder of the run.
+        let Some(started) = self.unless_ended(Vmm::start_in(jailer, &jail, plan.patience)).await else {
+            return Ok(());
+        };
+        let vmm = started.map_err(|error| failed(error, None))?;
+        self.live_as(plan, vmm, Some((&jail, created)), registered).await;
+        Ok(())
+    }
+
+    /// Lives on with a Firecracker, which ends with this. One that is jailed is a fork already.
+    async fn live_as(
+        &mut self,
+        plan: &Plan,
+        mut vmm: Vmm,
+        jailed: Option<(&Jail, MemBackend)>,
+        registered: &mut Registered,
+    ) {
+        if let Err(error) = self.live_with(plan, &mut vmm, jailed, registered).await {
             self.tell(Turn::Failed(error));
         }
         // It is ours and has not been waited for: the kernel has no reason to refuse.
         let _ = vmm.kill().await;
-        registered
     }
 
-    async fn live_with(&mut self, plan: &Plan, vmm: &mut Vmm, registered: &mut Registered) -> Result<(), LaunchError> {
+    fn wanted(&self, plan: &Plan) -> CreateFork {
+        CreateFork {
+            id: Some(self.id.clone()),
+            backend: plan.wanted.backend,
+            prefault: plan.wanted.prefault,
+            record: plan.wanted.record,
+            ..CreateFork::of(&plan.wanted.template)
+        }
+    }
+
+    async fn create(
+        &mut self,
+        plan: &Plan,
+        fork: &CreateFork,
+        registered: &mut Registered,
+    ) -> Result<MemBackend, DaemonError> {
+        // Not cut short: whether the daemon has made the fork would be unknown.
+        *registered = Registered::Perhaps;
+        let created = plan.client.create_fork(fork).await.map_err(DaemonError::from);
+        if let Err(DaemonError::Refused { .. }) = &created {
+            *registered = Registered::No;
+        }
+        let created = created?;
+        let mem_backend = created.mem_backend.clone();
+        self.tell(Turn::Created(created));
+        Ok(mem_backend)
+    }
+
+    async fn live_with(
+        &mut self,
+        plan: &Plan,
+        vmm: &mut Vmm,
+        jailed: Option<(&Jail, MemBackend)>,
+        registered: &mut Registered,
+    ) -> Result<(), LaunchError> {
         let Some(listens) = self.unless_ended(vmm.listens(plan.patience)).await else {
             return Ok(());
         };
@@ -133,29 +227,40 @@ impl Launch {
             return Ok(());
         }
 
-        let fork = CreateFork {
-            id: Some(self.id.clone()),
-            backend: plan.wanted.backend,
-            prefault: plan.wanted.prefault,
-            record: plan.wanted.record,
-            pid: Some(vmm.pid()),
-            ..CreateFork::of(&plan.wanted.template)
+        let is_jailed = jailed.is_some();
+        let (vmstate, mem_backend) = match jailed {
+            Some((jail, created)) => {
+                let backend_path = jail.inside(&created.backend_path);
+                (
+                    Jail::vmstate(),
+                    MemBackend {
+                        backend_path,
+                        ..created
+                    },
+                )
+            }
+            None => {
+                let fork = CreateFork {
+                    pid: Some(vmm.pid()),
+                    ..self.wanted(plan)
+                };
+                (&*plan.vmstate, self.create(plan, &fork, registered).await?)
+            }
         };
-        // Not cut short: whether the daemon has made the fork would be unknown.
-        *registered = Registered::Perhaps;
-        let created = plan.client.create_fork(&fork).await.map_err(DaemonError::from);
-        if let Err(DaemonError::Refused { .. }) = &created {
-            *registered = Registered::No;
-        }
-        let created = created?;
-        let mem_backend = created.mem_backend.clone();
-        self.tell(Turn::Created(created));
-        let Some(loaded) = self.unless_ended(vmm.load(&plan.vmstate, &mem_backend)).await else {
+        let Some(loaded) = self.unless_ended(vmm.load(vmstate, &mem_backend)).await else {
             return Ok(());
         };
         let load = match loaded {
             Ok(load) => load,
-            Err(error) => return Err(self.with_the_daemons_word(failed(error, Some(vmm)), plan).await),
+            Err(error) => {
+                let mut error = failed(error, Some(vmm));
+                if let LaunchError::Vmm { error, .. } = &mut error
+                    && is_jailed
+                {
+                    *error += jail::advice(error);
+                }
+                return Err(self.with_the_daemons_word(error, plan).await);
+            }
         };
         let mut writable = writable(vmm)?;
         writable.retain(|id, _| !inherited.contains_key(id));

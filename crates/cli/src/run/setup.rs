@@ -12,6 +12,7 @@ use rustix::fs::{Access, access};
 use super::firecracker::Firecracker;
 use super::fleet::clean_up;
 use super::folder::{LeftFolder, RunFolder};
+use super::jail::JailerArgs;
 use super::launch::Plan;
 use super::life::Life;
 use super::progress::say;
@@ -36,6 +37,9 @@ pub(crate) struct Starting {
     /// How long each step of each Firecracker may take: to start, to load, to resume.
     #[arg(long, value_name = "TIME", default_value = "1min", value_parser = humantime::parse_duration)]
     timeout: Duration,
+
+    #[command(flatten)]
+    jailer: JailerArgs,
 }
 
 /// Which forks.
@@ -64,14 +68,21 @@ impl Starting {
         let daemon = Life::of_listener(client.socket())
             .await
             .context("cannot see the daemon's process")?;
-        let base = self.dir.clone().unwrap_or_else(std::env::temp_dir);
+        let jailer = self.jailer.find()?;
+        let base = match &jailer {
+            Some(jailer) => jailer.base().to_owned(),
+            None => self.dir.clone().unwrap_or_else(std::env::temp_dir),
+        };
         for problem in clean_up(LeftFolder::find(&base)).await {
             say(&problem);
         }
-        let folder = RunFolder::create(&base, client.socket())?;
+        // The jailer makes a folder with this name.
+        let jails = jailer.as_ref().and_then(|_| firecracker.path.file_name());
+        let folder = RunFolder::create(&base, client.socket(), jails)?;
         let plan = Plan {
             client,
             firecracker,
+            jailer,
             wanted,
             vmstate,
             patience: self.timeout,

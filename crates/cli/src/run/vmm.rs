@@ -15,6 +15,7 @@ use tokio::process::{Child, Command};
 
 use super::exec;
 use super::firecracker::Firecracker;
+use super::jail::{Jail, JailedProcess, Jailer};
 use crate::output::harmless;
 
 /// Names in its folder.
@@ -34,10 +35,17 @@ const TAIL_LINES: usize = 8;
 /// A Firecracker in a folder of its own. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Vmm {
-    child: Child,
+    process: Process,
     pid: i32,
-    folder: PathBuf,
+    /// What it writes, and what that is.
+    words: [(PathBuf, &'static str); 2],
     api: UnixHttp,
+}
+
+#[derive(Debug)]
+enum Process {
+    Child(Child),
+    Jailed(JailedProcess),
 }
 
 /// Why a Firecracker is not what it should be.
@@ -51,6 +59,14 @@ pub(crate) enum VmmError {
     },
     #[error("cannot start Firecracker")]
     Start(#[source] io::Error),
+    #[error("the jailer failed ({status}){said}")]
+    Jailer {
+        status: ExitStatus,
+        /// The last it said, a line each, indented.
+        said: String,
+    },
+    #[error("the jailer has not started Firecracker within {0:?}")]
+    JailerHangs(Duration),
     #[error("Firecracker's API is not there within {0:?}")]
     Silent(Duration),
     #[error("cannot look after Firecracker")]
@@ -107,8 +123,46 @@ impl Vmm {
         Ok(Self {
             pid: pid.expect("a pid is a positive i32, and known until somebody has waited for it"),
             api: UnixHttp::new(folder.join(API_SOCKET), patience),
-            child,
-            folder,
+            process: Process::Child(child),
+            words: [
+                (folder.join(LOG), "its log ends with"),
+                (folder.join(STDERR), "its stderr ends with"),
+            ],
+        })
+    }
+
+    /// Has the jailer start one. Each answer of its API may take as long as `patience`, and so may the jailer.
+    ///
+    /// # Errors
+    ///
+    /// The jailer cannot be started, or fails.
+    pub(crate) async fn start_in(jailer: &Jailer, jail: &Jail, patience: Duration) -> Result<Self, VmmError> {
+        let mut command = jailer.command(jail).map_err(|source| VmmError::Folder {
+            folder: jail.root(),
+            source,
+        })?;
+        // Its log is what it prints: a file in the jail could be replaced by what is jailed.
+        command.args(["--api-sock", API_SOCKET, "--level", "Info"]);
+        let spawned = Command::from(command).kill_on_drop(true).spawn();
+        let mut child = spawned.map_err(VmmError::Start)?;
+        let ended = tokio::time::timeout(patience, child.wait()).await;
+        let status = ended
+            .map_err(|_| VmmError::JailerHangs(patience))?
+            .map_err(VmmError::Wait)?;
+        let words = [
+            (jail.stdout(), "its log ends with"),
+            (jail.stderr(), "its stderr ends with"),
+        ];
+        if !status.success() {
+            let said = last_words(&words);
+            return Err(VmmError::Jailer { status, said });
+        }
+        let process = jail.process().map_err(VmmError::Wait)?;
+        Ok(Self {
+            pid: process.pid(),
+            api: UnixHttp::new(jail.root().join(API_SOCKET), patience),
+            process: Process::Jailed(process),
+            words,
         })
     }
 
@@ -130,7 +184,7 @@ impl Vmm {
         };
         tokio::select! {
             listening = tokio::time::timeout(patience, listening) => listening.map_err(|_| VmmError::Silent(patience)),
-            ended = self.child.wait() => Err(as_error(ended)),
+            ended = self.process.wait() => Err(as_error(ended)),
         }
     }
 
@@ -168,7 +222,7 @@ impl Vmm {
             }),
             Err(source @ HttpError::TimedOut { .. }) => Err(VmmError::NoAnswer { call, source }),
             // Its connections break shortly before it can be waited for.
-            Err(source) => match tokio::time::timeout(END_PATIENCE, self.child.wait()).await {
+            Err(source) => match tokio::time::timeout(END_PATIENCE, self.process.wait()).await {
                 Ok(ended) => Err(as_error(ended)),
                 Err(_) => Err(VmmError::NoAnswer { call, source }),
             },
@@ -177,7 +231,7 @@ impl Vmm {
 
     /// Waits until it has ended by itself.
     pub(crate) async fn ended(&mut self) -> VmmError {
-        as_error(self.child.wait().await)
+        as_error(self.process.wait().await)
     }
 
     /// Kills it and waits for its end.
@@ -186,20 +240,42 @@ impl Vmm {
     ///
     /// The kernel refuses.
     pub(crate) async fn kill(&mut self) -> Result<(), VmmError> {
-        self.child.kill().await.map_err(VmmError::Wait)
+        self.process.kill().await.map_err(VmmError::Wait)
     }
 
     /// The last it said, a line each, indented; empty where it said nothing.
     pub(crate) fn last_words(&self) -> String {
-        let mut words = String::new();
-        for (name, title) in [(LOG, "its log ends with"), (STDERR, "its stderr ends with")] {
-            let tail = tail(&self.folder.join(name)).unwrap_or_default();
-            if !tail.is_empty() {
-                let _ = write!(words, "\n  {title}:\n    {}", tail.join("\n    "));
-            }
-        }
-        words
+        last_words(&self.words)
     }
+}
+
+impl Process {
+    /// Waits for its end.
+    async fn wait(&mut self) -> io::Result<ExitStatus> {
+        match self {
+            Self::Child(child) => child.wait().await,
+            Self::Jailed(process) => process.wait().await,
+        }
+    }
+
+    /// Kills it and waits for its end.
+    async fn kill(&mut self) -> io::Result<()> {
+        match self {
+            Self::Child(child) => child.kill().await,
+            Self::Jailed(process) => process.kill().await,
+        }
+    }
+}
+
+fn last_words(files: &[(PathBuf, &'static str)]) -> String {
+    let mut words = String::new();
+    for (path, title) in files {
+        let tail = tail(path).unwrap_or_default();
+        if !tail.is_empty() {
+            let _ = write!(words, "\n  {title}:\n    {}", tail.join("\n    "));
+        }
+    }
+    words
 }
 
 fn as_error(ended: io::Result<ExitStatus>) -> VmmError {

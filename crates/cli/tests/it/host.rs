@@ -94,7 +94,12 @@ impl Host {
 
     fn command_of(&self, command: &[&str], arguments: &[&str]) -> Command {
         let mut command = self.daemon.pagecast(command);
-        command.arg("--dir").arg(self.runs.path()).args(arguments);
+        let folder = if arguments.contains(&"--jailer") {
+            "--chroot-base-dir"
+        } else {
+            "--dir"
+        };
+        command.arg(folder).arg(self.runs.path()).args(arguments);
         if !arguments.contains(&"--firecracker") {
             command.arg("--firecracker").arg(&self.firecracker);
         }

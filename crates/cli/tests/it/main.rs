@@ -11,6 +11,7 @@ mod firecracker;
 mod fork;
 mod handle;
 mod host;
+mod jailed;
 mod run;
 mod serve;
 mod serve_firecracker;
