@@ -7,9 +7,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use pagecast_client::fork::MemBackend;
 use pagecast_client::{CreateFork, CreatedFork};
-use pagecast_testkit::firecracker::{Snapshot, SnapshotOptions, binary, kvm};
+use pagecast_testkit::firecracker::{Snapshot, SnapshotOptions, binary, jailer, kvm};
 use pagecast_testkit::skip::skip;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -34,7 +34,7 @@ fn skips_without(program: &str, argument: &str) -> bool {
     true
 }
 
-/// `curl/restore.sh`, with the console of its guest. Ended when this is dropped.
+/// An example that restores a microVM, with the console of its guest. Ended when this is dropped.
 struct Script {
     child: Child,
     console: Receiver<String>,
@@ -44,14 +44,15 @@ struct Script {
 }
 
 impl Script {
-    fn start(snapshot: &Snapshot, backend: &str) -> Self {
+    fn start(name: &str, snapshot: &Snapshot, arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut child = Command::new(examples().join("curl/restore.sh"))
+        let mut child = Command::new(examples().join(name))
             .arg(&snapshot.mem_path)
             .arg(&snapshot.vmstate_path)
-            .arg(backend)
+            .args(arguments)
             .env("PAGECAST", env!("CARGO_BIN_EXE_pagecast"))
             .env("FIRECRACKER", binary().unwrap())
+            .env("JAILER", jailer().unwrap())
             .env("TMPDIR", folder.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -121,12 +122,16 @@ fn is_empty(folder: &Path) -> bool {
 }
 
 fn restored_with_curl(backend: &str) {
+    restored("curl/restore.sh", backend, &[backend]);
+}
+
+fn restored(name: &str, backend: &str, arguments: &[&str]) {
     if kvm().unwrap().skips() || skips_without("curl", "--version") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
     let snapshot = Snapshot::create(&SnapshotOptions::default(), folder.path()).unwrap();
-    let mut script = Script::start(&snapshot, backend);
+    let mut script = Script::start(name, &snapshot, arguments);
     await_line(&script.said, &format!("\"backend\":\"{backend}\""));
     await_line(&script.said, "\"state\":\"serving\"");
 
@@ -156,7 +161,41 @@ fn the_curl_example_leaves_nothing_when_it_is_interrupted() {
     }
     let folder = tempfile::tempdir().unwrap();
     let snapshot = Snapshot::create(&SnapshotOptions::default(), folder.path()).unwrap();
-    let mut script = Script::start(&snapshot, "auto");
+    let mut script = Script::start("curl/restore.sh", &snapshot, &["auto"]);
+    script.ask("ping");
+    kill_process(Pid::from_child(&script.child), Signal::TERM).unwrap();
+    assert_eq!(script.wait().code(), Some(130));
+    assert!(is_empty(script.folder.path()));
+}
+
+#[test]
+fn curl_restores_a_jailed_firecracker_with_uffd() {
+    restored_in_a_jail("uffd");
+}
+
+#[test]
+fn curl_restores_a_jailed_firecracker_with_file() {
+    restored_in_a_jail("file");
+}
+
+fn restored_in_a_jail(backend: &str) {
+    if !geteuid().is_root() {
+        return skip("the jailer needs root");
+    }
+    restored("jailer/restore.sh", backend, &["12345", "12346", backend]);
+}
+
+#[test]
+fn the_jailer_example_leaves_nothing_when_it_is_interrupted() {
+    if !geteuid().is_root() {
+        return skip("the jailer needs root");
+    }
+    if kvm().unwrap().skips() || skips_without("curl", "--version") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = Snapshot::create(&SnapshotOptions::default(), folder.path()).unwrap();
+    let mut script = Script::start("jailer/restore.sh", &snapshot, &["12345", "12346", "uffd"]);
     script.ask("ping");
     kill_process(Pid::from_child(&script.child), Signal::TERM).unwrap();
     assert_eq!(script.wait().code(), Some(130));
