@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use indicatif::BinaryBytes;
-use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, chain};
+use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, Refusal, chain};
 use serde::{Serialize, Serializer};
 
 /// How lines look.
@@ -38,6 +38,12 @@ pub(crate) enum Line<'a> {
         regions: usize,
     },
     Ended(&'a ForkStatus),
+    /// A connection that was no VMM.
+    Refused {
+        pid: Option<i32>,
+        error: &'a Refusal,
+        unreported: u64,
+    },
     NotCompleted {
         id: &'a ForkId,
         error: &'a FailReason,
@@ -94,6 +100,16 @@ impl Reporter {
                 regions: *regions,
             }),
             ForkEvent::Ended(status) => self.report(&Line::Ended(status)),
+            ForkEvent::Refused {
+                pid,
+                refusal,
+                unreported,
+                ..
+            } => self.report(&Line::Refused {
+                pid: *pid,
+                error: refusal,
+                unreported: *unreported,
+            }),
             ForkEvent::NotCompleted { id, reason } => self.report(&Line::NotCompleted { id, error: reason }),
             // What a newer library has to tell waits for a newer command.
             _ => {}
@@ -138,6 +154,13 @@ impl Display for Line<'_> {
                 write!(f, "{id}: serving pid {pid}: {memory} in {regions} region{plural}")
             }
             Self::Ended(status) => write_ended(f, status),
+            Self::Refused { pid, error, unreported } => {
+                write!(f, "refused a connection{}: {}", of_pid(*pid), chain(*error))?;
+                match unreported {
+                    0 => Ok(()),
+                    _ => write!(f, " ({unreported} others since the last such line)"),
+                }
+            }
             Self::NotCompleted { id, error } => {
                 write!(f, "{id}: cannot be completed, is served on: {}", chain(*error))
             }
@@ -166,14 +189,17 @@ impl Display for Line<'_> {
     }
 }
 
+fn of_pid(pid: Option<i32>) -> String {
+    pid.map(|pid| format!(" pid {pid}")).unwrap_or_default()
+}
+
 fn write_ended(f: &mut fmt::Formatter<'_>, status: &ForkStatus) -> fmt::Result {
     write!(f, "{}: ", status.id)?;
     match (status.state, &status.reason) {
         (ForkState::Failed, Some(reason)) => match &**reason {
             FailReason::Refused(refusal) => {
-                let pid = status.pid.map(|pid| format!(" pid {pid}")).unwrap_or_default();
                 // It never had a page: no numbers.
-                return write!(f, "refused{pid}: {}", chain(refusal));
+                return write!(f, "refused{}: {}", of_pid(status.pid), chain(refusal));
             }
             reason => write!(f, "failed: {}", chain(reason))?,
         },

@@ -22,7 +22,7 @@ use pagecast_testkit::sim_vmm::{
 };
 use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
-use pagecast_uffd::{Peer, fd_passing};
+use pagecast_uffd::{PeerCredentials, fd_passing};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 
@@ -519,7 +519,7 @@ fn a_vmm_of_another_user_is_seen_as_such() {
     };
     let waiting = vmm.start(RawHandshake::new(&socket, "[]", &[])).unwrap();
     let (connection, _) = listener.accept().unwrap();
-    assert_eq!(Peer::of(connection.as_fd()).unwrap().uid, 54321);
+    assert_eq!(PeerCredentials::of(connection.as_fd()).unwrap().uid, 54321);
     drop(connection);
     assert!(waiting.join().unwrap().closed_after_us.is_some());
 }

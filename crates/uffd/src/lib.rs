@@ -50,7 +50,7 @@ pub use lease::LeaseBreaks;
 #[cfg(target_os = "linux")]
 pub use mapped_file::{MappedFile, MappedRange};
 #[cfg(target_os = "linux")]
-pub use peer::Peer;
+pub use peer::{Peer, PeerCredentials};
 #[cfg(target_os = "linux")]
 pub use pidfd::PidFd;
 #[cfg(target_os = "linux")]

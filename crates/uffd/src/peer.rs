@@ -6,7 +6,34 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::outcome::Errno;
 use crate::pidfd::PidFd;
 
-/// The process that connected a unix socket, as the kernel saw it at `connect` (`unix(7)`, `SO_PEERCRED`).
+/// What the kernel noted of the process that connected a unix socket, at `connect` (`unix(7)`, `SO_PEERCRED`).
+#[derive(Clone, Copy, Debug)]
+pub struct PeerCredentials {
+    /// Its process id in our namespace; 0 if it is not visible there.
+    pub pid: i32,
+    /// Its effective user id.
+    pub uid: u32,
+    /// Its effective group id.
+    pub gid: u32,
+}
+
+impl PeerCredentials {
+    /// Those of the peer of a connected unix stream socket.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerError::Credentials`] if the socket has none.
+    pub fn of(socket: BorrowedFd<'_>) -> Result<Self, PeerError> {
+        let credentials: libc::ucred = getsockopt(socket, libc::SO_PEERCRED).map_err(PeerError::Credentials)?;
+        Ok(Self {
+            pid: credentials.pid.max(0),
+            uid: credentials.uid,
+            gid: credentials.gid,
+        })
+    }
+}
+
+/// The process that connected a unix socket.
 #[derive(Debug)]
 pub struct Peer {
     /// Its process id in our namespace.
@@ -38,7 +65,7 @@ pub enum PeerError {
 }
 
 impl Peer {
-    /// Identifies the peer of a connected unix stream socket.
+    /// Opens the process that connected a unix stream socket, whose credentials were read from it.
     ///
     /// The pidfd comes from `SO_PEERPIDFD` (Linux 6.5), which cannot name the wrong process. On older kernels it is
     /// opened by pid, and the process is then compared with the credentials.
@@ -46,9 +73,8 @@ impl Peer {
     /// # Errors
     ///
     /// [`PeerError`] where there is no telling for sure.
-    pub fn of(socket: BorrowedFd<'_>) -> Result<Self, PeerError> {
-        let credentials: libc::ucred = getsockopt(socket, libc::SO_PEERCRED).map_err(PeerError::Credentials)?;
-        if credentials.pid <= 0 {
+    pub fn open(socket: BorrowedFd<'_>, credentials: PeerCredentials) -> Result<Self, PeerError> {
+        if credentials.pid == 0 {
             return Err(PeerError::OtherNamespace);
         }
         let pidfd = match getsockopt::<i32>(socket, SO_PEERPIDFD) {
@@ -74,7 +100,7 @@ const SO_PEERPIDFD: i32 = linux_raw_sys::net::SO_PEERPIDFD as i32;
 
 /// Opens a pidfd by number and makes sure that the process is still the one of the credentials: same owner, and not dead
 /// (had it died, its number could be somebody else's, who would have to be of the same user to pass).
-fn open_and_compare(credentials: &libc::ucred) -> Result<PidFd, PeerError> {
+fn open_and_compare(credentials: &PeerCredentials) -> Result<PidFd, PeerError> {
     use std::os::unix::fs::MetadataExt;
 
     let pidfd = PidFd::open(credentials.pid).map_err(|errno| {
@@ -133,20 +159,20 @@ mod tests {
     #[test]
     fn the_peer_of_our_own_pair_is_us() {
         let (a, _b) = UnixStream::pair().unwrap();
-        let peer = Peer::of(a.as_fd()).unwrap();
+        let peer = Peer::open(a.as_fd(), PeerCredentials::of(a.as_fd()).unwrap()).unwrap();
         assert_eq!(u32::try_from(peer.pid), Ok(std::process::id()));
         assert!(!peer.pidfd.has_exited());
     }
 
     #[test]
     fn without_peerpidfd_the_process_is_compared_with_the_credentials() {
-        let own = libc::ucred {
+        let own = PeerCredentials {
             pid: i32::try_from(std::process::id()).unwrap(),
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
         };
         assert!(open_and_compare(&own).is_ok());
-        let stranger = libc::ucred {
+        let stranger = PeerCredentials {
             uid: own.uid + 1,
             ..own
         };
@@ -156,6 +182,9 @@ mod tests {
     #[test]
     fn a_file_has_no_peer() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(Peer::of(file.as_fd()), Err(PeerError::Credentials(_))));
+        assert!(matches!(
+            PeerCredentials::of(file.as_fd()),
+            Err(PeerError::Credentials(_))
+        ));
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use pagecast::template::{Identity, MemFile, Recording, TemplateOffset, WorkingSet};
 use pagecast_testkit::PageSize;
 use pagecast_testkit::hugepages::HugePages;
-use pagecast_testkit::peer::RawHandshake;
+use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
@@ -96,6 +96,14 @@ fn who_is_refused_is_told_why_and_the_others_do_not_notice() {
     let bad = SimVmm::spawn().unwrap();
     let report = bad
         .run(RawHandshake::new(&handle.socket, "GET / HTTP/1.1", &[]))
+        .unwrap();
+    assert!(report.closed_after_us.is_some(), "{report:?}");
+    let refused = handle.await_event("refused");
+    assert_eq!(refused["error"]["code"], "message_framing", "{refused:#?}");
+    assert_eq!(refused["pid"].as_u64(), Some(u64::from(bad.pid())), "{refused:#?}");
+    // It is a fork only if it sends a file descriptor.
+    let report = bad
+        .run(RawHandshake::new(&handle.socket, "GET / HTTP/1.1", &[FdKind::Uffd]))
         .unwrap();
     assert!(report.closed_after_us.is_some(), "{report:?}");
     let ended = handle.await_event("ended");

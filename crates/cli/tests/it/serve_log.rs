@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use pagecast_testkit::peer::RawHandshake;
+use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
 use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
@@ -159,7 +159,11 @@ fn live(serve: &mut Serve, template: &TemplateFile) {
 
     let refused = SimVmm::spawn().unwrap();
     let socket = serve.fork("refused", "uffd");
-    refused.run(RawHandshake::new(socket, "GET /", &[])).unwrap();
+    drop(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+    serve.await_event("connection_refused", "refused");
+    refused
+        .run(RawHandshake::new(socket, "GET /", &[FdKind::Uffd]))
+        .unwrap();
     serve.await_event("fork_ended", "refused");
 
     let killed = serve.reader("killed", template);
@@ -236,6 +240,7 @@ fn each_turn_is_one_line_of_json_and_faults_are_none() {
             ("lives", "fork_created"),
             ("lives", "fork_ended"),
             ("lives", "fork_serving"),
+            ("refused", "connection_refused"),
             ("refused", "fork_created"),
             ("refused", "fork_ended"),
             ("t", "template_added"),

@@ -225,7 +225,7 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         families,
         totals,
         "pagecast_refusals_total",
-        "VMMs that were refused: their handshake was never finished.",
+        "Connections that were refused: their handshake was never finished.",
         |of_template| &of_template.refusals,
     );
     reasons(

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use pagecast::server::ForkState as ServedState;
 use pagecast::template::{Recording, TemplateOffset, WorkingSet};
 use pagecast_client::{AddTemplate, Backend, Client, CreateFork};
-use pagecast_testkit::peer::RawHandshake;
+use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
@@ -116,7 +116,10 @@ async fn eventful(rig: &Rig) {
 
     let socket = rig.fork("refused").await;
     let stranger = SimVmm::spawn().unwrap();
-    stranger.run(RawHandshake::new(socket, "GET /", &[])).unwrap();
+    stranger.run(RawHandshake::new(&socket, "[]", &[])).unwrap();
+    stranger
+        .run(RawHandshake::new(socket, "GET /", &[FdKind::DevNull]))
+        .unwrap();
     rig.wait("refused", ServedState::Failed);
 
     let killed = rig.reader("killed", 10).await;
@@ -177,7 +180,7 @@ async fn what_is_scraped_is_what_the_api_says() {
     let expected = |reason: &str| BTreeMap::from([(reason.to_owned(), 1.0)]);
     assert_eq!(
         scrape.by("pagecast_refusals_total", "reason", &of_t),
-        expected("message_framing")
+        BTreeMap::from(["message_framing", "no_fd"].map(|reason| (reason.to_owned(), 1.0)))
     );
     assert_eq!(scrape.by("pagecast_kills_total", "reason", &of_t), expected("killed"));
     let failures = rig.daemon.service().server().failures();

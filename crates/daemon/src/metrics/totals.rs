@@ -33,7 +33,7 @@ pub(super) struct TemplateTotals {
     ended: BTreeMap<(Backend, ForkState), u64>,
     /// Of forks.
     pub(super) failures: Reasons,
-    /// Those of them whose VMM never finished its handshake.
+    /// Connections that were refused: those of VMMs, whose forks have failed, and those that no fork ended for.
     pub(super) refusals: Reasons,
     /// Of VMMs: those of failed forks, and those that were no forks of this daemon.
     pub(super) kills: Reasons,
@@ -100,6 +100,9 @@ impl TemplateTotals {
                 self.prefault.missed += status.stats.prefault.missed;
                 self.prefault.held_out_used += status.stats.prefault.held_out_used;
                 self.add_faults(status.stats.faults);
+                for (code, refused) in uffd.served.refusals() {
+                    *self.refusals.entry((backend, code.to_owned())).or_default() += refused;
+                }
                 let state = state_of(status.state);
                 if state == ForkState::Failed
                     && let Some(reason) = status.reason.as_ref().map(Arc::as_ref)

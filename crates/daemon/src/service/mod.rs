@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{ForkEvent, ForkId, Server};
+use pagecast::server::{ForkEvent, ForkId, Server, chain};
 use pagecast_client::health::Health;
 use pagecast_client::{ApiError, ErrorCode};
 use tracing::{debug, info, warn};
@@ -153,7 +153,7 @@ fn refuse(code: ErrorCode, message: impl Display) -> ApiError {
 }
 
 fn internal(what: &str, error: &dyn std::error::Error) -> ApiError {
-    let error = pagecast::server::chain(error);
+    let error = chain(error);
     warn!(error, "cannot {what}");
     refuse(ErrorCode::Internal, format_args!("cannot {what}: {error}"))
 }
@@ -326,8 +326,25 @@ impl Service {
                     self.ended(&fork);
                 }
             }
+            ForkEvent::Refused {
+                id,
+                pid,
+                refusal,
+                unreported,
+            } => {
+                let (fork, code) = (id.as_ref().map(ForkId::as_str), refusal.code());
+                info!(
+                    event = "connection_refused",
+                    fork,
+                    pid,
+                    code,
+                    error = chain(refusal.as_ref()),
+                    unreported,
+                    "refused a connection, waits on"
+                );
+            }
             ForkEvent::NotCompleted { id, reason } => {
-                warn!(event = "fork_not_completed", fork = %id, code = reason.code(), error = pagecast::server::chain(reason.as_ref()), "cannot be completed, is served on");
+                warn!(event = "fork_not_completed", fork = %id, code = reason.code(), error = chain(reason.as_ref()), "cannot be completed, is served on");
             }
             _ => {}
         }

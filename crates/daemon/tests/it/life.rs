@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{MapFile, SimVmm};
 use pagecast_testkit::skip::skip;
 use serde_json::{Value, json};
@@ -256,7 +257,7 @@ fn a_vmm_that_is_refused_fails_its_fork_and_says_why() {
     let created = fixture.create(&json!({ "id": "f", "backend": "uffd" }));
     let socket = created["mem_backend"]["backend_path"].as_str().unwrap();
     let vmm = SimVmm::spawn().unwrap();
-    vmm.run(pagecast_testkit::peer::RawHandshake::new(socket, "GET / HTTP/1.1", &[]))
+    vmm.run(RawHandshake::new(socket, "GET / HTTP/1.1", &[FdKind::Uffd]))
         .unwrap();
     let fork = fixture.await_fork("f", "failed");
     assert_eq!(fork["error"]["code"], "message_framing", "{fork:#}");
@@ -265,6 +266,27 @@ fn a_vmm_that_is_refused_fails_its_fork_and_says_why() {
     fixture.try_create(&json!({ "id": "f" })).error(409, "fork_exists");
     fixture.ask("DELETE", "/v1/forks/f").ok(204);
     fixture.create(&json!({ "id": "f" }));
+}
+
+#[test]
+fn a_probe_of_its_socket_leaves_a_fork_waiting_for_its_vmm() {
+    let fixture = fixture();
+    let created = fixture.create(&json!({ "id": "f", "backend": "uffd" }));
+    let socket = created["mem_backend"]["backend_path"].as_str().unwrap();
+    for _ in 0..3 {
+        drop(std::os::unix::net::UnixStream::connect(socket).unwrap());
+    }
+    let counted =
+        |line: &str| line.starts_with("pagecast_refusals_total") && line.contains("hung_up") && line.ends_with(" 3");
+    eventually("they are counted", || {
+        let metrics = fixture.ask("GET", "/metrics").body;
+        String::from_utf8(metrics).unwrap().lines().any(counted)
+    });
+    assert_eq!(fixture.await_fork("f", "waiting")["error"], Value::Null);
+    let vmm = SimVmm::spawn().unwrap();
+    fixture.restore(&vmm, &created);
+    fixture.await_fork("f", "serving");
+    reads_right(&vmm);
 }
 
 #[test]
@@ -477,10 +499,11 @@ fn the_socket_of_a_fork_is_where_and_whose_it_was_asked_to_be() {
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
     // Root may connect, but is not who was asked for.
     let vmm = SimVmm::spawn().unwrap();
-    drop(vmm.run(pagecast_testkit::peer::RawHandshake::silent(&socket)));
-    let fork = fixture.await_fork("f", "failed");
-    assert_eq!(fork["error"]["code"], "wrong_user", "{fork:#}");
-    eventually("its socket is gone", || !socket.exists());
+    let report = vmm.run(RawHandshake::silent(&socket)).unwrap();
+    assert!(report.closed_after_us.is_some(), "{report:?}");
+    assert_eq!(fixture.await_fork("f", "waiting")["error"], Value::Null);
+    fixture.ask("DELETE", "/v1/forks/f").ok(204);
+    assert!(!socket.exists(), "its socket is gone");
 }
 
 /// Each reads and writes for itself, many at once, both backends beside each other.

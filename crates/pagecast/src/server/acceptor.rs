@@ -1,82 +1,58 @@
-//! The thread that VMMs meet first: it listens, accepts and shakes hands, so that no worker has to.
+//! The thread that listens, accepts and shakes hands with VMMs, so that no worker has to.
+//!
+//! A connection is a VMM from when it sends a file descriptor: from then on its fork is served, or has failed with the
+//! reason. A connection that ends before is refused and reported, and its fork waits on.
 
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pagecast_uffd::PeerCredentials;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
 use super::failure::{FailReason, Refusal};
-use super::fork::{Deadlines, ForkId, ForkState, Plan};
-use super::handshaking::{Handshaken, Handshaking};
+use super::fork::{Deadlines, ForkEvent, ForkState};
+use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
+use super::listener::Listener;
 use super::record::ForkRecord;
 use super::registry::Registry;
 use super::served_fork::ServedFork;
-use super::socket_file::SocketFile;
 use super::workers::Workers;
 use crate::session::Session;
-use crate::template::Template;
 
 const EPOLL_EVENTS: usize = 64;
 const INBOX: u64 = u64::MAX;
-
-/// How many VMMs that came through one door may shake hands at once; others wait in the socket's queue, and at no other
-/// door does anybody notice.
-const MOST_HANDSHAKES: usize = 128;
 
 /// How long to accept nobody when there is no file descriptor left for it.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What others ask of the acceptor.
 pub(super) enum Request {
-    Open(Door),
+    Listen(Listener),
     /// Take no VMM for this fork any more.
     Close(Arc<ForkRecord>),
     /// Take no VMM any more, and stop.
     Stop,
 }
 
-/// A socket that VMMs connect to.
-pub(super) struct Door {
-    pub(super) socket: SocketFile,
-    /// Who may.
-    pub(super) user: u32,
-    pub(super) guests: Guests,
-}
-
-/// For whom a door is.
-pub(super) enum Guests {
-    /// For the VMM of one fork, in time.
-    One { record: Arc<ForkRecord>, deadline: Instant },
-    /// For any number of VMMs, each a fork named with the prefix and a number.
-    Any {
-        template: Template,
-        plan: Plan,
-        prefix: String,
-        next: u64,
-        /// How many are shaking hands.
-        handshakes: usize,
-    },
-}
-
 enum Entry {
-    Door(Door),
+    Listener(Listener),
     Handshaking {
         handshaking: Box<Handshaking>,
-        /// Through which door it came, where that is still open.
-        door: Option<usize>,
+        /// The slot of the listener it came through, which stays as long as this is here.
+        listener: usize,
     },
 }
 
 /// What of an [`Entry`] has to be known while it is not borrowed.
 enum Kind {
-    Door,
+    Listener,
     Handshaking,
 }
 
@@ -87,7 +63,7 @@ pub(super) struct Acceptor {
     workers: Arc<Workers>,
     deadlines: Deadlines,
     entries: Slab<Entry>,
-    /// Doors are not listened at until then.
+    /// Nobody is accepted until then.
     paused: Option<Instant>,
     next_serial: u64,
     stopping: bool,
@@ -136,7 +112,7 @@ impl Acceptor {
                     slot => {
                         let slot = usize::try_from(slot).unwrap_or(usize::MAX);
                         match self.kind(slot) {
-                            Some(Kind::Door) => self.accept(slot),
+                            Some(Kind::Listener) => self.accept(slot),
                             Some(Kind::Handshaking) => self.receive(slot),
                             None => {}
                         }
@@ -153,7 +129,7 @@ impl Acceptor {
 
     fn kind(&self, slot: usize) -> Option<Kind> {
         self.entries.get(slot).map(|entry| match entry {
-            Entry::Door(_) => Kind::Door,
+            Entry::Listener(_) => Kind::Listener,
             Entry::Handshaking { .. } => Kind::Handshaking,
         })
     }
@@ -162,29 +138,29 @@ impl Acceptor {
         let inbox = Arc::clone(&self.inbox);
         for request in inbox.take() {
             match request {
-                Request::Open(door) => self.open(door),
+                Request::Listen(listener) => self.listen(listener),
                 Request::Close(record) => self.close(&record),
                 Request::Stop => self.stopping = true,
             }
         }
     }
 
-    fn open(&mut self, door: Door) {
-        if let Guests::One { record, .. } = &door.guests
-            && record.state().is_end()
-        {
+    fn listen(&mut self, listener: Listener) {
+        if listener.one().is_some_and(|record| record.state().is_end()) {
             // Forgotten before it came here.
             return;
         }
-        let flags = self.door_flags(&door);
+        let flags = self.listener_flags(&listener);
         let entry = self.entries.vacant_entry();
         let data = EventData::new_u64(entry.key() as u64);
-        match epoll::add(&self.epoll, &door.socket, data, flags) {
+        match epoll::add(&self.epoll, &listener.socket, data, flags) {
             Ok(()) => {
-                entry.insert(Entry::Door(door));
+                entry.insert(Entry::Listener(listener));
             }
             Err(errno) => {
-                if let Guests::One { record, .. } = door.guests {
+                let record = listener.one().cloned();
+                drop(listener);
+                if let Some(record) = record {
                     let reason = FailReason::Kernel {
                         operation: "watch a socket",
                         errno: errno.into(),
@@ -196,17 +172,8 @@ impl Acceptor {
     }
 
     fn close(&mut self, record: &Arc<ForkRecord>) {
-        let of_fork = |entry: &Entry| match entry {
-            Entry::Door(Door {
-                guests: Guests::One { record: own, .. },
-                ..
-            }) => Arc::ptr_eq(own, record),
-            Entry::Door(_) => false,
-            Entry::Handshaking { handshaking, .. } => Arc::ptr_eq(&handshaking.record, record),
-        };
-        let slots: Vec<usize> = self.slots(of_fork);
-        for slot in slots {
-            self.remove(slot);
+        for slot in self.slots(|entry| is_listener_of(entry, record)) {
+            self.remove_listener(slot);
         }
         // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
         if record.state() == ForkState::Waiting {
@@ -220,21 +187,12 @@ impl Acceptor {
     }
 
     fn close_all(&mut self) {
-        for slot in self.slots(|_| true) {
-            match self.remove(slot) {
-                Some(Entry::Door(door)) => {
-                    let Door { socket, guests, .. } = door;
-                    drop(socket);
-                    if let Guests::One { record, .. } = guests {
-                        self.registry.end(&record, ForkState::Failed, Some(FailReason::Closed));
-                    }
-                }
-                Some(Entry::Handshaking { handshaking, .. }) => {
-                    let record = Arc::clone(&handshaking.record);
-                    drop(handshaking);
-                    self.refuse(&record, Refusal::Closing);
-                }
-                None => {}
+        for slot in self.slots(|entry| matches!(entry, Entry::Handshaking { .. })) {
+            self.conclude(slot, Err(Refusal::Closing));
+        }
+        for slot in self.slots(|entry| matches!(entry, Entry::Listener(_))) {
+            if let Some(record) = self.remove_listener(slot) {
+                self.registry.end(&record, ForkState::Failed, Some(FailReason::Closed));
             }
         }
     }
@@ -244,66 +202,73 @@ impl Acceptor {
         entries.map(|(slot, _)| slot).collect()
     }
 
-    fn remove(&mut self, slot: usize) -> Option<Entry> {
-        let entry = self.entries.try_remove(slot)?;
-        // Closing would do where nobody else has a copy, and nobody has; being sure costs nothing.
-        match &entry {
-            Entry::Door(door) => {
-                let _ = epoll::delete(&self.epoll, &door.socket);
-            }
-            Entry::Handshaking { handshaking, door } => {
-                let _ = epoll::delete(&self.epoll, &**handshaking);
-                self.count_handshake(*door, |count| count.saturating_sub(1));
+    fn listener(&mut self, slot: usize) -> Option<&mut Listener> {
+        match self.entries.get_mut(slot) {
+            Some(Entry::Listener(listener)) => Some(listener),
+            _ => None,
+        }
+    }
+
+    /// Closes a socket, removes its file and refuses those that are in their handshake there. The fork that it was for,
+    /// where that was one.
+    fn remove_listener(&mut self, slot: usize) -> Option<Arc<ForkRecord>> {
+        for other in self.slots(|entry| matches!(entry, Entry::Handshaking { listener, .. } if *listener == slot)) {
+            if let Some((handshaking, listener)) = self.remove_handshake(other) {
+                let pid = handshaking.pid();
+                drop(handshaking);
+                self.refuse(listener, pid, Refusal::TooLate);
             }
         }
-        Some(entry)
-    }
-
-    /// Whether anybody is let in at a door now.
-    fn is_open(&self, door: &Door) -> bool {
-        let has_room = match door.guests {
-            Guests::One { .. } => true,
-            Guests::Any { handshakes, .. } => handshakes < MOST_HANDSHAKES,
+        let Some(Entry::Listener(listener)) = self.entries.try_remove(slot) else {
+            return None;
         };
-        has_room && self.paused.is_none()
+        let _ = epoll::delete(&self.epoll, &listener.socket);
+        listener.one().cloned()
     }
 
-    fn door_flags(&self, door: &Door) -> EventFlags {
-        if self.is_open(door) {
+    /// Takes a handshake out, with the slot of its listener.
+    fn remove_handshake(&mut self, slot: usize) -> Option<(Box<Handshaking>, usize)> {
+        if !matches!(self.kind(slot), Some(Kind::Handshaking)) {
+            return None;
+        }
+        let Some(Entry::Handshaking { handshaking, listener }) = self.entries.try_remove(slot) else {
+            return None;
+        };
+        // Closing would do where nobody else has a copy, and nobody has; being sure costs nothing.
+        let _ = epoll::delete(&self.epoll, &*handshaking);
+        self.count_handshake(listener, Listener::end_handshake);
+        Some((handshaking, listener))
+    }
+
+    fn count_handshake(&mut self, slot: usize, change: impl FnOnce(&mut Listener)) {
+        let Some(listener) = self.listener(slot) else { return };
+        let had_room = listener.has_room();
+        change(listener);
+        if listener.has_room() != had_room {
+            self.watch(slot);
+        }
+    }
+
+    fn listener_flags(&self, listener: &Listener) -> EventFlags {
+        if listener.has_room() && self.paused.is_none() {
             EventFlags::IN
         } else {
             EventFlags::empty()
         }
     }
 
-    /// Listens at a door if anybody is let in there.
-    fn watch_door(&self, slot: usize) {
-        if let Some(Entry::Door(door)) = self.entries.get(slot) {
+    /// Waits for connections to a listener, if one could be accepted now.
+    fn watch(&mut self, slot: usize) {
+        if let Some(Entry::Listener(listener)) = self.entries.get(slot) {
             let data = EventData::new_u64(slot as u64);
-            let _ = epoll::modify(&self.epoll, &door.socket, data, self.door_flags(door));
+            let _ = epoll::modify(&self.epoll, &listener.socket, data, self.listener_flags(listener));
         }
     }
 
     fn pause(&mut self, until: Option<Instant>) {
         self.paused = until;
-        for slot in self.slots(|entry| matches!(entry, Entry::Door(_))) {
-            self.watch_door(slot);
-        }
-    }
-
-    fn count_handshake(&mut self, door: Option<usize>, change: impl FnOnce(usize) -> usize) {
-        let Some(slot) = door else { return };
-        let Some(Entry::Door(Door {
-            guests: Guests::Any { handshakes, .. },
-            ..
-        })) = self.entries.get_mut(slot)
-        else {
-            return;
-        };
-        let before = *handshakes;
-        *handshakes = change(before);
-        if (before < MOST_HANDSHAKES) != (*handshakes < MOST_HANDSHAKES) {
-            self.watch_door(slot);
+        for slot in self.slots(|entry| matches!(entry, Entry::Listener(_))) {
+            self.watch(slot);
         }
     }
 
@@ -311,65 +276,44 @@ impl Acceptor {
         if self.paused.is_some() {
             return;
         }
-        let Some(Entry::Door(door)) = self.entries.get_mut(slot) else {
-            return;
-        };
-        let stream = match door.socket.accept() {
-            Ok(stream) => stream,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+        let Some(listener) = self.listener(slot) else { return };
+        let user = listener.user;
+        match listener.socket.accept() {
+            Ok(stream) => self.begin_handshake(stream, slot, user),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             // Gone before we got to it, or no file descriptor left: it stays in the queue and would wake us at once.
-            Err(_) => {
-                self.pause(Some(Instant::now() + ACCEPT_PAUSE));
-                return;
-            }
-        };
-        let user = door.user;
-        let (record, door) = match &mut door.guests {
-            Guests::One { record, .. } => {
-                let record = Arc::clone(record);
-                // Accept once: the socket and its file go now.
-                self.remove(slot);
-                (record, None)
-            }
-            Guests::Any {
-                template,
-                plan,
-                prefix,
-                next,
-                ..
-            } => {
-                let Some(record) = new_fork(&self.registry, template, *plan, prefix, next) else {
-                    return;
-                };
-                (record, Some(slot))
-            }
-        };
-        self.greet(stream, &record, user, door);
+            Err(_) => self.pause(Some(Instant::now() + ACCEPT_PAUSE)),
+        }
     }
 
-    fn greet(&mut self, stream: UnixStream, record: &Arc<ForkRecord>, user: u32, door: Option<usize>) {
+    fn begin_handshake(&mut self, stream: UnixStream, listener: usize, user: u32) {
         let deadline = Instant::now() + self.deadlines.handshake;
-        let handshaking = match Handshaking::new(stream, Arc::clone(record), user, deadline) {
+        let credentials = match PeerCredentials::of(stream.as_fd()) {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                drop(stream);
+                let message = error.to_string();
+                return self.refuse(listener, None, Refusal::Unknown { message });
+            }
+        };
+        let handshaking = match Handshaking::new(stream, credentials, user, deadline) {
             Ok(handshaking) => Box::new(handshaking),
-            Err(refusal) => return self.refuse(record, refusal),
+            Err(refusal) => return self.refuse(listener, visible(credentials.pid), refusal),
         };
         let entry = self.entries.vacant_entry();
         let slot = entry.key();
-        match epoll::add(
-            &self.epoll,
-            &*handshaking,
-            EventData::new_u64(slot as u64),
-            EventFlags::IN,
-        ) {
+        let data = EventData::new_u64(slot as u64);
+        match epoll::add(&self.epoll, &*handshaking, data, EventFlags::IN) {
             Ok(()) => {
-                entry.insert(Entry::Handshaking { handshaking, door });
-                self.count_handshake(door, |count| count + 1);
+                entry.insert(Entry::Handshaking { handshaking, listener });
+                self.count_handshake(listener, Listener::begin_handshake);
                 // Firecracker has sent its message by now, more often than not.
                 self.receive(slot);
             }
             Err(errno) => {
                 drop(handshaking);
-                self.refuse(record, Refusal::Socket { errno: errno.into() });
+                let refusal = Refusal::Socket { errno: errno.into() };
+                self.refuse(listener, visible(credentials.pid), refusal);
             }
         }
     }
@@ -378,32 +322,51 @@ impl Acceptor {
         let Some(Entry::Handshaking { handshaking, .. }) = self.entries.get_mut(slot) else {
             return;
         };
-        let record = Arc::clone(&handshaking.record);
-        let received = handshaking.receive();
-        if matches!(received, Ok(false)) {
-            return;
+        match handshaking.receive() {
+            Ok(false) => {}
+            Ok(true) => self.conclude(slot, Ok(())),
+            Err(refusal) => self.conclude(slot, Err(refusal)),
         }
-        let Some(Entry::Handshaking { handshaking, .. }) = self.remove(slot) else {
+    }
+
+    /// Ends a handshake, whose message is complete or was refused. If it has sent a file descriptor, its fork is served or
+    /// has failed. If not, it is refused, and its fork waits on.
+    fn conclude(&mut self, slot: usize, received: Result<(), Refusal>) {
+        let Some((handshaking, listener)) = self.remove_handshake(slot) else {
             return;
         };
-        let concluded = match received {
-            Ok(_) => handshaking.conclude(),
+        let pid = handshaking.pid();
+        if !handshaking.has_sent_fd() {
+            drop(handshaking);
+            return self.refuse(listener, pid, received.err().unwrap_or(Refusal::NoFd));
+        }
+        let registry = Arc::clone(&self.registry);
+        let Some(open) = self.listener(listener) else { return };
+        let is_for_one = open.one().is_some();
+        let Some(record) = open.fork(&registry) else { return };
+        if let Some(pid) = pid {
+            record.set_pid(pid);
+        }
+        // The file descriptors of a refused VMM are closed before its fork has ended for all to see.
+        let concluded = received
+            .and_then(|()| handshaking.conclude(&record.template))
+            .and_then(|handshaken| hugepages::admit(&registry, handshaken));
+        if is_for_one {
+            self.remove_listener(listener);
+        }
+        match concluded {
+            Ok(handshaken) => self.hand_over(record, handshaken),
             Err(refusal) => {
-                drop(handshaking);
-                Err(refusal)
+                let reason = FailReason::Refused(refusal);
+                registry.end(&record, ForkState::Failed, Some(reason));
             }
-        };
-        match concluded.and_then(|handshaken| hugepages::admit(&self.registry, handshaken)) {
-            Ok(handshaken) => self.hand_over(handshaken),
-            Err(refusal) => self.refuse(&record, refusal),
         }
     }
 
     /// Gives a fork to a worker.
-    fn hand_over(&mut self, handshaken: Handshaken) {
+    fn hand_over(&mut self, record: Arc<ForkRecord>, handshaken: Handshaken) {
         let Handshaken {
             socket,
-            record,
             peer,
             uffd,
             layout,
@@ -418,9 +381,24 @@ impl Acceptor {
         self.workers.adopt(fork);
     }
 
-    fn refuse(&self, record: &Arc<ForkRecord>, refusal: Refusal) {
-        self.registry
-            .end(record, ForkState::Failed, Some(FailReason::Refused(refusal)));
+    /// Counts and reports a connection that was refused, and whose fork waits on.
+    fn refuse(&mut self, listener: usize, pid: Option<i32>, refusal: Refusal) {
+        let Some(listener) = self.listener(listener) else {
+            return;
+        };
+        let refusal = Arc::new(refusal);
+        if let Some(record) = listener.one() {
+            record.count_refusal(&refusal);
+        }
+        let id = listener.one().map(|record| record.id.clone());
+        if let Some(unreported) = listener.report(Instant::now()) {
+            self.registry.observe(ForkEvent::Refused {
+                id,
+                pid,
+                refusal,
+                unreported,
+            });
+        }
     }
 
     fn timeout(&self) -> Option<Timespec> {
@@ -435,53 +413,49 @@ impl Acceptor {
             self.pause(None);
         }
         for slot in self.slots(|entry| deadline(entry).is_some_and(|deadline| deadline <= now)) {
-            let (record, reason) = match self.remove(slot) {
-                Some(Entry::Handshaking { handshaking, .. }) => (
-                    Arc::clone(&handshaking.record),
-                    FailReason::Refused(Refusal::Deadline {
-                        deadline: self.deadlines.handshake,
-                    }),
-                ),
-                Some(Entry::Door(Door {
-                    guests: Guests::One { record, .. },
-                    ..
-                })) => (
-                    record,
-                    FailReason::ConnectDeadline {
-                        deadline: self.deadlines.connect,
-                    },
-                ),
-                _ => continue,
-            };
+            match self.kind(slot) {
+                Some(Kind::Handshaking) => {
+                    let deadline = self.deadlines.handshake;
+                    self.conclude(slot, Err(Refusal::Deadline { deadline }));
+                }
+                Some(Kind::Listener) => self.end_waiting(slot),
+                None => {}
+            }
+        }
+    }
+
+    /// The time in which the VMM of a fork had to connect is over. One that has sent its userfaultfd may still end its
+    /// handshake in time, which ends the waiting in any case.
+    fn end_waiting(&mut self, slot: usize) {
+        let vmms = self.entries.iter().filter_map(|(_, entry)| match entry {
+            Entry::Handshaking { handshaking, listener } if *listener == slot && handshaking.has_sent_fd() => {
+                Some(handshaking.deadline)
+            }
+            _ => None,
+        });
+        if let Some(deadline) = vmms.min() {
+            if let Some(listener) = self.listener(slot) {
+                listener.postpone_deadline(deadline);
+            }
+            return;
+        }
+        if let Some(record) = self.remove_listener(slot) {
+            let reason = record.not_connected(self.deadlines.connect);
             self.registry.end(&record, ForkState::Failed, Some(reason));
         }
     }
 }
 
-fn deadline(entry: &Entry) -> Option<Instant> {
+fn is_listener_of(entry: &Entry, record: &Arc<ForkRecord>) -> bool {
     match entry {
-        Entry::Handshaking { handshaking, .. } => Some(handshaking.deadline),
-        Entry::Door(Door {
-            guests: Guests::One { deadline, .. },
-            ..
-        }) => Some(*deadline),
-        Entry::Door(_) => None,
+        Entry::Listener(listener) => listener.one().is_some_and(|own| Arc::ptr_eq(own, record)),
+        Entry::Handshaking { .. } => false,
     }
 }
 
-/// A new fork with the next free name. `None` never: `Server::listen` saw that the prefix leaves room for any number.
-fn new_fork(
-    registry: &Registry,
-    template: &Template,
-    plan: Plan,
-    prefix: &str,
-    next: &mut u64,
-) -> Option<Arc<ForkRecord>> {
-    loop {
-        *next += 1;
-        let id: ForkId = format!("{prefix}-{next}").parse().ok()?;
-        if let Ok(record) = registry.insert(id, template.clone(), plan, true) {
-            return Some(record);
-        }
+fn deadline(entry: &Entry) -> Option<Instant> {
+    match entry {
+        Entry::Listener(listener) => listener.deadline(),
+        Entry::Handshaking { handshaking, .. } => Some(handshaking.deadline),
     }
 }

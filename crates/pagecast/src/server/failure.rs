@@ -1,6 +1,7 @@
 //! Why a fork failed, why a VMM was refused.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pagecast_uffd::{Errno, Features};
@@ -15,11 +16,16 @@ use crate::template::SourceError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FailReason {
-    /// Nobody connected in time.
-    #[error("no VMM connected within {deadline:?}")]
+    /// No VMM connected in time.
+    #[error("no VMM connected within {deadline:?}{}", refused_before(*refused))]
     ConnectDeadline {
         /// The time there was.
         deadline: Duration,
+        /// How many connections were refused meanwhile: they sent no file descriptor, or were of the wrong user.
+        refused: u64,
+        /// Why the last of these was.
+        #[source]
+        last: Option<Arc<Refusal>>,
     },
     /// The VMM was refused: it never got a page.
     #[error("the VMM was refused")]
@@ -87,14 +93,40 @@ impl FailReason {
 impl Serialize for FailReason {
     /// As `{"code", "message"}`, the message with all its causes.
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut object = to.serialize_struct("FailReason", 2)?;
-        object.serialize_field("code", self.code())?;
-        object.serialize_field("message", &chain(self))?;
-        object.end()
+        serialize_reason(to, self.code(), self)
     }
 }
 
-/// Why a VMM was refused. Its connection is closed, its file descriptors too, and nobody else notices.
+impl Serialize for Refusal {
+    /// As `{"code", "message"}`, the message with all its causes.
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        serialize_reason(to, self.code(), self)
+    }
+}
+
+fn serialize_reason<S: serde::Serializer>(
+    to: S,
+    code: &str,
+    reason: &dyn std::error::Error,
+) -> Result<S::Ok, S::Error> {
+    let mut object = to.serialize_struct("Reason", 2)?;
+    object.serialize_field("code", code)?;
+    object.serialize_field("message", &chain(reason))?;
+    object.end()
+}
+
+fn refused_before(refused: u64) -> String {
+    match refused {
+        0 => String::new(),
+        1 => "; 1 connection was refused".to_owned(),
+        _ => format!("; {refused} connections were refused, the last because"),
+    }
+}
+
+/// Why a connection was refused. It is closed, its file descriptors too, and nobody else notices.
+///
+/// If it had sent a file descriptor, it was a VMM, and its fork has failed. If not, or if it was of the wrong user, its fork
+/// waits on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -187,6 +219,9 @@ pub enum Refusal {
         /// How many there are for it.
         available: u64,
     },
+    /// Another VMM was served, or the fork has ended, before this handshake was complete.
+    #[error("another VMM was served meanwhile, or the fork has ended")]
+    TooLate,
     /// The server is closing.
     #[error("the server is closing")]
     Closing,
@@ -225,6 +260,7 @@ impl Refusal {
             Self::Features { .. } => "features",
             Self::Template(_) => "template_changed",
             Self::NotEnoughHugepages { .. } => "not_enough_hugepages",
+            Self::TooLate => "too_late",
             Self::Closing => "closing",
         }
     }

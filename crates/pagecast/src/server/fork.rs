@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::failure::FailReason;
+use super::failure::{FailReason, Refusal};
 use super::latency::Latency;
 use crate::template::{PrefaultTally, Recording};
 
@@ -257,6 +257,18 @@ pub enum ForkEvent {
     },
     /// It has ended; also where its VMM was refused and it never began.
     Ended(ForkStatus),
+    /// A connection was refused that had sent no file descriptor, or was of the wrong user: a probe, a health check, the
+    /// VMM of another fork. No fork has ended. Reported a few times in ten seconds for each socket at most.
+    Refused {
+        /// The fork that the socket is for, which waits on; `None` if it is for any number of forks.
+        id: Option<ForkId>,
+        /// The process that connected, if it is known.
+        pid: Option<i32>,
+        /// Why it was refused.
+        refusal: Arc<Refusal>,
+        /// How many others were refused at this socket since the last that was reported.
+        unreported: u64,
+    },
     /// The window in which its first faults were recorded is over.
     Recorded {
         /// Which fork.

@@ -1,5 +1,6 @@
 //! What the owner of a server holds of each fork.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,12 @@ impl Fork {
     /// What is known of it.
     pub fn status(&self) -> ForkStatus {
         self.record.status()
+    }
+
+    /// How many connections to its socket were refused without ending it, by the [code](super::Refusal::code) of the
+    /// reason: probes, health checks, other users.
+    pub fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        self.record.refusals()
     }
 
     /// From reading each of its faults to the page being in place.

@@ -1,16 +1,15 @@
-//! One VMM on its way from `connect` to being served.
+//! One connection from `connect` to the end of its handshake.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::time::Instant;
 
-use pagecast_uffd::{Features, Peer, Uffd, fd_passing};
+use pagecast_uffd::{Features, Peer, PeerCredentials, Uffd, fd_passing};
 
-use super::failure::Refusal;
-use super::record::ForkRecord;
+use super::failure::{Refusal, chain};
 use crate::handshake::{Framer, Layout, parse};
+use crate::template::Template;
 
 /// How many bytes one `recvmsg` takes; Firecracker's whole message fits several times.
 const PIECE: usize = 4096;
@@ -25,56 +24,65 @@ const REFUSED_FEATURES: Features = Features::EVENT_FORK
     .union(Features::EVENT_UNMAP)
     .union(Features::SIGBUS);
 
-/// A VMM that has connected and not yet said all.
+/// A connection whose handshake is not complete.
 pub(super) struct Handshaking {
     socket: UnixStream,
-    pub(super) record: Arc<ForkRecord>,
-    peer: Peer,
+    pid: i32,
+    /// The process, or why it cannot be served. A connection that sends no file descriptor never hears of that.
+    peer: Result<Peer, Refusal>,
     framer: Framer,
     fds: Vec<OwnedFd>,
+    fds_lost: bool,
     pub(super) deadline: Instant,
 }
 
 /// A VMM that has said all, and whose memory can be served.
 pub(super) struct Handshaken {
     pub(super) socket: OwnedFd,
-    pub(super) record: Arc<ForkRecord>,
     pub(super) peer: Peer,
     pub(super) uffd: Uffd,
     pub(super) layout: Layout,
 }
 
 impl Handshaking {
-    /// Checks who has connected.
+    /// Checks that the process which `credentials` name is run by the right user.
     pub(super) fn new(
         socket: UnixStream,
-        record: Arc<ForkRecord>,
+        credentials: PeerCredentials,
         expected_user: u32,
         deadline: Instant,
     ) -> Result<Self, Refusal> {
-        let socket_failed = |error: io::Error| Refusal::Unknown {
-            message: error.to_string(),
-        };
-        socket.set_nonblocking(true).map_err(socket_failed)?;
-        let peer = Peer::of(socket.as_fd()).map_err(|error| Refusal::Unknown {
-            message: error.to_string(),
-        })?;
-        record.set_pid(peer.pid);
-        if peer.uid != expected_user {
+        if credentials.uid != expected_user {
             return Err(Refusal::WrongUser {
-                uid: peer.uid,
+                uid: credentials.uid,
                 expected: expected_user,
             });
         }
-        peer.pidfd.may_kill().map_err(|errno| Refusal::CannotKill { errno })?;
+        socket.set_nonblocking(true).map_err(|error| Refusal::Unknown {
+            message: error.to_string(),
+        })?;
+        let peer = Peer::open(socket.as_fd(), credentials).map_err(|error| Refusal::Unknown {
+            message: error.to_string(),
+        });
         Ok(Self {
             socket,
-            record,
+            pid: credentials.pid,
             peer,
             framer: Framer::default(),
             fds: Vec::new(),
+            fds_lost: false,
             deadline,
         })
+    }
+
+    /// The process id of the peer; `None` if it is not visible in our pid namespace.
+    pub(super) fn pid(&self) -> Option<i32> {
+        visible(self.pid)
+    }
+
+    /// Whether a file descriptor has come: only a VMM sends one. Probes and health checks do not.
+    pub(super) fn has_sent_fd(&self) -> bool {
+        self.fds_lost || !self.fds.is_empty()
     }
 
     /// Takes what has come. `true` once the message is complete.
@@ -92,6 +100,7 @@ impl Handshaking {
                 }
             };
             if received.fds_lost {
+                self.fds_lost = true;
                 return Err(Refusal::FdsLost);
             }
             if self.fds.len() > 1 {
@@ -109,11 +118,11 @@ impl Handshaking {
     }
 
     /// Holds a complete message against the template.
-    pub(super) fn conclude(mut self) -> Result<Handshaken, Refusal> {
+    pub(super) fn conclude(mut self, template: &Template) -> Result<Handshaken, Refusal> {
         let fd = self.fds.pop().ok_or(Refusal::NoFd)?;
-        let uffd = Uffd::from_received(fd).map_err(|error| Refusal::NotAUffd {
-            message: super::failure::chain(&error),
-        })?;
+        let peer = self.peer?;
+        peer.pidfd.may_kill().map_err(|errno| Refusal::CannotKill { errno })?;
+        let uffd = Uffd::from_received(fd).map_err(|error| Refusal::NotAUffd { message: chain(&error) })?;
         let features = uffd.features();
         if !features.contains(Features::EVENT_REMOVE) || features.intersects(REFUSED_FEATURES) {
             return Err(Refusal::Features {
@@ -122,17 +131,20 @@ impl Handshaking {
             });
         }
         let regions = parse(self.framer.bytes()).map_err(Refusal::Parse)?;
-        let template = &self.record.template;
         template.check().map_err(Refusal::Template)?;
         let layout = Layout::validate(&regions, template.len()).map_err(Refusal::Layout)?;
         Ok(Handshaken {
             socket: self.socket.into(),
-            record: self.record,
-            peer: self.peer,
+            peer,
             uffd,
             layout,
         })
     }
+}
+
+/// A process id of a socket's credentials; `None` for one that is not visible in our pid namespace.
+pub(super) fn visible(pid: i32) -> Option<i32> {
+    (pid > 0).then_some(pid)
 }
 
 impl AsFd for Handshaking {

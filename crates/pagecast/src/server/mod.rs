@@ -28,6 +28,8 @@ mod hugepages;
 #[cfg(target_os = "linux")]
 mod inbox;
 #[cfg(target_os = "linux")]
+mod listener;
+#[cfg(target_os = "linux")]
 mod memory;
 #[cfg(target_os = "linux")]
 mod quiet;

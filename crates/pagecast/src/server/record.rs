@@ -1,11 +1,12 @@
 //! What the server keeps of a fork, shared by everyone who has to do with it.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::failure::FailReason;
+use super::failure::{FailReason, Refusal};
 use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Plan, PrefaultCounts};
 use super::latency::LatencyRecorder;
 use crate::session::Region;
@@ -36,6 +37,9 @@ struct Life {
     askers: Vec<Asker>,
     /// Why its VMM has to be killed.
     doom: Option<FailReason>,
+    /// Connections that were refused and did not end it, by the code of the reason.
+    refusals: BTreeMap<&'static str, u64>,
+    last_refusal: Option<Arc<Refusal>>,
 }
 
 /// Who wants a fork complete.
@@ -78,6 +82,8 @@ impl ForkRecord {
                 reason: None,
                 askers: Vec::new(),
                 doom: None,
+                refusals: BTreeMap::new(),
+                last_refusal: None,
             }),
             changed: Condvar::new(),
         }
@@ -110,6 +116,28 @@ impl ForkRecord {
 
     pub(super) fn set_pid(&self, pid: i32) {
         self.life().pid = Some(pid);
+    }
+
+    /// Counts a connection that was refused while this fork waited or was about to be served.
+    pub(super) fn count_refusal(&self, refusal: &Arc<Refusal>) {
+        let mut life = self.life();
+        *life.refusals.entry(refusal.code()).or_default() += 1;
+        life.last_refusal = Some(Arc::clone(refusal));
+    }
+
+    /// How many connections were refused without ending it, by the code of the reason.
+    pub(super) fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        self.life().refusals.clone()
+    }
+
+    /// Why it has failed if no VMM has connected within `deadline`.
+    pub(super) fn not_connected(&self, deadline: Duration) -> FailReason {
+        let life = self.life();
+        FailReason::ConnectDeadline {
+            deadline,
+            refused: life.refusals.values().sum(),
+            last: life.last_refusal.clone(),
+        }
     }
 
     pub(super) fn set_serving(&self) {

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::acceptor::{Acceptor, Door, Guests, Request};
+use super::acceptor::{Acceptor, Request};
 use super::crew::Crew;
 use super::error::{CloseError, Error, NotEnoughMemory};
 use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
 pub use super::handle::Fork;
 use super::inbox::Inbox;
+use super::listener::{Listener, Serves};
 use super::memory;
 use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
@@ -175,7 +176,9 @@ impl Server {
         Builder::new()
     }
 
-    /// Registers a fork of `template`: from now on its VMM can connect, once, to the socket that `options` name.
+    /// Registers a fork of `template`: from now on its VMM can connect to the socket that `options` name. The first that
+    /// sends a file descriptor is its VMM, and the socket is gone then; connections that send none are refused
+    /// ([`ForkEvent::Refused`]).
     ///
     /// # Errors
     ///
@@ -200,14 +203,12 @@ impl Server {
                 return Err(error);
             }
         };
-        self.acceptor.send(Request::Open(Door {
-            socket,
-            user: expected_user(options),
-            guests: Guests::One {
-                record: Arc::clone(&record),
-                deadline: Instant::now() + self.deadlines.connect,
-            },
-        }));
+        let serves = Serves::One {
+            record: Arc::clone(&record),
+            deadline: Instant::now() + self.deadlines.connect,
+        };
+        let listener = Listener::new(socket, expected_user(options), serves);
+        self.acceptor.send(Request::Listen(listener));
         drop(life);
         Ok(Fork {
             record,
@@ -216,7 +217,7 @@ impl Server {
     }
 
     /// Serves any number of VMMs that connect to the socket that `options` name, each a fork of `template` of its own, named
-    /// `prefix-1`, `prefix-2` and so on. They are forgotten when they end; the [observer](Builder::observer) hears of
+    /// `prefix-1`, `prefix-2` and so on, from when it sends a file descriptor. They are forgotten when they end; the [observer](Builder::observer) hears of
     /// them.
     ///
     /// # Errors
@@ -232,17 +233,14 @@ impl Server {
         }
         template.check().map_err(Error::Template)?;
         let socket = SocketFile::bind(&options.socket_path, options.user, options.group)?;
-        self.acceptor.send(Request::Open(Door {
-            socket,
-            user: expected_user(options),
-            guests: Guests::Any {
-                template: template.clone(),
-                plan: options.plan,
-                prefix: prefix.to_string(),
-                next: 0,
-                handshakes: 0,
-            },
-        }));
+        let serves = Serves::Any {
+            template: template.clone(),
+            plan: options.plan,
+            prefix: prefix.to_string(),
+            next: 0,
+        };
+        let listener = Listener::new(socket, expected_user(options), serves);
+        self.acceptor.send(Request::Listen(listener));
         Ok(())
     }
 

@@ -203,6 +203,11 @@ impl Fork {
     }
 
     /// There is no fork to ask.
+    pub fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        match *self {}
+    }
+
+    /// There is no fork to ask.
     pub fn fault_latency(&self) -> LatencyHistogram {
         match *self {}
     }

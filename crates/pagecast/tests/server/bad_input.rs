@@ -17,7 +17,9 @@ use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use pagecast_uffd::Features;
 use serde_json::{Value, json};
 
-use crate::fixture::{Bystander, Fixture, PATIENCE, cpu_time_over, eventually, failed_with, open_fds, short_deadlines};
+use crate::fixture::{
+    Bystander, Fixture, PATIENCE, cpu_time_over, eventually, failed_with, held_uffds, open_fds, short_deadlines,
+};
 
 /// The template's size in bytes.
 const SIZE: u64 = 1 << 20;
@@ -85,6 +87,21 @@ impl Scene {
         status
     }
 
+    /// Waits until a connection was refused for this reason, makes sure that the fork waits on and that nothing else has
+    /// come of it, and serves a VMM.
+    fn check_waits_on(&self, code: &str) {
+        eventually("it is refused", || self.fork.refusals().get(code) == Some(&1));
+        let status = self.fork.status();
+        assert_eq!((status.state, status.pid), (ForkState::Waiting, None), "{status:?}");
+        assert!(self.fixture.server.failures().is_empty());
+        let vmm = SimVmm::spawn().unwrap();
+        vmm.run(Connect::new(self.fork.socket_path(), self.fixture.file.model()))
+            .unwrap();
+        let report = vmm.run(Read::default()).unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+        self.bystander.check_unharmed();
+    }
+
     fn check_refused(&self, code: &str, report: RawReport) -> ForkStatus {
         assert!(report.closed_after_us.is_some(), "its connection is closed: {report:?}");
         self.check_failed(code)
@@ -104,6 +121,18 @@ fn refused_by(
     let scene = Scene::new(set_up);
     let report = scene.vmm.run(handshake(scene.fork.socket_path())).unwrap();
     scene.check_refused(code, report)
+}
+
+/// Whoever does `handshake`, which has no file descriptor, is refused for the reason with this code, and its fork waits on.
+fn refused_without_fd(
+    set_up: impl FnOnce(Builder) -> Builder,
+    code: &str,
+    handshake: impl FnOnce(&Path) -> RawHandshake,
+) {
+    let scene = Scene::new(set_up);
+    let report = scene.vmm.run(handshake(scene.fork.socket_path())).unwrap();
+    assert!(report.closed_after_us.is_some(), "its connection is closed: {report:?}");
+    scene.check_waits_on(code);
 }
 
 /// A userfaultfd with this message is refused for the reason with this code.
@@ -154,7 +183,9 @@ fn what_the_others_get_refused_for_is_not_the_message_that_they_start_from() {
 
 #[test]
 fn no_fd_is_refused() {
-    refused("no_fd", |socket| RawHandshake::new(socket, good_message(), &[]));
+    refused_without_fd(patient, "no_fd", |socket| {
+        RawHandshake::new(socket, good_message(), &[])
+    });
 }
 
 #[test]
@@ -254,9 +285,18 @@ fn hasty(builder: Builder) -> Builder {
     builder.deadlines(short_deadlines())
 }
 
+fn hasty_handshake(builder: Builder) -> Builder {
+    builder.deadlines(Deadlines {
+        handshake: short_deadlines().handshake,
+        ..Deadlines::default()
+    })
+}
+
 #[test]
 fn a_connection_that_says_nothing_is_closed_at_the_deadline() {
-    refused_by(hasty, "handshake_deadline", |socket| RawHandshake::silent(socket));
+    refused_without_fd(hasty_handshake, "handshake_deadline", |socket| {
+        RawHandshake::silent(socket)
+    });
 }
 
 #[test]
@@ -269,7 +309,7 @@ fn a_message_that_stops_in_the_middle_is_refused_at_the_deadline() {
 #[test]
 fn a_message_that_trickles_in_past_the_deadline_is_refused() {
     let message = [b' '; 1 << 10];
-    refused_by(hasty, "handshake_deadline", |socket| RawHandshake {
+    refused_without_fd(hasty_handshake, "handshake_deadline", |socket| RawHandshake {
         pause_ms: 50,
         ..RawHandshake::new(socket, message, &[]).in_pieces_of(1)
     });
@@ -339,8 +379,8 @@ fn a_vmm_that_dies_in_its_handshake_is_noticed() {
     let scene = Scene::new(patient);
     let handshake = RawHandshake::new(scene.fork.socket_path(), &good_message()[..40], &[FdKind::Uffd]);
     let _connection = scene.vmm.start(handshake).unwrap();
-    // The server takes the connection, and so knows its pid, before it takes what it says.
-    eventually("the server takes its connection", || scene.fork.status().pid.is_some());
+    // The bystander's is the other.
+    eventually("the server takes its userfaultfd", || held_uffds() == 2);
     scene.vmm.kill().unwrap();
     scene.check_failed("hung_up");
 }
@@ -518,8 +558,10 @@ fn the_wrong_user_is_refused() {
     // Root can connect to anybody's socket, but is not whom this one is for.
     let handshake = RawHandshake::new(scene.fork.socket_path(), good_message(), &[FdKind::Uffd]);
     let report = scene.vmm.run(handshake).unwrap();
-    let status = scene.check_refused("wrong_user", report);
-    assert_eq!(status.pid, i32::try_from(scene.vmm.pid()).ok());
+    assert!(report.closed_after_us.is_some(), "its connection is closed: {report:?}");
+    eventually("it is refused", || scene.fork.refusals().get("wrong_user") == Some(&1));
+    assert_eq!(scene.fork.status().state, ForkState::Waiting);
+    scene.bystander.check_unharmed();
 }
 
 #[test]
@@ -556,9 +598,9 @@ fn scene_of(uid: u32) -> Option<Scene> {
 fn another_user_is_let_in_where_the_fork_is_for_them() {
     let Some(scene) = scene_of(USER) else { return };
     // That this is what it is refused for shows that its user is not.
-    let handshake = RawHandshake::new(scene.fork.socket_path(), good_message(), &[]);
+    let handshake = RawHandshake::new(scene.fork.socket_path(), good_message(), &[FdKind::DevNull]);
     let report = scene.vmm.run(handshake).unwrap();
-    scene.check_refused("no_fd", report);
+    scene.check_refused("not_a_uffd", report);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
 use crate::fixture::{
     Fixture, PATIENCE, assert_lives_on, assert_reads_right, assert_right, big_fork, eventually, failed_with,
-    half_stuck, model, read_everything, read_range, too_big,
+    half_stuck, held_uffds, model, read_everything, read_range, too_big,
 };
 use crate::scripted_source::{Access, Script};
 
@@ -337,7 +337,7 @@ fn killing_a_fork_without_a_vmm_closes_it() {
     let peer = SimVmm::spawn().unwrap();
     let begun = RawHandshake::new(shaking_hands.socket_path(), r#"[{"base_host_"#, &[FdKind::Uffd]);
     let _connection = peer.start(begun).unwrap();
-    eventually("somebody connects", || shaking_hands.status().pid.is_some());
+    eventually("somebody connects", || held_uffds() == 1);
     for fork in [&waiting, &shaking_hands] {
         fixture.server.kill_fork(fork.id()).unwrap();
         let status = fork.wait(PATIENCE, ForkState::is_end);

@@ -9,14 +9,15 @@ use std::sync::{Barrier, Mutex};
 use std::time::Duration;
 
 use pagecast::server::{Builder, Deadlines, Error, Fork, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
-use pagecast_testkit::peer::RawHandshake;
+use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::process::own_fds;
 use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::Expected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::fixture::{
-    Fixture, PATIENCE, asked_or_given_back, cpu_time_over, eventually, failed_with, open_fds, short_deadlines,
+    Fixture, PATIENCE, asked_or_given_back, cpu_time_over, eventually, failed_with, held_uffds, known_peers, open_fds,
+    short_deadlines,
 };
 
 /// Longer than any test: a deadline that plays no part.
@@ -186,9 +187,9 @@ fn no_file_descriptor_of_the_server_reaches_a_child_process() {
     check_reads_right(&vmm);
     let shaking_hands = fixture.register("shaking-hands");
     let peer = SimVmm::spawn().unwrap();
-    let half_a_message = RawHandshake::new(shaking_hands.socket_path(), "[", &[]);
+    let half_a_message = RawHandshake::new(shaking_hands.socket_path(), "[", &[FdKind::Uffd]);
     let _connection = peer.start(half_a_message).unwrap();
-    eventually("it is taken in", || shaking_hands.status().pid.is_some());
+    eventually("it is taken in", || held_uffds() == 2);
     let _waiting = fixture.register("waiting");
     let options = ForkOptions::new(fixture.folder.path().join("any"));
     fixture.server.listen(&id("any"), &fixture.template, &options).unwrap();
@@ -314,8 +315,9 @@ fn a_fork_in_its_handshake_can_be_forgotten() {
     });
     let fork = fixture.register("fork");
     let vmm = SimVmm::spawn().unwrap();
+    let peers = known_peers();
     let connection = vmm.start(RawHandshake::silent(fork.socket_path())).unwrap();
-    eventually("it is taken in", || fork.status().pid.is_some());
+    eventually("it is taken in", || known_peers() > peers);
     fixture.server.unregister(fork.id()).unwrap();
     assert_eq!(failed_with(&fork.status()), "closed");
     assert!(connection.join().unwrap().closed_after_us.is_some());
@@ -340,7 +342,8 @@ fn a_fork_that_failed_can_be_forgotten_and_its_failure_still_counts() {
     let fixture = small(|builder| builder);
     let fork = fixture.register("fork");
     let vmm = SimVmm::spawn().unwrap();
-    vmm.run(RawHandshake::new(fork.socket_path(), "no", &[])).unwrap();
+    vmm.run(RawHandshake::new(fork.socket_path(), "no", &[FdKind::Uffd]))
+        .unwrap();
     wait_ended(&fork, ForkState::Failed);
     fixture.server.unregister(fork.id()).unwrap();
     assert_eq!(fixture.server.failures().get("message_framing"), Some(&1));
@@ -369,7 +372,7 @@ fn a_fork_whose_vmm_connects_while_it_is_forgotten_is_served() {
     let blocker = fixture.register("blocker");
     let refused = SimVmm::spawn().unwrap();
     let _refused = refused
-        .start(RawHandshake::new(blocker.socket_path(), "no", &[]))
+        .start(RawHandshake::new(blocker.socket_path(), "no", &[FdKind::Uffd]))
         .unwrap();
     is_busy.recv_timeout(PATIENCE).unwrap();
 
@@ -501,12 +504,12 @@ fn any_number_of_vmms_on_one_socket_are_served_each_for_itself() {
     check_reads_right(&first);
     // Refused in between: of no concern to the others.
     let bad = SimVmm::spawn().unwrap();
-    let report = bad.run(RawHandshake::new(&path, "[]", &[])).unwrap();
+    let report = bad.run(RawHandshake::new(&path, "[]", &[FdKind::DevNull])).unwrap();
     assert!(report.closed_after_us.is_some());
     let ForkEvent::Ended(refused) = next() else {
         panic!("the refused one ends")
     };
-    assert_eq!((refused.id.as_str(), failed_with(&refused)), ("any-3", "no_fd"));
+    assert_eq!((refused.id.as_str(), failed_with(&refused)), ("any-3", "not_a_uffd"));
     assert_eq!(refused.pid, i32::try_from(bad.pid()).ok());
     let third = come("any-4");
     assert_eq!(forks(), [serving("any-1"), serving("any-2"), serving("any-4")]);
@@ -529,7 +532,7 @@ fn any_number_of_vmms_on_one_socket_are_served_each_for_itself() {
     }
     assert_eq!(
         fixture.server.failures().into_iter().collect::<Vec<_>>(),
-        [("no_fd", 1)]
+        [("not_a_uffd", 1)]
     );
     // The socket is still there, for whoever comes next.
     check_reads_right(&come("any-5"));
@@ -560,9 +563,10 @@ fn silent_peers_do_not_delay_vmms_on_other_sockets() {
         })
     });
     let before = fixture.register("before");
+    let peers = known_peers();
     let _silent = silent_peers(&listen(&fixture));
     // As many as ever will have been taken in.
-    eventually("all who may shake hands do", || fixture.server.forks().len() > 100);
+    eventually("all who may shake hands do", || known_peers() > peers + 100);
     let after = fixture.register("after");
     for fork in [before, after] {
         // None of them ever goes away, so whoever waits for them is not served at all.
@@ -581,19 +585,15 @@ fn silent_peers_delay_vmms_on_their_own_socket_by_no_more_than_the_deadline() {
     let vmm = SimVmm::spawn().unwrap();
     vmm.run(Connect::new(&path, fixture.file.model())).unwrap();
     check_reads_right(&vmm);
-    let mut refused = 0;
-    while refused < silent.len() {
-        match events.recv_timeout(PATIENCE).unwrap() {
-            ForkEvent::Ended(status) => {
-                assert_eq!(failed_with(&status), "handshake_deadline");
-                refused += 1;
-            }
+    for mut peer in silent {
+        assert_eq!(peer.read(&mut [0]).unwrap(), 0, "its connection is closed");
+    }
+    for event in events.try_iter() {
+        match event {
+            ForkEvent::Refused { refusal, .. } => assert_eq!(refusal.code(), "handshake_deadline"),
             ForkEvent::Serving { pid, .. } => assert_eq!(u32::try_from(pid), Ok(vmm.pid())),
             other => panic!("{other:?}"),
         }
-    }
-    for mut peer in silent {
-        assert_eq!(peer.read(&mut [0]).unwrap(), 0, "its connection is closed");
     }
     check_reads_right(&vmm);
 }
@@ -607,11 +607,12 @@ fn silent_peers_do_not_keep_a_server_from_closing() {
         })
     });
     let fork = fixture.register("fork");
+    let peers = known_peers();
     let one = UnixStream::connect(fork.socket_path()).unwrap();
     let many = silent_peers(&listen(&fixture));
-    eventually("they are taken in", || fork.status().pid.is_some());
+    eventually("they are taken in", || known_peers() > peers + 100);
     fixture.server.close(PATIENCE).unwrap();
-    assert_eq!(failed_with(&fork.status()), "closing");
+    assert_eq!(failed_with(&fork.status()), "closed");
     for mut peer in std::iter::once(one).chain(many) {
         // Reset, where it was never accepted.
         assert!(matches!(peer.read(&mut [0]), Ok(0) | Err(_)));
@@ -626,8 +627,9 @@ fn silent_peers_cost_no_processor_time() {
             ..Deadlines::default()
         })
     });
+    let peers = known_peers();
     let _silent = silent_peers(&listen(&fixture));
-    eventually("all who may shake hands do", || fixture.server.forks().len() > 100);
+    eventually("all who may shake hands do", || known_peers() > peers + 100);
     let window = Duration::from_millis(500);
     let used = cpu_time_over(window);
     assert!(used < window / 4, "{used:?} of processor time in {window:?}");
@@ -689,9 +691,8 @@ fn without_file_descriptors_nobody_is_accepted_nobody_spins_and_all_are_served_l
 
 #[test]
 fn with_too_few_file_descriptors_a_vmm_is_refused_and_leaves_nothing() {
-    // It takes one for the connection, one for its process (that of the socket, which is free by then), one for its
-    // userfaultfd, and one to see that it is one.
-    for (left, code) in [(1, "fds_lost"), (2, "not_a_uffd")] {
+    // It takes one for the connection, one for its process, one for its userfaultfd, and one to see that it is one.
+    for (left, code) in [(1, "fds_lost"), (2, "fds_lost"), (3, "not_a_uffd")] {
         let fixture = small(|builder| builder);
         let before = open_fds();
         let fork = fixture.register("fork");

@@ -197,6 +197,24 @@ pub(crate) fn open_fds() -> BTreeMap<String, usize> {
     kinds
 }
 
+/// How many processes the server in this process has a pidfd of: those in their handshake, and those that are served.
+pub(crate) fn known_peers() -> usize {
+    held("pidfd")
+}
+
+/// How many userfaultfds the server in this process has.
+pub(crate) fn held_uffds() -> usize {
+    held("[userfaultfd]")
+}
+
+fn held(kind: &str) -> usize {
+    own_fds()
+        .unwrap()
+        .values()
+        .filter(|target| target.contains(kind))
+        .count()
+}
+
 /// Reads pages `first..end`, as the template's.
 pub(crate) fn read_range(first: u64, end: u64) -> Read {
     Read {

@@ -8,7 +8,7 @@ use pagecast_testkit::process::{ProcessUse, own_fds};
 use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, RemoveRace, SimVmm};
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::{Fixture, PATIENCE, eventually, short_deadlines};
+use crate::fixture::{Fixture, PATIENCE, eventually, held_uffds, short_deadlines};
 use crate::vmm_process::alone;
 
 /// What a VMM is at when it is killed.
@@ -48,9 +48,10 @@ fn kill_one(fixture: &Fixture, id: &str, moment: Moment, random: &mut fastrand::
         Moment::BeforeConnecting => {}
         Moment::Connecting => drop(vmm.start(connect).unwrap()),
         Moment::InHandshake => {
+            let others = held_uffds();
             let begun = RawHandshake::new(fork.socket_path(), r#"[{"base_host_"#, &[FdKind::Uffd]);
             drop(vmm.start(begun).unwrap());
-            eventually("somebody connects", || fork.status().pid.is_some());
+            eventually("somebody connects", || held_uffds() > others);
         }
         Moment::Faulting => {
             vmm.run(connect).unwrap();

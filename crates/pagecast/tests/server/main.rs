@@ -15,6 +15,7 @@ mod hugepages;
 mod kills;
 mod lease;
 mod prefault;
+mod probes;
 mod removal;
 mod scripted_source;
 mod serving;

@@ -15,7 +15,8 @@ use pagecast_testkit::sim_vmm::{AwaitClose, Connect, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
 use crate::fixture::{
-    Fixture, PATIENCE, assert_lives_on, assert_reads_right, eventually, failed_with, model, read_everything, read_range,
+    Fixture, PATIENCE, assert_lives_on, assert_reads_right, eventually, failed_with, held_uffds, model,
+    read_everything, read_range,
 };
 use crate::scripted_source::{Access, Script, ScriptedSource};
 use crate::vmm_process::{self, in_page_fault};
@@ -46,7 +47,7 @@ fn all_forks_of_a_withdrawn_template_end_and_those_of_others_are_served() {
     let peer = SimVmm::spawn().unwrap();
     let begun = RawHandshake::new(shaking_hands.socket_path(), r#"[{"base_host_"#, &[FdKind::Uffd]);
     let _connection = peer.start(begun).unwrap();
-    eventually("somebody connects", || shaking_hands.status().pid.is_some());
+    eventually("somebody connects", || held_uffds() == 1);
     let (done_fork, done) = fixture.fork("complete");
     fixture.server.complete(done_fork.id()).unwrap();
     done_fork.wait(PATIENCE, ForkState::is_end);

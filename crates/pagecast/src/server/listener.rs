@@ -1,0 +1,157 @@
+//! A socket that VMMs connect to, and for which forks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::fork::{ForkId, Plan};
+use super::record::ForkRecord;
+use super::registry::Registry;
+use super::socket_file::SocketFile;
+use crate::template::Template;
+
+/// How many connections to one socket may be in their handshake at once. Others wait in the socket's queue, and other
+/// sockets are not affected.
+const MOST_HANDSHAKES: usize = 128;
+
+/// How many refused connections to one socket are reported in each [`REPORT_PERIOD`]. The others are counted only, so
+/// that a flood of connections is no flood of log lines.
+const REPORTS_PER_PERIOD: u32 = 8;
+const REPORT_PERIOD: Duration = Duration::from_secs(10);
+
+/// A socket that VMMs connect to.
+pub(super) struct Listener {
+    pub(super) socket: SocketFile,
+    /// The user whose VMMs may connect.
+    pub(super) user: u32,
+    pub(super) serves: Serves,
+    /// Connections that are in their handshake.
+    handshakes: usize,
+    reports: Reports,
+}
+
+/// The forks that a socket is for.
+pub(super) enum Serves {
+    /// One fork, whose VMM must connect by the deadline.
+    One { record: Arc<ForkRecord>, deadline: Instant },
+    /// Any number of forks of a template, named with the prefix and a number.
+    Any {
+        template: Template,
+        plan: Plan,
+        prefix: String,
+        next: u64,
+    },
+}
+
+impl Listener {
+    pub(super) fn new(socket: SocketFile, user: u32, serves: Serves) -> Self {
+        Self {
+            socket,
+            user,
+            serves,
+            handshakes: 0,
+            reports: Reports::default(),
+        }
+    }
+
+    /// The fork that this socket is for; `None` where it is for any number.
+    pub(super) fn one(&self) -> Option<&Arc<ForkRecord>> {
+        match &self.serves {
+            Serves::One { record, .. } => Some(record),
+            Serves::Any { .. } => None,
+        }
+    }
+
+    /// Until when the VMM of its one fork must have connected.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match self.serves {
+            Serves::One { deadline, .. } => Some(deadline),
+            Serves::Any { .. } => None,
+        }
+    }
+
+    pub(super) fn postpone_deadline(&mut self, to: Instant) {
+        if let Serves::One { deadline, .. } = &mut self.serves {
+            *deadline = to;
+        }
+    }
+
+    /// Whether another connection may begin its handshake.
+    pub(super) fn has_room(&self) -> bool {
+        self.handshakes < MOST_HANDSHAKES
+    }
+
+    pub(super) fn begin_handshake(&mut self) {
+        self.handshakes += 1;
+    }
+
+    pub(super) fn end_handshake(&mut self) {
+        self.handshakes = self.handshakes.saturating_sub(1);
+    }
+
+    /// The fork of a VMM that has connected here: the one, or a new one with the next free name. `None` never:
+    /// `Server::listen` saw that the prefix leaves room for any number.
+    pub(super) fn fork(&mut self, registry: &Registry) -> Option<Arc<ForkRecord>> {
+        match &mut self.serves {
+            Serves::One { record, .. } => Some(Arc::clone(record)),
+            Serves::Any {
+                template,
+                plan,
+                prefix,
+                next,
+            } => loop {
+                *next += 1;
+                let id: ForkId = format!("{prefix}-{next}").parse().ok()?;
+                if let Ok(record) = registry.insert(id, template.clone(), *plan, true) {
+                    return Some(record);
+                }
+            },
+        }
+    }
+
+    /// Whether to report one more refused connection: how many were not reported since the last that was. `None`: do not.
+    pub(super) fn report(&mut self, now: Instant) -> Option<u64> {
+        self.reports.one_more(now)
+    }
+}
+
+/// Bounds how many refused connections are reported.
+#[derive(Default)]
+struct Reports {
+    period: Option<Instant>,
+    in_period: u32,
+    unreported: u64,
+}
+
+impl Reports {
+    fn one_more(&mut self, now: Instant) -> Option<u64> {
+        if self
+            .period
+            .is_none_or(|begun| now.saturating_duration_since(begun) >= REPORT_PERIOD)
+        {
+            self.period = Some(now);
+            self.in_period = 0;
+        }
+        if self.in_period == REPORTS_PER_PERIOD {
+            self.unreported += 1;
+            return None;
+        }
+        self.in_period += 1;
+        Some(std::mem::take(&mut self.unreported))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_reported_a_few_times_a_period_and_counted() {
+        let mut reports = Reports::default();
+        let begin = Instant::now();
+        let reported = (0..1000).filter_map(|_| reports.one_more(begin)).count();
+        assert_eq!(reported, REPORTS_PER_PERIOD as usize);
+        let unreported = 1000 - u64::from(REPORTS_PER_PERIOD);
+        assert_eq!(reports.one_more(begin + REPORT_PERIOD), Some(unreported));
+        assert_eq!(reports.one_more(begin + REPORT_PERIOD), Some(0));
+    }
+}
