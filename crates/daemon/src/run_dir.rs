@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -93,8 +93,13 @@ impl RunDir {
             .write(true)
             .create(true)
             .truncate(false)
+            // Whoever can open it can lock it.
+            .mode(0o600)
             .open(&lock_path)
             .map_err(failed("open", &lock_path))?;
+        // One that an older version has made.
+        lock.set_permissions(Permissions::from_mode(0o600))
+            .map_err(failed("set the mode of", &lock_path))?;
         if let Err(error) = lock.try_lock() {
             return Err(match error {
                 std::fs::TryLockError::WouldBlock => {
@@ -255,6 +260,19 @@ mod tests {
         drop(first);
         RunDir::take(&path, true).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o711);
+    }
+
+    /// Whoever can open a file can lock it.
+    #[test]
+    fn nobody_else_can_open_its_lock_also_where_an_older_version_has_made_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = dir.path().join("lock");
+        let mode = || std::fs::metadata(&lock).unwrap().mode() & 0o777;
+        drop(RunDir::take(dir.path(), true).unwrap());
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&lock, Permissions::from_mode(0o644)).unwrap();
+        drop(RunDir::take(dir.path(), true).unwrap());
+        assert_eq!(mode(), 0o600);
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub enum FdKind {
     Pipe,
     /// Memory with a file descriptor.
     Memfd,
+    /// A TCP socket whose last `close` waits an hour for the other side to read.
+    LingeringSocket,
 }
 
 /// What a peer does after its last piece.
@@ -260,6 +262,19 @@ fn open(kind: FdKind) -> Result<OwnedFd> {
         FdKind::UffdWithoutApi => uffd_without_api().context("failed to create a userfaultfd")?,
         FdKind::DevNull => std::fs::File::open("/dev/null")?.into(),
         FdKind::Pipe => rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?.0,
+        FdKind::LingeringSocket => lingering_socket().context("failed to make a socket that lingers")?,
         FdKind::Memfd => rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC)?,
     })
+}
+
+fn lingering_socket() -> Result<OwnedFd> {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+    let mut stream = std::net::TcpStream::connect(listener.local_addr()?)?;
+    // It reads nothing as long as this process lives.
+    Box::leak(Box::new(listener.accept()?));
+    stream.set_nonblocking(true)?;
+    let bytes = vec![0; 1 << 16];
+    while stream.write(&bytes).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_hours(1)))?;
+    Ok(stream.into())
 }

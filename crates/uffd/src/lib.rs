@@ -54,4 +54,4 @@ pub use peer::{Peer, PeerCredentials};
 #[cfg(target_os = "linux")]
 pub use pidfd::PidFd;
 #[cfg(target_os = "linux")]
-pub use uffd::{CreateError, Drained, EventBuffer, NotAUffd, Uffd, UffdOptions};
+pub use uffd::{CreateError, Drained, EventBuffer, NotAUffd, Rejected, Uffd, UffdOptions};

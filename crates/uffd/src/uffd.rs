@@ -79,6 +79,16 @@ pub enum NotAUffd {
     Unknown(#[source] std::io::Error),
 }
 
+/// A received file descriptor that was not taken, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct Rejected {
+    /// Why.
+    pub why: NotAUffd,
+    /// What was received. Closing it can block: it is whatever the peer has sent.
+    pub fd: OwnedFd,
+}
+
 /// Whether a read of events emptied the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drained {
@@ -127,31 +137,12 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`NotAUffd`] where it is anything but an initialised userfaultfd; the file descriptor is closed.
-    pub fn from_received(fd: OwnedFd) -> Result<Self, NotAUffd> {
-        let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
-        let link = std::fs::read_link(format!("/proc/self/fd/{number}")).map_err(NotAUffd::Unknown)?;
-        // A path starts with a slash, so no file can be named like this.
-        if link.as_os_str() != "anon_inode:[userfaultfd]" {
-            return Err(NotAUffd::OtherFile {
-                what: link.to_string_lossy().into_owned(),
-            });
+    /// [`Rejected`] where it is anything but an initialised userfaultfd.
+    pub fn from_received(fd: OwnedFd) -> Result<Self, Rejected> {
+        match features_of_received(fd.as_fd()) {
+            Ok(features) => Ok(Self { fd, features }),
+            Err(why) => Err(Rejected { why, fd }),
         }
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).map_err(NotAUffd::Unknown)?;
-        let bits = features_of_fdinfo(&info).ok_or_else(|| {
-            NotAUffd::Unknown(std::io::Error::new(
-                std::io::ErrorKind::InvalidData,
-                "no API line in its fdinfo",
-            ))
-        })?;
-        if bits & INITIALIZED == 0 {
-            return Err(NotAUffd::NotInitialised);
-        }
-        rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).map_err(|errno| NotAUffd::Unknown(errno.into()))?;
-        Ok(Self {
-            fd,
-            features: Features::from_bits_retain(bits & !INITIALIZED),
-        })
     }
 
     /// What it delivers, as decided by whoever created it.
@@ -357,6 +348,30 @@ impl Default for EventBuffer {
     }
 }
 
+/// Checks that a received file descriptor is an initialised userfaultfd, makes it non-blocking, and tells its features.
+fn features_of_received(fd: BorrowedFd<'_>) -> Result<Features, NotAUffd> {
+    let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
+    let link = std::fs::read_link(format!("/proc/self/fd/{number}")).map_err(NotAUffd::Unknown)?;
+    // A path starts with a slash, so no file can be named like this.
+    if link.as_os_str() != "anon_inode:[userfaultfd]" {
+        return Err(NotAUffd::OtherFile {
+            what: link.to_string_lossy().into_owned(),
+        });
+    }
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).map_err(NotAUffd::Unknown)?;
+    let bits = features_of_fdinfo(&info).ok_or_else(|| {
+        NotAUffd::Unknown(std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            "no API line in its fdinfo",
+        ))
+    })?;
+    if bits & INITIALIZED == 0 {
+        return Err(NotAUffd::NotInitialised);
+    }
+    rustix::fs::fcntl_setfl(fd, OFlags::NONBLOCK).map_err(|errno| NotAUffd::Unknown(errno.into()))?;
+    Ok(Features::from_bits_retain(bits & !INITIALIZED))
+}
+
 fn range_abi(range: HostRange) -> abi::uffdio_range {
     abi::uffdio_range {
         start: range.start().get(),
@@ -460,7 +475,7 @@ mod tests {
     #[test]
     fn another_file_is_no_uffd() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        let error = Uffd::from_received(file.into()).unwrap_err();
+        let error = Uffd::from_received(file.into()).unwrap_err().why;
         assert!(
             matches!(&error, NotAUffd::OtherFile { what } if what == "/dev/null"),
             "{error}"
@@ -474,7 +489,7 @@ mod tests {
             println!("skipped: no userfaultfd for this user");
             return;
         };
-        let error = Uffd::from_received(fd).unwrap_err();
+        let error = Uffd::from_received(fd).unwrap_err().why;
         assert!(matches!(error, NotAUffd::NotInitialised), "{error}");
     }
 

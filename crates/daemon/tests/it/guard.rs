@@ -148,7 +148,8 @@ fn a_vmm_that_comes_after_the_writer_finds_nothing() {
         let refused = SimVmm::spawn().unwrap().run(late).unwrap_err();
         assert!(refused.to_string().contains("No such file"), "{refused}");
     }
-    assert!(!Path::new(socket["mem_backend"]["backend_path"].as_str().unwrap()).exists());
+    let socket = Path::new(socket["mem_backend"]["backend_path"].as_str().unwrap());
+    eventually("its socket is gone", || !socket.exists());
     can_be_added_again(&fixture);
 }
 

@@ -503,7 +503,7 @@ fn the_socket_of_a_fork_is_where_and_whose_it_was_asked_to_be() {
     assert!(report.closed_after_us.is_some(), "{report:?}");
     assert_eq!(fixture.await_fork("f", "waiting")["error"], Value::Null);
     fixture.ask("DELETE", "/v1/forks/f").ok(204);
-    assert!(!socket.exists(), "its socket is gone");
+    eventually("its socket is gone", || !socket.exists());
 }
 
 /// Each reads and writes for itself, many at once, both backends beside each other.

@@ -14,6 +14,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
+use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
 use super::fork::{Deadlines, ForkEvent, ForkState};
 use super::handshaking::{Handshaken, Handshaking, visible};
@@ -61,6 +62,7 @@ pub(super) struct Acceptor {
     inbox: Arc<Inbox<Request>>,
     registry: Arc<Registry>,
     workers: Arc<Workers>,
+    disposal: Arc<Disposal>,
     deadlines: Deadlines,
     entries: Slab<Entry>,
     /// Nobody is accepted until then.
@@ -74,6 +76,7 @@ impl Acceptor {
     pub(super) fn start(
         registry: Arc<Registry>,
         workers: Arc<Workers>,
+        disposal: Arc<Disposal>,
         deadlines: Deadlines,
     ) -> std::io::Result<(Arc<Inbox<Request>>, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
@@ -84,6 +87,7 @@ impl Acceptor {
             inbox: Arc::clone(&inbox),
             registry,
             workers,
+            disposal,
             deadlines,
             entries: Slab::new(),
             paused: None,
@@ -148,7 +152,7 @@ impl Acceptor {
     fn listen(&mut self, listener: Listener) {
         if listener.one().is_some_and(|record| record.state().is_end()) {
             // Forgotten before it came here.
-            return;
+            return self.disposal.remove_later(listener.socket);
         }
         let flags = self.listener_flags(&listener);
         let entry = self.entries.vacant_entry();
@@ -159,7 +163,7 @@ impl Acceptor {
             }
             Err(errno) => {
                 let record = listener.one().cloned();
-                drop(listener);
+                self.disposal.remove_later(listener.socket);
                 if let Some(record) = record {
                     let reason = FailReason::Kernel {
                         operation: "watch a socket",
@@ -215,7 +219,7 @@ impl Acceptor {
         for other in self.slots(|entry| matches!(entry, Entry::Handshaking { listener, .. } if *listener == slot)) {
             if let Some((handshaking, listener)) = self.remove_handshake(other) {
                 let pid = handshaking.pid();
-                drop(handshaking);
+                self.disposal.drop_later(handshaking);
                 self.refuse(listener, pid, Refusal::TooLate);
             }
         }
@@ -223,7 +227,9 @@ impl Acceptor {
             return None;
         };
         let _ = epoll::delete(&self.epoll, &listener.socket);
-        listener.one().cloned()
+        let record = listener.one().cloned();
+        self.disposal.remove_later(listener.socket);
+        record
     }
 
     /// Takes a handshake out, with the slot of its listener.
@@ -291,14 +297,17 @@ impl Acceptor {
         let credentials = match PeerCredentials::of(stream.as_fd()) {
             Ok(credentials) => credentials,
             Err(error) => {
-                drop(stream);
+                self.disposal.drop_later(stream);
                 let message = error.to_string();
                 return self.refuse(listener, None, Refusal::Unknown { message });
             }
         };
         let handshaking = match Handshaking::new(stream, credentials, user, deadline) {
             Ok(handshaking) => Box::new(handshaking),
-            Err(refusal) => return self.refuse(listener, visible(credentials.pid), refusal),
+            Err((stream, refusal)) => {
+                self.disposal.drop_later(stream);
+                return self.refuse(listener, visible(credentials.pid), refusal);
+            }
         };
         let entry = self.entries.vacant_entry();
         let slot = entry.key();
@@ -311,7 +320,7 @@ impl Acceptor {
                 self.receive(slot);
             }
             Err(errno) => {
-                drop(handshaking);
+                self.disposal.drop_later(handshaking);
                 let refusal = Refusal::Socket { errno: errno.into() };
                 self.refuse(listener, visible(credentials.pid), refusal);
             }
@@ -332,12 +341,12 @@ impl Acceptor {
     /// Ends a handshake, whose message is complete or was refused. If it has sent a file descriptor, its fork is served or
     /// has failed. If not, it is refused, and its fork waits on.
     fn conclude(&mut self, slot: usize, received: Result<(), Refusal>) {
-        let Some((handshaking, listener)) = self.remove_handshake(slot) else {
+        let Some((mut handshaking, listener)) = self.remove_handshake(slot) else {
             return;
         };
         let pid = handshaking.pid();
         if !handshaking.has_sent_fd() {
-            drop(handshaking);
+            self.disposal.drop_later(handshaking);
             return self.refuse(listener, pid, received.err().unwrap_or(Refusal::NoFd));
         }
         let registry = Arc::clone(&self.registry);
@@ -347,16 +356,21 @@ impl Acceptor {
         if let Some(pid) = pid {
             record.set_pid(pid);
         }
-        // The file descriptors of a refused VMM are closed before its fork has ended for all to see.
-        let concluded = received
-            .and_then(|()| handshaking.conclude(&record.template))
-            .and_then(|handshaken| hugepages::admit(&registry, handshaken));
+        let checked = received
+            .and_then(|()| handshaking.check(&record.template))
+            .and_then(|layout| hugepages::admit(&registry, &layout).map(|()| layout));
         if is_for_one {
             self.remove_listener(listener);
         }
-        match concluded {
-            Ok(handshaken) => self.hand_over(record, handshaken),
+        match checked {
+            Ok(layout) => {
+                // Never `None`: what was checked is there.
+                if let Some(handshaken) = handshaking.into_handshaken(layout) {
+                    self.hand_over(record, handshaken);
+                }
+            }
             Err(refusal) => {
+                self.disposal.drop_later(handshaking);
                 let reason = FailReason::Refused(refusal);
                 registry.end(&record, ForkState::Failed, Some(reason));
             }

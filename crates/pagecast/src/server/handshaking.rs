@@ -24,14 +24,17 @@ const REFUSED_FEATURES: Features = Features::EVENT_FORK
     .union(Features::EVENT_UNMAP)
     .union(Features::SIGBUS);
 
-/// A connection whose handshake is not complete.
+/// A connection whose handshake is not complete. Dropping it can block, because it closes whatever the peer has sent.
 pub(super) struct Handshaking {
     socket: UnixStream,
     pid: i32,
-    /// The process, or why it cannot be served. A connection that sends no file descriptor never hears of that.
-    peer: Result<Peer, Refusal>,
+    /// The process, if it could be opened.
+    peer: Option<Peer>,
+    /// Why not. A connection that sends no file descriptor never hears of that.
+    unknown: Option<Refusal>,
     framer: Framer,
     fds: Vec<OwnedFd>,
+    uffd: Option<Uffd>,
     fds_lost: bool,
     pub(super) deadline: Instant,
 }
@@ -51,25 +54,33 @@ impl Handshaking {
         credentials: PeerCredentials,
         expected_user: u32,
         deadline: Instant,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, (UnixStream, Refusal)> {
         if credentials.uid != expected_user {
-            return Err(Refusal::WrongUser {
+            let refusal = Refusal::WrongUser {
                 uid: credentials.uid,
                 expected: expected_user,
-            });
+            };
+            return Err((socket, refusal));
         }
-        socket.set_nonblocking(true).map_err(|error| Refusal::Unknown {
-            message: error.to_string(),
-        })?;
-        let peer = Peer::open(socket.as_fd(), credentials).map_err(|error| Refusal::Unknown {
-            message: error.to_string(),
-        });
+        if let Err(error) = socket.set_nonblocking(true) {
+            let message = error.to_string();
+            return Err((socket, Refusal::Unknown { message }));
+        }
+        let (peer, unknown) = match Peer::open(socket.as_fd(), credentials) {
+            Ok(peer) => (Some(peer), None),
+            Err(error) => {
+                let message = error.to_string();
+                (None, Some(Refusal::Unknown { message }))
+            }
+        };
         Ok(Self {
             socket,
             pid: credentials.pid,
             peer,
+            unknown,
             framer: Framer::default(),
             fds: Vec::new(),
+            uffd: None,
             fds_lost: false,
             deadline,
         })
@@ -117,12 +128,22 @@ impl Handshaking {
         Ok(false)
     }
 
-    /// Holds a complete message against the template.
-    pub(super) fn conclude(mut self, template: &Template) -> Result<Handshaken, Refusal> {
+    /// Holds a complete message against the template. The regions that it names.
+    pub(super) fn check(&mut self, template: &Template) -> Result<Layout, Refusal> {
         let fd = self.fds.pop().ok_or(Refusal::NoFd)?;
-        let peer = self.peer?;
-        peer.pidfd.may_kill().map_err(|errno| Refusal::CannotKill { errno })?;
-        let uffd = Uffd::from_received(fd).map_err(|error| Refusal::NotAUffd { message: chain(&error) })?;
+        let uffd = match Uffd::from_received(fd) {
+            Ok(uffd) => self.uffd.insert(uffd),
+            Err(rejected) => {
+                self.fds.push(rejected.fd);
+                let message = chain(&rejected.why);
+                return Err(Refusal::NotAUffd { message });
+            }
+        };
+        match (&self.peer, self.unknown.take()) {
+            (_, Some(unknown)) => return Err(unknown),
+            (Some(peer), None) => peer.pidfd.may_kill().map_err(|errno| Refusal::CannotKill { errno })?,
+            (None, None) => {}
+        }
         let features = uffd.features();
         if !features.contains(Features::EVENT_REMOVE) || features.intersects(REFUSED_FEATURES) {
             return Err(Refusal::Features {
@@ -132,11 +153,15 @@ impl Handshaking {
         }
         let regions = parse(self.framer.bytes()).map_err(Refusal::Parse)?;
         template.check().map_err(Refusal::Template)?;
-        let layout = Layout::validate(&regions, template.len()).map_err(Refusal::Layout)?;
-        Ok(Handshaken {
+        Layout::validate(&regions, template.len()).map_err(Refusal::Layout)
+    }
+
+    /// What its fork is served with, once [`check`](Self::check) has found these regions.
+    pub(super) fn into_handshaken(self, layout: Layout) -> Option<Handshaken> {
+        Some(Handshaken {
             socket: self.socket.into(),
-            peer,
-            uffd,
+            peer: self.peer?,
+            uffd: self.uffd?,
             layout,
         })
     }

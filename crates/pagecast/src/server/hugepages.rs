@@ -4,9 +4,9 @@ use std::fs;
 
 use super::failure::Refusal;
 use super::fork::ForkState;
-use super::handshaking::Handshaken;
 use super::record::ForkRecord;
 use super::registry::Registry;
+use crate::handshake::Layout;
 use crate::page::PageSize;
 use crate::session::Region;
 
@@ -16,22 +16,17 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Lets a fork in if the pool has a page for each of its own, besides those promised to forks that have not touched
 /// theirs. Firecracker maps with `MAP_NORESERVE`, so the kernel promises nothing: without this check, a guest would freeze
 /// at the first page that the pool does not have.
-pub(super) fn admit(registry: &Registry, handshaken: Handshaken) -> Result<Handshaken, Refusal> {
-    let needed: u64 = handshaken
-        .layout
-        .regions()
-        .iter()
-        .map(|(_, region)| huge_pages(region))
-        .sum();
+pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal> {
+    let needed: u64 = layout.regions().iter().map(|(_, region)| huge_pages(region)).sum();
     if needed == 0 {
-        return Ok(handshaken);
+        return Ok(());
     }
     let promised: u64 = registry.all().iter().map(|record| outstanding(record)).sum();
     let available = free().saturating_sub(promised);
     if needed > available {
         return Err(Refusal::NotEnoughHugepages { needed, available });
     }
-    Ok(handshaken)
+    Ok(())
 }
 
 /// How many pages of the pool are free and not reserved by somebody's `mmap`.

@@ -20,6 +20,8 @@ mod acceptor;
 #[cfg(target_os = "linux")]
 mod crew;
 #[cfg(target_os = "linux")]
+mod disposal;
+#[cfg(target_os = "linux")]
 mod handle;
 #[cfg(target_os = "linux")]
 mod handshaking;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Request};
 use super::crew::Crew;
+use super::disposal::Disposal;
 use super::error::{CloseError, Error, NotEnoughMemory};
 use super::failure::FailReason;
 use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
@@ -25,6 +26,9 @@ use crate::template::{SourceError, Template};
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long to wait for socket files to be removed. It takes longer only if somebody holds up their folder.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How many bytes a second a completion installs at most, where nobody says otherwise.
 const COMPLETION_RATE: u64 = 1 << 30;
@@ -126,14 +130,21 @@ impl Builder {
             busy_poll: self.busy_poll,
             may_be_raised: priority::may_be_raised(),
         };
-        let (workers, threads) = Workers::start(self.workers, &registry, &crew, options).map_err(failed)?;
+        let disposal = Disposal::start().map_err(failed)?;
+        let (workers, threads) = Workers::start(self.workers, &registry, &crew, &disposal, options).map_err(failed)?;
         let workers = Arc::new(workers);
-        let (acceptor, thread) =
-            Acceptor::start(Arc::clone(&registry), Arc::clone(&workers), self.deadlines).map_err(failed)?;
+        let (acceptor, thread) = Acceptor::start(
+            Arc::clone(&registry),
+            Arc::clone(&workers),
+            Arc::clone(&disposal),
+            self.deadlines,
+        )
+        .map_err(failed)?;
         Ok(Server {
             registry,
             workers,
             acceptor,
+            disposal,
             deadlines: self.deadlines,
             admission: Mutex::new(()),
             life: Mutex::new(Life::Open(Threads {
@@ -152,6 +163,7 @@ pub struct Server {
     registry: Arc<Registry>,
     workers: Arc<Workers>,
     acceptor: Arc<Inbox<Request>>,
+    disposal: Arc<Disposal>,
     deadlines: Deadlines,
     /// Held between finding room for a completion and asking for it, so that no two are given the same room.
     admission: Mutex<()>,
@@ -193,7 +205,7 @@ impl Server {
         let bound = template
             .check()
             .map_err(Error::Template)
-            .and_then(|()| SocketFile::bind(&options.socket_path, options.user, options.group));
+            .and_then(|()| self.bind(options));
         let socket = match bound {
             Ok(socket) => socket,
             Err(error) => {
@@ -232,7 +244,7 @@ impl Server {
             return Err(Error::Closed);
         }
         template.check().map_err(Error::Template)?;
-        let socket = SocketFile::bind(&options.socket_path, options.user, options.group)?;
+        let socket = self.bind(options)?;
         let serves = Serves::Any {
             template: template.clone(),
             plan: options.plan,
@@ -484,6 +496,13 @@ impl Server {
         Ok(())
     }
 
+    /// Makes a socket. One of an earlier fork that is just being removed at its path is waited for.
+    fn bind(&self, options: &ForkOptions) -> Result<SocketFile, Error> {
+        let path = &options.socket_path;
+        self.disposal.wait_removed(path, Instant::now() + REMOVAL_PATIENCE);
+        SocketFile::bind(path, options.user, options.group)
+    }
+
     fn life(&self) -> MutexGuard<'_, Life> {
         // A panic under this lock leaves a state that is true all the same.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
@@ -526,6 +545,8 @@ impl Server {
                 self.acceptor.send(Request::Stop);
                 // It never waits for anybody, so it comes to this at once.
                 let _ = threads.acceptor.join();
+                // This process may end next, and nobody else removes them.
+                self.disposal.wait_all_removed(Instant::now() + REMOVAL_PATIENCE);
                 *life = Life::Closing(threads.workers);
             }
             other => *life = other,

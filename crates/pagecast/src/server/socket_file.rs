@@ -1,12 +1,14 @@
 //! A listening unix socket and its file.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
 
 use super::error::Error;
 
@@ -16,13 +18,27 @@ const LONGEST_PATH: usize = 107;
 /// How many connections wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
+/// How long to wait for the lock of a folder before a stale socket file there is not replaced.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
 /// A socket that listens at a path, which it made and takes away again.
+///
+/// Making the file is one step (`bind` fails if anything is there), and so needs no lock. Only who replaces a file that a dead
+/// server has left takes one, and not for long.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file we made: whatever else is at the path is not ours to remove.
-    identity: (u64, u64),
+    /// The file we made: whatever else is at the path is not ours to remove.
+    identity: Identity,
+}
+
+/// Device and inode of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
 }
 
 impl SocketFile {
@@ -35,31 +51,34 @@ impl SocketFile {
                 reason: "it is longer than the 107 bytes that unix(7) allows",
             });
         }
-        let failed = |source| Error::Socket {
+        let listener = match listen(path) {
+            Err(Errno::ADDRINUSE) => {
+                remove_stale(path)?;
+                listen(path)
+            }
+            other => other,
+        };
+        let listener = listener.map_err(|errno| match errno {
+            // Another server was faster.
+            Errno::ADDRINUSE => Error::SocketInUse { path: path.to_owned() },
+            errno => failed(path, errno),
+        })?;
+        let file = Pinned::open(path)
+            .and_then(|file| file.ok_or(Errno::NOENT))
+            .map_err(|errno| failed(path, errno))?;
+        let this = Self {
+            listener,
             path: path.to_owned(),
-            source,
+            identity: file.identity,
         };
-        let _guard = lock_directory(path).map_err(failed)?;
-        clear_stale(path)?;
-        let listener = listen(path).map_err(failed)?;
-        let set_up = || -> io::Result<(u64, u64)> {
-            if user.is_some() || group.is_some() {
-                std::os::unix::fs::chown(path, user, group)?;
-            }
-            let metadata = std::fs::symlink_metadata(path)?;
-            Ok((metadata.dev(), metadata.ino()))
-        };
-        match set_up() {
-            Ok(identity) => Ok(Self {
-                listener,
-                path: path.to_owned(),
-                identity,
-            }),
-            Err(error) => {
-                let _ = std::fs::remove_file(path);
-                Err(failed(error))
-            }
+        if user.is_some() || group.is_some() {
+            file.give_to(user, group).map_err(|errno| failed(path, errno))?;
         }
+        Ok(this)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The next connection, if one waits. Close-on-exec.
@@ -77,20 +96,30 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // It may be that no file descriptor is left for the lock. The file is ours to remove all the same: we still
-        // listen, so no server replaces it.
-        let _guard = lock_directory(&self.path);
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
-        if ours {
+        // No server replaces it in between: we still listen.
+        let is_ours = std::fs::symlink_metadata(&self.path).is_ok_and(|metadata| {
+            self.identity
+                == Identity {
+                    device: metadata.dev(),
+                    inode: metadata.ino(),
+                }
+        });
+        if is_ours {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
+fn failed(path: &Path, errno: Errno) -> Error {
+    Error::Socket {
+        path: path.to_owned(),
+        source: errno.into(),
+    }
+}
+
 /// A socket that listens at `path`, which nobody but its owner can ever connect to: Linux takes the mode of the file from
 /// the socket, so it is set before there is a file.
-fn listen(path: &Path) -> io::Result<UnixListener> {
+fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -101,58 +130,105 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Looking at a path, removing it and binding it are three calls: this lock on its directory makes them one among all
-/// servers, so that two cannot take away each other's socket. Gone when closed; leaves no file.
-fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
-    let directory = match path.parent() {
+/// A file that is held by its inode, whose number no other file gets meanwhile.
+struct Pinned {
+    file: OwnedFd,
+    is_socket: bool,
+    identity: Identity,
+}
+
+impl Pinned {
+    /// The file at `path`, no symbolic link followed; `None` where there is none.
+    fn open(path: &Path) -> rustix::io::Result<Option<Self>> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(errno),
+        };
+        let stat = rustix::fs::fstat(&file)?;
+        Ok(Some(Self {
+            is_socket: FileType::from_raw_mode(stat.st_mode) == FileType::Socket,
+            identity: Identity {
+                device: stat.st_dev,
+                inode: stat.st_ino,
+            },
+            file,
+        }))
+    }
+
+    /// Changes its owner. It is a socket, whatever is at its path by now.
+    fn give_to(&self, user: Option<u32>, group: Option<u32>) -> rustix::io::Result<()> {
+        if !self.is_socket {
+            return Err(Errno::NOTSOCK);
+        }
+        let (user, group) = (user.map(Uid::from_raw), group.map(Gid::from_raw));
+        rustix::fs::chownat(&self.file, c"", user, group, AtFlags::EMPTY_PATH)
+    }
+
+    /// Whether some process has this socket open. If not, none ever will again.
+    ///
+    /// Without being noticed: a datagram socket cannot connect to a stream socket, but the kernel only says so
+    /// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
+    fn is_in_use(&self) -> bool {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+        let connected = || {
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+            let itself = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            rustix::net::connect(&socket, &SocketAddrUnix::new(itself)?)
+        };
+        // Where it cannot be told, take it that somebody is there.
+        connected() != Err(Errno::CONNREFUSED)
+    }
+}
+
+/// Removes a socket file at `path` that no process has open any more.
+fn remove_stale(path: &Path) -> Result<(), Error> {
+    // Looking at a path and removing it are two calls: the lock makes them one among all servers, so that none removes
+    // what another has put there in between.
+    let _lock = lock_folder(path).map_err(|errno| match errno {
+        Errno::WOULDBLOCK => Error::SocketPath {
+            path: path.to_owned(),
+            reason: "somebody has locked its folder, so the file that a dead server has left there cannot be replaced",
+        },
+        errno => failed(path, errno),
+    })?;
+    let Some(stale) = Pinned::open(path).map_err(|errno| failed(path, errno))? else {
+        return Ok(());
+    };
+    if !stale.is_socket {
+        return Err(Error::SocketPath {
+            path: path.to_owned(),
+            reason: "something that is not a socket is there",
+        });
+    }
+    if stale.is_in_use() {
+        return Err(Error::SocketInUse { path: path.to_owned() });
+    }
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(failed(path, errno)),
+    }
+}
+
+/// Locks the folder of `path`, but waits no longer than [`LOCK_PATIENCE`]: others who can open it can lock it too.
+/// Unlocked when closed; leaves no file.
+fn lock_folder(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let directory = rustix::fs::open(
-        directory,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    rustix::fs::flock(&directory, FlockOperation::LockExclusive)?;
-    Ok(directory)
-}
-
-/// Removes a socket file at `path` that nobody listens at.
-fn clear_stale(path: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::FileTypeExt;
-
-    let failed = |source| Error::Socket {
-        path: path.to_owned(),
-        source,
-    };
-    match std::fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => {}
-        Ok(_) => {
-            return Err(Error::SocketPath {
-                path: path.to_owned(),
-                reason: "something that is not a socket is there",
-            });
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(folder),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOCK_PAUSE),
+            Err(errno) => return Err(errno),
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
     }
-    match probe(path) {
-        // Nobody has it open.
-        Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed),
-        Err(rustix::io::Errno::NOENT) => Ok(()),
-        // EPROTOTYPE, or it cannot be told: take it that somebody is there.
-        _ => Err(Error::SocketInUse { path: path.to_owned() }),
-    }
-}
-
-/// Finds out whether somebody has the socket at `path`, without being noticed: a page server would take a connection
-/// for the one VMM that it waits for. A datagram socket cannot connect to a stream socket, but the kernel only says so
-/// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
-fn probe(path: &Path) -> rustix::io::Result<()> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
 #[cfg(test)]
@@ -174,6 +250,65 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         SocketFile::bind(&path, None, None).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_somebody_has_locked_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = std::fs::File::open(dir.path()).unwrap();
+        rustix::fs::flock(&folder, FlockOperation::LockExclusive).unwrap();
+        let path = dir.path().join("s");
+        let (done, is_done) = std::sync::mpsc::channel();
+        let patience = Duration::from_secs(30);
+        std::thread::spawn(move || {
+            drop(SocketFile::bind(&path, None, None).unwrap());
+            done.send(path.exists()).unwrap();
+            // What a server leaves that was killed is not replaced, and the error says why.
+            drop(UnixListener::bind(&path).unwrap());
+            let refused = SocketFile::bind(&path, None, None);
+            let reason = refused.unwrap_err().to_string();
+            assert!(reason.contains("locked its folder"), "{reason}");
+            done.send(path.exists()).unwrap();
+        });
+        assert_eq!(is_done.recv_timeout(patience), Ok(false), "made and removed");
+        assert_eq!(is_done.recv_timeout(patience), Ok(true), "left alone");
+        drop(folder);
+    }
+
+    #[test]
+    fn of_servers_that_find_a_stale_file_at_once_one_gets_the_path_and_can_be_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        for _ in 0..200 {
+            drop(UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let bound: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            start.wait();
+                            SocketFile::bind(&path, None, None)
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let (winners, losers): (Vec<_>, Vec<_>) = bound.into_iter().partition(Result::is_ok);
+            for loser in losers {
+                // The second on a machine that is too busy.
+                assert!(
+                    matches!(loser, Err(Error::SocketInUse { .. } | Error::SocketPath { .. })),
+                    "{loser:?}"
+                );
+            }
+            let [Ok(winner)] = &winners[..] else {
+                panic!("{winners:?}")
+            };
+            let _client = UnixStream::connect(&path).unwrap();
+            winner.accept().unwrap();
+            drop(winners);
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");
+        }
     }
 
     #[test]

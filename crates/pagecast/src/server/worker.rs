@@ -13,6 +13,7 @@ use rustix::time::Timespec;
 use slab::Slab;
 
 use super::crew::Crew;
+use super::disposal::Disposal;
 use super::failure::FailReason;
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
@@ -130,6 +131,7 @@ pub(super) struct Worker {
     epoll: Arc<OwnedFd>,
     inbox: Arc<Inbox<Message>>,
     registry: Arc<Registry>,
+    disposal: Arc<Disposal>,
     count: Arc<AtomicUsize>,
     forks: Slab<Served>,
     scratch: Scratch,
@@ -152,6 +154,7 @@ impl Worker {
         index: usize,
         registry: Arc<Registry>,
         crew: Arc<Crew>,
+        disposal: Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let inbox = Arc::new(Inbox::new()?);
@@ -174,6 +177,7 @@ impl Worker {
         let worker = Self {
             epoll,
             registry,
+            disposal,
             count: Arc::clone(&forks),
             forks: Slab::new(),
             inbox: Arc::clone(&inbox),
@@ -358,6 +362,8 @@ impl Worker {
     fn drop_socket(&mut self, slot: usize) {
         if let Some(socket) = self.forks.get_mut(slot).and_then(|served| served.fork.socket.take()) {
             let _ = epoll::delete(&self.epoll, &socket);
+            // What the VMM has sent and nobody has read is closed with it.
+            self.disposal.drop_later(socket);
         }
     }
 
@@ -371,6 +377,10 @@ impl Worker {
         let record = Arc::clone(&fork.record);
         if let Some(watched) = fork.end_watch() {
             self.registry.report(&record, watched);
+        }
+        if let Some(socket) = fork.socket.take() {
+            let _ = epoll::delete(&self.epoll, &socket);
+            self.disposal.drop_later(socket);
         }
         drop(fork);
         record.template.source().let_go();

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::crew::Crew;
+use super::disposal::Disposal;
 use super::registry::Registry;
 use super::served_fork::ServedFork;
 use super::worker::{Message, Worker, WorkerHandle};
@@ -40,11 +41,15 @@ impl Workers {
         asked: Option<usize>,
         registry: &Arc<Registry>,
         crew: &Arc<Crew>,
+        disposal: &Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (count, shared) = counts(asked, processors, options.may_be_raised);
-        let started = (0..count).map(|index| Worker::start(index, Arc::clone(registry), Arc::clone(crew), options));
+        let started = (0..count).map(|index| {
+            let disposal = Arc::clone(disposal);
+            Worker::start(index, Arc::clone(registry), Arc::clone(crew), disposal, options)
+        });
         let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Self {
             shared,

@@ -18,7 +18,8 @@ use pagecast_uffd::Features;
 use serde_json::{Value, json};
 
 use crate::fixture::{
-    Bystander, Fixture, PATIENCE, cpu_time_over, eventually, failed_with, held_uffds, open_fds, short_deadlines,
+    Bystander, Fixture, PATIENCE, assert_open, cpu_time_over, eventually, failed_with, held_uffds, open_fds,
+    short_deadlines,
 };
 
 /// The template's size in bytes.
@@ -81,8 +82,8 @@ impl Scene {
         assert_eq!(failed_with(&status), code, "{status:?}");
         let failures: Vec<_> = self.fixture.server.failures().into_iter().collect();
         assert_eq!(failures, [(code, 1)]);
-        assert!(!self.fork.socket_path().exists(), "its socket is gone");
-        assert_eq!(open_fds(), self.fds, "open is what was open before it came");
+        eventually("its socket is gone", || !self.fork.socket_path().exists());
+        assert_open(&self.fds);
         self.bystander.check_unharmed();
         status
     }

@@ -342,7 +342,7 @@ fn killing_a_fork_without_a_vmm_closes_it() {
         fixture.server.kill_fork(fork.id()).unwrap();
         let status = fork.wait(PATIENCE, ForkState::is_end);
         assert_eq!(failed_with(&status), "closed");
-        assert!(!fork.socket_path().exists());
+        eventually("its socket is gone", || !fork.socket_path().exists());
     }
 }
 

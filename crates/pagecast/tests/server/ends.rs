@@ -16,8 +16,8 @@ use pagecast_testkit::template_file::Expected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::fixture::{
-    Fixture, PATIENCE, asked_or_given_back, cpu_time_over, eventually, failed_with, held_uffds, known_peers, open_fds,
-    short_deadlines,
+    Fixture, PATIENCE, asked_or_given_back, assert_open, cpu_time_over, eventually, failed_with, held_uffds,
+    known_peers, open_fds, short_deadlines,
 };
 
 /// Longer than any test: a deadline that plays no part.
@@ -76,8 +76,8 @@ fn leaves_nothing_when(end: impl FnOnce(&SimVmm)) {
     assert_eq!(ended.stats.installed_bytes, data_pages as u64 * 4096, "{ended:?}");
     assert!(asked_or_given_back(&ended) >= SIZE / 4096, "{ended:?}");
     assert_eq!(ended.pid, i32::try_from(vmm.pid()).ok());
-    assert_eq!(open_fds(), before, "open is what was open before it came");
-    assert!(!fork.socket_path().exists(), "its socket is gone");
+    assert_open(&before);
+    eventually("its socket is gone", || !fork.socket_path().exists());
     assert!(fixture.server.failures().is_empty());
     let known: Vec<_> = fixture.server.forks().into_iter().map(|status| status.state).collect();
     assert_eq!(known, [ForkState::Exited], "known until it is unregistered");
@@ -294,8 +294,8 @@ fn a_fork_that_waits_can_be_forgotten() {
     let fork = fixture.register("fork");
     fixture.server.unregister(fork.id()).unwrap();
     assert_eq!(failed_with(&fork.status()), "closed");
-    assert!(!fork.socket_path().exists());
-    assert_eq!(open_fds(), before);
+    eventually("its socket is gone", || !fork.socket_path().exists());
+    assert_open(&before);
     assert!(fixture.server.forks().is_empty());
     let again = fixture.server.unregister(fork.id());
     assert!(matches!(again, Err(Error::ForkNotFound(_))), "{again:?}");
@@ -422,7 +422,7 @@ fn a_fork_that_is_forgotten_while_it_is_registered_leaves_no_socket() {
         assert_eq!(failed_with(&fork.status()), "closed");
         eventually("its socket is gone", || !fork.socket_path().exists());
     }
-    eventually("all is closed", || open_fds() == before);
+    assert_open(&before);
 }
 
 #[test]
@@ -541,7 +541,7 @@ fn any_number_of_vmms_on_one_socket_are_served_each_for_itself() {
     };
     assert_eq!(status.state, ForkState::Exited);
     drop(bad);
-    eventually("only the socket is open", || open_fds() == listening);
+    assert_open(&listening);
     fixture.server.close(PATIENCE).unwrap();
     assert!(!path.exists());
 }
@@ -700,10 +700,10 @@ fn with_too_few_file_descriptors_a_vmm_is_refused_and_leaves_nothing() {
         let few = FewFds::left(left);
         vmm.run(Connect::new(fork.socket_path(), fixture.file.model())).unwrap();
         let status = wait_ended(&fork, ForkState::Failed);
-        assert!(!fork.socket_path().exists(), "its socket is gone");
+        eventually("its socket is gone", || !fork.socket_path().exists());
         drop(few);
         assert_eq!(failed_with(&status), code, "{status:?}");
         drop(vmm);
-        assert_eq!(open_fds(), before);
+        assert_open(&before);
     }
 }

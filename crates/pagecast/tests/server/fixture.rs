@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroU64};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,8 +91,20 @@ impl Fixture {
             .unwrap();
         let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
         assert_eq!(status.state, ForkState::Serving, "{status:?}");
+        // So that it is not among the file descriptors that are open from now on.
+        eventually("its socket is closed", || !is_listening(fork.socket_path()));
         (fork, vmm)
     }
+}
+
+/// Whether some process listens at this path.
+fn is_listening(path: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    sockets.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields.get(3) == Some(&ACCEPTS) && fields.get(7).map(Path::new) == Some(path)
+    })
 }
 
 /// What the fixture's template holds, where it has so many bytes.
@@ -213,6 +226,16 @@ fn held(kind: &str) -> usize {
         .values()
         .filter(|target| target.contains(kind))
         .count()
+}
+
+/// Waits until just these file descriptors are open: what peers have sent is closed soon, but not at once.
+#[track_caller]
+pub(crate) fn assert_open(expected: &BTreeMap<String, usize>) {
+    let until = Instant::now() + PATIENCE;
+    while open_fds() != *expected {
+        assert!(Instant::now() < until, "{:?} is open, not {expected:?}", open_fds());
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Reads pages `first..end`, as the template's.

@@ -13,8 +13,8 @@ use pagecast_testkit::sim_vmm::{AwaitClose, Connect, SimVmm};
 use pagecast_testkit::skip::skip;
 
 use crate::fixture::{
-    Fixture, PATIENCE, assert_reads_right, cpu_time_over, eventually, failed_with, held_uffds, known_peers, open_fds,
-    read_everything,
+    Fixture, PATIENCE, assert_open, assert_reads_right, cpu_time_over, eventually, failed_with, held_uffds,
+    known_peers, open_fds, read_everything,
 };
 
 /// The template's size in bytes.
@@ -50,13 +50,19 @@ fn probe(socket: &Path) {
 /// The VMM of a fork comes, is served every byte, and its socket is gone.
 fn assert_served(fixture: &Fixture, fork: &Fork) -> SimVmm {
     let vmm = SimVmm::spawn().unwrap();
+    assert_serves(fixture, fork, &vmm);
+    vmm
+}
+
+fn assert_serves(fixture: &Fixture, fork: &Fork, vmm: &SimVmm) {
     vmm.run(Connect::new(fork.socket_path(), fixture.file.model())).unwrap();
     let status = fork.wait(PATIENCE, |state| state != ForkState::Waiting);
     assert_eq!(status.state, ForkState::Serving, "{status:?}");
     assert_eq!(status.pid, i32::try_from(vmm.pid()).ok());
-    assert!(!fork.socket_path().exists(), "the socket is for one VMM");
-    assert_reads_right(&vmm, read_everything(1));
-    vmm
+    eventually("the socket is gone, which is for one VMM", || {
+        !fork.socket_path().exists()
+    });
+    assert_reads_right(vmm, read_everything(1));
 }
 
 fn assert_waiting(fork: &Fork) {
@@ -92,10 +98,10 @@ fn a_probe_that_connects_and_closes_leaves_the_fork_waiting() {
         probe(fork.socket_path());
         refused(&fork, "hung_up", count);
     }
-    eventually("nothing of them is left", || open_fds() == waiting);
+    assert_open(&waiting);
     assert_served(&fixture, &fork).kill().unwrap();
     fork.wait(PATIENCE, ForkState::is_end);
-    eventually("nothing of the fork is left", || open_fds() == before);
+    assert_open(&before);
     assert!(fixture.server.failures().is_empty(), "{:?}", fixture.server.failures());
     for event in events.iter().take(5) {
         let ForkEvent::Refused { id, pid, refusal, .. } = event else {
@@ -192,9 +198,9 @@ fn a_vmm_with_a_bad_message_ends_its_fork_and_all_other_handshakes_of_it() {
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(failed_with(&status), "no_regions");
     assert_eq!(status.pid, i32::try_from(bad.pid()).ok());
-    assert!(!fork.socket_path().exists());
+    eventually("its socket is gone", || !fork.socket_path().exists());
     assert_closed(silent);
-    assert_eq!(open_fds(), before);
+    assert_open(&before);
 }
 
 #[test]
@@ -209,7 +215,7 @@ fn a_vmm_that_dies_after_it_has_sent_its_userfaultfd_ends_its_fork() {
     vmm.kill().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(failed_with(&status), "hung_up");
-    assert_eq!(held_uffds(), 0);
+    eventually("it is closed", || held_uffds() == 0);
 }
 
 #[test]
@@ -251,7 +257,7 @@ fn a_flood_of_probes_is_counted_reported_a_few_times_and_leaves_nothing() {
         }
     });
     refused(&fork, "hung_up", PROBES);
-    assert_eq!(open_fds(), waiting);
+    assert_open(&waiting);
     let reported = events.try_iter().count();
     // Eight in ten seconds: a few times more on a machine that takes long for this.
     assert!((1..100).contains(&reported), "{reported}");
@@ -348,11 +354,54 @@ fn a_fork_is_forgotten_closed_or_withdrawn_while_several_shake_hands() {
         assert_eq!(failed_with(&status), code);
         silent.into_iter().for_each(assert_closed);
         assert!(half.join_within(PATIENCE).unwrap().closed_after_us.is_some());
-        assert!(!fork.socket_path().exists());
+        eventually("its socket is gone", || !fork.socket_path().exists());
         if code != "closing" {
-            assert_eq!(open_fds(), before, "{code}");
+            assert_open(&before);
         }
     }
+}
+
+// What could block the thread that all connections come to.
+
+#[test]
+fn a_folder_that_somebody_has_locked_holds_up_no_handshake_and_no_stop() {
+    let (fixture, _events) = observed(PATIENT);
+    let fork = fixture.register("fork");
+    let waiting = fixture.register("waiting");
+    let folder = std::fs::File::open(fixture.folder.path()).unwrap();
+    rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let vmm = assert_served(&fixture, &fork);
+    fixture.server.unregister(waiting.id()).unwrap();
+    eventually("its socket is gone", || !waiting.socket_path().exists());
+    assert_served(&fixture, &fixture.register("later"));
+    fixture.server.close(PATIENCE).unwrap();
+    assert_reads_right(&vmm, read_everything(2));
+}
+
+/// Closing it waits an hour for somebody to read: as closing a file of a FUSE server waits for that.
+#[test]
+fn a_file_descriptor_whose_close_blocks_holds_up_nobody_else() {
+    let (fixture, _events) = observed(PATIENT);
+    let fork = fixture.register("fork");
+    let other = fixture.register("other");
+    // Before the server has what blocks: a process that is just being started has a copy of it, and closes that.
+    let vmm = SimVmm::spawn().unwrap();
+    let bad = SimVmm::spawn().unwrap();
+    let piece = |bytes: &str, fds: &[FdKind]| Piece {
+        bytes: Bytes::from(bytes.as_bytes()),
+        fds: fds.to_owned(),
+    };
+    // It has closed its own copy before it sends the second piece, so that of the server is the last.
+    let _connection = bad
+        .start(RawHandshake {
+            pieces: vec![piece("[", &[FdKind::LingeringSocket]), piece("]", &[])],
+            ..RawHandshake::silent(fork.socket_path())
+        })
+        .unwrap();
+    let status = fork.wait(PATIENCE, ForkState::is_end);
+    assert_eq!(failed_with(&status), "not_a_uffd");
+    assert_serves(&fixture, &other, &vmm);
+    fixture.server.close(PATIENCE).unwrap();
 }
 
 // The socket of any number of VMMs.
@@ -376,7 +425,7 @@ fn a_probe_of_the_socket_of_any_number_of_vmms_makes_no_fork() {
     assert!(fixture.server.failures().is_empty(), "{:?}", fixture.server.failures());
     silent.shutdown(Shutdown::Both).unwrap();
     drop(silent);
-    eventually("nothing of them is left", || open_fds() == listening);
+    assert_open(&listening);
     let vmm = SimVmm::spawn().unwrap();
     vmm.run(Connect::new(&path, fixture.file.model())).unwrap();
     assert_reads_right(&vmm, read_everything(1));

@@ -74,7 +74,7 @@ fn all_forks_of_a_withdrawn_template_end_and_those_of_others_are_served() {
     for fork in [&waiting, &shaking_hands, &idle_fork, &busy_fork, &stopped_fork] {
         assert!(fork.status().state.is_end(), "{:?}", fork.status());
         assert_withdrawn(fork);
-        assert!(!fork.socket_path().exists());
+        eventually("its socket is gone", || !fork.socket_path().exists());
     }
     assert_eq!(fixture.server.withdraw(&withdrawn, "for another reason"), 0);
     for vmm in [&idle, &busy, &stopped] {
