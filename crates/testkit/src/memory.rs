@@ -105,6 +105,12 @@ impl GuestMemory {
         unsafe { uffd.register(self.range()) }
     }
 
+    /// Registers all of it for missing faults and write protection.
+    pub(crate) fn register_write_protected(&self, uffd: &Uffd) -> Result<(), Errno> {
+        // SAFETY: as in `register`.
+        unsafe { uffd.register_write_protected(self.range()) }
+    }
+
     /// Gives the pages of the bytes `range` back (`MADV_DONTNEED`). Waits until the server has read the removal.
     ///
     /// Refused for a mem-file, whose bytes would come back; a VMM does something else there.

@@ -24,6 +24,10 @@ pub(crate) const POISON: Opcode = opcode::read_write::<uffdio_poison>(GROUP, 0x0
 
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 pub(crate) const REGISTER_MODE_MISSING: u64 = sys::UFFDIO_REGISTER_MODE_MISSING as u64;
+/// `UFFDIO_REGISTER_MODE_WP`.
+pub(crate) const REGISTER_MODE_WP: u64 = sys::UFFDIO_REGISTER_MODE_WP as u64;
+/// `UFFDIO_COPY_MODE_WP`.
+pub(crate) const COPY_MODE_WP: u64 = sys::UFFDIO_COPY_MODE_WP as u64;
 /// `UFFDIO_{COPY,ZEROPAGE,CONTINUE,POISON}_MODE_DONTWAKE`: the same bit for all four.
 pub(crate) const MODE_DONTWAKE: u64 = sys::UFFDIO_COPY_MODE_DONTWAKE as u64;
 

@@ -208,12 +208,56 @@ impl Uffd {
     /// Where the userfaultfd belongs to this process, `range` must be memory that the caller has mapped, that holds no
     /// Rust object and to which no reference exists: its content comes from whoever installs pages.
     pub unsafe fn register(&self, range: HostRange) -> Result<(), Errno> {
+        self.register_for(range, abi::REGISTER_MODE_MISSING)
+    }
+
+    /// The same, for write protection too: a write to a page that was installed write-protected is noticed.
+    ///
+    /// # Errors
+    ///
+    /// As [`register`](Self::register).
+    ///
+    /// # Safety
+    ///
+    /// As [`register`](Self::register).
+    pub unsafe fn register_write_protected(&self, range: HostRange) -> Result<(), Errno> {
+        self.register_for(range, abi::REGISTER_MODE_MISSING | abi::REGISTER_MODE_WP)
+    }
+
+    fn register_for(&self, range: HostRange, mode: u64) -> Result<(), Errno> {
         let mut register = abi::uffdio_register {
             range: range_abi(range),
-            mode: abi::REGISTER_MODE_MISSING,
+            mode,
             ioctls: 0,
         };
         update::<{ abi::REGISTER }, _>(self.fd.as_fd(), &mut register).map_err(Errno::from)
+    }
+
+    /// Whether `page`, one page of the size that is mapped there, is registered for write protection. Changes nothing.
+    /// `false` also where nothing is registered, and while the address space is changing.
+    ///
+    /// The features of a userfaultfd do not tell: the kernel registers for write protection without them. But it refuses to
+    /// install a page write-protected (`EINVAL`) where that is not registered, before it looks at what is to be copied; and
+    /// what is to be copied here cannot be read.
+    ///
+    /// # Errors
+    ///
+    /// No address space is left for one page.
+    pub fn is_write_protected(&self, page: HostRange) -> Result<bool, Errno> {
+        let unreadable = Unreadable::new(page.len())?;
+        let mut copy = abi::uffdio_copy {
+            dst: page.start().get(),
+            src: unreadable.address(),
+            len: page.len().get(),
+            mode: abi::COPY_MODE_WP,
+            copy: 0,
+        };
+        Ok(match update::<{ abi::COPY }, _>(self.fd.as_fd(), &mut copy) {
+            // Not registered for it, not at all, changing, gone.
+            Err(E::INVAL | E::NOENT | E::AGAIN | E::SRCH) => false,
+            // Nothing there to copy, no page to copy it to, or a page that is there already.
+            _ => true,
+        })
     }
 
     /// Ends the registration of `range` and wakes whoever waits there. What is absent reads as zeros from now on.
@@ -300,6 +344,35 @@ impl Uffd {
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// Memory of ours that cannot be read.
+struct Unreadable {
+    start: *mut std::ffi::c_void,
+    len: usize,
+}
+
+impl Unreadable {
+    fn new(len: ByteLen) -> Result<Self, Errno> {
+        let len = usize::try_from(len.get()).map_err(|_| Errno::from(E::NOMEM))?;
+        let flags = rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::NORESERVE;
+        // SAFETY: a new mapping, at an address that the kernel chooses, which nobody else knows of.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, rustix::mm::ProtFlags::empty(), flags) }
+                .map_err(Errno::from)?;
+        Ok(Self { start, len })
+    }
+
+    fn address(&self) -> u64 {
+        self.start.expose_provenance() as u64
+    }
+}
+
+impl Drop for Unreadable {
+    fn drop(&mut self) {
+        // SAFETY: `new` has made exactly this mapping, and nothing of it was ever handed out but its address as a number.
+        let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
     }
 }
 

@@ -205,6 +205,15 @@ pub enum Refusal {
         /// What it may not have.
         refused: Features,
     },
+    /// Its memory is registered for write protection.
+    #[error(
+        "its memory at {address:#x} is registered for write protection (UFFDIO_REGISTER_MODE_WP), to track which pages are \
+         written: pages that are installed here would not be tracked. Register it for missing pages only"
+    )]
+    WriteProtected {
+        /// Where the region begins, in the memory of the VMM.
+        address: u64,
+    },
     /// The template is not what it was.
     #[error(transparent)]
     Template(SourceError),
@@ -258,6 +267,7 @@ impl Refusal {
                 LayoutError::OverlapInTemplate { .. } => "overlap_in_template",
             },
             Self::Features { .. } => "features",
+            Self::WriteProtected { .. } => "write_protected",
             Self::Template(_) => "template_changed",
             Self::NotEnoughHugepages { .. } => "not_enough_hugepages",
             Self::TooLate => "too_late",

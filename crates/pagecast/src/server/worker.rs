@@ -14,7 +14,7 @@ use slab::Slab;
 
 use super::crew::Crew;
 use super::disposal::Disposal;
-use super::failure::FailReason;
+use super::failure::{FailReason, Refusal};
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
 use super::quiet::Quiet;
@@ -442,6 +442,19 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
+        // Asked here and not by the acceptor, because it takes a lock of the VMM's memory, as all that a worker does.
+        let refused = match fork.write_protected() {
+            Ok(None) => None,
+            Ok(Some(address)) => Some(FailReason::Refused(Refusal::WriteProtected { address: address.get() })),
+            Err(errno) => Some(FailReason::Kernel {
+                operation: "look at the memory of a VMM",
+                errno,
+            }),
+        };
+        if refused.is_some() {
+            // It got no page, and lives on as any VMM that is refused.
+            return self.finish(slot, ForkState::Failed, refused);
+        }
         // Told of each new event once: all are read whenever there is one, and the kernel need not look again.
         let on_new_events = EventFlags::IN | EventFlags::ET;
         let uffd = epoll::add(&self.epoll, &fork.uffd, Token::Uffd(slot).encode(), on_new_events);

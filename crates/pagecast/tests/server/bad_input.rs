@@ -10,7 +10,7 @@ use pagecast::Template;
 use pagecast::server::{Builder, Deadlines, Error, Fork, ForkOptions, ForkState, ForkStatus};
 use pagecast_testkit::peer::{Bytes, FdKind, Piece, RawHandshake, RawReport, Then};
 use pagecast_testkit::sim_vmm::{
-    AwaitClose, ClearNonblock, Connect, Order, Pages, Read, Region, SimVmm, Touch, TouchOutside,
+    AwaitClose, ClearNonblock, Connect, Order, Pages, Read, Region, Registered, SimVmm, Touch, TouchOutside,
 };
 use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
@@ -278,6 +278,41 @@ fn a_uffd_that_raises_sigbus_is_refused() {
     vmm_refused("features", |connect| {
         connect.feature_bits |= Features::SIGBUS.bits();
     });
+}
+
+/// The kernel registers memory for write protection without any feature, and others may ask for the features and not use
+/// them: what is registered counts.
+#[test]
+fn a_vmm_that_tracks_writes_by_write_protection_is_refused_with_the_reason() {
+    for features in [
+        Features::EVENT_REMOVE,
+        Features::EVENT_REMOVE | Features::PAGEFAULT_FLAG_WP | Features::WP_ASYNC | Features::WP_UNPOPULATED,
+    ] {
+        vmm_refused("write_protected", |connect| {
+            connect.feature_bits = features.bits();
+            connect.registered = Registered::WriteProtected;
+        });
+    }
+}
+
+#[test]
+fn a_vmm_that_tracks_writes_in_its_second_region_is_refused_too() {
+    vmm_refused("write_protected", |connect| {
+        connect.registered = Registered::WriteProtected;
+        let half = |offset| Region { size: SIZE / 2, offset };
+        connect.regions = vec![half(0), half(SIZE / 2)];
+    });
+}
+
+#[test]
+fn a_vmm_that_may_protect_its_memory_and_does_not_is_served() {
+    let scene = Scene::new(patient);
+    let mut connect = Connect::new(scene.fork.socket_path(), scene.fixture.file.model());
+    connect.feature_bits |= (Features::PAGEFAULT_FLAG_WP | Features::WP_ASYNC | Features::WP_UNPOPULATED).bits();
+    scene.vmm.run(connect).unwrap();
+    let report = scene.vmm.run(Read::default()).unwrap();
+    assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    assert_eq!(scene.fork.status().state, ForkState::Serving);
 }
 
 // How the message comes.

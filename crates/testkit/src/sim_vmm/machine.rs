@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use super::guest::{Guest, GuestRegion};
 use super::protocol::{
-    Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapAnonymous, MapFile, Memory, Request,
-    Resume, Resumed,
+    Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapAnonymous, MapFile, Memory, Registered,
+    Request, Resume, Resumed,
 };
 use super::work::{self, nanos};
 use crate::memory::{GuestMemory, PageSize};
@@ -127,7 +127,11 @@ impl Machine {
             nonblocking: true,
         })?;
         for region in &regions {
-            region.memory.register(&uffd).context("failed to register a region")?;
+            match connect.registered {
+                Registered::Missing => region.memory.register(&uffd),
+                Registered::WriteProtected => region.memory.register_write_protected(&uffd),
+            }
+            .context("failed to register a region")?;
         }
         let bases = regions.iter().map(|region| region.memory.range().start().get());
         let base_host_virt_addrs: Vec<u64> = bases.collect();

@@ -149,6 +149,8 @@ pub struct Connect {
     pub keep_uffd: bool,
     /// The features asked of the userfaultfd ([`Features`]); Firecracker's are `EVENT_REMOVE`.
     pub feature_bits: u64,
+    /// What its memory is registered for.
+    pub registered: Registered,
     /// Whether the message is sent byte by byte, the userfaultfd with the first one, instead of at once.
     pub byte_by_byte: bool,
 }
@@ -168,9 +170,20 @@ impl Connect {
             keep_socket: true,
             keep_uffd: true,
             feature_bits: Features::EVENT_REMOVE.bits(),
+            registered: Registered::Missing,
             byte_by_byte: false,
         }
     }
+}
+
+/// What the memory of a guest is registered for with its userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Registered {
+    /// Missing pages, as Firecracker does.
+    Missing,
+    /// Missing pages and write protection, as a VMM does that tracks which pages are written.
+    WriteProtected,
 }
 
 /// One region of a guest.

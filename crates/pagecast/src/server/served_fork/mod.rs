@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast_uffd::{Drained, Errno, EventBuffer, HostRange, Outcome, Peer, Uffd};
+use pagecast_uffd::{Drained, Errno, EventBuffer, HostAddr, HostRange, Outcome, Peer, Uffd};
 
 use super::crew::Crew;
 use super::failure::FailReason;
@@ -195,6 +195,22 @@ impl ServedFork {
             unregistered: false,
             given_up: None,
         }
+    }
+
+    /// Whether a region of its memory is registered for write protection, and where that region begins.
+    ///
+    /// Tracking the writes of a guest takes every page to be installed write-protected, zeros to be copied, and no memory to
+    /// be unregistered ever, so that the fork could not be completed.
+    pub(super) fn write_protected(&self) -> Result<Option<HostAddr>, Errno> {
+        for region in self.record.regions.get().into_iter().flatten() {
+            let start = region.memory().start();
+            if let Some(page) = HostRange::new(start, region.page_size().len())
+                && self.uffd.is_write_protected(page)?
+            {
+                return Ok(Some(start));
+            }
+        }
+        Ok(None)
     }
 
     /// Reads what has happened and answers it; with `alone`, looks a few times more whether there is already something new,
