@@ -1,4 +1,4 @@
-//! How much memory a process may still take before a cgroup of its stops it.
+//! How much memory a process may still take before a cgroup of its stops it, and how many hugepages.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,28 +25,8 @@ impl MemoryCgroup {
     }
 
     fn of(process: &ProcResult<Process>) -> Vec<Self> {
-        let Some(mounts) = Process::myself().and_then(|process| process.mountinfo()).ok() else {
-            return Vec::new();
-        };
-        let Some(groups) = process.as_ref().ok().and_then(|process| process.cgroups().ok()) else {
-            return Vec::new();
-        };
-        let mut found = Vec::new();
-        for group in groups {
-            let unified = group.hierarchy == 0;
-            if !unified && !group.controllers.iter().any(|controller| controller == "memory") {
-                continue;
-            }
-            let Some(root) = mount_point(&mounts, unified) else {
-                continue;
-            };
-            let leaf = root.join(group.pathname.trim_start_matches('/'));
-            let up_to_root = leaf.ancestors().take_while(|path| path.starts_with(&root));
-            found.extend(up_to_root.map(|folder| Self {
-                folder: folder.to_owned(),
-            }));
-        }
-        found
+        let folders = folders(process, "memory");
+        folders.into_iter().map(|folder| Self { folder }).collect()
     }
 
     /// Where it is in the file system.
@@ -78,7 +58,7 @@ impl MemoryCgroup {
     }
 
     fn number(&self, name: &str) -> Option<u64> {
-        self.read(name)?.trim().parse().ok()
+        number(&self.folder, name)
     }
 
     fn read(&self, name: &str) -> Option<String> {
@@ -86,10 +66,87 @@ impl MemoryCgroup {
     }
 }
 
-fn mount_point(mounts: &MountInfos, unified: bool) -> Option<PathBuf> {
+/// A cgroup that may limit hugepages of 2 MiB, of version 1 or 2.
+///
+/// The kernel charges a hugepage to the process that installs it. With `UFFDIO_COPY` that is the page server, not the VMM.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HugetlbCgroup {
+    folder: PathBuf,
+}
+
+impl HugetlbCgroup {
+    /// Those that this process is in, up to the root; none where that cannot be told.
+    pub fn own() -> Vec<Self> {
+        let folders = folders(&Process::myself(), "hugetlb");
+        folders.into_iter().map(|folder| Self { folder }).collect()
+    }
+
+    /// Where it is in the file system.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Its limit in bytes; `None` where it has none.
+    pub fn limit(&self) -> Option<u64> {
+        self.limits().map(|(limit, _)| limit).min()
+    }
+
+    /// How many bytes of hugepages it can give before it reaches its limit; `None` where it has none.
+    pub fn available(&self) -> Option<u64> {
+        self.limits().map(|(limit, used)| limit.saturating_sub(used)).min()
+    }
+
+    /// Its limits with what is used of each: that of pages, and that of pages and reservations. A page that nobody has
+    /// reserved counts for both.
+    fn limits(&self) -> impl Iterator<Item = (u64, u64)> {
+        let names = ["", "rsvd."].into_iter().flat_map(|kind| {
+            [("max", "current"), ("limit_in_bytes", "usage_in_bytes")].map(|(limit, used)| {
+                (
+                    format!("hugetlb.2MB.{kind}{limit}"),
+                    format!("hugetlb.2MB.{kind}{used}"),
+                )
+            })
+        });
+        names.filter_map(|(limit, used)| {
+            // "max" is no number: no limit. Version 1 says a number near 2^63 instead.
+            let limit = number(&self.folder, &limit).filter(|limit| *limit < 1 << 62)?;
+            Some((limit, number(&self.folder, &used)?))
+        })
+    }
+}
+
+/// The cgroups of a controller that a process is in, up to the root; none where that cannot be told.
+fn folders(process: &ProcResult<Process>, controller: &str) -> Vec<PathBuf> {
+    let Some(mounts) = Process::myself().and_then(|process| process.mountinfo()).ok() else {
+        return Vec::new();
+    };
+    let Some(groups) = process.as_ref().ok().and_then(|process| process.cgroups().ok()) else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for group in groups {
+        let unified = group.hierarchy == 0;
+        if !unified && !group.controllers.iter().any(|name| name == controller) {
+            continue;
+        }
+        let Some(root) = mount_point(&mounts, unified, controller) else {
+            continue;
+        };
+        let leaf = root.join(group.pathname.trim_start_matches('/'));
+        let up_to_root = leaf.ancestors().take_while(|path| path.starts_with(&root));
+        found.extend(up_to_root.map(Path::to_owned));
+    }
+    found
+}
+
+fn number(folder: &Path, name: &str) -> Option<u64> {
+    fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
+}
+
+fn mount_point(mounts: &MountInfos, unified: bool, controller: &str) -> Option<PathBuf> {
     let mount = mounts.iter().find(|mount| match (unified, mount.fs_type.as_str()) {
         (true, "cgroup2") => true,
-        (false, "cgroup") => mount.super_options.contains_key("memory"),
+        (false, "cgroup") => mount.super_options.contains_key(controller),
         _ => false,
     })?;
     Some(mount.mount_point.clone())
@@ -112,6 +169,31 @@ mod tests {
         assert_eq!((cgroup.limit(), cgroup.available()), (Some(1_000_000), Some(500_000)));
         write("memory.max", "max\n");
         assert_eq!((cgroup.limit(), cgroup.available()), (None, None));
+    }
+
+    #[test]
+    fn of_hugepages_the_tighter_limit_of_pages_and_reservations_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let cgroup = HugetlbCgroup {
+            folder: dir.path().to_owned(),
+        };
+        assert_eq!((cgroup.limit(), cgroup.available()), (None, None));
+        write("hugetlb.2MB.max", "max\n");
+        write("hugetlb.2MB.current", "2097152\n");
+        write("hugetlb.2MB.rsvd.max", "max\n");
+        write("hugetlb.2MB.rsvd.current", "6291456\n");
+        assert_eq!((cgroup.limit(), cgroup.available()), (None, None));
+        write("hugetlb.2MB.max", "16777216\n");
+        assert_eq!(cgroup.available(), Some(14_680_064));
+        write("hugetlb.2MB.rsvd.max", "8388608\n");
+        assert_eq!((cgroup.limit(), cgroup.available()), (Some(8_388_608), Some(2_097_152)));
+        for name in ["max", "current", "rsvd.max", "rsvd.current"] {
+            fs::remove_file(dir.path().join(format!("hugetlb.2MB.{name}"))).unwrap();
+        }
+        write("hugetlb.2MB.limit_in_bytes", "4194304\n");
+        write("hugetlb.2MB.usage_in_bytes", "6291456\n");
+        assert_eq!(cgroup.available(), Some(0));
     }
 
     #[test]

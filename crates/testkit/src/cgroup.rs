@@ -1,10 +1,11 @@
-//! A memory cgroup for the time of a test.
+//! Cgroups for the time of a test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::hugepages::HugePages;
 use crate::skip::skip;
 
 /// A memory cgroup beneath the one that the test is in. Dropping it removes it, once those in it are dead.
@@ -90,5 +91,96 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         // Where somebody in it lives, an empty folder is left.
         let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// A cgroup that this process is in and that limits the hugepages it installs. Dropping it takes this process out again.
+#[derive(Debug)]
+pub struct HugetlbCgroup {
+    path: PathBuf,
+    root: PathBuf,
+    /// The controller was off before.
+    enabled: bool,
+}
+
+impl HugetlbCgroup {
+    /// Makes one and moves this process there, whose children stay where they are. `None`, and says that the test is skipped,
+    /// where there can be none. The controller is on for the whole machine meanwhile, which `_alone` says nobody else changes.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn enter(_alone: &HugePages) -> Result<Option<Self>> {
+        let is_there = |root: &str| {
+            let controllers = fs::read_to_string(Path::new(root).join("cgroup.controllers"));
+            controllers.is_ok_and(|names| names.split_whitespace().any(|name| name == "hugetlb"))
+        };
+        let Some(root) = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+            .into_iter()
+            .find(|root| is_there(root))
+        else {
+            skip("no cgroup of version 2 limits hugepages here");
+            return Ok(None);
+        };
+        let root = PathBuf::from(root);
+        let groups = procfs::process::Process::myself()?.cgroups()?;
+        if !(&groups)
+            .into_iter()
+            .any(|group| group.hierarchy == 0 && group.pathname == "/")
+        {
+            skip("this process is not in the root of the cgroups, where a limit could be set beneath it");
+            return Ok(None);
+        }
+        let control = root.join("cgroup.subtree_control");
+        let enabled = !fs::read_to_string(&control)?.contains("hugetlb");
+        if enabled {
+            fs::write(&control, "+hugetlb").context("failed to enable the hugetlb controller")?;
+        }
+        let path = root.join(format!("pagecast-test-{}", std::process::id()));
+        let cgroup = Self { path, root, enabled };
+        fs::create_dir(&cgroup.path).context("failed to make a cgroup")?;
+        move_self(&cgroup.path)?;
+        Ok(Some(cgroup))
+    }
+
+    /// Where it is in the file system.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Limits it to so many pages of 2 MiB.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn limit(&self, pages: u64) -> Result<()> {
+        fs::write(self.path.join("hugetlb.2MB.max"), (pages << 21).to_string()).context("failed to limit hugepages")
+    }
+
+    /// How many bytes of hugepages are charged to it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say.
+    pub fn used(&self) -> Result<u64> {
+        Ok(fs::read_to_string(self.path.join("hugetlb.2MB.current"))?
+            .trim()
+            .parse()?)
+    }
+}
+
+fn move_self(to: &Path) -> Result<()> {
+    fs::write(to.join("cgroup.procs"), std::process::id().to_string())
+        .with_context(|| format!("failed to move this process to {}", to.display()))
+}
+
+impl Drop for HugetlbCgroup {
+    fn drop(&mut self) {
+        // There is nobody to tell.
+        let _ = move_self(&self.root);
+        let _ = fs::remove_dir(&self.path);
+        if self.enabled {
+            let _ = fs::write(self.root.join("cgroup.subtree_control"), "-hugetlb");
+        }
     }
 }

@@ -10,6 +10,7 @@ use crate::skip::skip;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const OVERCOMMIT: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 const SURPLUS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/surplus_hugepages";
 
 /// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
@@ -21,6 +22,8 @@ pub struct HugePages {
     // Holds the lock.
     pool: File,
     before: u64,
+    /// How many pages the kernel was allowed to add before that was changed.
+    overcommit_before: Option<u64>,
 }
 
 impl HugePages {
@@ -46,7 +49,11 @@ impl HugePages {
         };
         pool.lock().with_context(|| format!("failed to lock {POOL}"))?;
         let before = size(&pool)?;
-        let reserved = Self { pool, before };
+        let reserved = Self {
+            pool,
+            before,
+            overcommit_before: None,
+        };
         resize(&reserved.pool, before + pages)?;
         // The kernel reserves what it can find, and says nothing.
         let added = size(&reserved.pool)?.saturating_sub(before);
@@ -56,6 +63,19 @@ impl HugePages {
         }
         wait_until_free(pages)?;
         Ok(Some(reserved))
+    }
+}
+
+impl HugePages {
+    /// Allows the kernel to add this many pages to the pool while somebody needs them, until this is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn allow_more(&mut self, pages: u64) -> Result<()> {
+        let before = read_number(OVERCOMMIT)?;
+        self.overcommit_before.get_or_insert(before);
+        std::fs::write(OVERCOMMIT, pages.to_string()).with_context(|| format!("failed to set {OVERCOMMIT} to {pages}"))
     }
 }
 
@@ -101,6 +121,9 @@ fn resize(mut pool: &File, pages: u64) -> Result<()> {
 impl Drop for HugePages {
     fn drop(&mut self) {
         // There is nobody to tell, and the lock must go in any case.
+        if let Some(before) = self.overcommit_before {
+            let _ = std::fs::write(OVERCOMMIT, before.to_string());
+        }
         let _ = resize(&self.pool, self.before);
     }
 }

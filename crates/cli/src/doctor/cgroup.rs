@@ -1,9 +1,9 @@
-//! The memory limit of the cgroups we are in.
+//! The limits of the cgroups we are in: memory and hugepages.
 
 use std::path::PathBuf;
 
 use indicatif::BinaryBytes;
-use pagecast::cgroup::MemoryCgroup;
+use pagecast::cgroup::{HugetlbCgroup, MemoryCgroup};
 
 use super::finding::Finding;
 use super::memory::LITTLE;
@@ -15,7 +15,49 @@ struct Limited {
     available: u64,
 }
 
-pub(super) fn probe() -> Finding {
+pub(super) fn probe() -> [Finding; 2] {
+    [memory(), hugepages()]
+}
+
+fn hugepages() -> Finding {
+    let limited = HugetlbCgroup::own().into_iter().filter_map(|cgroup| {
+        Some(Limited {
+            folder: cgroup.folder().to_owned(),
+            limit: cgroup.limit()?,
+            available: cgroup.available()?,
+        })
+    });
+    hugepage_limit(limited)
+}
+
+/// What the tightest of them means for hugepages.
+fn hugepage_limit(limited: impl Iterator<Item = Limited>) -> Finding {
+    let check = "cgroup_hugepages";
+    let Some(tightest) = limited.min_by_key(|cgroup| cgroup.available) else {
+        return Finding::ok(
+            check,
+            "no limit here; the hugepages of forks with uffd are charged to the cgroup of the page server, not to that of \
+             their VMMs",
+        );
+    };
+    let found = format!(
+        "{} of hugepages left of {} in {}",
+        BinaryBytes(tightest.available),
+        BinaryBytes(tightest.limit),
+        tightest.folder.display()
+    );
+    if tightest.available < LITTLE {
+        return Finding::warn(
+            check,
+            found,
+            "raise its hugetlb.2MB.max (version 1: hugetlb.2MB.limit_in_bytes): the hugepages of forks with uffd are charged to \
+             the page server, not to their VMMs",
+        );
+    }
+    Finding::ok(check, found)
+}
+
+fn memory() -> Finding {
     let limited = MemoryCgroup::own().into_iter().filter_map(|cgroup| {
         Some(Limited {
             folder: cgroup.folder().to_owned(),
@@ -68,6 +110,19 @@ mod tests {
     #[test]
     fn no_limit_is_fine() {
         assert_eq!(limit(std::iter::empty()).status(), Status::Ok);
+        let hugepages = hugepage_limit(std::iter::empty());
+        assert_eq!(hugepages.status(), Status::Ok);
+        assert!(hugepages.parts().1.contains("the page server"));
+    }
+
+    #[test]
+    fn a_tight_limit_of_hugepages_is_warned_of() {
+        let tight = hugepage_limit([limited("/sys/fs/cgroup/b", 1 << 30, 1 << 21)].into_iter());
+        assert_eq!(tight.status(), Status::Warn);
+        assert!(tight.parts().1.contains("/sys/fs/cgroup/b"));
+        assert!(tight.parts().2.contains("hugetlb.2MB.max"));
+        let wide = hugepage_limit([limited("/sys/fs/cgroup/b", 2 << 30, 1 << 30)].into_iter());
+        assert_eq!(wide.status(), Status::Ok);
     }
 
     #[test]

@@ -61,16 +61,30 @@ fn hugepages(host: &Host) -> Finding {
         let path = format!("{HUGEPAGES}/{name}");
         host.number(&path).map_err(|error| unknown(check, path, &error))
     };
-    let counts =
-        number("free_hugepages").and_then(|free| Ok((free, number("resv_hugepages")?, number("nr_hugepages")?)));
-    let (free, reserved, all) = match counts {
+    let counts = || -> Result<_, Finding> {
+        Ok((
+            number("free_hugepages")?,
+            number("resv_hugepages")?,
+            number("nr_hugepages")?,
+            number("nr_overcommit_hugepages")?,
+            number("surplus_hugepages")?,
+        ))
+    };
+    let (free, reserved, all, overcommit, surplus) = match counts() {
         Ok(counts) => counts,
         Err(finding) => return finding,
     };
+    let may_be_added = overcommit.saturating_sub(surplus);
+    // What is reserved may be of either.
+    let added_left = may_be_added.saturating_sub(reserved.saturating_sub(free));
     let free = free.saturating_sub(reserved);
     let size = BinaryBytes(free.saturating_mul(2 << 20));
-    let found = format!("{free} of {all} pages of 2 MiB are free ({size})");
-    if free == 0 {
+    let added = match added_left {
+        0 => String::new(),
+        _ => format!(", and the kernel may add {added_left} (vm.nr_overcommit_hugepages) as far as there is memory"),
+    };
+    let found = format!("{free} of {all} pages of 2 MiB are free ({size}){added}");
+    if free == 0 && added_left == 0 {
         return Finding::warn(
             check,
             format!("{found}; {only}"),
@@ -150,15 +164,22 @@ mod tests {
 
     #[test]
     fn hugepages_are_free_where_nobody_reserved_them() {
-        let look = |free: &str, reserved: &str| {
+        let look_at = |free: &str, reserved: &str, overcommit: &str| {
             let path = |name: &str| format!("{HUGEPAGES}/{name}");
             let (host, _folder) = made_up(&[
                 (&path("nr_hugepages"), "512\n"),
                 (&path("free_hugepages"), free),
                 (&path("resv_hugepages"), reserved),
+                (&path("nr_overcommit_hugepages"), overcommit),
+                (&path("surplus_hugepages"), "2\n"),
             ]);
             hugepages(&host)
         };
+        let look = |free: &str, reserved: &str| look_at(free, reserved, "0\n");
+        let more = look_at("0\n", "0\n", "10\n");
+        assert_eq!(more.status(), Status::Ok);
+        assert!(more.parts().1.contains("the kernel may add 8"), "{:?}", more.parts());
+        assert_eq!(look_at("0\n", "8\n", "10\n").status(), Status::Warn);
         let some = look("100\n", "36\n");
         assert_eq!(
             some.parts(),

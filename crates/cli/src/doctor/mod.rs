@@ -96,7 +96,7 @@ impl Doctor {
         findings.push(device::probe_kvm(&host));
         findings.push(firecracker::probe(&self.firecracker));
         findings.extend(memory::probe(&host));
-        findings.push(cgroup::probe());
+        findings.extend(cgroup::probe());
         findings.extend(limit::probe(&host));
         findings.push(device::probe_fuse(&host));
         findings.extend(lease::probe(&host));

@@ -50,6 +50,7 @@ fn this_machine_is_examined() {
             "thp",
             "overcommit",
             "cgroup_memory",
+            "cgroup_hugepages",
             "open_files",
             "max_map_count",
             "priority",

@@ -1,6 +1,7 @@
 //! Why a fork failed, why a VMM was refused.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,6 +116,17 @@ fn serialize_reason<S: serde::Serializer>(
     object.end()
 }
 
+fn more_hugepages(missing: u64, cgroup: Option<&Path>) -> String {
+    match cgroup {
+        None => format!("raise vm.nr_hugepages or vm.nr_overcommit_hugepages by {missing}"),
+        Some(cgroup) => format!(
+            "raise hugetlb.2MB.max (version 1: hugetlb.2MB.limit_in_bytes) of the server's own cgroup {} by {} bytes",
+            cgroup.display(),
+            missing.saturating_mul(2 << 20)
+        ),
+    }
+}
+
 fn refused_before(refused: u64) -> String {
     match refused {
         0 => String::new(),
@@ -217,16 +229,19 @@ pub enum Refusal {
     /// The template is not what it was.
     #[error(transparent)]
     Template(SourceError),
-    /// The pool of hugepages is too small for it.
+    /// The pool of hugepages, or our own cgroup, is too small for it.
     #[error(
-        "it may need {needed} hugepages of 2 MiB and {available} are free and not promised to other forks: raise \
-         vm.nr_hugepages by {}", needed.saturating_sub(*available)
+        "it may need {needed} hugepages of 2 MiB and {available} can be had and are not promised to other forks: {}",
+        more_hugepages(needed.saturating_sub(*available), cgroup.as_deref())
     )]
     NotEnoughHugepages {
         /// How many it has room for.
         needed: u64,
         /// How many there are for it.
         available: u64,
+        /// The cgroup of this process whose limit leaves no more: hugepages are charged to whoever installs them. `None` if
+        /// it is the pool.
+        cgroup: Option<PathBuf>,
     },
     /// Another VMM was served, or the fork has ended, before this handshake was complete.
     #[error("another VMM was served meanwhile, or the fork has ended")]

@@ -1,11 +1,14 @@
 //! Whether the pool of hugepages has room for another fork.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use super::failure::Refusal;
 use super::fork::ForkState;
+use super::memory::{SPARE_PART, host_available};
 use super::record::ForkRecord;
 use super::registry::Registry;
+use crate::cgroup::HugetlbCgroup;
 use crate::handshake::Layout;
 use crate::page::PageSize;
 use crate::session::Region;
@@ -22,22 +25,59 @@ pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal>
         return Ok(());
     }
     let promised: u64 = registry.all().iter().map(|record| outstanding(record)).sum();
-    let available = free().saturating_sub(promised);
+    let room = HugeRoom::now();
+    let available = room.pages.saturating_sub(promised);
     if needed > available {
-        return Err(Refusal::NotEnoughHugepages { needed, available });
+        return Err(Refusal::NotEnoughHugepages {
+            needed,
+            available,
+            cgroup: room.cgroup,
+        });
     }
     Ok(())
 }
 
-/// How many pages of the pool are free and not reserved by somebody's `mmap`.
-pub(super) fn free() -> u64 {
+/// How many more pages of 2 MiB this process can install.
+pub(super) struct HugeRoom {
+    pub(super) pages: u64,
+    /// Our cgroup, if it is its limit that leaves no more: the kernel charges hugepages to whoever installs them.
+    pub(super) cgroup: Option<PathBuf>,
+}
+
+impl HugeRoom {
+    /// As it is now.
+    pub(super) fn now() -> Self {
+        let mut room = Self {
+            pages: pool(Path::new(POOL), host_available()),
+            cgroup: None,
+        };
+        for cgroup in HugetlbCgroup::own() {
+            if let Some(bytes) = cgroup.available()
+                && bytes / PageSize::Huge.bytes() < room.pages
+            {
+                room = Self {
+                    pages: bytes / PageSize::Huge.bytes(),
+                    cgroup: Some(cgroup.folder().to_owned()),
+                };
+            }
+        }
+        room
+    }
+}
+
+/// How many pages a pool can give: those that are free and not reserved by somebody's `mmap`, and those that the kernel may
+/// add to it (`vm.nr_overcommit_hugepages`), as far as the host has so much memory.
+fn pool(pool: &Path, host_available: Option<u64>) -> u64 {
     let read = |name: &str| -> u64 {
-        fs::read_to_string(format!("{POOL}/{name}"))
+        fs::read_to_string(pool.join(name))
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(0)
     };
-    read("free_hugepages").saturating_sub(read("resv_hugepages"))
+    let may_be_added = read("nr_overcommit_hugepages").saturating_sub(read("surplus_hugepages"));
+    let memory = host_available.map_or(u64::MAX, |bytes| (bytes - bytes / SPARE_PART) / PageSize::Huge.bytes());
+    let free = read("free_hugepages").saturating_add(may_be_added.min(memory));
+    free.saturating_sub(read("resv_hugepages"))
 }
 
 /// How many huge pages a fork that is served may still take.
@@ -55,5 +95,36 @@ fn huge_pages(region: &Region) -> u64 {
     match region.page_size() {
         PageSize::Small => 0,
         PageSize::Huge => region.pages() as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_may_add_to_a_pool_counts_as_far_as_there_is_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let counts = |free: u64, reserved: u64, overcommit: u64, surplus: u64| {
+            for (name, count) in [
+                ("free_hugepages", free),
+                ("resv_hugepages", reserved),
+                ("nr_overcommit_hugepages", overcommit),
+                ("surplus_hugepages", surplus),
+            ] {
+                fs::write(folder.path().join(name), format!("{count}\n")).unwrap();
+            }
+            pool(folder.path(), Some(16 * 100 * PageSize::Huge.bytes()))
+        };
+        assert_eq!(counts(10, 4, 0, 0), 6);
+        assert_eq!(counts(10, 4, 30, 10), 26);
+        assert_eq!(counts(0, 10, 30, 10), 10, "reserved pages may be added ones");
+        assert_eq!(counts(10, 4, 30, 40), 6);
+        assert_eq!(
+            counts(10, 0, 1 << 40, 0),
+            10 + 1500,
+            "a sixteenth of the memory is left alone"
+        );
+        assert_eq!(pool(&folder.path().join("none"), None), 0);
     }
 }

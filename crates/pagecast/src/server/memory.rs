@@ -7,7 +7,7 @@ use std::time::Instant;
 use procfs::Current;
 
 use super::error::NotEnoughMemory;
-use super::hugepages;
+use super::hugepages::HugeRoom;
 use super::record::ForkRecord;
 use crate::cgroup::MemoryCgroup;
 use crate::page::PageSize;
@@ -15,7 +15,7 @@ use crate::session::Region;
 use crate::template::{PageSource, Template, TemplateOffset};
 
 /// What is never used up: this part of what is available stays for everybody else.
-const SPARE_PART: u64 = 16;
+pub(super) const SPARE_PART: u64 = 16;
 
 /// What completing some forks takes, at most.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,7 +112,7 @@ impl Demand {
 /// What there is, each looked at once.
 struct Room {
     host: Option<u64>,
-    huge_pages: u64,
+    huge: HugeRoom,
     cgroups: BTreeMap<MemoryCgroup, Option<u64>>,
 }
 
@@ -120,7 +120,7 @@ impl Room {
     fn now() -> Self {
         Self {
             host: host_available(),
-            huge_pages: hugepages::free(),
+            huge: HugeRoom::now(),
             cgroups: BTreeMap::new(),
         }
     }
@@ -155,12 +155,15 @@ impl Room {
                 format!("in the cgroup {}", cgroup.folder().display())
             })?;
         }
-        if demand.all.huge_pages > self.huge_pages {
+        if demand.all.huge_pages > self.huge.pages {
             return Err(NotEnoughMemory {
                 forks,
                 needed: demand.all.huge_pages * PageSize::Huge.bytes(),
-                available: self.huge_pages * PageSize::Huge.bytes(),
-                place: "in the pool of hugepages".to_owned(),
+                available: self.huge.pages * PageSize::Huge.bytes(),
+                place: match &self.huge.cgroup {
+                    None => "in the pool of hugepages".to_owned(),
+                    Some(cgroup) => format!("of hugepages in the server's own cgroup {}", cgroup.display()),
+                },
             });
         }
         Ok(())
@@ -209,7 +212,7 @@ fn bytes_not_zero(region: &Region, source: &dyn PageSource) -> u64 {
 }
 
 /// What the host can give without swapping.
-fn host_available() -> Option<u64> {
+pub(super) fn host_available() -> Option<u64> {
     procfs::Meminfo::current().ok()?.mem_available
 }
 

@@ -1,15 +1,21 @@
 //! Guests with pages of 2 MiB: the same, and never a page that the pool does not have.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
 
-use pagecast::server::{Fork, ForkState};
+use pagecast::server::{Error, Fork, ForkState};
 use pagecast_testkit::PageSize;
+use pagecast_testkit::cgroup::HugetlbCgroup;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::process::MemoryUse;
 use pagecast_testkit::sim_vmm::{AwaitClose, Connect, Pages, Remove, SimVmm, Write};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
-use crate::fixture::{Fixture, PATIENCE, assert_reads_right, eventually, read_everything, read_range};
+use crate::fixture::{
+    Fixture, PATIENCE, assert_reads_right, assert_right, cpu_time_over, eventually, read_everything, read_range,
+};
+use crate::scripted_source::{Access, Script, ScriptedSource};
 
 const HUGE: u64 = 2 << 20;
 /// How many huge pages a fork has.
@@ -144,4 +150,121 @@ fn of_two_forks_with_room_for_one_the_second_is_refused_until_the_first_is_gone(
     eventually("the pages are free again", || free() >= PAGES);
     let (_, fourth) = connect("fourth");
     assert_reads_right(&fourth, read_everything(1));
+}
+
+#[test]
+fn a_fork_fits_into_pages_that_the_kernel_may_add_to_the_pool() {
+    let Some(mut reserved) = HugePages::reserve(1).unwrap() else {
+        return;
+    };
+    reserved.allow_more(PAGES - 1).unwrap();
+    if free() > 1 {
+        return pagecast_testkit::skip::skip("the pool had room already");
+    }
+    let fixture = fixture();
+    let (fork, vmm) = fixture.fork_with("first", huge);
+    assert_reads_right(&vmm, read_everything(1));
+    assert_refused(&fixture, "second");
+    // And may be completed.
+    fixture.server.close(PATIENCE).unwrap();
+    assert_eq!(fork.status().state, ForkState::Complete, "{:?}", fork.status());
+    assert_reads_right(&vmm, read_everything(1));
+}
+
+/// The kernel charges a hugepage to whoever installs it: us.
+#[test]
+fn a_fork_that_our_own_cgroup_has_no_hugepages_for_is_refused_and_the_reason_names_it() {
+    let Some(reserved) = HugePages::reserve(2 * PAGES).unwrap() else {
+        return;
+    };
+    // In another cgroup than we will be.
+    let vmm = SimVmm::spawn().unwrap();
+    let Some(cgroup) = HugetlbCgroup::enter(&reserved).unwrap() else {
+        return;
+    };
+    cgroup.limit(PAGES).unwrap();
+    let fixture = fixture();
+    let fork = fixture.register("first");
+    vmm.run(huge(Connect::new(fork.socket_path(), fixture.file.model())))
+        .unwrap();
+    assert_reads_right(&vmm, read_everything(1));
+    assert_eq!(cgroup.used().unwrap(), PAGES * HUGE, "charged to the server");
+    assert_refused(&fixture, "second");
+    let status = fixture.server.fork(&"second".parse().unwrap()).unwrap();
+    let reason = pagecast::server::chain(&**status.reason.as_ref().unwrap());
+    assert!(reason.contains(cgroup.path().to_str().unwrap()), "{reason}");
+    assert_eq!(fork.status().state, ForkState::Serving);
+    drop(vmm);
+    fork.wait(PATIENCE, ForkState::is_end);
+}
+
+/// `UFFDIO_COPY` answers `EEXIST` then, as if the page were there.
+#[test]
+fn a_page_that_no_hugepage_is_left_for_is_not_taken_for_one_that_is_there() {
+    let Some(reserved) = HugePages::reserve(PAGES).unwrap() else {
+        return;
+    };
+    let vmm = SimVmm::spawn().unwrap();
+    let Some(cgroup) = HugetlbCgroup::enter(&reserved).unwrap() else {
+        return;
+    };
+    let fixture = fixture();
+    let fork = fixture.register("fork");
+    vmm.run(huge(Connect::new(fork.socket_path(), fixture.file.model())))
+        .unwrap();
+    fork.wait(PATIENCE, |state| state == ForkState::Serving);
+    assert_reads_right(&vmm, read_range(0, 2));
+    cgroup.limit(2).unwrap();
+    let reading = vmm.start(read_everything(1)).unwrap();
+    eventually("it waits for memory", || fork.status().stats.faults.demand > 2);
+    // It is refused: what is left would be zeros.
+    let completed = fixture.server.complete(fork.id());
+    assert!(matches!(completed, Err(Error::NotEnoughMemory(_))), "{completed:?}");
+    // Long enough for it to fault again and again, were its pages taken for present.
+    let window = Duration::from_millis(500);
+    let used = cpu_time_over(window);
+    assert!(used < window / 4, "{used:?} of processor time in {window:?}");
+    assert_eq!(fork.status().state, ForkState::Serving, "{:?}", fork.status());
+    cgroup.limit(PAGES).unwrap();
+    assert_right(reading);
+    drop(vmm);
+    fork.wait(PATIENCE, ForkState::is_end);
+}
+
+/// The same while it is completed: once it is unregistered, such a page would read as zeros.
+#[test]
+fn a_completion_that_finds_no_hugepage_is_given_up_and_leaves_no_zeros() {
+    let Some(reserved) = HugePages::reserve(PAGES).unwrap() else {
+        return;
+    };
+    let vmm = SimVmm::spawn().unwrap();
+    let Some(cgroup) = HugetlbCgroup::enter(&reserved).unwrap() else {
+        return;
+    };
+    let model = TemplateModel::of_data(PAGES * HUGE, 3);
+    let script = Arc::new(Script::new(&model, |_| Access::Gated));
+    let fixture = Fixture {
+        template: pagecast::Template::from_source(ScriptedSource(Arc::clone(&script))),
+        file: TemplateFile::create(model).unwrap(),
+        ..Fixture::new()
+    };
+    let fork = fixture.register("fork");
+    vmm.run(huge(Connect::new(fork.socket_path(), fixture.file.model())))
+        .unwrap();
+    fork.wait(PATIENCE, |state| state == ForkState::Serving);
+    // There is room when it is asked for, and none any more when the pages are there.
+    fixture.server.complete(fork.id()).unwrap();
+    eventually("it reads", || script.reads() > 0);
+    cgroup.limit(2).unwrap();
+    script.open_gate();
+    eventually("it is given up", || fork.status().reason.is_some());
+    let status = fork.status();
+    assert_eq!(status.state, ForkState::Serving, "{status:?}");
+    assert_eq!(status.reason.unwrap().code(), "out_of_memory");
+    cgroup.limit(PAGES).unwrap();
+    assert_reads_right(&vmm, read_everything(1));
+    fixture.server.complete(fork.id()).unwrap();
+    let status = fork.wait(PATIENCE, ForkState::is_end);
+    assert_eq!(status.state, ForkState::Complete, "{status:?}");
+    assert_reads_right(&vmm, read_everything(2));
 }

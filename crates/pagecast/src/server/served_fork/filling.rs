@@ -142,6 +142,7 @@ impl ServedFork {
         let work = scratch.rooms.iter_mut().take(lanes).enumerate().map(|(number, room)| {
             let mut lane = Lane {
                 uffd: &self.uffd,
+                pid: self.peer.pid,
                 source: self.template.source(),
                 zeros_are_known,
                 zeros: &scratch.zeros,
@@ -187,6 +188,7 @@ impl ServedFork {
         let parts = self.session.fill_parts(&fill);
         let mut lane = Lane {
             uffd: &self.uffd,
+            pid: self.peer.pid,
             source: self.template.source(),
             zeros_are_known: false,
             zeros: &scratch.zeros,

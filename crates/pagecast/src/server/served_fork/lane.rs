@@ -2,6 +2,7 @@
 
 use pagecast_uffd::{MappedRange, Outcome, Uffd};
 
+use super::presence;
 use crate::page::PageSize;
 use crate::session::{Content, Fill, Install};
 use crate::template::{Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
@@ -9,6 +10,8 @@ use crate::template::{Page, PageSource, SourceError, TemplateOffset, leading_zer
 /// What a lane works with.
 pub(super) struct Lane<'a> {
     pub(super) uffd: &'a Uffd,
+    /// The VMM.
+    pub(super) pid: i32,
     pub(super) source: &'a dyn PageSource,
     /// What is not known to be zeros is none.
     pub(super) zeros_are_known: bool,
@@ -139,6 +142,7 @@ impl Lane<'_> {
                 done.push(Done::Unreadable(error));
                 return false;
             }
+            let outcome = presence::settle(outcome, piece.page_size, piece.to, self.pid);
             done.push(Done::Tried {
                 part: piece,
                 zeros: matches!(bytes, Bytes::Zero),

@@ -5,6 +5,7 @@ mod eagerness;
 mod filling;
 mod lane;
 mod pause;
+mod presence;
 mod watch;
 
 use std::num::NonZeroU64;
@@ -302,7 +303,7 @@ impl ServedFork {
             Page::Bytes(bytes) => {
                 // After reading, before anybody sees it: what was read is the template's.
                 self.template.source().check_unchanged()?;
-                self.copy(install.to, bytes)
+                self.copy(install, bytes)
             }
             Page::Zero => {
                 self.template.source().check_unchanged()?;
@@ -313,9 +314,11 @@ impl ServedFork {
     }
 
     /// Copies bytes of the template.
-    fn copy(&self, to: HostRange, bytes: &[u8]) -> Tried {
+    fn copy(&self, install: &Install, bytes: &[u8]) -> Tried {
+        let (to, page_size) = (install.to, install.page_size);
         let begun = Instant::now();
         let outcome = self.uffd.copy(to.start(), bytes);
+        let outcome = presence::settle(outcome, page_size, to, self.peer.pid);
         self.copied(to, outcome, begun)
     }
 
@@ -333,7 +336,10 @@ impl ServedFork {
         let outcome = match install.page_size {
             PageSize::Small => self.uffd.zeropage(install.to),
             // hugetlbfs has no zero page to share.
-            PageSize::Huge => self.uffd.copy(install.to.start(), zeros),
+            PageSize::Huge => {
+                let outcome = self.uffd.copy(install.to.start(), zeros);
+                presence::settle(outcome, install.page_size, install.to, self.peer.pid)
+            }
         };
         if outcome == Outcome::Installed {
             self.record.counters.zero.add(1);
@@ -425,7 +431,7 @@ impl ServedFork {
                     let tried = if zeros {
                         self.install_zeros(&install, &scratch.zeros)
                     } else {
-                        self.copy(install.to, &bytes)
+                        self.copy(&install, &bytes)
                     };
                     self.finish(&install, tried, since, scratch)
                 }
