@@ -37,15 +37,20 @@ pub(crate) fn metadata() -> Result<Metadata> {
 
 /// Builds the command as it is shipped; where it is.
 pub(crate) fn build_pagecast() -> Result<PathBuf> {
-    let mut build = cargo("build")
-        .args([
-            "--locked",
-            "--release",
-            "--package",
-            "pagecast-cli",
-            "--bin",
-            "pagecast",
-        ])
+    let options = [
+        "--locked",
+        "--release",
+        "--package",
+        "pagecast-cli",
+        "--bin",
+        "pagecast",
+    ];
+    built_executable(cargo("build").args(options)).context("pagecast does not build")
+}
+
+/// Runs `build`, a `cargo build` of one program; where that is.
+pub(crate) fn built_executable(build: &mut Command) -> Result<PathBuf> {
+    let mut build = build
         .arg("--message-format=json-render-diagnostics")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -59,8 +64,8 @@ pub(crate) fn build_pagecast() -> Result<PathBuf> {
         }
     }
     let status = build.wait().context("failed to wait for cargo")?;
-    ensure!(status.success(), "pagecast does not build");
+    ensure!(status.success(), "{status}");
     executable
         .map(PathBuf::from)
-        .context("cargo did not say where it built pagecast")
+        .context("cargo did not say where it built the program")
 }

@@ -4,6 +4,7 @@
 mod bench;
 mod cargo;
 mod demo;
+mod fuzz;
 mod lint;
 mod openapi;
 mod results;
@@ -19,6 +20,7 @@ use clap::Parser;
 enum Task {
     Bench(bench::Bench),
     Demo(demo::Demo),
+    Fuzz(fuzz::Fuzz),
     Lint(lint::Lint),
     #[command(name = "openapi")]
     OpenApi(openapi::OpenApi),
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     let outcome = match Task::parse() {
         Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
+        Task::Fuzz(fuzz) => fuzz.run(),
         Task::Lint(lint) => lint.run(),
         Task::OpenApi(openapi) => openapi.run(),
         Task::Results(results) => results.run(),

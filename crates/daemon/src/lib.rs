@@ -28,6 +28,9 @@ mod daemon;
 pub mod error;
 mod exit_watch;
 mod fork;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inode;
 mod jailed;
 mod learned;

@@ -162,7 +162,7 @@ impl RunDir {
         let path = self.saved(kind, name);
         let folder = path.parent().unwrap_or(&self.path);
         let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
-        serde_json::to_writer(&mut file, value)?;
+        file.write_all(&encode(value)?)?;
         file.persist(path)?;
         Ok(())
     }
@@ -191,7 +191,7 @@ impl RunDir {
             let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
                 continue;
             };
-            let value = std::fs::read(self.saved(kind, name)).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+            let value = std::fs::read(self.saved(kind, name)).and_then(|bytes| Ok(decode(&bytes)?));
             values.push((name.to_owned(), value));
         }
         values.sort_by(|(one, _), (other, _)| one.cmp(other));
@@ -201,6 +201,16 @@ impl RunDir {
     fn saved(&self, kind: Kind, name: &str) -> PathBuf {
         self.path.join(kind.folder()).join(format!("{name}.json"))
     }
+}
+
+/// What a file holds.
+pub(crate) fn encode(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(value)
+}
+
+/// Reads what [`encode`] has made.
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
+    serde_json::from_slice(bytes)
 }
 
 /// What is saved.

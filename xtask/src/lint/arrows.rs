@@ -8,7 +8,7 @@ use cargo_metadata::{DependencyKind, Metadata};
 use crate::cargo::workspace_root;
 
 /// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: [(&str, &[&str]); 9] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
@@ -30,6 +30,10 @@ const MAY_USE: [(&str, &[&str]); 8] = [
     ),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
     (
+        "pagecast-fuzz",
+        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-daemon"],
+    ),
+    (
         "xtask",
         &[
             "pagecast-uffd",
@@ -38,6 +42,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
             "pagecast-daemon",
             "pagecast-bench",
             "pagecast-testkit",
+            "pagecast-fuzz",
         ],
     ),
 ];

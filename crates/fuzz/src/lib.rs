@@ -1,0 +1,41 @@
+//! Fuzz targets: functions of bytes that come from peers, clients, files and the kernel.
+//!
+//! | target | bytes |
+//! | --- | --- |
+//! | `handshake` | the message of a VMM, in pieces |
+//! | `api_body` | the body of a request |
+//! | `saved_state` | the files of the run dir |
+//!
+//! A target panics where an invariant does not hold. `cargo xtask fuzz` looks for such bytes with libFuzzer; the test of this
+//! crate runs each target on its corpus, `corpus/TARGET`.
+#![forbid(unsafe_code)]
+#![cfg(target_os = "linux")]
+
+mod api_body;
+mod handshake;
+mod saved_state;
+
+/// A function of bytes, with a name.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// The name, which is that of its corpus too.
+    pub name: &'static str,
+    /// Panics where an invariant does not hold for these bytes.
+    pub run: fn(&[u8]),
+}
+
+/// All targets.
+pub const TARGETS: [Target; 3] = [
+    Target {
+        name: "handshake",
+        run: handshake::run,
+    },
+    Target {
+        name: "api_body",
+        run: api_body::run,
+    },
+    Target {
+        name: "saved_state",
+        run: saved_state::run,
+    },
+];
