@@ -43,12 +43,15 @@ pub enum FailReason {
         /// The time there was.
         deadline: Duration,
     },
-    /// No memory for a page that is waited for.
+    /// No memory for a page that a vCPU waits for.
     #[error("no memory for a page within {deadline:?} (host, cgroup of the VMM, or hugepages)")]
     OutOfMemory {
         /// The time there was.
         deadline: Duration,
     },
+    /// No memory for a page that nobody waits for: not tried again.
+    #[error("no memory for a page (host, cgroup of the VMM, or hugepages)")]
+    NoMemoryAhead,
     /// The kernel refused something that it never should.
     #[error("the kernel refused to {operation}: {errno}")]
     Kernel {
@@ -57,6 +60,9 @@ pub enum FailReason {
         /// What it said.
         errno: Errno,
     },
+    /// The VMM has registered memory again that was just unregistered to complete the fork.
+    #[error("the VMM has registered its memory again after it was unregistered for good")]
+    RegisteredAgain,
     /// The VMM has made its userfaultfd blocking, so that its faults are not reported any more.
     #[error("the VMM has cleared O_NONBLOCK of its userfaultfd")]
     Blocking,
@@ -82,8 +88,9 @@ impl FailReason {
             Self::Template(SourceError::Truncated { .. }) => "template_truncated",
             Self::Template(SourceError::Io { .. }) => "template_unreadable",
             Self::ReadDeadline { .. } => "read_deadline",
-            Self::OutOfMemory { .. } => "out_of_memory",
+            Self::OutOfMemory { .. } | Self::NoMemoryAhead => "out_of_memory",
             Self::Kernel { .. } => "kernel",
+            Self::RegisteredAgain => "registered_again",
             Self::Blocking => "blocking",
             Self::Killed => "killed",
             Self::Closed => "closed",

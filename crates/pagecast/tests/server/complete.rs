@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use pagecast::Template;
 use pagecast::server::{CloseError, Deadlines, Error, ForkEvent, ForkId, ForkState, NotEnoughMemory};
+use pagecast_testkit::PageSize;
 use pagecast_testkit::cgroup::Cgroup;
+use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{FdKind, RawHandshake};
-use pagecast_testkit::sim_vmm::{Read, RemoveRace, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, Read, RemoveRace, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
 use crate::fixture::{
@@ -233,6 +235,38 @@ fn a_completion_that_is_given_up_says_so_and_can_be_repeated() {
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(status.reason.is_none(), "{status:?}");
     assert_lives_on(&vmm);
+}
+
+#[test]
+fn a_completion_that_finds_no_memory_tells_of_no_time_that_nobody_waited() {
+    // The pool of hugepages is memory whose size a test can choose.
+    let Some(_pages) = HugePages::reserve(SIZE >> 21).unwrap() else {
+        return;
+    };
+    let (told, events) = mpsc::channel();
+    let script = Script::new(&model(SIZE), |_| Access::Gated);
+    let (fixture, script) = Fixture::scripted(script, |builder| {
+        builder.observer(move |event| {
+            if let ForkEvent::NotCompleted { reason, .. } = event {
+                told.send(reason).unwrap();
+            }
+        })
+    });
+    let (fork, _vmm) = fixture.fork_with("a", |connect| Connect {
+        page_size: PageSize::Huge,
+        ..connect
+    });
+    fixture.server.complete(fork.id()).unwrap();
+    eventually("the completion reads", || script.reads() > 0);
+    // The reservation gives the old size back.
+    std::fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
+    script.open_gate();
+    let reason = events.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(reason.code(), "out_of_memory");
+    assert_eq!(
+        reason.to_string(),
+        "no memory for a page (host, cgroup of the VMM, or hugepages)"
+    );
 }
 
 #[test]

@@ -76,10 +76,7 @@ impl ServedFork {
             Outcome::PeerGone => Err(End::PeerGone),
             _ => {
                 self.unregistered = false;
-                self.give_up_completion(FailReason::Kernel {
-                    operation: "unregister a region for good: the VMM registered it again",
-                    errno: Errno::new(0),
-                });
+                self.give_up_completion(FailReason::RegisteredAgain);
                 Ok(())
             }
         }

@@ -229,9 +229,7 @@ impl ServedFork {
                     self.pause_filling();
                 }
                 After::OutOfMemory => {
-                    self.give_up_filling(FailReason::OutOfMemory {
-                        deadline: Duration::ZERO,
-                    });
+                    self.give_up_filling(FailReason::NoMemoryAhead);
                     return Ok(());
                 }
                 After::PeerGone => return Err(End::PeerGone),
