@@ -76,6 +76,14 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let kept = template
         .check()
         .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
+    let (size_bytes, recordings) = (set.size().get(), set.recordings());
+    // Once it is kept: who sees it finds it again after a crash.
+    template.pages.set_working_set(Some(Arc::new(set)));
+    template.told_switched_off.store(false, Ordering::Relaxed);
+    // Whoever sees this finds all of the above.
+    if let Kind::Uffd(uffd) = &fork.kind {
+        let _ = uffd.recorded.set(recorded_bytes);
+    }
     if let Ok(Err(error)) = kept {
         warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
     }
@@ -84,17 +92,10 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         template = %name,
         fork = %fork.id,
         recorded_bytes,
-        size_bytes = set.size().get(),
-        recordings = set.recordings(),
+        size_bytes,
+        recordings,
         "working set learned"
     );
-    // Once it is kept: who sees it finds it again after a crash.
-    template.pages.set_working_set(Some(Arc::new(set)));
-    template.told_switched_off.store(false, Ordering::Relaxed);
-    // Last: whoever sees this finds all of the above.
-    if let Kind::Uffd(uffd) = &fork.kind {
-        let _ = uffd.recorded.set(recorded_bytes);
-    }
 }
 
 /// Says that the working set of a template does so badly that forks are not given it any more, once.

@@ -55,6 +55,10 @@ impl Service {
                 }
                 state.forks.insert(id, Entry::Made(Arc::clone(&fork)));
                 drop(state);
+                self.start(&fork);
+                self.fork_made.notify_one();
+                // Its VMM may have been very quick.
+                self.fork_serving.notify_one();
                 info!(
                     event = "fork_created",
                     fork = %fork.id,
@@ -64,10 +68,6 @@ impl Service {
                     pid = fork.vmm().map(|vmm| vmm.pid()),
                     "fork created"
                 );
-                self.start(&fork);
-                self.fork_made.notify_one();
-                // Its VMM may have been very quick.
-                self.fork_serving.notify_one();
                 Ok(fork)
             }
             Err(error) => {
@@ -296,10 +296,11 @@ impl Service {
     }
 
     pub(super) fn file_fork_is_over(&self, fork: &Arc<Fork>, file: &FileFork) {
-        if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
+        let removed = file.placement.as_ref().map(Placement::remove);
+        self.ended(fork);
+        if let Some(Err(error)) = removed {
             warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
         }
-        self.ended(fork);
     }
 
     /// Begins to complete a fork.
@@ -439,9 +440,9 @@ impl Service {
             if let Some(vmm) = vmm.map(Arc::new)
                 && file.found(&vmm)
             {
-                info!(event = "fork_serving", fork = %fork.id, pid = vmm.pid(), "VMM found");
                 self.save_fork(&fork, Some(&vmm));
                 self.watch(&fork, &vmm);
+                info!(event = "fork_serving", fork = %fork.id, pid = vmm.pid(), "VMM found");
             }
         }
     }

@@ -58,10 +58,10 @@ impl Service {
         let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
             return;
         };
-        warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
         // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
         let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
         self.begin_withdrawal(&template, "somebody opens it for writing", Some(patience));
+        warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
     }
 
     /// Takes a template away that was written while nobody looked.
@@ -89,8 +89,8 @@ impl Service {
                 withdrawals.push(thread);
             }
             Err(error) => {
-                warn!(template = %template.name, %error, "no thread to end the forks of a template, whoever has noticed does it");
                 self.withdraw(template, how, gently);
+                warn!(template = %template.name, %error, "no thread to end the forks of a template, whoever has noticed did it");
             }
         }
     }
@@ -106,15 +106,13 @@ impl Service {
     }
 
     /// Ends every fork that would still read a template, by killing its VMM, since a wrong byte is worse; then lets go of the
-    /// lease. The kernel gives a writer only so much time, so first comes what waits for nobody.
+    /// lease. The kernel gives a writer only so much time, so first comes what waits for nobody, and what is logged comes last.
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         let mut forks = self.living_forks_of(template);
         forks.retain(|fork| matches!(fork.kind, Kind::File(_)));
         let killed = self.kill_mappers(template, &forks, how);
         // Whoever was told where the file is and comes only now finds nothing there.
-        if let Some(Err(error)) = template.placement.as_ref().map(Placement::remove) {
-            error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
-        }
+        let removed = template.placement.as_ref().map(Placement::remove);
         // Not as whoever forgets the template does: that waits for whoever asks for it to be in memory.
         template.warmth.end();
         if let Some(patience) = gently {
@@ -122,14 +120,18 @@ impl Service {
         }
         let served = self.server.withdraw(&template.pages, how);
         let left = self.await_deaths(template, killed);
-        if !self.server.wait_withdrawn(&template.pages, KILL_PATIENCE) {
-            error!(template = %template.name, "a fork or a read of the template does not end");
-        }
+        let all_ended = self.server.wait_withdrawn(&template.pages, KILL_PATIENCE);
         // Somebody may have opened the file while it was there, and have mapped it since.
         let late = kill_strangers(template, &places(template, &forks), &left);
         self.await_deaths(template, late);
-        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
         template.release_lease();
+        if let Some(Err(error)) = removed {
+            error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
+        }
+        if !all_ended {
+            error!(template = %template.name, "a fork or a read of the template does not end");
+        }
+        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
     }
 
     /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
@@ -140,7 +142,7 @@ impl Service {
             message: format!("the template has changed: {how}"),
         };
         self.find_vmms();
-        let (mut killed, mut unseen) = (Vec::new(), Vec::new());
+        let (mut killed, mut unseen, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         for fork in forks {
             let Kind::File(file) = &fork.kind else { continue };
             file.fail_when_dead(error.clone());
@@ -149,7 +151,7 @@ impl Service {
                 continue;
             };
             if let Err(error) = vmm.kill() {
-                error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
+                refused.push((fork, error));
             }
             killed.push(Killed {
                 vmm,
@@ -161,6 +163,9 @@ impl Service {
             self.file_fork_ended(fork, ForkState::Failed);
         }
         killed.extend(strangers);
+        for (fork, error) in refused {
+            error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
+        }
         killed
     }
 
@@ -213,8 +218,8 @@ impl Service {
             watched = true;
             if let Err(error) = template.file.check_unchanged() {
                 let how = chain(&error);
-                error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
                 self.begin_withdrawal(&template, &how, None);
+                error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
             }
         }
         watched
@@ -240,9 +245,10 @@ fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placeme
 fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
     let mut strangers = strangers(template, places);
     strangers.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
-    for vmm in &strangers {
+    let outcomes: Vec<_> = strangers.iter().map(VmmProcess::kill).collect();
+    for (vmm, outcome) in strangers.iter().zip(outcomes) {
         warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
-        if let Err(error) = vmm.kill() {
+        if let Err(error) = outcome {
             error!(template = %template.name, pid = vmm.pid(), %error, "cannot be killed, and may read wrong bytes");
         }
     }

@@ -301,11 +301,11 @@ impl Service {
             ForkEvent::Serving {
                 id, pid, memory_bytes, ..
             } => {
-                info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
                 if let Ok(fork) = self.fork(id.as_str()) {
                     self.vmm_connected(&fork);
                 }
                 self.fork_serving.notify_one();
+                info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
             }
             // One that is forgotten already has no template any more that could learn from it.
             ForkEvent::Recorded { id, recording } => {
@@ -315,10 +315,10 @@ impl Service {
                 }
             }
             ForkEvent::Prefaulted { id, tally } => {
-                debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
                 if let Ok(fork) = self.fork(id.as_str()) {
                     learned::tell_switched_off(&fork.template);
                 }
+                debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
             }
             ForkEvent::Ended(status) => {
                 // One that is just being made or deleted is seen to by whoever does that.
@@ -396,12 +396,12 @@ impl Service {
         let p99_us = numbers.map(|stats| stats.fault_latency_us.p99);
         let installed_bytes = numbers.map(|stats| stats.installed_bytes);
         let (fork, state) = (&ended.id, ended.state());
+        self.forget_saved(ended);
         if let Some(error) = ended.error() {
             warn!(event = "fork_ended", %fork, %state, code = error.code, error = error.message, faults, p99_us, installed_bytes, "ended");
         } else {
             info!(event = "fork_ended", %fork, %state, faults, p99_us, installed_bytes, "ended");
         }
-        self.forget_saved(ended);
     }
 
     /// Gives back what a fork held that is off the list. Its id may be another fork's by now.

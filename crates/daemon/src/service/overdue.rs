@@ -50,8 +50,8 @@ impl Service {
         let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| inode(fork)).collect()) {
             Ok(holders) => holders,
             Err(error) => {
-                warn!(%error, "cannot find out who maps a template");
-                return overdue.iter().for_each(|(_, file)| self.await_vmm(file));
+                overdue.iter().for_each(|(_, file)| self.await_vmm(file));
+                return warn!(%error, "cannot find out who maps a template");
             }
         };
         for (fork, file) in overdue {

@@ -105,7 +105,6 @@ impl Service {
             };
             match self.find_template(&name, &saved) {
                 Ok(template) => {
-                    info!(event = "template_found", template = name, "template found again");
                     // Nothing that is kept is of a file that has changed.
                     if template.changed().is_none() {
                         learned::take_up(&template);
@@ -114,15 +113,18 @@ impl Service {
                         }
                     }
                     self.state().templates.insert(template.name.clone(), template);
+                    info!(event = "template_found", template = name, "template found again");
                 }
                 Err(why) => {
+                    let undone = saved.protection.undo_at(&saved.spec.mem_path);
+                    remove_place(&name, saved.place.as_ref());
+                    let forgotten = self.run_dir.forget(Kind::Template, &name);
                     error!(
                         event = "template_lost",
                         template = name,
                         why,
                         "template lost; what was done to its file is undone"
                     );
-                    let undone = saved.protection.undo_at(&saved.spec.mem_path);
                     if let Err(error) = undone {
                         error!(
                             template = name,
@@ -130,8 +132,7 @@ impl Service {
                             "its protection cannot be undone"
                         );
                     }
-                    remove_place(&name, saved.place.as_ref());
-                    if let Err(error) = self.run_dir.forget(Kind::Template, &name) {
+                    if let Err(error) = forgotten {
                         warn!(template = name, %error, "cannot be forgotten in the run dir");
                     }
                 }
@@ -167,8 +168,8 @@ impl Service {
         };
         let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
         if let Some(how) = changed {
+            template.set_changed(how.clone());
             warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");
-            template.set_changed(how);
         }
         Ok(Arc::new(template))
     }
@@ -191,27 +192,19 @@ impl Service {
         let vmm = find_vmm(id, &saved);
         let gone = saved.vmm.is_some() && vmm.is_none();
         if gone || matches!(saved.place, Some(Place::Planned(_))) {
-            info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
-            if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
-                warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
-            }
-            self.forget_saved_as(id);
-            return;
+            self.forget_place(id, &saved);
+            return info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
         }
         let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
-            warn!(
+            self.forget_place(id, &saved);
+            return warn!(
                 event = "fork_lost",
                 fork = id,
                 template = saved.template,
                 "fork lost: its template is"
             );
-            if let Some(Err(error)) = saved.place.as_ref().map(Place::remove) {
-                warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
-            }
-            self.forget_saved_as(id);
-            return;
         };
-        info!(event = "fork_found", fork = %id, pid = saved.vmm.map(|vmm| vmm.pid), "fork found again");
+        let pid = saved.vmm.map(|vmm| vmm.pid);
         let placement = match saved.place {
             Some(Place::Done(placement)) => Some(placement),
             _ => None,
@@ -227,6 +220,16 @@ impl Service {
             .forks
             .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
         self.start(&fork);
+        info!(event = "fork_found", fork = %fork.id, pid, "fork found again");
+    }
+
+    /// Takes away the memory file of a fork that is no more, and forgets the fork.
+    fn forget_place(&self, id: &str, saved: &SavedFork) {
+        let removed = saved.place.as_ref().map(Place::remove);
+        self.forget_saved_as(id);
+        if let Some(Err(error)) = removed {
+            warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+        }
     }
 
     /// The userfaultfd of a fork with `uffd` has died with the daemon: at its next fault its VMM would hang for ever. But for
@@ -237,7 +240,8 @@ impl Service {
             if killed && let Ok(template) = saved.template.parse() {
                 self.state().totals.count_kill(&template, Backend::Uffd, "server_died");
             }
-            error!(
+            self.forget_saved_as(id);
+            return error!(
                 event = "fork_lost",
                 fork = id,
                 pid = vmm.pid(),

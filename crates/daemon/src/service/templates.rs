@@ -52,6 +52,11 @@ impl Service {
         state.templates.insert(name, Arc::clone(&template));
         drop(state);
         drop(protecting);
+        // Before it could be found.
+        if template.is_lease_broken() {
+            self.lease_broken(&template.file);
+        }
+        learned::take_up(&template);
         info!(
             event = "template_added",
             template = %template.name,
@@ -61,11 +66,6 @@ impl Service {
             placed = ?template.placement.as_ref().map(Placement::how),
             "template added"
         );
-        // Before it could be found.
-        if template.is_lease_broken() {
-            self.lease_broken(&template.file);
-        }
-        learned::take_up(&template);
         Ok((template, true))
     }
 
@@ -320,24 +320,28 @@ fn undo(template: &Template, other: Option<&Template>) {
         Some(_) if !protection.holds_links() => Ok(()),
         _ => protection.undo(template.file.as_fd()).map(drop),
     };
+    let removed = template.placement.as_ref().map(Placement::remove);
+    let enforced = other.map(|other| (other, other.protection.enforce(other.file.as_fd())));
+    template.release_lease();
     if let Err(error) = undone {
         warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
     }
-    if let Some(placement) = &template.placement {
-        take_away(&template.name, placement);
+    if let Some(Err(error)) = removed {
+        warn_not_taken_away(&template.name, &error);
     }
-    if let Some(other) = other
-        && let Err(error) = other.protection.enforce(other.file.as_fd())
-    {
+    if let Some((other, Err(error))) = enforced {
         warn!(template = %other.name, error = chain(&error), "it is not protected any more");
     }
-    template.release_lease();
 }
 
 fn take_away(name: &TemplateName, placement: &Placement) {
     if let Err(error) = placement.remove() {
-        warn!(template = %name, error = chain(&error), "its memory file cannot be taken away from the run dir");
+        warn_not_taken_away(name, &error);
     }
+}
+
+fn warn_not_taken_away(name: &TemplateName, error: &dyn std::error::Error) {
+    warn!(template = %name, error = chain(error), "its memory file cannot be taken away from the run dir");
 }
 
 /// The template that is there, where it is the one that was asked for.

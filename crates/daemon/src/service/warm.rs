@@ -67,12 +67,13 @@ impl Service {
         if template.warmth.is_over() {
             return Ok(());
         }
+        let kept = self.keep_resident(&template, false);
         info!(
             event = "template_cooled",
             template = name,
             "the template is no longer kept in memory"
         );
-        self.keep_resident(&template, false)
+        kept
     }
 
     fn keep_resident(&self, template: &Template, resident: bool) -> Result<(), ApiError> {
