@@ -9,8 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server, chain};
 use pagecast::template::{KeepError, Lease, LeaseError, MemFile, SidecarError, Template, WorkingSet};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use pagecast_daemon::signals::{self, EndSignal, Wanted, Wish};
 
 use crate::KILLED;
 use crate::argument;
@@ -23,8 +22,16 @@ use crate::report::{Format, Line, Reporter};
 #[derive(Args)]
 #[command(after_help = "\
 Signals:
-  SIGTERM, SIGINT  complete all forks (install the rest of their memory), so that they run on without a server, and exit.
-                   Where that does not fit into memory, say so and stay. A second signal kills their VMMs.
+  SIGTERM, SIGINT, SIGQUIT
+                   complete all forks (install the rest of their memory), so that they run on without a server, and exit.
+                   Where that does not fit into memory, say so and stay. A second of these signals kills their VMMs.
+  SIGHUP, and all others that can be caught, are no faults and would end a process
+                   do the same, and never kill. A signal that is ignored at the start, as by nohup, stays ignored.
+  SIGIO, SIGXFSZ   do nothing.
+  SIGSTOP, SIGTSTP (Ctrl-Z)
+                   suspend the server, and with it each fork at its next page fault, until SIGCONT.
+
+Lines for which stderr has no room are dropped, and counted in a line once there is room again.
 
 While it serves, whoever opens the template for writing is held up, all forks are completed (those that cannot be are
 killed, since a wrong byte is worse), and this exits.
@@ -33,7 +40,7 @@ Exit codes:
   0  stopped by a signal; no VMM was hurt
   1  could not start, or failed, or the template was opened for writing
   2  wrong usage
-  3  stopped by a second signal; the VMMs that were still served have been killed")]
+  3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served have been killed")]
 pub(crate) struct Handle {
     /// Where to listen. A socket file there that nobody listens at is replaced.
     #[arg(long, value_name = "PATH")]
@@ -81,7 +88,7 @@ const OPENED_FOR_WRITING: &str = "somebody opens it for writing";
 /// What can happen.
 enum Happening {
     Fork(ForkEvent),
-    Signal,
+    Signal(EndSignal),
     /// An attempt to close has ended.
     Closed(Result<(), CloseError>),
     /// Somebody wants to write the template, and is held up.
@@ -97,7 +104,11 @@ impl Handle {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         crate::fd_limit::raise();
         let (happenings, happened) = mpsc::channel();
-        let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+        let signalled = happenings.clone();
+        // Nobody listens any more only while we exit.
+        signals::watch(move |signal| drop(signalled.send(Happening::Signal(signal))))
+            .context("cannot handle signals")?;
+        let reporter = Reporter::start(if self.json { Format::Json } else { Format::Human });
         let mem_file = Arc::new(MemFile::open(&self.mem_file)?);
         let template = Template::from_source(Arc::clone(&mem_file));
         let lease = take_lease(&mem_file, &happenings)?;
@@ -118,7 +129,6 @@ impl Handle {
         if let Some(group) = self.group {
             options = options.group(group);
         }
-        let reporter = Reporter::new(if self.json { Format::Json } else { Format::Human });
         take_up_kept(&mem_file, &template, &reporter, &happenings);
         let prefix = "vmm".parse().context("the prefix of fork names")?;
         server.listen(&prefix, &template, &options)?;
@@ -128,17 +138,6 @@ impl Handle {
             mem_file: &self.mem_file,
             size_bytes: template.len().get(),
         });
-        let signalled = happenings.clone();
-        std::thread::Builder::new()
-            .name("signals".to_owned())
-            .spawn(move || {
-                for _ in signals.forever() {
-                    if signalled.send(Happening::Signal).is_err() {
-                        return;
-                    }
-                }
-            })
-            .context("cannot start a thread")?;
         Handling {
             server,
             template,
@@ -204,36 +203,44 @@ struct Handling {
 impl Handling {
     /// Reports what happens until the server is closed.
     fn until_closed(mut self, happened: &mpsc::Receiver<Happening>) -> anyhow::Result<ExitCode> {
-        let mut signals = 0;
+        let mut wish = Wish::default();
+        let mut closing = false;
         loop {
             match happened.recv().context("the server's threads are gone")? {
                 Happening::Fork(event) => self.reporter.fork(&event),
-                Happening::Signal => {
-                    signals += 1;
+                Happening::Signal(signal) => {
                     let forks = self.server.forks().len();
-                    if signals == 1 {
-                        self.reporter.report(&Line::Closing { forks });
-                        self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)))?;
-                    } else {
-                        self.reporter.report(&Line::Killing { forks });
-                        self.server.kill(KILL_PATIENCE)?;
-                        return Ok(self.closed(happened, ExitCode::from(KILLED)));
+                    match wish.heard(signal) {
+                        Wanted::Close if closing => {}
+                        Wanted::Close => {
+                            self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)))?;
+                            closing = true;
+                            self.reporter.report(&Line::Closing { forks });
+                        }
+                        Wanted::Kill => {
+                            let killed = self.server.kill(KILL_PATIENCE);
+                            self.reporter.report(&Line::Killing { forks });
+                            killed?;
+                            return Ok(self.closed(happened, ExitCode::from(KILLED)));
+                        }
                     }
                 }
                 Happening::Closed(Ok(())) => return Ok(self.closed(happened, ExitCode::SUCCESS)),
-                Happening::Closed(Err(error)) => self.reporter.report(&Line::Staying { why: &error }),
+                Happening::Closed(Err(error)) => {
+                    closing = false;
+                    self.reporter.report(&Line::Staying { why: &error });
+                }
                 Happening::ZerosNotKept(error) => self.reporter.report(&Line::NotKept {
                     what: "zeros",
                     error: &chain(&error),
                 }),
                 Happening::LeaseBroken => {
-                    self.reporter.report(&Line::Vacating {
-                        forks: self.server.forks().len(),
-                    });
+                    let forks = self.server.forks().len();
                     let template = self.template.clone();
                     self.beside(move |server| {
                         Happening::Vacated(server.vacate(&template, OPENED_FOR_WRITING, VACATE_PATIENCE))
                     })?;
+                    self.reporter.report(&Line::Vacating { forks });
                 }
                 Happening::Vacated(all) => {
                     // Whoever wants to write goes on.

@@ -19,10 +19,10 @@ mod serve;
 mod status;
 mod template;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use pagecast_daemon::stderr;
 
 /// Fork paused Firecracker microVMs: serve the memory of many from one template.
 #[derive(Parser)]
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     if pagecast_bench::sim_vmm::asked_for() {
         return exit_code(pagecast_bench::sim_vmm::run().map(|()| ExitCode::SUCCESS));
     }
-    exit_code(match Cli::parse().command {
+    let code = exit_code(match Cli::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
         Command::Doctor(doctor) => doctor.run(),
@@ -70,14 +70,15 @@ fn main() -> ExitCode {
         Command::Status(status) => status.run(),
         Command::Run(run) => run.run(),
         Command::Bench(bench) => bench.run(),
-    })
+    });
+    stderr::finish();
+    code
 }
 
 /// The exit code, after saying what went wrong.
 fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
-        // That nobody reads stderr is no reason to panic, as `eprintln` would.
-        let _ = writeln!(std::io::stderr(), "pagecast: {error:#}");
+        stderr::write_line(format!("pagecast: {error:#}\n").as_bytes());
         ExitCode::from(daemon::exit_code(&error).unwrap_or(FAILED))
     })
 }

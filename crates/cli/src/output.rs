@@ -105,7 +105,12 @@ impl Output {
         self.print(&self.json(value)?)
     }
 
-    fn json(self, value: &impl Serialize) -> Result<String> {
+    /// JSON as [`print_json`](Self::print_json) prints it.
+    ///
+    /// # Errors
+    ///
+    /// The value is none that JSON has.
+    pub(crate) fn json(self, value: &impl Serialize) -> Result<String> {
         let json = if self.terminal {
             serde_json::to_string_pretty(value)
         } else {

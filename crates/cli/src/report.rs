@@ -1,11 +1,11 @@
-//! What a serving command says, a line at a time, on stderr.
+//! What a serving command says, a line at a time, on stderr. Nothing of it blocks: see [`stderr`].
 
 use std::fmt::{self, Display};
-use std::io::Write;
 use std::path::Path;
 
 use indicatif::BinaryBytes;
 use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, Refusal, chain};
+use pagecast_daemon::stderr;
 use serde::{Serialize, Serializer};
 
 /// How lines look.
@@ -74,6 +74,12 @@ pub(crate) enum Line<'a> {
     Vacated,
     NotVacated,
     Closed,
+    LinesDropped {
+        lines: u64,
+    },
+    Panicked {
+        error: &'a str,
+    },
 }
 
 fn as_text<S: Serializer>(error: &CloseError, to: S) -> Result<S::Ok, S::Error> {
@@ -81,7 +87,13 @@ fn as_text<S: Serializer>(error: &CloseError, to: S) -> Result<S::Ok, S::Error> 
 }
 
 impl Reporter {
-    pub(crate) fn new(format: Format) -> Self {
+    /// Starts to write lines, and to write panics as lines.
+    pub(crate) fn start(format: Format) -> Self {
+        stderr::start(move |lines| format.text(&Line::LinesDropped { lines }).into_bytes());
+        std::panic::set_hook(Box::new(move |panic| {
+            let error = &stderr::describe_panic(panic);
+            stderr::write_line(format.text(&Line::Panicked { error }).as_bytes());
+        }));
         Self { format }
     }
 
@@ -116,16 +128,22 @@ impl Reporter {
         }
     }
 
-    /// Says it. That nobody reads stderr any more is no reason to stop serving.
+    /// Says it, without waiting for whoever reads.
     pub(crate) fn report(&self, line: &Line<'_>) {
-        let text = match self.format {
-            Format::Human => format!("pagecast: {line}\n"),
-            Format::Json => match serde_json::to_string(line) {
+        stderr::write_line(self.format.text(line).as_bytes());
+    }
+}
+
+impl Format {
+    /// The line with its line feed.
+    fn text(self, line: &Line<'_>) -> String {
+        match self {
+            Self::Human => format!("pagecast: {line}\n"),
+            Self::Json => match serde_json::to_string(line) {
                 Ok(json) => json + "\n",
                 Err(error) => format!("pagecast: cannot write a line of JSON: {error}\n"),
             },
-        };
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        }
     }
 }
 
@@ -185,6 +203,10 @@ impl Display for Line<'_> {
             }
             Self::NotVacated => f.write_str("some VMMs do not die, or the template cannot be read: serving on"),
             Self::Closed => f.write_str("closed"),
+            Self::LinesDropped { lines } => {
+                write!(f, "lines that nobody has read in time, and that were dropped: {lines}")
+            }
+            Self::Panicked { error } => f.write_str(error),
         }
     }
 }

@@ -37,13 +37,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use pagecast_client::{Backend, Prefault};
+use tokio::sync::oneshot;
 
 use self::drives::SharedDrive;
 pub(crate) use self::exec::Exec;
 use self::fleet::{Fleet, catching_panics};
 use self::interrupt::Interrupt;
 use self::life::Life;
-use self::progress::{Progress, say};
+use self::progress::{Progress, say, start_saying};
 use self::report::{Report, State};
 use self::setup::{Prepared, Starting, Wanted};
 pub(crate) use self::train::{Train, describe as describe_working_set};
@@ -83,7 +84,7 @@ pub(crate) struct Run {
     #[arg(long, value_parser = argument::prefault())]
     prefault: Option<Prefault>,
 
-    /// Keep them running until SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+    /// Keep them running until a signal, such as SIGINT (Ctrl-C), SIGTERM or SIGHUP.
     #[arg(long)]
     keep: bool,
 
@@ -127,6 +128,7 @@ impl Run {
     async fn play(self) -> Result<ExitCode> {
         // Each Firecracker takes a few.
         crate::fd_limit::raise();
+        start_saying();
         let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
         let prepared = tokio::select! {
             biased;
@@ -181,18 +183,33 @@ impl Run {
         };
         conductor.report.sum_up(resumed);
         if self.keep {
-            self.print(conductor.report)?;
-            return Ok(conductor.keep().await);
+            let printed = self.print_beside(conductor.report)?;
+            return conductor.keep(printed).await;
         }
         Ok(None)
     }
 
     fn print(&self, report: &Report) -> Result<()> {
+        Output::stdout().print(&self.text(report)?)
+    }
+
+    /// Prints on a thread of its own: while the forks run, nothing may wait for whoever reads.
+    fn print_beside(&self, report: &Report) -> Result<oneshot::Receiver<Result<()>>> {
+        let text = self.text(report)?;
+        let (printed, is_printed) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("print".to_owned())
+            .spawn(move || printed.send(Output::stdout().print(&text)))
+            .context("cannot start a thread")?;
+        Ok(is_printed)
+    }
+
+    fn text(&self, report: &Report) -> Result<String> {
         let output = Output::stdout();
         if self.json {
-            output.print_json(report)
+            output.json(report)
         } else {
-            output.print(&table::for_people(report, output))
+            Ok(table::for_people(report, output))
         }
     }
 }
@@ -224,7 +241,7 @@ impl Conductor<'_> {
 
     /// Waits until each fork has come as far as that, or ended.
     async fn until_all(&mut self, what: &'static str, done: fn(State) -> bool) -> Result<(), Stopped> {
-        let progress = Progress::start(what, self.report.forks.len());
+        let progress = Progress::bar(what, self.report.forks.len());
         loop {
             let count = self.report.count(done);
             progress.set(count);
@@ -245,15 +262,23 @@ impl Conductor<'_> {
     }
 
     /// Holds them until a signal comes or the last has ended, and says who ends meanwhile; that may be the daemon.
-    async fn keep(&mut self) -> Option<Stopped> {
+    ///
+    /// # Errors
+    ///
+    /// The report could not be printed.
+    async fn keep(&mut self, mut printed: oneshot::Receiver<Result<()>>) -> Result<Option<Stopped>> {
         say(&format!(
             "API sockets: {}/FORK/api.sock; Ctrl-C ends all of them",
             self.report.folder.display()
         ));
-        let mut stopped = None;
+        let (mut stopped, mut is_printed) = (None, false);
         loop {
             tokio::select! {
-                _ = self.interrupt.signalled() => return stopped,
+                _ = self.interrupt.signalled() => return Ok(stopped),
+                done = &mut printed, if !is_printed => {
+                    done.context("the thread that prints is gone")??;
+                    is_printed = true;
+                }
                 () = self.daemon.ended(), if stopped.is_none() => {
                     stopped = Some(Stopped::DaemonEnded);
                     say("the daemon has ended: where it has not completed them, forks with `uffd` stand still");
@@ -261,7 +286,13 @@ impl Conductor<'_> {
                 event = self.fleet.event() => {
                     let Some(event) = event else {
                         say("no fork is left");
-                        return stopped;
+                        if !is_printed {
+                            tokio::select! {
+                                _ = self.interrupt.signalled() => {}
+                                done = &mut printed => done.context("the thread that prints is gone")??,
+                            }
+                        }
+                        return Ok(stopped);
                     };
                     let number = event.number;
                     self.turn(event);

@@ -2,7 +2,9 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `serve` | a daemon in a process of its own, and the signals that stop it |
+//! | `serve` | a daemon in a process of its own |
+//! | `signals` | the signals that ask a process to end |
+//! | `stderr` | lines on standard error that never hold up whoever writes them |
 //! | `daemon` | start and stop |
 //! | `config` | what can be set |
 //! | `api` | HTTP: calls, bodies, statuses, connections |
@@ -45,6 +47,8 @@ mod protection;
 pub mod run_dir;
 mod serve;
 mod service;
+pub mod signals;
+pub mod stderr;
 mod template;
 mod vmm_process;
 mod warmth;

@@ -1,25 +1,65 @@
 //! Log lines on standard error: `docs/logs.md` lists them.
 
 use std::fmt;
+use std::io::Write;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tracing::Subscriber;
 use tracing::field::{Field, Visit};
+use tracing::{Subscriber, error, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::{RecordFields, VisitOutput};
 use tracing_subscriber::fmt::format::{DefaultVisitor, Writer};
 use tracing_subscriber::fmt::{FormatFields, MakeWriter};
 
 use crate::config::LogFormat;
+use crate::stderr;
 
 /// What JSON lines name their event in. People read the message.
 const EVENT: &str = "event";
 
-/// Writes log lines to standard error from now on: one for each turn in the life of a fork or template, none for a fault.
-/// `RUST_LOG` can ask for more or less. Only the first call of a process counts.
+/// Writes log lines to standard error from now on, through [`stderr`]: one for each turn in the life of a fork or template, none
+/// for a fault. `RUST_LOG` can ask for more or less. Only the first call of a process counts.
 pub fn start(format: LogFormat) {
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
+    stderr::start(move |dropped| {
+        line_of(format, ansi, || {
+            warn!(
+                event = "log_lines_dropped",
+                lines = dropped,
+                "log lines were dropped: nobody has read them in time"
+            );
+        })
+    });
     // A second call is a test in the same process.
-    let _ = tracing::subscriber::set_global_default(lines(format, ansi, std::io::stderr));
+    let _ = tracing::subscriber::set_global_default(lines(format, ansi, stderr::Lines));
+    std::panic::set_hook(Box::new(|panic| {
+        error!(
+            event = "panicked",
+            error = stderr::describe_panic(panic),
+            "a thread has panicked"
+        );
+    }));
+}
+
+/// What `log` writes, as it would be written to standard error.
+fn line_of(format: LogFormat, ansi: bool, log: impl FnOnce()) -> Vec<u8> {
+    let written = Arc::<Mutex<Vec<u8>>>::default();
+    let to = Arc::clone(&written);
+    tracing::subscriber::with_default(lines(format, ansi, move || Collect(Arc::clone(&to))), log);
+    std::mem::take(&mut *written.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Writes to memory.
+struct Collect(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Collect {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 fn lines(
@@ -70,7 +110,6 @@ impl Visit for SkipEvent<'_> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::sync::Arc;
     use std::time::Duration;
 
     use pagecast::server::{FailReason, ForkEvent};

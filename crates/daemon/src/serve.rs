@@ -1,14 +1,17 @@
 //! A daemon in a process of its own: until a signal stops it.
 
+use std::sync::mpsc;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use sd_notify::NotifyState;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::error::StartError;
 use crate::logging;
+use crate::signals::{self, EndSignal, Wanted, Wish};
 
 /// Threads of the runtime: the control API is not what this machine is for.
 const API_THREADS: usize = 2;
@@ -31,7 +34,10 @@ pub enum Ended {
     Killed,
 }
 
-/// Runs a daemon until SIGTERM or SIGINT. The first completes all forks and stops; a second kills those that are left.
+/// Runs a daemon until a [signal](signals) asks for its end: then all forks are completed. A second SIGTERM, SIGINT or SIGQUIT
+/// kills the VMMs that are left.
+///
+/// Log lines may still be in the queue of [`stderr`](crate::stderr) afterwards.
 ///
 /// # Errors
 ///
@@ -52,17 +58,15 @@ pub fn serve(config: Config) -> Result<Ended, StartError> {
 }
 
 async fn until_stopped(config: Config) -> Result<Ended, StartError> {
-    let mut signals = Signals::new().map_err(|source| StartError::Thread { source })?;
+    let mut signals = Signals::watch().map_err(|source| StartError::Thread { source })?;
+    let supervisor = Supervisor::start().map_err(|source| StartError::Thread { source })?;
     let daemon = Daemon::start(config).await?;
-    // Only where there is somebody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let mut asked = false;
+    supervisor.tell(NotifyState::Ready);
     loop {
-        signals.next().await;
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        if asked {
+        if signals.next().await == Wanted::Kill {
             return Ok(kill(&daemon).await);
         }
+        supervisor.tell(NotifyState::Stopping);
         info!(
             event = "stopping",
             forks = daemon.serving(),
@@ -70,7 +74,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
         );
         let closed = tokio::select! {
             closed = daemon.close(CLOSE_PATIENCE) => closed,
-            () = signals.next() => return Ok(kill(&daemon).await),
+            () = signals.kill() => return Ok(kill(&daemon).await),
         };
         match closed {
             Ok(()) => {
@@ -78,43 +82,75 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
                 return Ok(Ended::Closed);
             }
             Err(error) => {
+                supervisor.tell(NotifyState::Ready);
                 warn!(
                     event = "staying",
                     error = pagecast::server::chain(&error),
                     "cannot stop, goes on; a second signal kills the VMMs that are left"
                 );
-                let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-                asked = true;
             }
         }
     }
 }
 
 async fn kill(daemon: &Daemon) -> Ended {
+    let killed = daemon.kill(KILL_PATIENCE).await;
     warn!(event = "killing", "second signal: VMMs are killed");
-    if let Err(error) = daemon.kill(KILL_PATIENCE).await {
+    if let Err(error) = killed {
         warn!(%error, "not all have died");
     }
     Ended::Killed
 }
 
+/// Signals, and what they want of the daemon.
 struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
+    signals: UnboundedReceiver<EndSignal>,
+    wish: Wish,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn watch() -> std::io::Result<Self> {
+        let (heard, signals) = unbounded_channel();
+        signals::watch(move |signal| {
+            // Nobody listens any more only while we exit.
+            let _ = heard.send(signal);
+        })?;
         Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
+            signals,
+            wish: Wish::default(),
         })
     }
 
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+    async fn next(&mut self) -> Wanted {
+        match self.signals.recv().await {
+            Some(signal) => self.wish.heard(signal),
+            // The thread that sends them never ends.
+            None => std::future::pending().await,
         }
+    }
+
+    /// Waits until signals want the VMMs killed.
+    async fn kill(&mut self) {
+        while self.next().await != Wanted::Kill {}
+    }
+}
+
+/// Tells the process that has started this one how it does, if that process wants to know. On a thread of its own: a supervisor that
+/// does not read blocks whoever writes to it.
+struct Supervisor(mpsc::Sender<NotifyState<'static>>);
+
+impl Supervisor {
+    fn start() -> std::io::Result<Self> {
+        let (states, told) = mpsc::channel();
+        std::thread::Builder::new().name("notify".to_owned()).spawn(move || {
+            for state in told {
+                let _ = sd_notify::notify(&[state]);
+            }
+        })?;
+        Ok(Self(states))
+    }
+
+    fn tell(&self, state: NotifyState<'static>) {
+        let _ = self.0.send(state);
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
-use indicatif::{BinaryBytes, ProgressBar};
+use indicatif::BinaryBytes;
 use pagecast_client::template::WorkingSet;
 use pagecast_client::{Backend, Client, Fork};
 use serde::Serialize;
@@ -16,7 +16,7 @@ use super::fleet::{Fleet, catching_panics};
 use super::interrupt::Interrupt;
 use super::launch::Turn;
 use super::life::Life;
-use super::progress::say;
+use super::progress::{Progress, say, start_saying};
 use super::report::milliseconds;
 use super::setup::{Prepared, Starting, Wanted};
 use super::{Stopped, ended_by, stopped};
@@ -72,6 +72,7 @@ struct Trained {
 impl Train {
     /// Does it, and prints what was learned.
     pub(crate) async fn call(self, client: Client, json: bool) -> Result<ExitCode> {
+        start_saying();
         let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
         let wanted = Wanted {
             template: self.name.clone(),
@@ -120,9 +121,7 @@ async fn record(
     interrupt: &mut Interrupt,
     daemon: &Life,
 ) -> Result<Result<(Fork, Duration), Stopped>> {
-    // Hidden where stderr is no terminal.
-    let spinner = ProgressBar::new_spinner().with_message("recording");
-    spinner.enable_steady_tick(Duration::from_millis(100));
+    let _spinner = Progress::spinner("recording");
     let client = fleet.client().clone();
     let id = fleet.ids().first().cloned().context("a run has a fork")?;
     fleet.fork();

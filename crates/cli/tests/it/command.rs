@@ -47,16 +47,23 @@ impl Handle {
 
     /// The same, with more flags.
     pub(crate) fn start_with(folder: &Path, mem_file: &Path, flags: &[&str]) -> Self {
+        let mut command = Self::command(folder, mem_file);
+        command.args(flags);
+        Self::start_as(command, folder)
+    }
+
+    /// The command that listens in this folder.
+    pub(crate) fn command(folder: &Path, mem_file: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagecast"));
+        command.args(["handle", "--json", "--socket"]);
+        command.arg(folder.join("handle.sock")).arg("--mem-file").arg(mem_file);
+        command
+    }
+
+    /// Starts a command that is made already.
+    pub(crate) fn start_as(mut command: Command, folder: &Path) -> Self {
         let socket = folder.join("handle.sock");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pagecast"))
-            .args(["handle", "--json", "--socket"])
-            .arg(&socket)
-            .arg("--mem-file")
-            .arg(mem_file)
-            .args(flags)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
         std::thread::spawn(move || {

@@ -150,6 +150,9 @@ fn where_completing_does_not_fit_it_stays_and_a_second_signal_kills_and_exits_wi
     let staying = handle.await_event("staying");
     let why = staying["error"].as_str().unwrap();
     assert!(why.contains("in the pool of hugepages"), "{why}");
+    // Comes by itself, also after a SIGTERM: tries again, and kills nobody.
+    handle.signal(Signal::HUP);
+    handle.await_event("staying");
 
     handle.signal(Signal::TERM);
     let ended = handle.await_event("ended");

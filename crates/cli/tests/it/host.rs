@@ -83,7 +83,7 @@ impl Host {
         })
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         self.command_of(&["run", "--template", "base"], arguments)
     }
 

@@ -354,6 +354,9 @@ fn where_completing_does_not_fit_it_stays_and_a_second_signal_kills() {
         (served.told(), served.told()),
         ("STOPPING=1".to_owned(), "READY=1".to_owned())
     );
+    // Comes by itself, also after a SIGTERM: tries again, and kills nobody.
+    served.signal(Signal::HUP);
+    served.await_line("cannot stop");
     // As before: it is answered, and takes forks.
     let other = files.serving(&served, "other", Backend::File);
     served.signal(Signal::TERM);

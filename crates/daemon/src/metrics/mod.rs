@@ -29,6 +29,7 @@ pub(crate) use self::totals::Totals;
 use self::totals::{Reasons, TemplateTotals};
 use crate::fork::Fork;
 use crate::service::Service;
+use crate::stderr;
 use crate::template::{Template, TemplateName};
 
 /// The content type of [`text`].
@@ -92,6 +93,11 @@ fn daemon(families: &mut Families, service: &Service) {
         "pagecast_forks_max",
         "How many forks may wait or live at once.",
         [(NO_LABELS, number(service.max_forks() as u64))],
+    );
+    families.counter(
+        "pagecast_log_lines_dropped_total",
+        "Log lines that were dropped because nobody has read standard error in time.",
+        [(NO_LABELS, number(stderr::dropped_lines()))],
     );
 }
 

@@ -1,0 +1,153 @@
+//! The signals that ask a process to end, and what they ask for.
+//!
+//! The default action of most signals ends a process at once. A server that ends so leaves its VMMs without anybody who answers
+//! their page faults. So every signal that can be caught and is not a fault asks for the orderly end instead.
+
+use std::io;
+use std::ops::RangeInclusive;
+
+use rustix::process::Signal;
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
+use signal_hook::iterator::Signals;
+
+/// Signals that somebody sends on purpose: a second one of them is meant as such.
+const INSISTING: [i32; 3] = [SIGTERM, SIGINT, SIGQUIT];
+
+/// Signals that come by themselves, come again by themselves (SIGHUP after SIGTERM at the end of a login session, SIGXCPU each
+/// second), or come by mistake.
+const ASKING: [i32; 9] = [
+    SIGHUP,
+    SIGUSR1,
+    SIGUSR2,
+    SIGALRM,
+    SIGVTALRM,
+    SIGPROF,
+    SIGXCPU,
+    Signal::POWER.as_raw(),
+    Signal::STKFLT.as_raw(),
+];
+
+/// Signals that are caught, and ask for nothing. SIGXFSZ: the write beyond the limit fails with `EFBIG`, which its caller handles.
+/// SIGIO: a thread that holds a lease may take it as a sign to look at the lease, so nobody else can count on it.
+const HARMLESS: [i32; 2] = [SIGXFSZ, SIGIO];
+
+/// Real-time signals. The C library keeps those before for itself, and lets nobody catch them.
+const REAL_TIME: RangeInclusive<i32> = 34..=64;
+
+/// A signal that asks for an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndSignal(i32);
+
+impl EndSignal {
+    /// The number of the signal.
+    pub fn number(self) -> i32 {
+        self.0
+    }
+}
+
+/// Calls `on_signal`, on a thread of its own, for each signal that asks for an end, instead of ending at once. Signals that were
+/// ignored before, as by `nohup`, stay ignored.
+///
+/// # Errors
+///
+/// The kernel refuses a handler or a thread.
+pub fn watch(mut on_signal: impl FnMut(EndSignal) + Send + 'static) -> io::Result<()> {
+    let ignored = ignored();
+    let wanted = INSISTING
+        .into_iter()
+        .chain(ASKING)
+        .chain(HARMLESS)
+        .chain(REAL_TIME)
+        .filter(|signal| !ignored.contains(*signal));
+    let mut signals = Signals::new(wanted)?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        for signal in signals.forever().filter(|signal| !HARMLESS.contains(signal)) {
+            on_signal(EndSignal(signal));
+        }
+    })?;
+    Ok(())
+}
+
+/// What a server does about a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Complete all forks and end, if it does not yet do so.
+    Close,
+    /// Kill the VMMs of forks that are not complete, and end.
+    Kill,
+}
+
+/// Decides what signals want of a server: the second SIGTERM, SIGINT or SIGQUIT wants the VMMs killed, every other signal an
+/// orderly end.
+#[derive(Debug, Default)]
+pub struct Wish {
+    insisted: bool,
+}
+
+impl Wish {
+    /// What this signal wants, after those before.
+    pub fn heard(&mut self, signal: EndSignal) -> Wanted {
+        if !INSISTING.contains(&signal.0) {
+            return Wanted::Close;
+        }
+        if std::mem::replace(&mut self.insisted, true) {
+            Wanted::Kill
+        } else {
+            Wanted::Close
+        }
+    }
+}
+
+/// A set of signals: bit `n - 1` is signal `n`.
+struct SignalSet(u64);
+
+impl SignalSet {
+    fn contains(&self, signal: i32) -> bool {
+        (1..=64).contains(&signal) && self.0 >> (signal - 1) & 1 == 1
+    }
+}
+
+/// The signals that this process ignores: see `proc_pid_status(5)`. None if the kernel does not say.
+fn ignored() -> SignalSet {
+    let status = std::fs::read("/proc/self/status").unwrap_or_default();
+    SignalSet(ignored_in(&String::from_utf8_lossy(&status)))
+}
+
+fn ignored_in(status: &str) -> u64 {
+    status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Wanted::{Close, Kill};
+    use super::*;
+
+    #[test]
+    fn signals_that_are_ignored_are_found_in_the_status() {
+        let ignored = SignalSet(ignored_in("SigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n"));
+        assert!(ignored.contains(SIGHUP) && ignored.contains(13));
+        assert!(!ignored.contains(SIGINT) && !ignored.contains(0) && !ignored.contains(65));
+        assert_eq!(ignored_in("SigCgt:\t0000000000000001\n"), 0);
+        assert_eq!(ignored_in(""), 0);
+    }
+
+    #[test]
+    fn only_a_second_signal_that_is_sent_on_purpose_kills() {
+        let heard = |signals: &[i32]| {
+            let mut wish = Wish::default();
+            signals
+                .iter()
+                .map(|signal| wish.heard(EndSignal(*signal)))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(heard(&[SIGTERM, SIGTERM]), [Close, Kill]);
+        assert_eq!(heard(&[SIGINT, SIGQUIT]), [Close, Kill]);
+        assert_eq!(heard(&[SIGTERM, SIGHUP, SIGXCPU, SIGHUP]), [Close, Close, Close, Close]);
+        assert_eq!(heard(&[SIGHUP, SIGTERM, SIGUSR1, SIGTERM]), [Close, Close, Close, Kill]);
+    }
+}
