@@ -8,16 +8,20 @@
 //! | [`template_file`] | mem-files that know what is in them |
 //! | [`pattern`] | bytes that tell where they belong |
 //! | [`process`] | what a process holds |
+//! | [`fuse_file`] | a file on a server whose attributes the kernel keeps in a cache |
 //! | [`floor`] | the smallest page server, to measure others against |
 //! | [`cgroup`] | a memory cgroup for the time of a test |
 //! | [`hugepages`] | hugepages for the time of a test |
+//! | [`mounted`] | file systems of a test's own |
 //! | [`skip`] | tests that cannot run here, and say so |
 #![deny(unsafe_code)]
 
 pub mod cgroup;
 pub mod firecracker;
 pub mod floor;
+pub mod fuse_file;
 pub mod hugepages;
+pub mod mounted;
 pub mod pattern;
 pub mod peer;
 pub mod process;
