@@ -163,12 +163,16 @@ fn take_up_kept(
             reporter.report(&Line::KeptNotUsed { what, error });
         }
     };
-    match WorkingSet::load(&WorkingSet::path_for(mem_file.path()), mem_file.identity()) {
+    match WorkingSet::load(&WorkingSet::path_for(mem_file.path()), mem_file.opened_as()) {
         Ok(set) => template.set_working_set(Some(Arc::new(set))),
         Err(error) => not_used("working set", &error),
     }
-    let Err(error) = mem_file.kept_zeros() else { return };
-    not_used("zeros", error);
+    if template.zeros_are_known() {
+        return;
+    }
+    if let Err(error) = mem_file.kept_zeros() {
+        not_used("zeros", error);
+    }
     let (searched, happenings) = (Arc::clone(mem_file), happenings.clone());
     template.find_zeros_in_background(move |found| {
         // Who cannot read it says so where that matters.

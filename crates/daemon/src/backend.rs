@@ -74,27 +74,6 @@ fn best(facts: Facts<'_>) -> (Backend, String) {
     }
 }
 
-/// The name of the file system that `fd` is on, where its pages come from elsewhere.
-#[cfg(target_os = "linux")]
-pub(crate) fn remote_filesystem(fd: impl std::os::fd::AsFd) -> Option<&'static str> {
-    // Magic numbers of `statfs(2)` that the kernel's `magic.h` lists, or the file system's own source.
-    const REMOTE: [(i64, &str); 8] = [
-        (0x6969, "NFS"),
-        (0x6573_5546, "FUSE"),
-        (0xff53_4d42, "CIFS"),
-        (0xfe53_4d42, "SMB"),
-        (0x0102_1997, "9p"),
-        (0x00c3_6400, "Ceph"),
-        (0x5346_414f, "AFS"),
-        (0x0bd0_0bd0, "Lustre"),
-    ];
-    let magic = rustix::fs::fstatfs(fd).ok()?.f_type;
-    REMOTE
-        .iter()
-        .find(|(number, _)| *number == magic)
-        .map(|(_, name)| *name)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -166,6 +166,7 @@ impl Drop for Daemon {
             // A panic has been told on its thread.
             let _ = withdrawal.join();
         }
+        self.service.keep_all();
         // Nobody answers there any more.
         let _ = std::fs::remove_file(self.control_socket());
     }

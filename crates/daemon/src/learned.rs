@@ -3,7 +3,7 @@
 //! Neither is needed. What is not there, or cannot be used or kept, is a line in the log, and found or recorded anew.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::chain;
@@ -11,47 +11,111 @@ use pagecast::template::{KeepError, MemFile, Recording, SidecarError, WorkingSet
 use tracing::{debug, info, warn};
 
 use crate::fork::{Fork, Kind};
-use crate::template::Template;
+use crate::template::{KeptAs, Template};
 
 /// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
 pub(crate) fn take_up(template: &Arc<Template>) {
     let path = template.file.path();
     let set_path = WorkingSet::path_for(path);
-    match WorkingSet::load(&set_path, template.file.identity()) {
-        Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
-        Err(error) => not_used(template, "working set", &set_path, &error),
-    }
-    let zeros = match template.file.kept_zeros() {
-        Ok(()) => return,
-        Err(error) => error,
+    // A link or permissions of ours may have come since, and have changed its ctime.
+    let opened_as = template.file.opened_as();
+    let working_set = match WorkingSet::load(&set_path, opened_as) {
+        Ok(set) => {
+            template.pages.set_working_set(Some(Arc::new(set)));
+            Some(*opened_as)
+        }
+        Err(error) => {
+            not_used(template, "working set", &set_path, &error);
+            None
+        }
     };
-    not_used(template, "map of zeros", &MemFile::zeros_path_for(path), zeros);
+    let zeros_are_known = template.pages.zeros_are_known();
+    *learning(template) = KeptAs {
+        working_set,
+        zeros: zeros_are_known.then_some(*opened_as),
+    };
+    if zeros_are_known {
+        keep_in_background(template);
+        return;
+    }
+    if let Err(error) = template.file.kept_zeros() {
+        not_used(template, "map of zeros", &MemFile::zeros_path_for(path), error);
+    }
     let searched = Arc::downgrade(template);
     template.pages.find_zeros_in_background(move |found| {
         let Some(template) = searched.upgrade() else { return };
-        let name = &template.name;
-        if let Err(error) = found {
-            warn!(template = %name, error = chain(error), "not all of the template could be searched for zeros");
-            return;
-        }
-        match template.file.keep_zeros() {
-            Ok(()) => debug!(template = %name, "its zeros are kept beside the memory file"),
-            // Nothing is wrong.
-            Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
-                debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
-            }
+        match found {
+            Ok(()) => keep(&template),
             Err(error) => {
-                warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");
+                warn!(template = %template.name, error = chain(error), "not all of the template could be searched for zeros");
             }
         }
     });
+}
+
+/// Keeps what is known of a template beside its memory file, for the file as it is now. Nothing is written where that is there
+/// already. Waits for the disk, and for a tick of the file system's clock if the file was linked just now.
+pub(crate) fn keep(template: &Template) {
+    let mut kept_as = learning(template);
+    let Ok(now) = template.file.state() else { return };
+    let name = &template.name;
+    if kept_as.working_set.is_some_and(|kept_as| kept_as != *now.kept())
+        && let Some(set) = template.pages.working_set()
+    {
+        match set.save(&WorkingSet::path_for(template.file.path()), now.kept()) {
+            Ok(()) => kept_as.working_set = Some(*now.kept()),
+            Err(error) => {
+                warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file as that is now");
+            }
+        }
+    }
+    if kept_as.zeros == Some(*now.kept()) || !template.pages.zeros_are_known() {
+        return;
+    }
+    match template.file.keep_zeros() {
+        Ok(identity) => {
+            kept_as.zeros = Some(identity);
+            debug!(template = %name, "its zeros are kept beside the memory file");
+        }
+        // Nothing is wrong.
+        Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
+            debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
+        }
+        Err(error) => {
+            warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");
+        }
+    }
+}
+
+/// The same on a thread of its own, unless there is nothing to do.
+fn keep_in_background(template: &Arc<Template>) {
+    let opened_as = template.file.opened_as();
+    if template.file.state().is_ok_and(|now| now.kept() == opened_as) {
+        return;
+    }
+    let kept = Arc::downgrade(template);
+    let spawned = std::thread::Builder::new()
+        .name("pagecast-keep".to_owned())
+        .spawn(move || {
+            if let Some(template) = kept.upgrade() {
+                keep(&template);
+            }
+        });
+    if let Err(error) = spawned {
+        debug!(template = %template.name, %error, "no thread to keep what is known of the template: it is found anew next time");
+    }
+}
+
+fn learning(template: &Template) -> MutexGuard<'_, KeptAs> {
+    // What is there is right, whatever becomes of who holds it.
+    template.learning.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Learns from what a fork has touched, and keeps it. May wait for the disk.
 pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let template = &fork.template;
     // One after the other: each goes on from what the one before has learned.
-    let _learning = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut kept_as = learning(template);
     let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
     let set = match template.pages.working_set() {
         Some(known) if recording.is_cut_short() && !known.learns_from(recording) => {
@@ -73,9 +137,13 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     };
     let name = &template.name;
     // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
-    let kept = template
-        .check()
-        .map(|()| set.save(&WorkingSet::path_for(template.file.path()), template.file.identity()));
+    let kept = match (template.check(), template.file.state()) {
+        (Ok(()), Ok(now)) => {
+            let saved = set.save(&WorkingSet::path_for(template.file.path()), now.kept());
+            saved.map(|()| kept_as.working_set = Some(*now.kept()))
+        }
+        _ => Ok(()),
+    };
     let (size_bytes, recordings) = (set.size().get(), set.recordings());
     // Once it is kept: who sees it finds it again after a crash.
     template.pages.set_working_set(Some(Arc::new(set)));
@@ -84,7 +152,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     if let Kind::Uffd(uffd) = &fork.kind {
         let _ = uffd.recorded.set(recorded_bytes);
     }
-    if let Ok(Err(error)) = kept {
+    if let Err(error) = kept {
         warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");
     }
     info!(

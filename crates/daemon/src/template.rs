@@ -1,20 +1,21 @@
 //! A template that has been added.
 
 use std::fmt;
-use std::os::fd::AsFd;
+use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::ForkId;
-use pagecast::template::{Identity, MemFile, PageSource, SourceError};
+use pagecast::template::{FileState, Identity, KeptIdentity, MemFile, SourceError};
 use pagecast_client::template::{Guard, Protection};
 use serde::{Deserialize, Serialize};
 
 use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
+use crate::run_dir::{Kind, RunDir};
 use crate::warmth::Warmth;
 
 /// The name of a template: `[a-z0-9][a-z0-9._-]{0,63}`, as the ids of forks are.
@@ -75,11 +76,12 @@ pub(crate) struct Template {
     pub(crate) placement: Option<Placement>,
     /// How far it is in memory ahead of its forks.
     pub(crate) warmth: Warmth,
-    /// Held while something is learned of it.
-    pub(crate) learning: Mutex<()>,
+    /// What is kept beside the memory file. Held while something is learned of it.
+    pub(crate) learning: Mutex<KeptAs>,
     /// It was told that its working set is not used.
     pub(crate) told_switched_off: AtomicBool,
     lease: Mutex<Option<pagecast::template::Lease>>,
+    in_run_dir: Mutex<InRunDir>,
     changed: OnceLock<String>,
     /// Forks of it are being ended.
     withdrawn: AtomicBool,
@@ -102,23 +104,54 @@ impl Template {
             file,
             protection,
             placement,
-            learning: Mutex::new(()),
+            learning: Mutex::default(),
             told_switched_off: AtomicBool::new(false),
             lease: Mutex::new(lease),
+            in_run_dir: Mutex::default(),
             changed: OnceLock::new(),
             withdrawn: AtomicBool::new(false),
         }
     }
 
-    /// What is kept of it in the run dir.
-    pub(crate) fn saved(&self, resident: bool) -> SavedTemplate {
-        SavedTemplate {
+    /// Keeps in the run dir what is to be known of it after a restart, unless that is there already. `resident` if it is to
+    /// stay in memory; `None` for what was said last. Nothing is kept of a file that has changed.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written; what was there before is there still.
+    pub(crate) fn save(&self, run_dir: &RunDir, resident: Option<bool>) -> io::Result<()> {
+        let mut there = self.in_run_dir();
+        let Ok(state) = self.file.state() else { return Ok(()) };
+        let resident = resident.unwrap_or(there.resident);
+        if there.is_over || (there.saved_as == Some(state) && there.resident == resident) {
+            return Ok(());
+        }
+        let saved = SavedTemplate {
             spec: self.spec.clone(),
-            identity: *self.file.identity(),
+            identity: Was::State(state),
             protection: self.protection,
             place: self.placement.clone().map(Place::Done),
             resident,
-        }
+        };
+        run_dir.save(Kind::Template, self.name.as_str(), &saved)?;
+        there.saved_as = Some(state);
+        there.resident = resident;
+        Ok(())
+    }
+
+    /// Forgets what is kept in the run dir, and keeps nothing there from now on.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be deleted.
+    pub(crate) fn forget(&self, run_dir: &RunDir) -> io::Result<()> {
+        self.in_run_dir().is_over = true;
+        run_dir.forget(Kind::Template, self.name.as_str())
+    }
+
+    fn in_run_dir(&self) -> MutexGuard<'_, InRunDir> {
+        // No code that can panic runs under this lock.
+        self.in_run_dir.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on nothing of it is kept in memory, and nothing more is kept of it in the run dir for that.
@@ -136,16 +169,13 @@ impl Template {
         if let Some(how) = self.changed() {
             return Err(how.to_owned());
         }
-        self.file
-            .check_unchanged()
-            .and_then(|()| self.file.check_path())
-            .map_err(|error| {
-                let how = match error {
-                    SourceError::Changed { how } => how,
-                    other => pagecast::server::chain(&other),
-                };
-                self.changed.get_or_init(|| how).clone()
-            })
+        self.file.state().and_then(|_| self.file.check_path()).map_err(|error| {
+            let how = match error {
+                SourceError::Changed { how } => how,
+                other => pagecast::server::chain(&other),
+            };
+            self.changed.get_or_init(|| how).clone()
+        })
     }
 
     /// In what it has changed, as far as was noticed.
@@ -181,9 +211,9 @@ impl Template {
 
     /// How changes are noticed.
     pub(crate) fn guard(&self) -> Guard {
-        match *self.lease.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(_) => Guard::Lease,
-            None => Guard::Watch,
+        match &*self.lease.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(lease) if lease.is_sure() => Guard::Lease,
+            _ => Guard::Watch,
         }
     }
 
@@ -196,7 +226,7 @@ impl Template {
 
     /// The name of its file system, where its pages come from elsewhere.
     pub(crate) fn remote(&self) -> Option<&'static str> {
-        crate::backend::remote_filesystem(self.file.as_fd())
+        self.file.remote()
     }
 }
 
@@ -205,12 +235,47 @@ impl Template {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedTemplate {
     pub(crate) spec: Spec,
-    pub(crate) identity: Identity,
+    pub(crate) identity: Was,
     pub(crate) protection: Applied,
     pub(crate) place: Option<Place>,
     /// It is to stay in memory.
     #[serde(default)]
     pub(crate) resident: bool,
+}
+
+/// What a memory file was when it was kept in the run dir.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Was {
+    State(FileState),
+    /// Kept by an older version, which did not look at the ctime.
+    Identity(Identity),
+}
+
+impl Was {
+    /// In what the file was written since, if it is `now`. `is_explained` if something is known that explains another ctime.
+    pub(crate) fn written(&self, now: &FileState, is_explained: bool) -> Option<String> {
+        match self {
+            Self::State(state) => state.written(now, is_explained),
+            Self::Identity(identity) => identity.difference(now.identity()),
+        }
+    }
+}
+
+/// What is kept in the run dir.
+#[derive(Debug, Default)]
+struct InRunDir {
+    saved_as: Option<FileState>,
+    resident: bool,
+    /// The template is removed.
+    is_over: bool,
+}
+
+/// The identities of the memory file that what is kept beside it is of; `None` where nothing is kept.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct KeptAs {
+    pub(crate) working_set: Option<KeptIdentity>,
+    pub(crate) zeros: Option<KeptIdentity>,
 }
 
 /// Where a memory file was put, or was about to be.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
-use pagecast::template::{Loader, Locked, MemFile, PageSource, Run, Wanted};
+use pagecast::template::{Loader, Locked, MemFile, Run, Wanted};
 use pagecast_client::template::{Warmth as Told, WarmthState};
 use tracing::{debug, info, warn};
 
@@ -202,7 +202,7 @@ fn read_all(template: &Template, wish: &Wish) -> Result<bool, String> {
             return Ok(false);
         }
     }
-    template.file.check_unchanged().map_err(|error| chain(&error))?;
+    template.file.state().map_err(|error| chain(&error))?;
     Ok(true)
 }
 
@@ -254,7 +254,7 @@ fn load(template: &Template, runs: &[Run]) -> Result<(), String> {
 mod tests {
     use std::os::fd::AsFd;
 
-    use pagecast::template::{Page, Recording, TemplateOffset, WorkingSet};
+    use pagecast::template::{Page, PageSource as _, Recording, TemplateOffset, WorkingSet};
     use pagecast_client::{AddTemplate, Backend, Client, CreateFork};
     use pagecast_testkit::skip::skip;
     use pagecast_testkit::template_file::{TemplateFile, TemplateModel};

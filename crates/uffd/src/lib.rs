@@ -11,6 +11,7 @@
 //! | `peer` | who is at the other end of a unix socket (Linux) |
 //! | `pidfd` | a process that cannot be mistaken for another (Linux) |
 //! | `lease` | files that nobody can write without being made to wait (Linux) |
+//! | `dirty` | what of a file is still to be written to its disk (Linux) |
 //! | `mapped_file` | files in the page cache: in large pages, and kept there (Linux) |
 //!
 //! The first four are plain data and build on every platform; the rest exists on Linux only. All the kernel ABI of the
@@ -27,6 +28,8 @@ pub mod outcome;
 
 #[cfg(target_os = "linux")]
 mod abi;
+#[cfg(target_os = "linux")]
+pub mod dirty;
 #[cfg(target_os = "linux")]
 pub mod fd_passing;
 #[cfg(target_os = "linux")]

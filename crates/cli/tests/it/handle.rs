@@ -1,21 +1,24 @@
 //! `pagecast handle` with simulated VMMs: signals, exit codes, what it says.
 
+use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use pagecast::template::{Identity, MemFile, Recording, TemplateOffset, WorkingSet};
+use pagecast::template::{KeptIdentity, MemFile, Recording, TemplateOffset, WorkingSet};
 use pagecast_testkit::PageSize;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
-use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 use pagecast_uffd::ByteLen;
 use rustix::process::Signal;
 
 use crate::command::Handle;
-use crate::served::spins_between_faults;
+use crate::served::{eventually, spins_between_faults};
 
 const SIZE: u64 = 4 << 20;
 
@@ -63,7 +66,7 @@ fn a_working_set_beside_the_template_is_given_ahead() {
     for at in (0..SIZE).step_by(4096) {
         touched.push(TemplateOffset::new(at));
     }
-    let identity = Identity::of(&template.path().metadata().unwrap());
+    let identity = KeptIdentity::of(File::open(template.path()).unwrap()).unwrap();
     let path = WorkingSet::path_for(template.path());
     WorkingSet::of(&touched).save(&path, &identity).unwrap();
     let mut handle = Handle::start(folder.path(), template.path());
@@ -73,6 +76,47 @@ fn a_working_set_beside_the_template_is_given_ahead() {
     vmm.kill().unwrap();
     let ended = handle.await_event("ended");
     assert!(ended["faults"]["prefaulted"].as_u64().unwrap() > 0, "{ended:#}");
+}
+
+#[test]
+fn zeros_kept_of_a_template_that_was_overwritten_with_its_mtime_set_back_are_not_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let half_zeros = TemplateModel {
+        size: SIZE,
+        seed: 1,
+        layout: Layout {
+            zero_every: NonZeroU64::new(2),
+            holes: Vec::new(),
+        },
+    };
+    let template = TemplateFile::create(half_zeros).unwrap();
+    await_age(template.path());
+    let zeros = MemFile::zeros_path_for(template.path());
+    let mut handle = Handle::start(folder.path(), template.path());
+    eventually("its zeros are kept", || zeros.exists());
+    handle.signal(Signal::TERM);
+    assert!(handle.wait().success());
+
+    // As `cp -p` does.
+    let data = TemplateFile::create(TemplateModel::of_data(SIZE, 2)).unwrap();
+    let modified = template.path().metadata().unwrap().modified().unwrap();
+    std::fs::copy(data.path(), template.path()).unwrap();
+    File::open(template.path()).unwrap().set_modified(modified).unwrap();
+
+    let handle = Handle::start(folder.path(), template.path());
+    let told = handle.said("kept_not_used");
+    assert!(told.iter().any(|line| line["what"] == "zeros"), "{told:?}");
+    let vmm = SimVmm::spawn().unwrap();
+    vmm.run(Connect::new(&handle.socket, data.model())).unwrap();
+    reads_right(&vmm);
+}
+
+/// Waits until the clock of the file system has ticked since the file was changed last.
+fn await_age(path: &Path) {
+    let changed = KeptIdentity::of(File::open(path).unwrap()).unwrap().changed();
+    eventually("it is old enough", || {
+        changed.elapsed().is_ok_and(|age| age > Duration::from_millis(100))
+    });
 }
 
 #[test]

@@ -205,12 +205,14 @@ impl Service {
     }
 
     fn make_file_fork(
-        &self,
+        self: &Arc<Self>,
         id: ForkId,
         template: Arc<Template>,
         reason: String,
         wanted: &CreateFork,
     ) -> Result<Arc<Fork>, ApiError> {
+        // A restart that finds it as it is now has nothing to explain.
+        self.save_template(&template);
         warmth::read_ahead(&template);
         let reason = with_warmth(reason, &template);
         let vmm = wanted.pid.map(VmmProcess::open).transpose();
@@ -233,7 +235,10 @@ impl Service {
                 saved.place = Some(Place::Planned(plan.clone()));
                 let kept = self.run_dir.save(Saved::Fork, id.as_str(), &saved);
                 kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
-                Some(plan.carry_out(template.file.as_fd()).map_err(|error| {
+                self.look_before_own_change(&template.file);
+                let placed = plan.carry_out(template.file.as_fd());
+                self.note_own_change(&template.file);
+                Some(placed.map_err(|error| {
                     let _ = self.run_dir.forget(Saved::Fork, id.as_str());
                     refused(error)
                 })?)
@@ -287,7 +292,7 @@ impl Service {
         }
     }
 
-    pub(super) fn file_fork_ended(&self, fork: &Arc<Fork>, state: ForkState) {
+    pub(super) fn file_fork_ended(self: &Arc<Self>, fork: &Arc<Fork>, state: ForkState) {
         if let Kind::File(file) = &fork.kind
             && file.end(state)
         {
@@ -295,8 +300,13 @@ impl Service {
         }
     }
 
-    pub(super) fn file_fork_is_over(&self, fork: &Arc<Fork>, file: &FileFork) {
-        let removed = file.placement.as_ref().map(Placement::remove);
+    pub(super) fn file_fork_is_over(self: &Arc<Self>, fork: &Arc<Fork>, file: &FileFork) {
+        let removed = file.placement.as_ref().map(|placement| {
+            self.look_before_own_change(&fork.template.file);
+            let removed = placement.remove();
+            self.note_own_change(&fork.template.file);
+            removed
+        });
         self.ended(fork);
         if let Some(Err(error)) = removed {
             warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
@@ -360,7 +370,7 @@ impl Service {
     }
 
     /// Kills the VMM of a fork and waits for its end.
-    pub(super) fn kill_vmm(&self, fork: &Arc<Fork>) -> Result<(), ApiError> {
+    pub(super) fn kill_vmm(self: &Arc<Self>, fork: &Arc<Fork>) -> Result<(), ApiError> {
         let died = match &fork.kind {
             Kind::Uffd(uffd) if fork.state() != ForkState::Complete => {
                 self.server.kill_this(&uffd.served);

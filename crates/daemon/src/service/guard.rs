@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecast::server::chain;
-use pagecast::template::{MemFile, PageSource};
+use pagecast::template::MemFile;
 use pagecast_client::fork::ForkError;
 use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
@@ -73,7 +73,7 @@ impl Service {
 
     /// Begins to end the forks of a template, once for each template; with `gently`, those that can be completed within that
     /// time live on. On a thread of its own: those of the runtime may all be waiting for somebody, and this must not.
-    fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
+    pub(super) fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         template.set_changed(how.to_owned());
         if !template.set_withdrawn() {
             return;
@@ -111,8 +111,11 @@ impl Service {
         let mut forks = self.living_forks_of(template);
         forks.retain(|fork| matches!(fork.kind, Kind::File(_)));
         let killed = self.kill_mappers(template, &forks, how);
+        // Other templates may be of the same file.
+        self.look_before_own_change(&template.file);
         // Whoever was told where the file is and comes only now finds nothing there.
         let removed = template.placement.as_ref().map(Placement::remove);
+        self.note_own_change(&template.file);
         // Not as whoever forgets the template does: that waits for whoever asks for it to be in memory.
         template.warmth.end();
         if let Some(patience) = gently {
@@ -170,7 +173,7 @@ impl Service {
     }
 
     /// Waits until those that were killed are dead. Those that are not.
-    fn await_deaths(&self, template: &Template, mut killed: Vec<Killed>) -> Vec<Killed> {
+    fn await_deaths(self: &Arc<Self>, template: &Template, mut killed: Vec<Killed>) -> Vec<Killed> {
         let until = Instant::now() + KILL_PATIENCE;
         killed.retain(|Killed { vmm, fork }| {
             let died = vmm.wait_exited(until.saturating_duration_since(Instant::now()));
@@ -216,7 +219,7 @@ impl Service {
                 continue;
             }
             watched = true;
-            if let Err(error) = template.file.check_unchanged() {
+            if let Err(error) = template.file.state() {
                 let how = chain(&error);
                 self.begin_withdrawal(&template, &how, None);
                 error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");

@@ -145,7 +145,12 @@ impl Service {
         let parsed: TemplateName = name.parse()?;
         let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
         let file = Arc::new(file);
-        let mut changed = saved.identity.difference(file.identity());
+        // A link that was about to be made explains another ctime.
+        let is_explained = matches!(saved.place, Some(Place::Planned(_)));
+        let mut changed = match file.state() {
+            Ok(now) => saved.identity.written(&now, is_explained),
+            Err(error) => Some(chain(&error)),
+        };
         let lease = match self.lease(&parsed, &file) {
             Ok(lease) => lease,
             Err(error) => {
@@ -170,6 +175,11 @@ impl Service {
         if let Some(how) = changed {
             template.set_changed(how.clone());
             warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");
+        } else {
+            let _ = template.file.accept_own_change();
+            if let Err(error) = template.save(&self.run_dir, Some(saved.resident)) {
+                warn!(template = name, %error, "cannot be kept in the run dir as it is now");
+            }
         }
         Ok(Arc::new(template))
     }
@@ -224,8 +234,15 @@ impl Service {
     }
 
     /// Takes away the memory file of a fork that is no more, and forgets the fork.
-    fn forget_place(&self, id: &str, saved: &SavedFork) {
+    fn forget_place(self: &Arc<Self>, id: &str, saved: &SavedFork) {
+        let template = self.template(&saved.template).ok();
+        if let Some(template) = &template {
+            self.look_before_own_change(&template.file);
+        }
         let removed = saved.place.as_ref().map(Place::remove);
+        if let Some(template) = &template {
+            self.note_own_change(&template.file);
+        }
         self.forget_saved_as(id);
         if let Some(Err(error)) = removed {
             warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");

@@ -17,7 +17,7 @@ use crate::learned;
 use crate::placement::{Placement, Plan};
 use crate::protection::Applied;
 use crate::run_dir::Kind;
-use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName};
+use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
 use crate::vmm_process::VmmProcess;
 
 impl Service {
@@ -120,6 +120,7 @@ impl Service {
             ));
         }
         let lease = self.lease(&name, &file)?;
+        self.look_before_own_change(&file);
         let protecting = self.protecting(spec.protect);
         let protection = self.plan_protection(&spec, &file)?;
         let placement = self.place_template(&name, &spec, &file, protection, false)?;
@@ -132,6 +133,11 @@ impl Service {
                 ErrorCode::TemplateInvalid,
                 format_args!("protect: {}", chain(&error)),
             ));
+        }
+        self.note_own_change(&template.file);
+        // In no list yet. Its own links were made under its lease, or a moment ago.
+        if template.file.accept_own_change().is_ok() {
+            self.save_template(&template);
         }
         Ok((template, protecting))
     }
@@ -201,7 +207,7 @@ impl Service {
     ) -> Result<Option<Placement>, ApiError> {
         let mut saved = SavedTemplate {
             spec: spec.clone(),
-            identity: *file.identity(),
+            identity: Was::State(file.state().map_err(|error| internal("look at the template", &error))?),
             protection,
             place: None,
             resident,
@@ -227,6 +233,9 @@ impl Service {
             }
         };
         saved.place = placement.clone().map(Place::Done);
+        if let Ok(state) = file.accept_own_change() {
+            saved.identity = Was::State(state);
+        }
         if let Err(error) = save(&saved) {
             if let Some(placement) = &placement {
                 take_away(name, placement);
@@ -234,6 +243,51 @@ impl Service {
             return Err(error);
         }
         Ok(placement)
+    }
+
+    /// Before the daemon links this file, takes a link away, or changes its permissions, which could hide a write: looks at
+    /// it, and ends the forks of its templates if it was written.
+    pub(super) fn look_before_own_change(self: &Arc<Self>, file: &MemFile) {
+        for template in self.templates_of(file) {
+            if let Err(error) = template.file.state() {
+                self.begin_withdrawal(&template, &chain(&error), None);
+            }
+        }
+    }
+
+    /// After that: the ctime that the file has by now is ours, and what is kept in the run dir of its templates says so.
+    pub(super) fn note_own_change(&self, file: &MemFile) {
+        for template in self.templates_of(file) {
+            // What has changed is told where it is looked for.
+            if template.file.accept_own_change().is_ok() && template.changed().is_none() {
+                self.save_template(&template);
+            }
+        }
+    }
+
+    /// The templates of this file whose forks are not being ended.
+    fn templates_of(&self, file: &MemFile) -> Vec<Arc<Template>> {
+        let mut templates = self.templates();
+        templates
+            .retain(|template| !template.is_withdrawn() && template.file.identity().inode() == file.identity().inode());
+        templates
+    }
+
+    /// Keeps in the run dir what a template is now.
+    pub(super) fn save_template(&self, template: &Template) {
+        if let Err(error) = template.save(&self.run_dir, None) {
+            warn!(template = %template.name, %error, "cannot be kept in the run dir as it is now");
+        }
+    }
+
+    /// Keeps what is known of all templates, for the next daemon.
+    pub(crate) fn keep_all(&self) {
+        for template in self.templates() {
+            if template.changed().is_none() {
+                self.save_template(&template);
+                learned::keep(&template);
+            }
+        }
     }
 
     fn forget_template(&self, name: &TemplateName) {
@@ -295,9 +349,13 @@ impl Service {
             state.busy.insert(template.name.clone());
         }
         template.end_warmth();
+        self.look_before_own_change(&template.file);
         undo(&template, self.protects_too(&template.protection).as_deref());
         drop(protecting);
-        self.forget_template(&template.name);
+        self.note_own_change(&template.file);
+        if let Err(error) = template.forget(&self.run_dir) {
+            warn!(template = name, %error, "cannot be forgotten in the run dir");
+        }
         self.state().busy.remove(&template.name);
         info!(event = "template_removed", template = name, "template removed");
         Ok(())
@@ -322,6 +380,10 @@ fn undo(template: &Template, other: Option<&Template>) {
     };
     let removed = template.placement.as_ref().map(Placement::remove);
     let enforced = other.map(|other| (other, other.protection.enforce(other.file.as_fd())));
+    // While nobody can write the file: it is found as it is now when it is added again.
+    if template.changed().is_none() && template.file.accept_own_change().is_ok() {
+        learned::keep(template);
+    }
     template.release_lease();
     if let Err(error) = undone {
         warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");

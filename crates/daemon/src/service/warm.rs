@@ -12,7 +12,6 @@ use tracing::{info, warn};
 
 use super::templates::changed;
 use super::{Service, internal, refuse};
-use crate::run_dir::Kind;
 use crate::template::Template;
 use crate::warmth;
 
@@ -77,8 +76,8 @@ impl Service {
     }
 
     fn keep_resident(&self, template: &Template, resident: bool) -> Result<(), ApiError> {
-        self.run_dir
-            .save(Kind::Template, template.name.as_str(), &template.saved(resident))
+        template
+            .save(&self.run_dir, Some(resident))
             .map_err(|error| internal("keep the template in the run dir", &error))
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use pagecast::template::KeptIdentity;
 use pagecast_daemon::{Daemon, Settings};
 use pagecast_testkit::sim_vmm::{Connect, Job, MapFile, Order, Pages, Read, ReadReport, Share, SimVmm, Write};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
@@ -106,6 +107,15 @@ impl Fixture {
     pub(crate) fn add_template(&self) -> Value {
         self.send("PUT", "/v1/templates/t", &json!({ "mem_path": self.file.path() }))
             .ok(201)
+    }
+
+    /// Waits until the mem-file is so old that its zeros can be kept.
+    pub(crate) fn age(&self) {
+        let file = std::fs::File::open(self.file.path()).unwrap();
+        let changed = KeptIdentity::of(file).unwrap().changed();
+        eventually("the clock of its file system has ticked", || {
+            changed.elapsed().is_ok_and(|age| age > Duration::from_millis(100))
+        });
     }
 
     #[track_caller]

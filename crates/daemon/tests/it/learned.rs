@@ -1,8 +1,7 @@
 //! What the daemon learns of a template, keeps beside its memory file, and does without.
 
-use std::fs::File;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use pagecast_testkit::sim_vmm::{Pages, Read, SimVmm};
 use pagecast_testkit::skip::skip;
@@ -177,9 +176,7 @@ fn what_cannot_be_kept_is_known_until_the_daemon_stops() {
 #[test]
 fn zeros_are_looked_for_once_and_again_only_where_that_is_lost() {
     let mut fixture = Fixture::new();
-    let file = File::options().write(true).open(fixture.file.path()).unwrap();
-    file.set_modified(SystemTime::now() - Duration::from_mins(1)).unwrap();
-    drop(file);
+    fixture.age();
     if fixture.add_template()["guard"] != "lease" {
         return skip("needs a file system with leases");
     }

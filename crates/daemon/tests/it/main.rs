@@ -10,6 +10,7 @@ mod contract;
 mod fixture;
 mod guard;
 mod http;
+mod kept;
 mod learned;
 mod life;
 mod logs;

@@ -1,14 +1,22 @@
 //! What makes a file the file it was.
+//!
+//! | type | for | has beside device, inode, size and mtime |
+//! | --- | --- | --- |
+//! | [`Identity`] | naming a file that is held | nothing |
+//! | [`KeptIdentity`] | what is kept of a file: beside it, and in a run dir | ctime and birth time, which user space cannot set |
+//! | [`FileState`] | telling a write from a link or a `chmod`, both of which change the ctime | that, links, permissions, owner and flags |
 
 use std::fs::Metadata;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
+#[cfg(target_os = "linux")]
+use rustix::fs::{AtFlags, Statx, StatxFlags};
 use serde::{Deserialize, Serialize};
 
-/// The identity of a mem-file: the same file, not written since.
-///
-/// Not its `ctime`, which also changes with links and permissions, and those may come and go while forks live.
+/// The identity of a mem-file: the same file, not written since, as far as its mtime tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     device: u64,
@@ -43,39 +51,6 @@ impl Identity {
         }
     }
 
-    /// How many bytes [`to_le_bytes`](Self::to_le_bytes) makes.
-    #[cfg(target_os = "linux")]
-    pub(super) const BYTES: usize = 40;
-
-    /// Its five numbers, little-endian, in the order in which they are declared.
-    #[cfg(target_os = "linux")]
-    pub(super) fn to_le_bytes(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        let numbers = [
-            self.device.to_le_bytes(),
-            self.inode.to_le_bytes(),
-            self.size.to_le_bytes(),
-            self.modified_s.to_le_bytes(),
-            self.modified_ns.to_le_bytes(),
-        ];
-        bytes.copy_from_slice(numbers.as_flattened());
-        bytes
-    }
-
-    /// What [`to_le_bytes`](Self::to_le_bytes) was made of.
-    #[cfg(target_os = "linux")]
-    pub(super) fn from_le_bytes(bytes: &[u8; Self::BYTES]) -> Self {
-        let mut numbers = bytes.as_chunks().0.iter().copied();
-        let mut next = || numbers.next().unwrap_or_default();
-        Self {
-            device: u64::from_le_bytes(next()),
-            inode: u64::from_le_bytes(next()),
-            size: u64::from_le_bytes(next()),
-            modified_s: i64::from_le_bytes(next()),
-            modified_ns: i64::from_le_bytes(next()),
-        }
-    }
-
     /// Device and inode number.
     pub fn inode(&self) -> (u64, u64) {
         (self.device, self.inode)
@@ -86,15 +61,9 @@ impl Identity {
         self.size
     }
 
-    /// When it was last written, as the file system says.
+    /// When it was last written, as the file system says: its mtime, which its owner can set.
     pub fn modified(&self) -> SystemTime {
-        let seconds = Duration::from_secs(self.modified_s.unsigned_abs());
-        let nanos = Duration::from_nanos(self.modified_ns.unsigned_abs());
-        if self.modified_s >= 0 {
-            SystemTime::UNIX_EPOCH + seconds + nanos
-        } else {
-            SystemTime::UNIX_EPOCH - seconds + nanos
-        }
+        time(self.modified_s, self.modified_ns)
     }
 
     /// In what `now` differs, in words; `None` where it does not.
@@ -113,6 +82,257 @@ impl Identity {
             None
         }
     }
+}
+
+/// The moment that a file system tells of in these numbers.
+fn time(seconds: i64, nanos: i64) -> SystemTime {
+    let since = Duration::from_secs(seconds.unsigned_abs());
+    let nanos = Duration::from_nanos(nanos.unsigned_abs());
+    let whole = if seconds >= 0 {
+        SystemTime::UNIX_EPOCH.checked_add(since)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_sub(since)
+    };
+    whole
+        .and_then(|whole| whole.checked_add(nanos))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// The identity of a mem-file for what is kept of it and used after it was closed: with its ctime, and with its birth time
+/// where the file system has one.
+///
+/// Nobody but the kernel sets either, so a file that was overwritten and had its mtime set back (`cp -p`,
+/// `rsync -t --inplace`, `tar`) has another one. A link or a `chmod` changes the ctime as well.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptIdentity {
+    #[serde(flatten)]
+    file: Identity,
+    changed_s: i64,
+    changed_ns: i64,
+    /// Seconds and nanoseconds.
+    born: Option<(i64, i64)>,
+}
+
+#[cfg(target_os = "linux")]
+impl KeptIdentity {
+    /// How many bytes [`to_le_bytes`](Self::to_le_bytes) makes.
+    pub(super) const BYTES: usize = 72;
+
+    /// Stands for the nanoseconds of the birth time where there is none.
+    const NOT_BORN: i64 = -1;
+
+    /// The identity of the file that is open as `file`.
+    ///
+    /// # Errors
+    ///
+    /// `statx(2)` fails.
+    pub fn of(file: impl AsFd) -> std::io::Result<Self> {
+        FileState::of(file, Look::Now).map(|state| state.kept)
+    }
+
+    /// Its nine numbers, little-endian, in the order in which they are declared.
+    pub(super) fn to_le_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let (born_s, born_ns) = self.born.unwrap_or((0, Self::NOT_BORN));
+        let numbers = [
+            self.file.device.to_le_bytes(),
+            self.file.inode.to_le_bytes(),
+            self.file.size.to_le_bytes(),
+            self.file.modified_s.to_le_bytes(),
+            self.file.modified_ns.to_le_bytes(),
+            self.changed_s.to_le_bytes(),
+            self.changed_ns.to_le_bytes(),
+            born_s.to_le_bytes(),
+            born_ns.to_le_bytes(),
+        ];
+        bytes.copy_from_slice(numbers.as_flattened());
+        bytes
+    }
+
+    /// What [`to_le_bytes`](Self::to_le_bytes) was made of.
+    pub(super) fn from_le_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        let mut numbers = bytes.as_chunks().0.iter().copied();
+        let mut next = || numbers.next().unwrap_or_default();
+        let file = Identity {
+            device: u64::from_le_bytes(next()),
+            inode: u64::from_le_bytes(next()),
+            size: u64::from_le_bytes(next()),
+            modified_s: i64::from_le_bytes(next()),
+            modified_ns: i64::from_le_bytes(next()),
+        };
+        let (changed_s, changed_ns) = (i64::from_le_bytes(next()), i64::from_le_bytes(next()));
+        let born = (i64::from_le_bytes(next()), i64::from_le_bytes(next()));
+        Self {
+            file,
+            changed_s,
+            changed_ns,
+            born: (born.1 != Self::NOT_BORN).then_some(born),
+        }
+    }
+
+    /// Length in bytes.
+    pub fn size(&self) -> u64 {
+        self.file.size
+    }
+
+    /// When it was last written, as the file system says: its mtime, which its owner can set.
+    pub fn modified(&self) -> SystemTime {
+        self.file.modified()
+    }
+
+    /// When it was last written or linked, or its permissions changed: its ctime.
+    pub fn changed(&self) -> SystemTime {
+        time(self.changed_s, self.changed_ns)
+    }
+
+    /// Whether the file system counts the ctime in whole seconds, as far as this one tells.
+    pub(super) fn is_coarse(&self) -> bool {
+        self.changed_ns == 0
+    }
+
+    /// In what `now` differs, in words; `None` where it does not.
+    pub fn difference(&self, now: &Self) -> Option<String> {
+        self.difference_but_ctime(now).or_else(|| {
+            (self != now).then(|| "its ctime differs: it may have been written, and its mtime set back".to_owned())
+        })
+    }
+
+    fn difference_but_ctime(&self, now: &Self) -> Option<String> {
+        self.file.difference(&now.file).or_else(|| {
+            (self.born != now.born).then(|| "another file is in its place, made at another time".to_owned())
+        })
+    }
+}
+
+/// How current the answer of a file system has to be that keeps the attributes of files in a cache (NFS, FUSE). Others tell
+/// what is so now either way.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// What the cache says: without waiting for a server.
+    Cached,
+    /// What is so now. May wait for a server.
+    Now,
+}
+
+/// What `statx(2)` tells of a mem-file: what changes when it is written, and what else changes its ctime.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileState {
+    #[serde(flatten)]
+    kept: KeptIdentity,
+    links: u32,
+    mode: u16,
+    user: u32,
+    group: u32,
+    /// `stx_attributes`: the immutable flag and the like.
+    flags: u64,
+}
+
+#[cfg(target_os = "linux")]
+impl FileState {
+    pub(super) fn of(file: impl AsFd, look: Look) -> std::io::Result<Self> {
+        let sync = match look {
+            Look::Cached => AtFlags::STATX_DONT_SYNC,
+            Look::Now => AtFlags::STATX_FORCE_SYNC,
+        };
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let statx = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH | sync, wanted)?;
+        Ok(Self::of_statx(&statx))
+    }
+
+    fn of_statx(statx: &Statx) -> Self {
+        let has_birth_time = StatxFlags::from_bits_retain(statx.stx_mask).contains(StatxFlags::BTIME);
+        Self {
+            kept: KeptIdentity {
+                file: Identity {
+                    device: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+                    inode: statx.stx_ino,
+                    size: statx.stx_size,
+                    modified_s: statx.stx_mtime.tv_sec,
+                    modified_ns: statx.stx_mtime.tv_nsec.into(),
+                },
+                changed_s: statx.stx_ctime.tv_sec,
+                changed_ns: statx.stx_ctime.tv_nsec.into(),
+                born: has_birth_time.then_some((statx.stx_btime.tv_sec, statx.stx_btime.tv_nsec.into())),
+            },
+            links: statx.stx_nlink,
+            mode: statx.stx_mode,
+            user: statx.stx_uid,
+            group: statx.stx_gid,
+            flags: statx.stx_attributes.bits(),
+        }
+    }
+
+    /// The identity, without the ctime.
+    pub fn identity(&self) -> &Identity {
+        &self.kept.file
+    }
+
+    /// The identity that what is kept of the file is bound to.
+    pub fn kept(&self) -> &KeptIdentity {
+        &self.kept
+    }
+
+    /// Its ctime in one number, for comparing.
+    pub(super) fn ctime(&self) -> i64 {
+        ctime_in_one(self.kept.changed_s, self.kept.changed_ns)
+    }
+
+    /// In what the file has been written since, if it is `now`; `None` where it has not. `is_explained` if something is known
+    /// that explains another ctime.
+    pub fn written(&self, now: &Self, is_explained: bool) -> Option<String> {
+        match self.change(now) {
+            Change::Written(how) => Some(how),
+            Change::Unexplained if !is_explained => Some(
+                "it was written, and its mtime set back: its ctime has changed, and nothing else that would explain it"
+                    .to_owned(),
+            ),
+            Change::None | Change::Metadata | Change::Unexplained => None,
+        }
+    }
+
+    fn change(&self, now: &Self) -> Change {
+        if let Some(how) = self.kept.difference_but_ctime(&now.kept) {
+            return Change::Written(how);
+        }
+        if self.kept == now.kept {
+            return Change::None;
+        }
+        let without_ctime = |state: &Self| (state.links, state.mode, state.user, state.group, state.flags);
+        if without_ctime(self) == without_ctime(now) {
+            Change::Unexplained
+        } else {
+            Change::Metadata
+        }
+    }
+}
+
+/// How a file has changed.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Change {
+    /// Not at all.
+    None,
+    /// Its links, owner, permissions or flags have, and that explains its ctime.
+    Metadata,
+    /// Its ctime has, and nothing that would explain it: it may have been written, and its mtime set back.
+    Unexplained,
+    /// It was written, or is another file.
+    Written(String),
+}
+
+/// Seconds and nanoseconds in one number, which is another one for each moment of some centuries.
+#[cfg(target_os = "linux")]
+fn ctime_in_one(seconds: i64, nanos: i64) -> i64 {
+    seconds.wrapping_mul(1_000_000_000).wrapping_add(nanos)
+}
+
+/// The ctime that `fstat(2)` tells of, as [`FileState::ctime`].
+#[cfg(target_os = "linux")]
+pub(super) fn ctime_of_stat(stat: &rustix::fs::Stat) -> i64 {
+    ctime_in_one(stat.st_ctime, i64::try_from(stat.st_ctime_nsec).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -143,5 +363,72 @@ mod tests {
         std::fs::write(&other, [1; 8192]).unwrap();
         std::fs::rename(&other, &path).unwrap();
         assert!(before.difference(&identity()).unwrap().contains("another file"));
+    }
+
+    #[cfg(target_os = "linux")]
+    mod linux {
+        use std::fs::{File, Permissions};
+        use std::os::unix::fs::{FileExt, PermissionsExt};
+
+        use super::super::*;
+
+        fn file() -> (tempfile::TempDir, File) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("mem");
+            std::fs::write(&path, [1; 8192]).unwrap();
+            let file = File::options().read(true).write(true).open(path).unwrap();
+            (dir, file)
+        }
+
+        fn state(file: &File) -> FileState {
+            FileState::of(file, Look::Now).unwrap()
+        }
+
+        /// Waits until another change has another ctime.
+        fn tick(file: &File) {
+            let changed = state(file).kept.changed();
+            while !changed.elapsed().is_ok_and(|age| age > Duration::from_millis(50)) {
+                std::thread::yield_now();
+            }
+        }
+
+        #[test]
+        fn a_file_overwritten_with_its_mtime_set_back_is_told_from_one_that_was_linked_or_whose_mode_changed() {
+            let (dir, file) = file();
+            tick(&file);
+            let before = state(&file);
+            assert_eq!(before.change(&state(&file)), Change::None);
+
+            std::fs::hard_link(dir.path().join("mem"), dir.path().join("link")).unwrap();
+            let linked = state(&file);
+            assert_eq!(before.change(&linked), Change::Metadata);
+            assert!(before.kept.difference(&linked.kept).unwrap().contains("ctime"));
+            tick(&file);
+            file.set_permissions(Permissions::from_mode(0o400)).unwrap();
+            let protected = state(&file);
+            assert_eq!(linked.change(&protected), Change::Metadata);
+
+            tick(&file);
+            file.write_all_at(&[2], 0).unwrap();
+            file.set_modified(before.identity().modified()).unwrap();
+            let written = state(&file);
+            assert_eq!(written.identity().difference(before.identity()), None);
+            assert_eq!(protected.change(&written), Change::Unexplained);
+            tick(&file);
+            file.write_all_at(&[3], 0).unwrap();
+            assert!(matches!(written.change(&state(&file)), Change::Written(_)));
+        }
+
+        #[test]
+        fn the_kept_identity_is_the_same_after_it_was_written_down() {
+            let (_dir, file) = file();
+            let kept = KeptIdentity::of(&file).unwrap();
+            for kept in [kept, KeptIdentity { born: None, ..kept }] {
+                assert_eq!(KeptIdentity::from_le_bytes(&kept.to_le_bytes()), kept);
+            }
+            let state = state(&file);
+            let json = serde_json::to_string(&state).unwrap();
+            assert_eq!(serde_json::from_str::<FileState>(&json).unwrap(), state);
+        }
     }
 }

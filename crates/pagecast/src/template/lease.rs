@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno as E;
 
 use super::mem_file::MemFile;
-use super::source::{PageSource, SourceError};
+use super::source::SourceError;
 
 /// How long somebody may take to close the file who has just written it. Also a program that is just being started by
 /// somebody who has it open holds it for a moment.
@@ -22,7 +22,7 @@ const WRITER_PACE: Duration = Duration::from_millis(10);
 /// A lease on a [`MemFile`]: whoever opens the file for writing, or truncates it, waits until this is dropped.
 ///
 /// The kernel holds them up, whatever path and process they come from, for `/proc/sys/fs/lease-break-time` seconds at most
-/// (45 as a rule); whoever opens with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
+/// (45 as a rule), on file systems where [it is sure](Self::is_sure); whoever opens with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
 /// should be dropped soon, and cannot be taken back before nobody writes any more. Readers are not held up, nor are renaming
 /// and removing, which change no bytes.
 ///
@@ -107,18 +107,29 @@ impl MemFile {
         let died = |_| system("keep a thread")(std::io::Error::other("it died"));
         wait.recv().map_err(died)??;
         // Nobody can have written it since this.
-        self.check_unchanged().map_err(LeaseError::Changed)?;
-        self.trust.grant();
+        let state = self.state().map_err(LeaseError::Changed)?;
+        if self.reliance.leases {
+            self.unwritten
+                .store(state.kept() == self.opened_as(), Ordering::Release);
+            self.trust.grant();
+        }
         Ok(lease)
     }
 
-    /// Whether there is a lease on it that nobody has broken.
-    pub(super) fn is_leased(&self) -> bool {
-        self.leased.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
+    /// Whether nobody can have written it since it was opened: there is a lease on it that nobody has broken, on a file
+    /// system where that holds off every writer.
+    pub(super) fn is_surely_leased(&self) -> bool {
+        self.unwritten.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
     }
 }
 
 impl Lease {
+    /// Whether it holds off every writer. Where it does not, as on overlayfs (whose upper layer can be written by another
+    /// path), the file has to be looked at all the same.
+    pub fn is_sure(&self) -> bool {
+        self.mem_file.reliance.leases
+    }
+
     /// Whether somebody waits to write the file, or does so already because the lease was held for too long since.
     pub fn is_broken(&self) -> bool {
         !lease::is_held(self.mem_file.as_fd()).is_ok_and(|held| held)
@@ -128,6 +139,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.mem_file.trust.revoke();
+        self.mem_file.unwritten.store(false, Ordering::Release);
         // It may be gone: taken away, or never taken.
         let _ = lease::release(self.mem_file.as_fd());
         self.mem_file.leased.store(false, Ordering::Release);

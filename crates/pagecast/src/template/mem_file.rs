@@ -6,17 +6,18 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
-use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
+use pagecast_uffd::{ByteLen, MappedFile, MappedRange, dirty};
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
 use super::Run;
-use super::identity::Identity;
+use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
+use super::reliance::Reliance;
 use super::sidecar::SidecarError;
 use super::source::{Page, PageSource, SourceError, TemplateOffset};
 use super::trust::Trust;
@@ -31,6 +32,10 @@ const MOST_EXTENTS: usize = 4096;
 /// How much is read at once to find zeros.
 const SCAN_BYTES: usize = 1 << 20;
 
+/// The most that is written to the disk when a file is opened, in bytes, so that its holes can be believed at once. Those of
+/// a file of which more is dirty are left to the search for zeros.
+const MOST_WRITTEN_OUT: u64 = 64 << 20;
+
 /// `RWF_DONTCACHE` (Linux 6.14): what a read brings into the page cache does not stay there; what was there does.
 const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 
@@ -42,13 +47,23 @@ const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 pub struct MemFile {
     path: PathBuf,
     file: File,
-    identity: Identity,
+    pub(super) reliance: Reliance,
+    /// What it was when it was opened.
+    opened_as: FileState,
+    /// What it was when it was last found to be unchanged. Its links and permissions may come and go.
+    seen: Mutex<FileState>,
+    /// The ctime of `seen`, for the fault path.
+    seen_ctime: AtomicI64,
+    /// Whether its holes are believed, once that is known.
+    holes: OnceLock<bool>,
     pub(super) zeros: ZeroMap,
     /// All zeros were found by an earlier search; else why we do not know what it found.
     kept_zeros: OnceLock<Result<(), SidecarError>>,
     opened: SystemTime,
     /// There is a [`Lease`](super::Lease) on it.
     pub(super) leased: AtomicBool,
+    /// That lease holds off every writer, and the file was not touched between its opening and the lease.
+    pub(super) unwritten: AtomicBool,
     /// The lease stands for the file being unchanged.
     pub(super) trust: Trust,
     /// All of it, for runs of pages and for what is locked in memory.
@@ -91,7 +106,10 @@ impl MemFile {
                 },
             });
         }
-        let size = metadata.len();
+        let reliance = Reliance::of(&file).map_err(cannot_open)?;
+        // Before any byte or hole is looked at.
+        let opened_as = FileState::of(&file, Look::Now).map_err(cannot_open)?;
+        let size = opened_as.identity().size();
         if size == 0 || !PageSize::Small.is_aligned(size) {
             return Err(OpenError::Size {
                 path: path.to_owned(),
@@ -99,18 +117,33 @@ impl MemFile {
             });
         }
         let zeros = ZeroMap::new(ByteLen::new(size));
-        find_holes(&file, size, &zeros).map_err(cannot_open)?;
+        let holes = OnceLock::new();
+        if !reliance.holes {
+            let _ = holes.set(false);
+        } else if is_written_out(&file) {
+            let _ = holes.set(true);
+            find_holes(&file, size, &zeros).map_err(cannot_open)?;
+        }
         // Some file systems have no mappings, and then runs of pages are read as single ones are.
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
-        let windows = Windows::new(file.as_fd(), ByteLen::new(size));
+        // They ask what is in the page cache.
+        let windows = reliance
+            .residency
+            .then(|| Windows::new(file.as_fd(), ByteLen::new(size)))
+            .flatten();
         let mem_file = Self {
             path: path.to_owned(),
             file,
-            identity: Identity::of(&metadata),
+            reliance,
+            opened_as,
+            seen: Mutex::new(opened_as),
+            seen_ctime: AtomicI64::new(opened_as.ctime()),
+            holes,
             zeros,
             kept_zeros: OnceLock::new(),
             opened: SystemTime::now(),
             leased: AtomicBool::new(false),
+            unwritten: AtomicBool::new(false),
             trust: Trust::new(),
             mapped,
             pinned: AtomicBool::new(false),
@@ -142,9 +175,95 @@ impl MemFile {
         &self.path
     }
 
-    /// What it was when it was opened.
+    /// Which file it is.
     pub fn identity(&self) -> &Identity {
-        &self.identity
+        self.opened_as.identity()
+    }
+
+    /// What it was when it was opened: what was kept of it then is of this.
+    pub fn opened_as(&self) -> &KeptIdentity {
+        self.opened_as.kept()
+    }
+
+    /// Makes sure that it is still the file that was opened, unchanged, and tells what it is now: links and permissions may
+    /// have come and gone. Unlike [`check_unchanged`](PageSource::check_unchanged) this looks at the file in any case, and
+    /// waits for a file server.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`].
+    pub fn state(&self) -> Result<FileState, SourceError> {
+        self.look(Look::Now)
+    }
+
+    /// Takes the ctime that the file has now for that of an unchanged file: right after a link or a change of permissions
+    /// of our own, which a later one might hide.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`]: it was written all the same.
+    pub fn accept_own_change(&self) -> Result<FileState, SourceError> {
+        let mut seen = self.seen();
+        let now = self.look_at_file(Look::Now)?;
+        if let Some(how) = seen.written(&now, true) {
+            return Err(SourceError::Changed { how });
+        }
+        Ok(self.note_seen(&mut seen, now))
+    }
+
+    /// The name of its file system, if its pages come from elsewhere.
+    pub fn remote(&self) -> Option<&'static str> {
+        self.reliance.remote
+    }
+
+    fn look(&self, look: Look) -> Result<FileState, SourceError> {
+        // Held while the file is looked at, so that what is seen later is noted later.
+        let mut seen = self.seen();
+        let now = self.look_at_file(look)?;
+        // Asked for only where the ctime is not explained by what else has changed.
+        let is_explained = seen.written(&now, false).is_some() && (self.is_surely_leased() || self.was_renamed());
+        if let Some(how) = seen.written(&now, is_explained) {
+            return Err(SourceError::Changed { how });
+        }
+        Ok(self.note_seen(&mut seen, now))
+    }
+
+    fn look_at_file(&self, look: Look) -> Result<FileState, SourceError> {
+        FileState::of(&self.file, look).map_err(Self::io_error(TemplateOffset::new(0)))
+    }
+
+    fn note_seen(&self, seen: &mut FileState, now: FileState) -> FileState {
+        *seen = now;
+        self.seen_ctime.store(now.ctime(), Ordering::Relaxed);
+        now
+    }
+
+    fn seen(&self) -> MutexGuard<'_, FileState> {
+        // No code that can panic runs under this lock.
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether its path leads elsewhere by now.
+    fn was_renamed(&self) -> bool {
+        match std::fs::metadata(&self.path) {
+            Ok(there) => Identity::of(&there).inode() != self.identity().inode(),
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Makes sure that it is unchanged, after bytes of it were read that somebody is to get.
+    fn check_now(&self) -> Result<(), SourceError> {
+        if self.trust.holds() {
+            return Ok(());
+        }
+        self.look(Look::Now).map(drop)
+    }
+
+    /// Whether its holes are believed. May wait for the disk.
+    fn holes_are_believed(&self) -> bool {
+        let written =
+            || rustix::fs::fdatasync(&self.file).is_ok() && !dirty_bytes(&self.file).is_some_and(|bytes| bytes > 0);
+        *self.holes.get_or_init(written)
     }
 
     /// What is known of its zeros so far.
@@ -162,7 +281,7 @@ impl MemFile {
         let now = std::fs::metadata(&self.path).map_err(|error| SourceError::Changed {
             how: format!("its path cannot be looked at: {error}"),
         })?;
-        match self.identity.difference(&Identity::of(&now)) {
+        match self.identity().difference(&Identity::of(&now)) {
             Some(how) => Err(SourceError::Changed { how }),
             None => Ok(()),
         }
@@ -208,13 +327,16 @@ impl AsFd for MemFile {
 
 impl PageSource for MemFile {
     fn len(&self) -> ByteLen {
-        ByteLen::new(self.identity.size())
+        ByteLen::new(self.identity().size())
     }
 
     fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
         let len = ByteLen::of_slice(buffer);
         if self.zeros.covers(at, len) {
             return Ok(Page::Zero);
+        }
+        if self.reliance.remote.is_some() {
+            return Ok(Page::NotReady);
         }
         let read = rustix::io::preadv2(
             &self.file,
@@ -246,14 +368,19 @@ impl PageSource for MemFile {
             } else {
                 Self::io_error(at)(source)
             }
-        })
+        })?;
+        // Here, on a thread that may wait for the server.
+        if self.reliance.remote.is_some() {
+            self.check_now()?;
+        }
+        Ok(())
     }
 
     fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
         // Without a lease, only what was read before it is checked is known to be the template's.
         let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
         let range = mapped.range(at.get(), len)?;
-        (self.is_pinned() || range.is_resident()).then_some(range)
+        (self.is_pinned() || (self.reliance.residency && range.is_resident())).then_some(range)
     }
 
     fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
@@ -278,13 +405,24 @@ impl PageSource for MemFile {
         if self.trust.holds() {
             return Ok(());
         }
-        // Once for each fault: `fstat` takes 0.1 us less than the `statx` of the standard library.
-        let now =
-            rustix::fs::fstat(&self.file).map_err(|errno| Self::io_error(TemplateOffset::new(0))(errno.into()))?;
-        match self.identity.difference(&Identity::of_stat(&now)) {
-            Some(how) => Err(SourceError::Changed { how }),
-            None => Ok(()),
+        let is_remote = self.reliance.remote.is_some();
+        let (identity, ctime) = if is_remote {
+            let now = self.look_at_file(Look::Cached)?;
+            (*now.identity(), now.ctime())
+        } else {
+            // Once for each fault: `fstat` takes 0.1 us less than `statx`.
+            let now =
+                rustix::fs::fstat(&self.file).map_err(|errno| Self::io_error(TemplateOffset::new(0))(errno.into()))?;
+            (Identity::of_stat(&now), ctime_of_stat(&now))
+        };
+        if identity == *self.identity() && ctime == self.seen_ctime.load(Ordering::Relaxed) {
+            return Ok(());
         }
+        self.look(if is_remote { Look::Cached } else { Look::Now }).map(drop)
+    }
+
+    fn knows_all_zeros(&self) -> bool {
+        self.kept_zeros().is_ok()
     }
 
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
@@ -296,23 +434,24 @@ impl PageSource for MemFile {
     }
 
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
-        if self.kept_zeros().is_ok() {
-            return self.check_unchanged();
-        }
-        let end = at.get().saturating_add(len.get()).min(self.identity.size());
+        let end = at.get().saturating_add(len.get()).min(self.identity().size());
         let (mut at, mut buffer) = (at, Vec::new());
         // Only data is read: what is known already, and holes past the first `MOST_EXTENTS`, would cost as much.
         while let Some(unknown) = self.zeros.next_unknown(at).filter(|run| run.at.get() < end) {
             let start = unknown.at.get();
             let stop = end.min(start.saturating_add(unknown.len.get().min(SCAN_BYTES as u64)));
-            let data = next_data(&self.file, start..stop).map_err(Self::io_error(unknown.at))?;
+            let data = if self.holes_are_believed() {
+                next_data(&self.file, start..stop).map_err(Self::io_error(unknown.at))?
+            } else {
+                start..stop
+            };
             // Blocks of the file system may be smaller than pages.
             let first = data.start - data.start % PageSize::SMALLEST;
             let last = data.end.next_multiple_of(PageSize::SMALLEST).min(stop);
             buffer.resize(usize::try_from(last - first).unwrap_or(SCAN_BYTES), 0);
             self.read_past_cache(TemplateOffset::new(first), &mut buffer)?;
             // Before anything is noted: past the end of a file that was truncated there are holes as well.
-            self.check_unchanged()?;
+            self.check_now()?;
             self.zeros.set(unknown.at, ByteLen::new(data.start - start));
             // Of whole pages only: of one that is asked for in part, the rest may be anything.
             let small = PageSize::Small.as_usize();
@@ -323,7 +462,21 @@ impl PageSource for MemFile {
             }
             at = TemplateOffset::new(last);
         }
-        self.check_unchanged()
+        self.check_now()
+    }
+}
+
+/// How much of `file` is not on its disk yet, if the kernel tells.
+fn dirty_bytes(file: &File) -> Option<u64> {
+    dirty::dirty_bytes(file.as_fd()).ok()
+}
+
+/// Whether nothing of `file` is dirty. A little is written to the disk first.
+fn is_written_out(file: &File) -> bool {
+    match dirty_bytes(file) {
+        Some(0) => true,
+        Some(..=MOST_WRITTEN_OUT) => dirty::write_out(file.as_fd()).is_ok() && dirty_bytes(file) == Some(0),
+        _ => false,
     }
 }
 
@@ -533,6 +686,7 @@ mod tests {
         .unwrap();
         let linked = Identity::of(&std::fs::metadata(&link).unwrap());
         assert_eq!(mem_file.identity().difference(&linked), None);
+        mem_file.check_unchanged().unwrap();
     }
 
     #[test]

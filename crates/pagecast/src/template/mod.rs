@@ -16,6 +16,8 @@ mod prefault_plan;
 mod prefault_score;
 mod recording;
 #[cfg(target_os = "linux")]
+mod reliance;
+#[cfg(target_os = "linux")]
 mod sidecar;
 mod slow_reads;
 mod source;
@@ -39,6 +41,8 @@ use pagecast_uffd::ByteLen;
 
 #[cfg(unix)]
 pub use identity::Identity;
+#[cfg(target_os = "linux")]
+pub use identity::{FileState, KeptIdentity};
 #[cfg(target_os = "linux")]
 pub use lease::{Lease, LeaseError};
 #[cfg(target_os = "linux")]
@@ -115,9 +119,9 @@ impl Template {
     pub fn from_source(source: impl PageSource) -> Self {
         Self {
             inner: Arc::new(Inner {
-                source: Box::new(source),
                 slow_reads: SlowReads::default(),
-                zero_search: ZeroSearch::default(),
+                zero_search: ZeroSearch::new(source.knows_all_zeros()),
+                source: Box::new(source),
                 #[cfg(target_os = "linux")]
                 zero_runs: OnceLock::new(),
                 working_set: Mutex::default(),
@@ -215,7 +219,8 @@ impl Template {
         self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether [all zeros were looked for](Self::find_zeros).
+    /// Whether all zeros are known: they [were looked for](Self::find_zeros), or the source
+    /// [knew them](PageSource::knows_all_zeros) from the beginning.
     pub fn zeros_are_known(&self) -> bool {
         self.inner.zero_search.is_done()
     }

@@ -4,8 +4,8 @@
 //! | --- | --- |
 //! | 8 | `pagecast` |
 //! | 4 | what it is: [`Kind::tag`] |
-//! | 4 | version of the format: 1 |
-//! | 40 | the mem-file: device, inode, size in bytes, time of its last change in seconds and nanoseconds |
+//! | 4 | version of the format: 2 |
+//! | 72 | the mem-file: device, inode, size in bytes, then mtime, ctime and birth time in seconds and nanoseconds each |
 //! | any | the body |
 //! | 32 | SHA-256 of all that is before it |
 //!
@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::identity::Identity;
+use super::identity::KeptIdentity;
 
 const MAGIC: &[u8; 8] = b"pagecast";
-const VERSION: u32 = 1;
-const HEAD: usize = MAGIC.len() + 4 + 4 + Identity::BYTES;
+const VERSION: u32 = 2;
+pub(super) const HEAD: usize = MAGIC.len() + 4 + 4 + KeptIdentity::BYTES;
 const CHECKSUM: usize = 32;
 
 /// Permission bits of others than the owner that let them change a file.
@@ -91,7 +91,7 @@ impl Kind {
     }
 
     /// A file with this body.
-    pub(super) fn encode(&self, identity: &Identity, body: &[u8]) -> Vec<u8> {
+    pub(super) fn encode(&self, identity: &KeptIdentity, body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&self.tag);
@@ -104,7 +104,7 @@ impl Kind {
     }
 
     /// The body of a file, if it is whole and of this mem-file.
-    pub(super) fn decode<'a>(&self, identity: &Identity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
+    pub(super) fn decode<'a>(&self, identity: &KeptIdentity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let (magic, rest) = bytes.split_first_chunk().ok_or(damaged("it is cut off"))?;
         let (tag, rest) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
@@ -125,14 +125,14 @@ impl Kind {
         }
         let (head, body) = content.split_at_checked(HEAD).ok_or(damaged("it is cut off"))?;
         let (_, of) = head.split_last_chunk().ok_or(damaged("it is cut off"))?;
-        match Identity::from_le_bytes(of).difference(identity) {
+        match KeptIdentity::from_le_bytes(of).difference(identity) {
             Some(how) => Err(SidecarError::Stale { how }),
             None => Ok(body),
         }
     }
 
     /// Writes a file that only we can read and write: all of it or, whatever happens meanwhile, nothing.
-    pub(super) fn write(&self, path: &Path, identity: &Identity, body: &[u8]) -> Result<(), SidecarError> {
+    pub(super) fn write(&self, path: &Path, identity: &KeptIdentity, body: &[u8]) -> Result<(), SidecarError> {
         let cannot = |source| SidecarError::Io { what: "write", source };
         let folder = match path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -205,11 +205,11 @@ mod tests {
     };
 
     /// A folder with a mem-file, and its identity.
-    fn mem_file() -> (tempfile::TempDir, PathBuf, Identity) {
+    fn mem_file() -> (tempfile::TempDir, PathBuf, KeptIdentity) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, [1; 4096]).unwrap();
-        let identity = Identity::of(&std::fs::metadata(&path).unwrap());
+        let identity = KeptIdentity::of(File::open(&path).unwrap()).unwrap();
         (dir, KIND.path(&path), identity)
     }
 
@@ -236,9 +236,9 @@ mod tests {
         KIND.write(&path, &identity, b"body").unwrap();
         let mut bytes = read(&path, 4, None).unwrap();
         std::fs::write(dir.path().join("other"), [1; 4096]).unwrap();
-        let other = Identity::of(&std::fs::metadata(dir.path().join("other")).unwrap());
+        let other = KeptIdentity::of(File::open(dir.path().join("other")).unwrap()).unwrap();
         assert!(matches!(KIND.decode(&other, &bytes), Err(SidecarError::Stale { .. })));
-        bytes[12] = 2;
+        bytes[12] = 1;
         assert!(matches!(
             KIND.decode(&identity, &bytes),
             Err(SidecarError::Stale { .. })
@@ -272,7 +272,7 @@ mod tests {
         KIND.write(&path, &identity, b"12345").unwrap();
         assert!(matches!(
             read(&path, 4, None),
-            Err(SidecarError::TooLarge { size: 93, most: 92 })
+            Err(SidecarError::TooLarge { size: 125, most: 124 })
         ));
         assert!(matches!(read(dir.path(), 4, None), Err(SidecarError::Damaged { .. })));
         let link = dir.path().join("link");

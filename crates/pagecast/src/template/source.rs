@@ -101,7 +101,8 @@ pub trait PageSource: Send + Sync + 'static {
     fn let_go(&self) {}
 
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
-    /// given to a fork, so it has to be fast.
+    /// given to a fork, so it has to be fast, and waits for no server. A source that can only ask a server does so in
+    /// [`read`](Self::read), and answers [`Page::NotReady`] to [`try_read`](Self::try_read).
     ///
     /// # Errors
     ///
@@ -110,6 +111,12 @@ pub trait PageSource: Send + Sync + 'static {
 
     /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
+
+    /// Whether all zeros are known from the beginning, so that nobody has to look for them. Asked once for each template;
+    /// [`Template::zeros_are_known`](super::Template::zeros_are_known) tells for the rest of its life. By default not.
+    fn knows_all_zeros(&self) -> bool {
+        false
+    }
 
     /// The next run of small pages that are *known* to be zeros, at or after `from`, from memory alone.
     fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
@@ -171,6 +178,10 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
 
     fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
         (**self).is_known_zero(at, len)
+    }
+
+    fn knows_all_zeros(&self) -> bool {
+        (**self).knows_all_zeros()
     }
 
     fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {

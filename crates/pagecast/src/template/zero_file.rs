@@ -5,12 +5,13 @@
 //!
 //! A bit that is wrong would be a wrong byte in a guest. So the map is taken only where nobody but the user we are, root, or
 //! the owner of the mem-file can have written it, and kept only where every later write to the mem-file shows in its
-//! identity: its time of change must be further back than the clock of its file system is coarse, and nobody may have it
-//! open for writing, or mapped, since a write to a page that is dirty already does not change that time. A lease tells.
+//! [`KeptIdentity`]: its ctime must be further back than the clock of its file system is coarse, and nobody may have it open
+//! for writing, or mapped, since a write to a page that is dirty already does not change the ctime. A lease tells.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use super::identity::KeptIdentity;
 use super::sidecar::{self, Kind, SidecarError};
 use super::source::PageSource;
 use super::{MemFile, SourceError};
@@ -53,40 +54,42 @@ impl MemFile {
     }
 
     /// Keeps what is known of the zeros beside the mem-file, for whoever opens it next. For when all have been looked for:
-    /// nobody looks again for what this says nothing of. Takes a [lease](Self::lease) on the mem-file.
+    /// nobody looks again for what this says nothing of. Takes a [lease](Self::lease) on the mem-file, since before the
+    /// search. Answers what they are kept for; where that changes, keep them again. Waits for the clock of the file system,
+    /// up to 50 ms as a rule, if the mem-file was linked just now.
     ///
     /// # Errors
     ///
     /// [`KeepError`]; then they are found anew next time.
-    pub fn keep_zeros(&self) -> Result<(), KeepError> {
-        let modified = self.identity().modified();
-        let whole_seconds = modified
-            .duration_since(std::time::UNIX_EPOCH)
-            .is_ok_and(|since| since.subsec_nanos() == 0);
-        let tick = if whole_seconds { COARSE_TICK } else { FINE_TICK };
+    pub fn keep_zeros(&self) -> Result<KeptIdentity, KeepError> {
         // A page that was read within the tick of the last write may have been written within it once more.
-        if !self.opened().duration_since(modified).is_ok_and(|age| age > tick) {
+        if !is_old(self.opened_as(), self.opened()) {
             return Err(KeepError::TooFresh);
         }
-        if !self.is_leased() {
+        // First of all, so that whatever is written later has another identity.
+        let identity = *self.state()?.kept();
+        // A link of our own may be fresh, but nobody writes as long as there is a lease.
+        if !wait_until_old(&identity) {
+            return Err(KeepError::TooFresh);
+        }
+        if !self.is_surely_leased() {
             return Err(KeepError::NotLeased);
         }
-        self.check_unchanged()?;
         self.check_path()?;
-        KIND.write(
-            &Self::zeros_path_for(self.path()),
-            self.identity(),
-            &self.zeros.to_le_bytes(),
-        )?;
-        Ok(())
+        KIND.write(&Self::zeros_path_for(self.path()), &identity, &self.zeros.to_le_bytes())?;
+        Ok(identity)
     }
 
     /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
     pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
         let pages = self.len().get() / PageSize::SMALLEST;
         let words = pages.div_ceil(u64::from(u64::BITS));
+        if !self.reliance.leases {
+            // Nobody vouches for its ctime there, and none can have been kept there.
+            return Err(SidecarError::Missing);
+        }
         let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
-        let body = KIND.decode(self.identity(), &bytes)?;
+        let body = KIND.decode(self.opened_as(), &bytes)?;
         if self.zeros.set_le_bytes(body, pages) {
             Ok(())
         } else {
@@ -95,6 +98,26 @@ impl MemFile {
             })
         }
     }
+}
+
+/// How often the clock of a file system ticks at least, as far as the ctime tells.
+fn tick(identity: &KeptIdentity) -> Duration {
+    if identity.is_coarse() { COARSE_TICK } else { FINE_TICK }
+}
+
+/// Whether a write at `then` or later gives a file another ctime than it has, and its mtime is not ahead of the clock, which
+/// would have been set back since.
+fn is_old(identity: &KeptIdentity, then: SystemTime) -> bool {
+    let last = identity.changed().max(identity.modified());
+    then.duration_since(last).is_ok_and(|age| age > tick(identity))
+}
+
+/// Waits for a tick at most; `false` where the clock is wrong.
+fn wait_until_old(identity: &KeptIdentity) -> bool {
+    if !is_old(identity, SystemTime::now()) {
+        std::thread::sleep(tick(identity) + Duration::from_millis(1));
+    }
+    is_old(identity, SystemTime::now())
 }
 
 #[cfg(test)]
@@ -128,8 +151,12 @@ mod tests {
         (dir, path)
     }
 
+    /// Waits until a mem-file is so old that its zeros can be kept.
     fn age(file: &File) {
-        file.set_modified(SystemTime::now() - Duration::from_secs(10)).unwrap();
+        let identity = KeptIdentity::of(file).unwrap();
+        while !is_old(&identity, SystemTime::now()) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Opened, leased and searched.
@@ -166,6 +193,35 @@ mod tests {
     }
 
     #[test]
+    fn zeros_are_kept_again_for_a_mem_file_that_was_linked_under_its_lease() {
+        let (dir, path) = mem_file();
+        let (searched, lease) = found(&path);
+        let kept = searched.keep_zeros().unwrap();
+        std::fs::hard_link(&path, dir.path().join("link")).unwrap();
+        // Until then they are those of another file.
+        assert!(matches!(
+            MemFile::open(&path).unwrap().kept_zeros(),
+            Err(SidecarError::Stale { .. })
+        ));
+        assert_ne!(searched.keep_zeros().unwrap(), kept);
+        drop(lease);
+        MemFile::open(&path).unwrap().kept_zeros().unwrap();
+    }
+
+    #[test]
+    fn a_mem_file_overwritten_with_its_mtime_set_back_has_no_kept_zeros() {
+        let (_dir, path) = mem_file();
+        found(&path).0.keep_zeros().unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(&[1; 4096], 4096).unwrap();
+        file.set_modified(modified).unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        assert!(matches!(opened.kept_zeros(), Err(SidecarError::Stale { .. })));
+        assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
+    }
+
+    #[test]
     fn zeros_of_a_mem_file_that_may_change_meanwhile_are_not_kept() {
         let (dir, path) = mem_file();
         let (searched, lease) = found(&path);
@@ -184,6 +240,14 @@ mod tests {
     fn zeros_of_a_mem_file_that_was_just_written_are_not_kept() {
         let (_dir, path) = mem_file();
         let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[2], 0).unwrap();
+        // Nor where its mtime is set back.
+        file.set_modified(SystemTime::now() - Duration::from_mins(1)).unwrap();
+        let opened = MemFile::open(&path).unwrap();
+        if opened.opened().duration_since(opened.opened_as().changed()).unwrap() < FINE_TICK {
+            assert!(matches!(opened.keep_zeros(), Err(KeepError::TooFresh)));
+        }
+        age(&file);
         // A clock that was set back must not make it look old.
         file.set_modified(SystemTime::now() + Duration::from_mins(1)).unwrap();
         drop(file);
@@ -198,7 +262,7 @@ mod tests {
         let zeros = MemFile::zeros_path_for(&path);
         let mut bytes = std::fs::read(&zeros).unwrap();
         // A bit of page 0, which is not zeros.
-        bytes[56] |= 1;
+        bytes[sidecar::HEAD] |= 1;
         std::fs::write(&zeros, &bytes).unwrap();
         let opened = MemFile::open(&path).unwrap();
         assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
@@ -207,7 +271,7 @@ mod tests {
         let mut past_the_end = [0; 16];
         past_the_end[15] = 0x80;
         for body in [&[0xff; 8][..], &past_the_end] {
-            KIND.write(&zeros, opened.identity(), body).unwrap();
+            KIND.write(&zeros, opened.opened_as(), body).unwrap();
             let opened = MemFile::open(&path).unwrap();
             assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
             assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);

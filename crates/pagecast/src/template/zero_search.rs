@@ -50,6 +50,16 @@ enum Urgency {
 }
 
 impl ZeroSearch {
+    /// One that is over already where `all_are_known`.
+    pub(super) fn new(all_are_known: bool) -> Self {
+        let search = Self::default();
+        if all_are_known {
+            search.lock().progress = Progress::Done;
+            search.is_done.store(true, Ordering::Release);
+        }
+        search
+    }
+
     /// Looks for the zeros, or waits for who does so already, but no longer than `until`: the template may hang, and
     /// whoever wants to know must not. The search itself goes on.
     pub(super) fn run(template: &Arc<Inner>, until: Instant) {
@@ -87,7 +97,7 @@ impl ZeroSearch {
         }
     }
 
-    /// Whether all zeros are known.
+    /// Whether all zeros are known. Nobody else keeps this.
     pub(super) fn is_done(&self) -> bool {
         self.is_done.load(Ordering::Acquire)
     }

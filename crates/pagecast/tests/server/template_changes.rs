@@ -119,6 +119,17 @@ fn a_template_written_under_its_forks_costs_them_and_nobody_else() {
 }
 
 #[test]
+fn a_template_overwritten_with_its_mtime_set_back_costs_its_forks_and_nobody_else() {
+    // As `cp -p` and `rsync -t --inplace` do.
+    assert_killed_when(|fixture| {
+        let file = open_to_write(fixture);
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(&vec![0xEE; 8 << 20], 0).unwrap();
+        file.set_modified(modified).unwrap();
+    });
+}
+
+#[test]
 fn a_template_written_in_a_page_that_its_forks_have_costs_them_all_the_same() {
     // What a fork reads next is as it was, and still nobody knows what else was written.
     assert_killed_when(|fixture| open_to_write(fixture).write_all_at(&[1], 0).unwrap());

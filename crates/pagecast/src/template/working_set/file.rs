@@ -17,7 +17,7 @@ use super::{Entry, MOST_WEIGHT, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
 use crate::template::sidecar::{self, Kind};
-use crate::template::{Identity, Recording, SidecarError};
+use crate::template::{KeptIdentity, Recording, SidecarError};
 
 const KIND: Kind = Kind {
     tag: *b"WSET",
@@ -45,7 +45,7 @@ impl WorkingSet {
     /// # Errors
     ///
     /// [`SidecarError`]; then there is nothing to prefault, and nothing else to worry about.
-    pub fn load(path: &Path, identity: &Identity) -> Result<Self, SidecarError> {
+    pub fn load(path: &Path, identity: &KeptIdentity) -> Result<Self, SidecarError> {
         Self::parse(&sidecar::read(path, MOST_BODY, None)?, identity)
     }
 
@@ -54,7 +54,7 @@ impl WorkingSet {
     /// # Errors
     ///
     /// [`SidecarError::Io`].
-    pub fn save(&self, path: &Path, identity: &Identity) -> Result<(), SidecarError> {
+    pub fn save(&self, path: &Path, identity: &KeptIdentity) -> Result<(), SidecarError> {
         KIND.write(path, identity, &self.body())
     }
 
@@ -63,7 +63,7 @@ impl WorkingSet {
     /// # Errors
     ///
     /// [`SidecarError`], but never for the file system's reasons.
-    pub fn parse(bytes: &[u8], identity: &Identity) -> Result<Self, SidecarError> {
+    pub fn parse(bytes: &[u8], identity: &KeptIdentity) -> Result<Self, SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let body = KIND.decode(identity, bytes)?;
         let (recordings, pages) = body
@@ -131,10 +131,10 @@ mod tests {
     const PAGES: u32 = 300;
 
     /// The identity of a mem-file of [`PAGES`] pages.
-    fn identity() -> Identity {
+    fn identity() -> KeptIdentity {
         let file = tempfile::tempfile().unwrap();
         file.set_len(u64::from(PAGES) * PageSize::SMALLEST).unwrap();
-        Identity::of(&file.metadata().unwrap())
+        KeptIdentity::of(&file).unwrap()
     }
 
     fn recording(pages: &[u32]) -> Recording {
@@ -146,7 +146,7 @@ mod tests {
     }
 
     /// A file with these entries, however unsound.
-    fn file_of(identity: &Identity, entries: &[Entry]) -> Vec<u8> {
+    fn file_of(identity: &KeptIdentity, entries: &[Entry]) -> Vec<u8> {
         let template = ByteLen::new(identity.size());
         let set = WorkingSet {
             template,
