@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -217,7 +217,7 @@ impl Handling {
                     match wish.heard(signal) {
                         Wanted::Close if closing => {}
                         Wanted::Close => {
-                            self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)))?;
+                            self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)));
                             closing = true;
                             self.reporter.report(&Line::Closing { forks });
                         }
@@ -243,7 +243,7 @@ impl Handling {
                     let template = self.template.clone();
                     self.beside(move |server| {
                         Happening::Vacated(server.vacate(&template, OPENED_FOR_WRITING, VACATE_PATIENCE))
-                    })?;
+                    });
                     self.reporter.report(&Line::Vacating { forks });
                 }
                 Happening::Vacated(all) => {
@@ -261,13 +261,20 @@ impl Handling {
     }
 
     /// Does something that takes long on a thread of its own, so that a second signal is heard meanwhile.
-    fn beside(&self, work: impl FnOnce(&Server) -> Happening + Send + 'static) -> anyhow::Result<()> {
+    fn beside(&self, work: impl FnOnce(&Server) -> Happening + Send + 'static) {
         let (server, happenings) = (Arc::clone(&self.server), self.happenings.clone());
-        std::thread::Builder::new()
+        let work = Arc::new(Mutex::new(Some(move || drop(happenings.send(work(&server))))));
+        let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = Arc::clone(&work);
+        let spawned = std::thread::Builder::new()
             .name("beside".to_owned())
-            .spawn(move || drop(happenings.send(work(&server))))
-            .context("cannot start a thread")?;
-        Ok(())
+            .spawn(move || take(&taken).map(|work| work()));
+        // Without a thread it is done here: a second signal has to wait, but no VMM is left without its server.
+        if spawned.is_err()
+            && let Some(work) = take(&work)
+        {
+            work();
+        }
     }
 
     fn closed(&self, happened: &mpsc::Receiver<Happening>, code: ExitCode) -> ExitCode {

@@ -25,6 +25,10 @@ const CLOSE_PATIENCE: Duration = Duration::from_mins(1);
 /// How long killed processes may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the threads for calls stay without work: for good. The first is there once the daemon has started, so calls are
+/// answered also where no more threads can be had (`TasksMax`).
+const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// How a daemon has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -47,6 +51,7 @@ pub fn serve(config: Config) -> Result<Ended, StartError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(API_THREADS)
         .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .thread_name("api")
         .enable_all()
         .build()

@@ -164,17 +164,17 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// In what it has changed. Once changed, always changed.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    /// In what it has changed. Once changed, always changed; what merely cannot be told now is told another time.
+    pub(crate) fn check(&self) -> Result<(), SourceError> {
+        let changed = |how: &str| SourceError::Changed { how: how.to_owned() };
         if let Some(how) = self.changed() {
-            return Err(how.to_owned());
+            return Err(changed(how));
         }
-        self.file.state().and_then(|_| self.file.check_path()).map_err(|error| {
-            let how = match error {
-                SourceError::Changed { how } => how,
-                other => pagecast::server::chain(&other),
-            };
-            self.changed.get_or_init(|| how).clone()
+        let compared = self.file.state().and_then(|_| self.file.check_path());
+        compared.map_err(|error| match error {
+            error if error.may_pass() => error,
+            SourceError::Changed { how } => changed(self.changed.get_or_init(|| how)),
+            other => changed(self.changed.get_or_init(|| pagecast::server::chain(&other))),
         })
     }
 

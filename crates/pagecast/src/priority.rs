@@ -32,8 +32,9 @@ pub(crate) fn reset() {
 
 /// Whether threads of this process may be raised (`CAP_SYS_NICE`, or `RLIMIT_NICE`).
 pub(crate) fn may_be_raised() -> bool {
-    let tried = std::thread::spawn(|| setpriority_process(None, of_process() - RAISE).is_ok());
-    tried.join().unwrap_or(false)
+    let tried = std::thread::Builder::new().spawn(|| setpriority_process(None, of_process() - RAISE).is_ok());
+    // Where there is no thread to be had to try it on, none is raised.
+    tried.is_ok_and(|tried| tried.join().unwrap_or(false))
 }
 
 fn of_process() -> i32 {

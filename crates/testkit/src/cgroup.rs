@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use crate::hugepages::HugePages;
 use crate::skip::skip;
 
-/// A memory cgroup beneath the one that the test is in. Dropping it removes it, once those in it are dead.
+/// A cgroup beneath the one that the test is in. Dropping it takes this process out of it and removes it, once the others in
+/// it are dead.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -16,27 +17,43 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes one. `None`, and says that the test is skipped, where there can be none.
+    /// Makes one that limits memory. `None`, and says that the test is skipped, where there can be none.
     ///
     /// # Errors
     ///
     /// The kernel does not say which cgroups this process is in.
     pub fn new() -> Result<Option<Self>> {
+        Self::of("memory", "memory.limit_in_bytes", "memory.max")
+    }
+
+    /// Makes one that limits how many threads there are. `None`, and says that the test is skipped, where there can be none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say which cgroups this process is in.
+    pub fn of_threads() -> Result<Option<Self>> {
+        Self::of("pids", "pids.max", "pids.max")
+    }
+
+    /// One of a controller, whose limit is in a file of this name in version 1, and of that name in version 2.
+    fn of(controller: &str, limit_v1: &'static str, limit_v2: &'static str) -> Result<Option<Self>> {
         let groups = procfs::process::Process::myself()?.cgroups()?;
         let ours = |wanted: &dyn Fn(&procfs::ProcessCGroup) -> bool| {
             let group = (&groups).into_iter().find(|group| wanted(group))?;
             Some(group.pathname.trim_start_matches('/').to_owned())
         };
-        let of_memory = |group: &procfs::ProcessCGroup| group.controllers.iter().any(|name| name == "memory");
+        let has_it = |group: &procfs::ProcessCGroup| group.controllers.iter().any(|name| name == controller);
         let candidates = [
-            ("/sys/fs/cgroup/memory", ours(&of_memory), "memory.limit_in_bytes"),
-            ("/sys/fs/cgroup", ours(&|group| group.hierarchy == 0), "memory.max"),
+            (Path::new("/sys/fs/cgroup").join(controller), ours(&has_it), limit_v1),
+            (
+                PathBuf::from("/sys/fs/cgroup"),
+                ours(&|group| group.hierarchy == 0),
+                limit_v2,
+            ),
         ];
         for (root, ours, limit) in candidates {
             let Some(ours) = ours else { continue };
-            let path = Path::new(root)
-                .join(ours)
-                .join(format!("pagecast-test-{}", std::process::id()));
+            let path = root.join(ours).join(format!("pagecast-test-{}", std::process::id()));
             if fs::create_dir(&path).is_err() {
                 continue;
             }
@@ -45,7 +62,7 @@ impl Cgroup {
                 return Ok(Some(cgroup));
             }
         }
-        skip("no memory cgroup can be made here");
+        skip(&format!("no cgroup of {controller} can be made here"));
         Ok(None)
     }
 
@@ -76,19 +93,22 @@ impl Cgroup {
         Ok(used.context("the cgroup does not say what it uses")?.trim().parse()?)
     }
 
-    /// Limits it to so many bytes.
+    /// Limits it to so many bytes or threads. Threads that are there already stay, but no more begin.
     ///
     /// # Errors
     ///
-    /// The kernel's, for example because it uses more.
-    pub fn limit(&self, bytes: u64) -> Result<()> {
-        fs::write(self.path.join(self.limit), bytes.to_string())
-            .with_context(|| format!("cannot limit {} to {bytes} bytes", self.path.display()))
+    /// The kernel's, for example because it uses more bytes.
+    pub fn limit(&self, most: u64) -> Result<()> {
+        fs::write(self.path.join(self.limit), most.to_string())
+            .with_context(|| format!("cannot limit {} to {most}", self.path.display()))
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        if let Some(parent) = self.path.parent() {
+            let _ = fs::write(parent.join("cgroup.procs"), std::process::id().to_string());
+        }
         // Where somebody in it lives, an empty folder is left.
         let _ = fs::remove_dir(&self.path);
     }

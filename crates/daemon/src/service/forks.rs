@@ -14,7 +14,7 @@ use pagecast_client::template::WarmthState;
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
 use tracing::{info, warn};
 
-use super::templates::{changed, check_page_size};
+use super::templates::{changed, check, check_page_size};
 use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
@@ -130,7 +130,7 @@ impl Service {
         template: Arc<Template>,
         wanted: &CreateFork,
     ) -> Result<Arc<Fork>, ApiError> {
-        template.check().map_err(|how| changed(&template, &how))?;
+        check(&template)?;
         let page_size = match wanted.page_size {
             Some(bytes) => check_page_size(bytes)?,
             None => template.spec.page_size(),
@@ -519,7 +519,7 @@ pub(super) fn server_refuses(error: &ServerError) -> ApiError {
         ServerError::ForkWaiting(_) => ErrorCode::ForkWaiting,
         ServerError::ForkEnded { .. } => ErrorCode::ForkEnded,
         ServerError::NotEnoughMemory { .. } => ErrorCode::NotEnoughMemory,
-        ServerError::Template(_) => ErrorCode::TemplateChanged,
+        ServerError::Template(error) if !error.may_pass() => ErrorCode::TemplateChanged,
         ServerError::SocketPath { .. } | ServerError::SocketInUse { .. } | ServerError::Socket { .. } => {
             ErrorCode::PathInvalid
         }

@@ -13,7 +13,7 @@ use pagecast::server::chain;
 use pagecast::template::MemFile;
 use pagecast_client::fork::ForkError;
 use pagecast_client::{Backend, ForkState};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::Service;
 use crate::fork::{Fork, Kind};
@@ -220,6 +220,11 @@ impl Service {
             }
             watched = true;
             if let Err(error) = template.file.state() {
+                if error.may_pass() {
+                    // Not a change. What is read meanwhile is compared again by whoever reads it.
+                    debug!(template = %template.name, error = chain(&error), "the template cannot be compared now");
+                    continue;
+                }
                 let how = chain(&error);
                 self.begin_withdrawal(&template, &how, None);
                 error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");

@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::chain;
-use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource};
+use pagecast::template::{Lease, LeaseError, MemFile, OpenError, PageSource, SourceError};
 use pagecast_client::template::Protection;
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
@@ -418,8 +418,16 @@ fn same(there: &Arc<Template>, wanted: &Spec) -> Result<Arc<Template>, ApiError>
             ),
         ));
     }
-    there.check().map_err(|how| changed(there, &how))?;
+    check(there)?;
     Ok(Arc::clone(there))
+}
+
+/// Refuses a template that cannot be forked.
+pub(super) fn check(template: &Template) -> Result<(), ApiError> {
+    template.check().map_err(|error| match error {
+        SourceError::Changed { how } => changed(template, &how),
+        error => internal("compare the memory file with what it was, which may pass", &error),
+    })
 }
 
 /// It is not what it was when it was added.

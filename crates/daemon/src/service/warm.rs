@@ -10,7 +10,7 @@ use pagecast_client::{ApiError, ErrorCode};
 use procfs::Current;
 use tracing::{info, warn};
 
-use super::templates::changed;
+use super::templates::check;
 use super::{Service, internal, refuse};
 use crate::template::Template;
 use crate::warmth;
@@ -26,7 +26,7 @@ impl Service {
     pub(crate) fn warm_template(&self, name: &str, resident: bool) -> Result<Arc<Template>, ApiError> {
         self.check_open()?;
         let template = self.template(name)?;
-        template.check().map_err(|how| changed(&template, &how))?;
+        check(&template)?;
         let asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
         // Once it is locked, it is there; and one that is being read is not begun anew.
         let is_so = template.warmth.told().is_some_and(|told| {

@@ -43,6 +43,17 @@ pub enum FailReason {
         /// The time there was.
         deadline: Duration,
     },
+    /// The template could not be read in time: every try failed, for a reason that might have passed.
+    #[error("the template could not be read: {tries} tries within {time:?} failed")]
+    ReadFailed {
+        /// How often it was tried.
+        tries: u32,
+        /// For how long.
+        time: Duration,
+        /// Why the last try failed.
+        #[source]
+        source: SourceError,
+    },
     /// No memory for a page that a vCPU waits for.
     #[error("no memory for a page within {deadline:?} (host, cgroup of the VMM, or hugepages)")]
     OutOfMemory {
@@ -84,9 +95,8 @@ impl FailReason {
             Self::Violation(Violation::NotMissing { .. }) => "fault_not_missing",
             Self::Violation(Violation::UnexpectedEvent { .. }) => "unexpected_event",
             Self::Violation(Violation::PageLost { .. }) => "page_lost",
-            Self::Template(SourceError::Changed { .. }) => "template_changed",
-            Self::Template(SourceError::Truncated { .. }) => "template_truncated",
-            Self::Template(SourceError::Io { .. }) => "template_unreadable",
+            Self::Template(error) => error.code(),
+            Self::ReadFailed { source, .. } => source.code(),
             Self::ReadDeadline { .. } => "read_deadline",
             Self::OutOfMemory { .. } | Self::NoMemoryAhead => "out_of_memory",
             Self::Kernel { .. } => "kernel",
@@ -290,7 +300,7 @@ impl Refusal {
             },
             Self::Features { .. } => "features",
             Self::WriteProtected { .. } => "write_protected",
-            Self::Template(_) => "template_changed",
+            Self::Template(error) => error.code(),
             Self::NotEnoughHugepages { .. } => "not_enough_hugepages",
             Self::TooLate => "too_late",
             Self::Closing => "closing",

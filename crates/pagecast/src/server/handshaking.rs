@@ -152,7 +152,11 @@ impl Handshaking {
             });
         }
         let regions = parse(self.framer.bytes()).map_err(Refusal::Parse)?;
-        template.check().map_err(Refusal::Template)?;
+        match template.check() {
+            // Checked again with every page, so a failure that may pass is no reason to turn a VMM away.
+            Err(error) if !error.may_pass() => return Err(Refusal::Template(error)),
+            _ => {}
+        }
         Layout::validate(&regions, template.len()).map_err(Refusal::Layout)
     }
 

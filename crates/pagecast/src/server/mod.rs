@@ -8,7 +8,7 @@
 //! | acceptor | listens, accepts, shakes hands, keeps deadlines |
 //! | workers | answer faults; a fork belongs to one of them for life |
 //! | crew | helps workers to fill forks, when cores are free |
-//! | readers | read what is not in memory; each template has its own few, and only while needed |
+//! | readers | read what is not in memory; each template has one for as long as it lives, and a few more while needed |
 
 mod error;
 mod failure;

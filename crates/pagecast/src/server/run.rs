@@ -205,6 +205,7 @@ impl Server {
         let bound = template
             .check()
             .map_err(Error::Template)
+            .and_then(|()| start_reader(template))
             .and_then(|()| self.bind(options));
         let socket = match bound {
             Ok(socket) => socket,
@@ -244,6 +245,7 @@ impl Server {
             return Err(Error::Closed);
         }
         template.check().map_err(Error::Template)?;
+        start_reader(template)?;
         let socket = self.bind(options)?;
         let serves = Serves::Any {
             template: template.clone(),
@@ -584,6 +586,14 @@ fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
         return Ok(());
     }
     Err(CloseError::NotComplete { forks: left })
+}
+
+/// Makes sure, while nothing depends on it, that cold pages of a template can be read.
+fn start_reader(template: &Template) -> Result<(), Error> {
+    template.start_reader().map_err(|source| Error::System {
+        what: "start a thread that reads the template",
+        source,
+    })
 }
 
 fn expected_user(options: &ForkOptions) -> u32 {

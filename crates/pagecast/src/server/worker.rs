@@ -20,10 +20,10 @@ use super::inbox::Inbox;
 use super::quiet::Quiet;
 use super::record::Wish;
 use super::registry::Registry;
-use super::served_fork::{Awaited, End, Scratch, ServedFork};
+use super::served_fork::{End, ReadToken, Scratch, ServedFork};
 use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
-use crate::template::SourceError;
+use crate::template::ReadResult;
 
 /// How many epoll events are taken at once.
 const EPOLL_EVENTS: usize = 64;
@@ -36,11 +36,7 @@ pub(super) enum Message {
     /// Serve this fork from now on.
     Adopt(Box<ServedFork>),
     /// The template's bytes, read elsewhere.
-    Bytes {
-        serial: u64,
-        awaited: Awaited,
-        bytes: Result<Vec<u8>, SourceError>,
-    },
+    Bytes { token: ReadToken, bytes: ReadResult },
     /// What is wanted of forks has changed: look at each of them.
     Review,
     /// Stop as soon as there is no fork left.
@@ -165,7 +161,7 @@ impl Worker {
         epoll::add(&epoll, &quiet, Token::Quiet.encode(), EventFlags::IN)?;
         let deliver = {
             let inbox = Arc::clone(&inbox);
-            Arc::new(move |serial, awaited, bytes| inbox.send(Message::Bytes { serial, awaited, bytes }))
+            Arc::new(move |token, bytes| inbox.send(Message::Bytes { token, bytes }))
         };
         let scratch = Scratch::new(
             deliver,
@@ -393,12 +389,10 @@ impl Worker {
         for message in inbox.take() {
             match message {
                 Message::Adopt(fork) => self.adopt(*fork),
-                Message::Bytes { serial, awaited, bytes } => {
-                    let mut forks = self.forks.iter();
-                    let Some((slot, _)) = forks.find(|(_, served)| served.fork.serial == serial) else {
-                        continue;
-                    };
-                    self.step(slot, |fork, scratch| fork.on_bytes(awaited, bytes, scratch));
+                Message::Bytes { token, bytes } => {
+                    if self.is_still(token.slot, token.serial) {
+                        self.step(token.slot, |fork, scratch| fork.on_bytes(token, bytes, scratch));
+                    }
                 }
                 Message::Review => {
                     for slot in self.slots() {
@@ -408,6 +402,11 @@ impl Worker {
                 Message::Stop => self.stopping = true,
             }
         }
+    }
+
+    /// Whether this place is still that of this fork, and not another's.
+    fn is_still(&self, slot: usize, serial: u64) -> bool {
+        self.forks.get(slot).is_some_and(|served| served.fork.serial == serial)
     }
 
     /// Does with a fork what is wanted of it.
@@ -432,7 +431,8 @@ impl Worker {
         self.forks.iter().map(|(slot, _)| slot).collect()
     }
 
-    fn adopt(&mut self, fork: ServedFork) {
+    fn adopt(&mut self, mut fork: ServedFork) {
+        fork.slot = self.forks.vacant_key();
         let slot = self.forks.insert(Served {
             fork,
             killed: None,

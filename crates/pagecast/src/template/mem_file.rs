@@ -1,7 +1,7 @@
 //! The memory file of a paused microVM, on a local file system.
 
 use std::fs::File;
-use std::io::IoSliceMut;
+use std::io::{ErrorKind, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -276,10 +276,14 @@ impl MemFile {
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`].
+    /// [`SourceError::Changed`]; [`SourceError::Io`] where it cannot be told now.
     pub fn check_path(&self) -> Result<(), SourceError> {
-        let now = std::fs::metadata(&self.path).map_err(|error| SourceError::Changed {
-            how: format!("its path cannot be looked at: {error}"),
+        let now = std::fs::metadata(&self.path).map_err(|error| match error.kind() {
+            // It leads to nothing, which is what it would be told again.
+            ErrorKind::NotFound | ErrorKind::NotADirectory => SourceError::Changed {
+                how: format!("its path cannot be looked at: {error}"),
+            },
+            _ => Self::io_error(TemplateOffset::new(0))(error),
         })?;
         match self.identity().difference(&Identity::of(&now)) {
             Some(how) => Err(SourceError::Changed { how }),
@@ -361,7 +365,7 @@ impl PageSource for MemFile {
 
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
         self.file.read_exact_at(buffer, at.get()).map_err(|source| {
-            if source.kind() == std::io::ErrorKind::UnexpectedEof {
+            if source.kind() == ErrorKind::UnexpectedEof {
                 SourceError::Truncated {
                     end: at.get().saturating_add(ByteLen::of_slice(buffer).get()),
                 }

@@ -58,6 +58,8 @@ pub use recording::Recording;
 pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
+#[cfg(target_os = "linux")]
+pub(crate) use slow_reads::{ReadFor, ReadResult};
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use working_set::{Run, WorkingSet};
 #[cfg(target_os = "linux")]
@@ -178,15 +180,27 @@ impl Template {
         self.inner.slow_reads.wait(until) && self.inner.zero_search.wait(until)
     }
 
+    /// Makes sure that there is a thread that reads it away from the fault path, for as long as it lives.
+    pub(crate) fn start_reader(&self) -> std::io::Result<()> {
+        self.inner.slow_reads.start()
+    }
+
     /// Reads `length` bytes from `at` on, on a thread of this template's own that may wait for them, and hands them to
-    /// `done` there.
+    /// `done` there. `false` where [`start_wanted_readers`](Self::start_wanted_readers) should be called later.
+    #[must_use]
     pub(crate) fn read_later(
         &self,
         at: TemplateOffset,
         length: usize,
-        done: impl FnOnce(Result<Vec<u8>, SourceError>) + Send + 'static,
-    ) {
-        SlowReads::submit(&self.inner, at, length, Box::new(done));
+        read_for: ReadFor,
+        done: impl FnOnce(ReadResult) + Send + 'static,
+    ) -> bool {
+        SlowReads::submit(&self.inner, at, length, read_for, Box::new(done))
+    }
+
+    /// Tries once more to start a thread for reads that wait. `false` where it should be tried again.
+    pub(crate) fn start_wanted_readers(&self) -> bool {
+        self.inner.slow_reads.start_wanted()
     }
 
     /// What its forks touch first, as far as that was learned.

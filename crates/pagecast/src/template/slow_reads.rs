@@ -1,6 +1,6 @@
 //! Reads that may block, away from the fault path.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,35 @@ use super::source::{SourceError, TemplateOffset};
 /// holds up no other.
 const MOST_THREADS: usize = 4;
 
-/// How long a thread without work stays.
+/// How long a thread without work stays. The last one stays until the template is dropped.
 const IDLE: Duration = Duration::from_secs(2);
 
-/// What to do with the bytes, or with the reason why there are none. Runs on a reading thread.
-type Done = Box<dyn FnOnce(Result<Vec<u8>, SourceError>) + Send>;
+/// What was read. Shared by all that waited for it.
+pub(crate) type ReadResult = Result<Arc<Vec<u8>>, SourceError>;
 
-/// The threads that read one template, and what waits for them. Threads come with the first request and go when idle.
+/// What to do with the bytes, or with the reason why there are none. Runs on a reading thread.
+type Done = Box<dyn FnOnce(ReadResult) + Send>;
+
+/// Which bytes: where they begin, and how many there are.
+type Key = (TemplateOffset, usize);
+
+/// Whom a read is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReadFor {
+    /// A vCPU is blocked on it.
+    Demand,
+    /// Nobody is blocked on it.
+    Fill,
+}
+
+/// The threads that read one template, and what waits for them. More threads come with requests and go when idle.
 #[derive(Default)]
 pub(super) struct SlowReads {
+    readers: Arc<Readers>,
+}
+
+#[derive(Default)]
+struct Readers {
     state: Mutex<State>,
     work: Condvar,
     /// No thread reads.
@@ -28,20 +48,30 @@ pub(super) struct SlowReads {
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Request>,
+    /// Every read that was asked for and has not ended.
+    requests: HashMap<Key, Request>,
+    /// Those of them that no thread has begun. Demand goes first.
+    demand: VecDeque<Key>,
+    fills: VecDeque<Key>,
     threads: usize,
     idle: usize,
     /// How many threads are at a request.
     reading: usize,
+    /// How many of these are at a fill.
+    filling: usize,
+    /// The last thread that was wanted could not be had.
+    short_of_threads: bool,
+    /// The template was dropped.
+    closed: bool,
     stats: SlowReadStats,
 }
 
 /// What was read of a template away from the fault path, because it was not in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlowReadStats {
-    /// Reads that have ended, well or not.
+    /// Reads that have ended, well or not. Forks that need the same bytes at the same time share one.
     pub reads: u64,
-    /// Those of them that failed.
+    /// Those of them that failed. A failure that may pass is tried again, and each try counts.
     pub failed: u64,
     /// Bytes that the others gave.
     pub bytes: u64,
@@ -50,63 +80,85 @@ pub struct SlowReadStats {
 }
 
 struct Request {
-    at: TemplateOffset,
-    length: usize,
-    done: Done,
+    template: Arc<Inner>,
+    read_for: ReadFor,
+    begun: bool,
+    /// All who wait for it.
+    done: Vec<Done>,
 }
 
 impl SlowReads {
-    /// Reads `length` bytes from `at` on and hands them to `done`, in the order of the calls.
-    pub(super) fn submit(template: &Arc<Inner>, at: TemplateOffset, length: usize, done: Done) {
-        let reads = &template.slow_reads;
-        let mut state = reads.lock();
-        state.queue.push_back(Request { at, length, done });
-        // A thread that was woken is idle until it runs, so each can be counted on once.
-        if state.queue.len() <= state.idle {
-            reads.work.notify_one();
-            return;
+    /// Makes sure that there is a thread, so that no read depends on whether one can be had later.
+    ///
+    /// # Errors
+    ///
+    /// There is none to be had.
+    pub(super) fn start(&self) -> std::io::Result<()> {
+        let mut state = self.readers.lock();
+        if state.threads > 0 {
+            return Ok(());
         }
-        if state.threads < MOST_THREADS {
-            let template = Arc::clone(template);
-            let spawned = std::thread::Builder::new()
-                .name("pagecast-read".to_owned())
-                .spawn(move || serve(&template));
-            match spawned {
-                Ok(_) => state.threads += 1,
-                // Others will get to it. Without any, it must not wait for ever.
-                Err(error) if state.threads == 0 => {
-                    if let Some(request) = state.queue.pop_back() {
-                        drop(state);
-                        (request.done)(Err(SourceError::Io { at, source: error }));
-                    }
-                }
-                Err(_) => {}
-            }
-        }
+        self.readers.spawn(&mut state)
     }
 
-    /// A request that [`next`](Self::next) gave has been read, and gave so many bytes or failed.
-    fn finished(&self, bytes: Option<usize>, time: Duration) {
-        let mut state = self.lock();
-        state.reading -= 1;
-        state.stats.reads += 1;
-        state.stats.failed += u64::from(bytes.is_none());
-        state.stats.bytes += bytes.unwrap_or(0) as u64;
-        state.stats.time += time;
-        if state.reading == 0 {
-            self.quiet.notify_all();
+    /// Reads `length` bytes from `at` on and hands them to `done`: reads for demand in the order of the calls, and before all
+    /// fills. A read of the same bytes that is under way is shared. `false` if a thread was wanted for it that could not be
+    /// had: then [`start_wanted`](Self::start_wanted) should be called later, since the other threads may all be stuck.
+    #[must_use]
+    pub(super) fn submit(
+        template: &Arc<Inner>,
+        at: TemplateOffset,
+        length: usize,
+        read_for: ReadFor,
+        done: Done,
+    ) -> bool {
+        let readers = &template.slow_reads.readers;
+        let mut state = readers.lock();
+        let key = (at, length);
+        let state = &mut *state;
+        if let Some(request) = state.requests.get_mut(&key) {
+            request.done.push(done);
+            if request.begun || request.read_for == ReadFor::Demand || read_for == ReadFor::Fill {
+                return true;
+            }
+            // Now somebody is blocked on it.
+            request.read_for = ReadFor::Demand;
+            state.fills.retain(|fill| *fill != key);
+            state.demand.push_back(key);
+        } else {
+            let request = Request {
+                template: Arc::clone(template),
+                read_for,
+                begun: false,
+                done: vec![done],
+            };
+            state.requests.insert(key, request);
+            match read_for {
+                ReadFor::Demand => state.demand.push_back(key),
+                ReadFor::Fill => state.fills.push_back(key),
+            }
         }
+        // Idle threads are all alike, and one that was woken looks at both queues.
+        readers.work.notify_one();
+        readers.spawn_wanted(state)
+    }
+
+    /// Tries once more to start a thread that is wanted. `false` if there is still none to be had.
+    pub(super) fn start_wanted(&self) -> bool {
+        let mut state = self.readers.lock();
+        self.readers.spawn_wanted(&mut state)
     }
 
     /// Waits until no thread reads; `false` where one still does.
     pub(super) fn wait(&self, until: Instant) -> bool {
-        let mut state = self.lock();
+        let mut state = self.readers.lock();
         while state.reading > 0 {
             let left = until.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
                 return false;
             }
             let (woken, _) = self
+                .readers
                 .quiet
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
@@ -116,48 +168,137 @@ impl SlowReads {
     }
 
     pub(super) fn stats(&self) -> SlowReadStats {
-        self.lock().stats
+        self.readers.lock().stats
+    }
+}
+
+impl Drop for SlowReads {
+    /// The template is dropped, so there is no request: each holds the template.
+    fn drop(&mut self) {
+        self.readers.lock().closed = true;
+        self.readers.work.notify_all();
+    }
+}
+
+impl State {
+    /// Whether one more thread is of use: for each read for demand that waits there is one idle, and one more where a fill
+    /// waits, so that one is left for demand.
+    fn wants_thread(&self) -> bool {
+        let spare = usize::from(!self.fills.is_empty());
+        self.threads < MOST_THREADS && self.demand.len() + self.fills.len() + spare > self.idle
     }
 
+    /// Whether a thread may begin a fill: one is left for demand, wherever there can be more than one.
+    fn may_fill(&self) -> bool {
+        self.filling + 1 < self.threads || (self.threads == 1 && self.short_of_threads)
+    }
+
+    fn next(&mut self) -> Option<Key> {
+        let key = self
+            .demand
+            .pop_front()
+            .or_else(|| self.may_fill().then(|| self.fills.pop_front()).flatten())?;
+        if let Some(request) = self.requests.get_mut(&key) {
+            request.begun = true;
+            self.reading += 1;
+            self.filling += usize::from(request.read_for == ReadFor::Fill);
+        }
+        Some(key)
+    }
+}
+
+impl Readers {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next request, or `None` after some time without any: the calling thread is then no longer counted.
-    fn next(&self) -> Option<Request> {
+    /// `false` if a thread is wanted and cannot be had.
+    fn spawn_wanted(self: &Arc<Self>, state: &mut State) -> bool {
+        if state.wants_thread() && self.spawn(state).is_err() {
+            // The thread that is there has to do, for fills too.
+            self.work.notify_one();
+            return false;
+        }
+        true
+    }
+
+    fn spawn(self: &Arc<Self>, state: &mut State) -> std::io::Result<()> {
+        let readers = Arc::clone(self);
+        let spawned = std::thread::Builder::new()
+            .name("pagecast-read".to_owned())
+            .spawn(move || readers.run());
+        state.short_of_threads = spawned.is_err();
+        state.threads += usize::from(spawned.is_ok());
+        spawned.map(drop)
+    }
+
+    fn run(&self) {
+        // A worker has made this thread, and may be raised.
+        #[cfg(target_os = "linux")]
+        crate::priority::reset();
+        while let Some((at, length, template)) = self.next() {
+            let begun = Instant::now();
+            let bytes = read(&template, at, length).map(Arc::new);
+            let done = self.finished((at, length), &bytes, begun.elapsed());
+            // Before anybody hears of it: this may be what holds the template.
+            drop(template);
+            for done in done {
+                done(bytes.clone());
+            }
+        }
+    }
+
+    /// The next read, or `None` after some time without any: the calling thread is then no longer counted.
+    fn next(&self) -> Option<(TemplateOffset, usize, Arc<Inner>)> {
         let mut state = self.lock();
         loop {
-            if let Some(request) = state.queue.pop_front() {
-                state.reading += 1;
-                return Some(request);
+            if state.closed {
+                return None;
+            }
+            if let Some(key) = state.next()
+                && let Some(request) = state.requests.get(&key)
+            {
+                return Some((key.0, key.1, Arc::clone(&request.template)));
             }
             state.idle += 1;
+            if state.threads == 1 {
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.idle -= 1;
+                continue;
+            }
             let (woken, timeout) = self
                 .work
                 .wait_timeout(state, IDLE)
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.idle -= 1;
-            if timeout.timed_out() && state.queue.is_empty() {
+            if timeout.timed_out() && state.threads > 1 && state.demand.is_empty() && state.fills.is_empty() {
                 state.threads -= 1;
                 return None;
             }
         }
     }
-}
 
-fn serve(template: &Inner) {
-    // A worker has made this thread, and may be raised.
-    #[cfg(target_os = "linux")]
-    crate::priority::reset();
-    while let Some(Request { at, length, done }) = template.slow_reads.next() {
-        let begun = Instant::now();
-        let bytes = read(template, at, length);
-        template
-            .slow_reads
-            .finished(bytes.as_ref().ok().map(Vec::len), begun.elapsed());
-        done(bytes);
+    /// A read has ended: those who wait for it.
+    fn finished(&self, key: Key, bytes: &ReadResult, time: Duration) -> Vec<Done> {
+        let mut state = self.lock();
+        state.reading -= 1;
+        state.stats.reads += 1;
+        state.stats.failed += u64::from(bytes.is_err());
+        state.stats.bytes += bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        state.stats.time += time;
+        let request = state.requests.remove(&key);
+        // Once begun, a read stays what it was begun for.
+        state.filling -= usize::from(
+            request
+                .as_ref()
+                .is_some_and(|request| request.read_for == ReadFor::Fill),
+        );
+        if state.reading == 0 {
+            self.quiet.notify_all();
+        }
+        request.map(|request| request.done).unwrap_or_default()
     }
 }
 
@@ -170,7 +311,7 @@ fn read(template: &Inner, at: TemplateOffset, length: usize) -> Result<Vec<u8>, 
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 
     use pagecast_uffd::ByteLen;
 
@@ -178,17 +319,31 @@ mod tests {
     use crate::Template;
     use crate::template::{Page, PageSource};
 
-    /// A template that reads at once.
-    struct Quick;
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const PAGE: usize = 4096;
+    const FILL: usize = 64 * PAGE;
 
-    impl PageSource for Quick {
+    fn page(number: u64) -> TemplateOffset {
+        TemplateOffset::new(number * PAGE as u64)
+    }
+
+    /// A template that says which read begins, and ends each once it is let go on.
+    struct Stepped {
+        begun: Mutex<Sender<TemplateOffset>>,
+        go: Mutex<Receiver<()>>,
+    }
+
+    impl PageSource for Stepped {
         fn len(&self) -> ByteLen {
-            ByteLen::new(1 << 20)
+            ByteLen::new(1 << 30)
         }
         fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
             Ok(Page::NotReady)
         }
-        fn read(&self, _: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
+        fn read(&self, at: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
+            self.begun.lock().unwrap().send(at).unwrap();
+            // Closed at the end of a test.
+            let _ = self.go.lock().unwrap().recv();
             Ok(())
         }
         fn check_unchanged(&self) -> Result<(), SourceError> {
@@ -202,24 +357,136 @@ mod tests {
         }
     }
 
+    /// Such a template, where its reads are told, and what lets one read end.
+    fn stepped() -> (Template, Receiver<TemplateOffset>, Sender<()>) {
+        let (begin, begun) = channel();
+        let (go, gone) = channel();
+        let template = Template::from_source(Stepped {
+            begun: Mutex::new(begin),
+            go: Mutex::new(gone),
+        });
+        (template, begun, go)
+    }
+
     /// It may be stuck in its read by then, which must hold up nobody else.
     #[test]
     fn an_idle_thread_is_counted_on_for_one_read_only() {
-        let template = Template::from_source(Quick);
+        let (template, begun, go) = stepped();
         {
             // One that was woken and does not come to run.
-            let mut state = template.inner.slow_reads.lock();
+            let mut state = template.inner.slow_reads.readers.lock();
             state.threads = 1;
             state.idle = 1;
         }
         let (done, all_done) = channel();
         for number in 0..2 {
             let done = done.clone();
-            template.read_later(TemplateOffset::new(0), 4096, move |_| done.send(number).unwrap());
+            let ended = move |_| done.send(number).unwrap();
+            assert!(template.read_later(page(number), PAGE, ReadFor::Demand, ended));
         }
-        drop(done);
-        let patience = Duration::from_secs(30);
-        assert_eq!(all_done.recv_timeout(patience), Ok(0));
-        assert_eq!(all_done.recv_timeout(patience), Ok(1));
+        drop(go);
+        assert_eq!(all_done.recv_timeout(PATIENCE), Ok(0));
+        assert_eq!(all_done.recv_timeout(PATIENCE), Ok(1));
+        drop(begun);
+    }
+
+    #[test]
+    fn one_reader_is_left_for_demand_however_many_fills_there_are() {
+        let (template, begun, go) = stepped();
+        for number in 0..10 {
+            assert!(template.read_later(page(64 * number), FILL, ReadFor::Fill, |_| {}));
+        }
+        for number in 0..3 {
+            assert_eq!(begun.recv_timeout(PATIENCE), Ok(page(64 * number)));
+        }
+        // Nothing has ended, so a fourth fill would hold up what comes now.
+        let demand = page(1000);
+        assert!(template.read_later(demand, PAGE, ReadFor::Demand, |_| {}));
+        assert_eq!(begun.recv_timeout(PATIENCE), Ok(demand));
+        drop(go);
+    }
+
+    #[test]
+    fn demand_is_read_before_fills_that_were_asked_for_earlier() {
+        let (template, begun, go) = stepped();
+        for number in 0..4 {
+            assert!(template.read_later(page(number), PAGE, ReadFor::Demand, |_| {}));
+            begun.recv_timeout(PATIENCE).unwrap();
+        }
+        assert!(template.read_later(page(64), FILL, ReadFor::Fill, |_| {}));
+        assert!(template.read_later(page(128), FILL, ReadFor::Fill, |_| {}));
+        assert!(template.read_later(page(500), PAGE, ReadFor::Demand, |_| {}));
+        // Asked for by somebody who is blocked on it as well.
+        assert!(template.read_later(page(128), FILL, ReadFor::Demand, |_| {}));
+        for next in [500, 128, 64] {
+            go.send(()).unwrap();
+            assert_eq!(begun.recv_timeout(PATIENCE), Ok(page(next)));
+        }
+        drop(go);
+    }
+
+    #[test]
+    fn one_read_is_for_all_who_wait_for_the_same_bytes() {
+        let (template, begun, go) = stepped();
+        let (done, all_done) = channel();
+        let ask = |length, number| {
+            let done = done.clone();
+            let ended = move |bytes: ReadResult| done.send((number, bytes.unwrap().len())).unwrap();
+            assert!(template.read_later(page(7), length, ReadFor::Demand, ended));
+        };
+        ask(PAGE, 0);
+        begun.recv_timeout(PATIENCE).unwrap();
+        ask(PAGE, 1);
+        ask(PAGE, 2);
+        // Other bytes, though they begin at the same place.
+        ask(2 * PAGE, 3);
+        assert_eq!(begun.recv_timeout(PATIENCE), Ok(page(7)));
+        drop(go);
+        let mut ended: Vec<_> = (0..4).map(|_| all_done.recv_timeout(PATIENCE).unwrap()).collect();
+        ended.sort_unstable();
+        assert_eq!(ended, [(0, PAGE), (1, PAGE), (2, PAGE), (3, 2 * PAGE)]);
+        assert_eq!(template.slow_reads().reads, 2);
+    }
+
+    /// The bytes may have been read before the template changed, so that one who asks later gets a read that begins later.
+    #[test]
+    fn a_read_that_has_ended_is_for_nobody_who_asks_later() {
+        let (template, begun, go) = stepped();
+        let (done, ended) = channel();
+        for _ in 0..2 {
+            let done = done.clone();
+            let ended_now = move |_| done.send(()).unwrap();
+            assert!(template.read_later(page(7), PAGE, ReadFor::Demand, ended_now));
+            assert_eq!(begun.recv_timeout(PATIENCE), Ok(page(7)));
+            go.send(()).unwrap();
+            ended.recv_timeout(PATIENCE).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_last_thread_stays_until_the_template_is_dropped() {
+        let (template, begun, go) = stepped();
+        template.start_reader().unwrap();
+        template.start_reader().unwrap();
+        let readers = Arc::clone(&template.inner.slow_reads.readers);
+        assert_eq!(readers.lock().threads, 1);
+        drop(go);
+        let (done, ended) = channel();
+        assert!(template.read_later(page(0), FILL, ReadFor::Fill, move |_| done.send(()).unwrap()));
+        ended.recv_timeout(PATIENCE).unwrap();
+        let until = Instant::now() + PATIENCE;
+        // One for the fill, which goes again, and one for demand.
+        while readers.lock().threads > 1 || readers.lock().idle < 1 {
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(begun.recv_timeout(PATIENCE), Ok(page(0)));
+        drop(template);
+        // Each thread holds what the source says its reads to.
+        assert_eq!(begun.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+        while Arc::strong_count(&readers) > 1 {
+            assert!(Instant::now() < until, "the thread does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }

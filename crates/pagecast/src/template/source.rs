@@ -106,7 +106,7 @@ pub trait PageSource: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`].
+    /// [`SourceError::Changed`]; [`SourceError::Io`] where it cannot be told now, which is no change.
     fn check_unchanged(&self) -> Result<(), SourceError>;
 
     /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
@@ -194,6 +194,9 @@ impl<T: PageSource + ?Sized> PageSource for Arc<T> {
 }
 
 /// Why a template could not be read. None of these is ever answered by guessing.
+///
+/// A failure that [may pass](Self::may_pass) is tried again for as long as a fault may wait; all others end who needs the
+/// bytes at once. A [`PageSource`] says which of the two it is by the variant that it answers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SourceError {
@@ -209,7 +212,15 @@ pub enum SourceError {
         /// In what.
         how: String,
     },
-    /// Reading failed.
+    /// It cannot be read here and never will be: for example, because what holds the bytes was deleted.
+    #[error("the template cannot be read at {at} any more: {how}")]
+    Unreadable {
+        /// Where.
+        at: TemplateOffset,
+        /// Why.
+        how: String,
+    },
+    /// Reading failed, for a reason that may pass: an error of the disk or of the network, or too little memory.
     #[error("the template cannot be read at {at}")]
     Io {
         /// Where.
@@ -218,4 +229,46 @@ pub enum SourceError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl SourceError {
+    /// Whether the same may succeed if it is tried again.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Io { .. } => true,
+            Self::Truncated { .. } | Self::Changed { .. } | Self::Unreadable { .. } => false,
+        }
+    }
+
+    /// A stable name: lower case, with underscores.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn code(&self) -> &'static str {
+        match self {
+            Self::Changed { .. } => "template_changed",
+            Self::Truncated { .. } => "template_truncated",
+            Self::Unreadable { .. } | Self::Io { .. } => "template_unreadable",
+        }
+    }
+}
+
+impl Clone for SourceError {
+    /// The same error for each who waits for the same read. An [`std::io::Error`] that is no error number keeps its kind and
+    /// its text.
+    fn clone(&self) -> Self {
+        match self {
+            Self::Truncated { end } => Self::Truncated { end: *end },
+            Self::Changed { how } => Self::Changed { how: how.clone() },
+            Self::Unreadable { at, how } => Self::Unreadable {
+                at: *at,
+                how: how.clone(),
+            },
+            Self::Io { at, source } => Self::Io {
+                at: *at,
+                source: match source.raw_os_error() {
+                    Some(errno) => std::io::Error::from_raw_os_error(errno),
+                    None => std::io::Error::new(source.kind(), source.to_string()),
+                },
+            },
+        }
+    }
 }

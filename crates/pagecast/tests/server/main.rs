@@ -10,6 +10,7 @@ mod close;
 mod complete;
 mod embedded;
 mod ends;
+mod failing_reads;
 mod file_systems;
 mod fixture;
 mod hugepages;

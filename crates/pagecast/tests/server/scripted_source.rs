@@ -1,5 +1,6 @@
 //! A template that is slow, stuck or broken where a test wants it to be.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -8,6 +9,7 @@ use std::time::Duration;
 use pagecast::template::{Page, PageSource, SourceError, TemplateOffset};
 use pagecast_testkit::template_file::{Expected, LAYOUT_PAGE, TemplateModel};
 use pagecast_uffd::ByteLen;
+use rustix::io::Errno as E;
 
 /// How a page of 4 KiB is to be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +20,12 @@ pub(crate) enum Access {
     Slow(Duration),
     /// Never at once; reading it takes until the [gate](Script::open_gate) is open.
     Gated,
-    /// Never at once, and reading it fails.
+    /// Never at once, and reading it fails, for a reason that may pass.
     Broken,
+    /// Never at once, and reading it fails so many times, each time for another reason that may pass.
+    Fails(u64),
+    /// At once, after so many tries that fail for reasons that may pass.
+    FailsAtOnce(u64),
     /// At once, but "at once" takes until the gate is open. No source may do this; it holds a worker where a test wants
     /// it to be.
     HoldsWorker,
@@ -34,6 +40,10 @@ pub(crate) struct Script {
     opened: Condvar,
     /// Whether looking for zeros takes until the gate is open.
     pub(crate) zeros_gated: bool,
+    /// How many times more it cannot be told whether the template has changed.
+    pub(crate) failing_checks: AtomicU64,
+    /// How often the pages that fail have failed.
+    failures: Mutex<BTreeMap<u64, u64>>,
     reads: AtomicU64,
     holds: AtomicU64,
     /// Which pages of 4 KiB were read, slowly or at once, in this order.
@@ -50,6 +60,8 @@ impl Script {
             gate: Mutex::new(false),
             opened: Condvar::new(),
             zeros_gated: false,
+            failing_checks: AtomicU64::new(0),
+            failures: Mutex::new(BTreeMap::new()),
             reads: AtomicU64::new(0),
             holds: AtomicU64::new(0),
             accesses: Mutex::new(Vec::new()),
@@ -95,6 +107,22 @@ impl Script {
         pages.map(|page| (self.access)(page))
     }
 
+    /// Fails where the pages from `at` on have not failed so often yet.
+    fn fail(&self, at: TemplateOffset, times: u64) -> Result<(), SourceError> {
+        let mut failures = self.failures.lock().unwrap();
+        let failed = failures.entry(at.get() / LAYOUT_PAGE).or_default();
+        if *failed >= times {
+            return Ok(());
+        }
+        *failed += 1;
+        let errors = [E::IO, E::TIMEDOUT, E::STALE, E::NOTCONN, E::AGAIN, E::INTR, E::NOMEM];
+        let error = errors[usize::try_from(at.get() / LAYOUT_PAGE + *failed).unwrap() % errors.len()];
+        Err(SourceError::Io {
+            at,
+            source: error.into(),
+        })
+    }
+
     fn fill(&self, at: TemplateOffset, buffer: &mut [u8]) {
         let offsets = (at.get()..).step_by(usize::try_from(LAYOUT_PAGE).unwrap());
         for (page, offset) in buffer.chunks_mut(usize::try_from(LAYOUT_PAGE).unwrap()).zip(offsets) {
@@ -120,9 +148,14 @@ impl PageSource for ScriptedSource {
             self.0.holds.fetch_add(1, Ordering::Relaxed);
             self.0.wait_at_gate();
         }
+        for access in &accesses {
+            if let Access::FailsAtOnce(times) = access {
+                self.0.fail(at, *times)?;
+            }
+        }
         if accesses
             .iter()
-            .any(|access| !matches!(access, Access::Ready | Access::HoldsWorker))
+            .any(|access| !matches!(access, Access::Ready | Access::HoldsWorker | Access::FailsAtOnce(_)))
         {
             return Ok(Page::NotReady);
         }
@@ -134,7 +167,8 @@ impl PageSource for ScriptedSource {
         self.0.reads.fetch_add(1, Ordering::Relaxed);
         for access in self.0.access_at(at, buffer).collect::<Vec<_>>() {
             match access {
-                Access::Ready => {}
+                Access::Ready | Access::FailsAtOnce(_) => {}
+                Access::Fails(times) => self.0.fail(at, times)?,
                 Access::Slow(time) => std::thread::sleep(time),
                 Access::Gated | Access::HoldsWorker => self.0.wait_at_gate(),
                 Access::Broken => {
@@ -148,7 +182,15 @@ impl PageSource for ScriptedSource {
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {
-        Ok(())
+        let one_less = |left: u64| left.checked_sub(1);
+        let failing = &self.0.failing_checks;
+        match failing.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) {
+            Ok(_) => Err(SourceError::Io {
+                at: TemplateOffset::new(0),
+                source: E::STALE.into(),
+            }),
+            Err(_) => Ok(()),
+        }
     }
 
     fn is_known_zero(&self, _at: TemplateOffset, _len: ByteLen) -> bool {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{CloseError, Deadlines, ForkState};
+use pagecast::server::{Builder, CloseError, Deadlines, ForkState};
 use pagecast::template::SlowReadStats;
 use pagecast_testkit::sim_vmm::{Latency, LatencyReport, Order, Pages, Read, Remove, Share, Touch};
 use pagecast_testkit::skip::skip;
@@ -103,9 +103,11 @@ fn bytes_that_come_late_are_right_in_every_page() {
     }
     let slow: u64 = forks.iter().map(|(fork, _)| fork.status().stats.faults.slow).sum();
     let stats = fixture.template.slow_reads();
-    assert_eq!((stats.reads, stats.failed, stats.bytes), (slow, 0, slow * 4096));
-    let at_least = Duration::from_micros(50) * u32::try_from(slow).unwrap();
-    assert!(slow > 0 && stats.time >= at_least, "{stats:?}, {slow}");
+    // Forks that wait for the same page share a read.
+    assert!(0 < stats.reads && stats.reads <= slow, "{stats:?}, {slow}");
+    assert_eq!((stats.failed, stats.bytes), (0, stats.reads * 4096));
+    let at_least = Duration::from_micros(50) * u32::try_from(stats.reads).unwrap();
+    assert!(stats.time >= at_least, "{stats:?}, {slow}");
     // Completed with bytes that come late.
     fixture.server.close(PATIENCE).unwrap();
     for (fork, vmm) in &forks {
@@ -115,18 +117,21 @@ fn bytes_that_come_late_are_right_in_every_page() {
     assert_eq!(fixture.template.slow_reads().reads, script.reads());
 }
 
+/// A server that does not wait long for a template.
+fn impatient(builder: Builder) -> Builder {
+    builder.workers(1).deadlines(Deadlines {
+        fault: Duration::from_millis(300),
+        ..Deadlines::default()
+    })
+}
+
 /// A template whose upper half never comes, and a server that does not wait long for it.
 fn stuck() -> (Fixture, std::sync::Arc<Script>) {
     let script = Script::new(&model(SIZE), |page| match page {
         1024.. => Access::Gated,
         _ => Access::Ready,
     });
-    Fixture::scripted(script, |builder| {
-        builder.workers(1).deadlines(Deadlines {
-            fault: Duration::from_millis(300),
-            ..Deadlines::default()
-        })
-    })
+    Fixture::scripted(script, impatient)
 }
 
 #[test]
@@ -175,7 +180,7 @@ fn a_template_that_cannot_be_read_costs_who_needs_it_and_nobody_else() {
         1024.. => Access::Broken,
         _ => Access::Ready,
     });
-    let (fixture, _) = Fixture::scripted(script, |builder| builder.workers(1));
+    let (fixture, _) = Fixture::scripted(script, impatient);
     let (fork, vmm) = fixture.fork("a");
     let (_, other) = fixture.fork("other");
     let read = vmm.start(read_range(1000, 1100)).unwrap();
@@ -195,7 +200,7 @@ fn a_completion_that_cannot_read_is_given_up_and_kills_nobody() {
         1024.. => Access::Broken,
         _ => Access::Ready,
     });
-    let (fixture, _) = Fixture::scripted(script, |builder| builder.workers(1));
+    let (fixture, _) = Fixture::scripted(script, impatient);
     let (fork, vmm) = fixture.fork("a");
     let closed = fixture.server.close(PATIENCE);
     assert!(matches!(closed, Err(CloseError::NotComplete { .. })), "{closed:?}");
@@ -263,4 +268,60 @@ fn a_file_that_is_not_in_the_page_cache_is_served_right() {
     fixture.server.close(PATIENCE).unwrap();
     assert_reads_right(&vmm, Read::default());
     fixture.file.check_untouched().unwrap();
+}
+
+#[test]
+fn forks_that_wait_for_the_same_page_share_one_read() {
+    let script = Script::new(&model(SIZE), |page| match page {
+        1100 => Access::Gated,
+        _ => Access::Ready,
+    });
+    let (fixture, script) = Fixture::scripted(script, |builder| builder);
+    let forks: Vec<_> = (0..3).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
+    let reads: Vec<_> = forks
+        .iter()
+        .map(|(_, vmm)| vmm.start(read_range(1100, 1101)).unwrap())
+        .collect();
+    eventually("all wait", || {
+        forks.iter().all(|(fork, _)| fork.status().stats.faults.slow == 1)
+    });
+    script.open_gate();
+    for read in reads {
+        let report = read.join_within(PATIENCE).unwrap();
+        assert_eq!(report.checked.mismatches, 0, "{report:?}");
+    }
+    assert_eq!(script.reads(), 1);
+}
+
+/// Each of the other forks has a fill that does not end, which leaves one reader.
+#[test]
+fn a_demand_fault_waits_for_no_fill_of_another_fork() {
+    let script = Script::new(&model(SIZE), |page| match page {
+        0..300 => Access::Ready,
+        300..310 => Access::Slow(Duration::ZERO),
+        _ => Access::Gated,
+    });
+    let (fixture, script) = Fixture::scripted(script, |builder| builder);
+    // Each is to be filled from another place on, so that none shares a read.
+    let fillers: Vec<_> = (0..6)
+        .map(|n| {
+            let (fork, vmm) = fixture.fork(&format!("filler-{n}"));
+            assert_reads_right(&vmm, read_range(0, 16 * n));
+            (fork, vmm)
+        })
+        .collect();
+    for (fork, _) in &fillers {
+        fixture.server.complete(fork.id()).unwrap();
+    }
+    let (_, vmm) = fixture.fork("demand");
+    // As many fills as ever are at a time.
+    eventually("fills that do not end", || {
+        let ended = fixture.template.slow_reads().reads;
+        script.reads() - ended >= 3
+    });
+    assert_reads_right(&vmm, read_range(300, 310));
+    script.open_gate();
+    for (fork, _) in &fillers {
+        fork.wait(PATIENCE, ForkState::is_end);
+    }
 }

@@ -11,7 +11,7 @@ use rustix::time::Timespec;
 use super::lane::{Done, Lane};
 use super::pause::Pause;
 use super::watch::Watch;
-use super::{Awaited, Deliver, End, Scratch, ServedFork, kernel};
+use super::{Awaited, End, Scratch, ServedFork, kernel};
 use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
@@ -86,8 +86,15 @@ impl ServedFork {
             let Some(zeros) = self.session.next_give_back() else {
                 return Ok(step > 0);
             };
-            if step == 0 {
-                self.template.source().check_unchanged()?;
+            if step == 0
+                && let Err(error) = self.template.source().check_unchanged()
+            {
+                if !error.may_pass() {
+                    return Err(End::template(error));
+                }
+                // The zeros of this range are installed on demand.
+                self.pause_filling();
+                return Ok(true);
             }
             match self.uffd.unregister(zeros.memory) {
                 Ok(()) => {
@@ -179,7 +186,7 @@ impl ServedFork {
         }
         self.fills.extend(left.into_iter().rev());
         for (fill, done) in begun {
-            self.conclude(fill, done, &scratch.deliver)?;
+            self.conclude(fill, done, scratch)?;
         }
         Ok(())
     }
@@ -195,11 +202,11 @@ impl ServedFork {
             room: &mut scratch.bytes,
         };
         let done = lane.carry_out(&fill, &parts, Some(bytes));
-        self.conclude(fill, done, &scratch.deliver)
+        self.conclude(fill, done, scratch)
     }
 
     /// Takes note of what was done about a fill, and keeps it where there is more to do.
-    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, deliver: &Deliver) -> Result<(), End> {
+    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, scratch: &Scratch) -> Result<(), End> {
         for done in done {
             let (part, zeros, outcome) = match done {
                 Done::Tried { part, zeros, outcome } => (part, zeros, outcome),
@@ -208,10 +215,11 @@ impl ServedFork {
                     continue;
                 }
                 Done::NotReady => {
-                    self.read_fill(fill, deliver);
+                    self.read_fill(fill, scratch);
                     return Ok(());
                 }
-                Done::Unreadable(error) => return self.on_unreadable_fill(error),
+                Done::Unreadable(error) => return self.on_unreadable_fill(fill, error),
+                Done::Unverified(error) => return Err(End::template(error)),
             };
             let (installed, after) = self.session.on_filled(&mut fill, &part, outcome);
             let counters = &self.record.counters;
@@ -243,14 +251,23 @@ impl ServedFork {
     }
 
     /// Has a fill read where that may take a while, one at a time.
-    fn read_fill(&mut self, fill: Fill, deliver: &Deliver) {
+    fn read_fill(&mut self, fill: Fill, scratch: &Scratch) {
         if self.reading.is_some() {
             return self.fills.push(fill);
         }
-        self.fills_read += 1;
         let (from, length) = (fill.from, fill.bytes());
         self.reading = Some(fill);
-        self.read_later(Awaited::Fill(self.fills_read), from, length, deliver);
+        self.read_later(Awaited::Fill, from, length, None, &scratch.deliver);
+    }
+
+    /// The bytes of a fill cannot be had now.
+    fn on_unreadable_fill(&mut self, fill: Fill, error: SourceError) -> Result<(), End> {
+        if error.may_pass() && self.reading.is_some() {
+            self.fills.push(fill);
+            return Ok(());
+        }
+        self.reading = Some(fill);
+        self.read_failed(Awaited::Fill, None, error)
     }
 
     /// The bytes of a fill, read elsewhere, have come.
@@ -258,18 +275,6 @@ impl ServedFork {
         match self.reading.take() {
             Some(fill) => self.fill_with(fill, bytes, scratch),
             None => Ok(()),
-        }
-    }
-
-    /// Nobody waits for what a fill reads, so where it merely cannot be read nobody has to die for it.
-    pub(super) fn on_unreadable_fill(&mut self, error: SourceError) -> Result<(), End> {
-        match error {
-            SourceError::Io { .. } => {
-                self.give_up_filling(FailReason::Template(error));
-                Ok(())
-            }
-            // A template that is not what it was has no more bytes for anybody.
-            SourceError::Changed { .. } | SourceError::Truncated { .. } => Err(error.into()),
         }
     }
 
@@ -289,7 +294,7 @@ impl ServedFork {
         self.reading = None;
         self.fill_pause = None;
         self.fill_retry = None;
-        self.reads.retain(|read| matches!(read.awaited, Awaited::Fault(_)));
+        self.reads.forget_fill();
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) enum Done {
     NotReady,
     /// Its bytes cannot be had, nor is anything after it done.
     Unreadable(SourceError),
+    /// It was installed, and cannot be told to be the template's.
+    Unverified(SourceError),
 }
 
 impl Done {
@@ -44,7 +46,7 @@ impl Done {
         match self {
             Self::Tried { outcome, .. } => !matches!(outcome, Outcome::Installed | Outcome::AlreadyPresent),
             Self::Skipped(_) => false,
-            Self::NotReady | Self::Unreadable(_) => true,
+            Self::NotReady | Self::Unreadable(_) | Self::Unverified(_) => true,
         }
     }
 }
@@ -139,7 +141,7 @@ impl Lane<'_> {
             if matches!(bytes, Bytes::Mapped(_))
                 && let Err(error) = self.source.check_unchanged()
             {
-                done.push(Done::Unreadable(error));
+                done.push(Done::Unverified(error));
                 return false;
             }
             let outcome = presence::settle(outcome, piece.page_size, piece.to, self.pid);

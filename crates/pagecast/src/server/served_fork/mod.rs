@@ -6,6 +6,7 @@ mod filling;
 mod lane;
 mod pause;
 mod presence;
+mod reads;
 mod watch;
 
 use std::num::NonZeroU64;
@@ -19,10 +20,12 @@ use super::crew::Crew;
 use super::failure::FailReason;
 use super::record::ForkRecord;
 use crate::page::PageSize;
-use crate::session::{After, Content, Fill, Install, Noted, PageRef, Session, Step, Violation};
-use crate::template::{Page, SourceError, Template, TemplateOffset, leading_zero_pages};
+use crate::session::{After, Content, Fill, Install, Noted, Session, Step, Violation};
+use crate::template::{Page, ReadResult, SourceError, Template};
 use eagerness::Eagerness;
 use pause::Pause;
+pub(super) use reads::ReadToken;
+use reads::{Awaited, Failed, Reads};
 use watch::Watch;
 pub(super) use watch::Watched;
 
@@ -33,8 +36,8 @@ const READS_PER_TURN: usize = 8;
 /// How often more a fork that is served alone is looked at in one turn.
 const LOOKS_PER_TURN: usize = 8;
 
-/// Where bytes go that were read elsewhere: of which fork (its serial), for what, and the bytes. Called on reading threads.
-pub(super) type Deliver = Arc<dyn Fn(u64, Awaited, Result<Vec<u8>, SourceError>) + Send + Sync>;
+/// Where bytes go that were read elsewhere. Called on reading threads.
+pub(super) type Deliver = Arc<dyn Fn(ReadToken, ReadResult) + Send + Sync>;
 
 /// What the forks of one worker share: room to work in.
 pub(super) struct Scratch {
@@ -96,24 +99,11 @@ impl From<Violation> for End {
     }
 }
 
-impl From<SourceError> for End {
-    fn from(error: SourceError) -> Self {
+impl End {
+    /// The template has no more bytes for this fork.
+    fn template(error: SourceError) -> Self {
         Self::Failed(FailReason::Template(error))
     }
-}
-
-/// What was read elsewhere, and for what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Awaited {
-    Fault(PageRef),
-    /// The fill of this number.
-    Fill(u64),
-}
-
-/// A read that has not come back.
-struct Read {
-    awaited: Awaited,
-    since: Instant,
 }
 
 /// An install that was tried.
@@ -142,16 +132,17 @@ pub(super) struct ServedFork {
     template: Template,
     /// Tells this fork from others that had the same place in their worker.
     pub(super) serial: u64,
+    /// Its place in its worker.
+    pub(super) slot: usize,
     eagerness: Eagerness,
     /// The last turn ended before all events were read. The worker is told of new ones only.
     unread: bool,
-    reads: Vec<Read>,
+    reads: Reads,
     retry: Option<Retry>,
     /// Fills that were begun and not ended, for lack of room or because their mapping was split.
     fills: Vec<Fill>,
-    /// The fill that waits for its bytes, and how many have.
+    /// The fill that waits for its bytes.
     reading: Option<Fill>,
-    fills_read: u64,
     fill_pause: Option<Instant>,
     /// The kernel would not let fills go on, nor the fork be unregistered.
     fill_retry: Option<Pause>,
@@ -181,13 +172,13 @@ impl ServedFork {
             socket: Some(socket),
             session,
             serial,
+            slot: 0,
             eagerness: Eagerness::default(),
             unread: false,
-            reads: Vec::new(),
+            reads: Reads::default(),
             retry: None,
             fills: Vec::new(),
             reading: None,
-            fills_read: 0,
             fill_pause: None,
             fill_retry: None,
             at_once: false,
@@ -270,13 +261,20 @@ impl ServedFork {
         while let Some(step) = self.session.next_step()? {
             match step {
                 Step::Wake(range) => self.wake(range)?,
-                Step::Install(install) => self.install_from_template(&install, scratch, since)?,
+                Step::Install(install) => self.install_from_template(&install, scratch, since, None)?,
             }
         }
         Ok(())
     }
 
-    fn install_from_template(&mut self, install: &Install, scratch: &mut Scratch, since: Instant) -> Result<(), End> {
+    /// Answers a fault, for the first time or after tries to read that failed.
+    fn install_from_template(
+        &mut self,
+        install: &Install,
+        scratch: &mut Scratch,
+        since: Instant,
+        failed: Option<Box<Failed>>,
+    ) -> Result<(), End> {
         let Content::Template(from) = install.content else {
             let tried = self.install_zeros(install, &scratch.zeros);
             return self.finish(install, tried, since, scratch);
@@ -286,28 +284,34 @@ impl ServedFork {
             && let Some(bytes) = self.template.source().at_hand(from)
         {
             let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
-            // It was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM does
-            // not live to use it.
-            self.template.source().check_unchanged()?;
+            // It was read as it was installed, so only now can be told what it is. If it is not the template's, or that cannot
+            // be told, its VMM does not live to use it.
+            self.template.source().check_unchanged().map_err(End::template)?;
             let tried = self.copied(install.to, outcome, scratch.looked_at);
             return self.finish(install, tried, since, scratch);
         }
         let buffer = room(&mut scratch.bytes, install.bytes());
-        let tried = match self.template.source().try_read(from, buffer)? {
-            Page::NotReady => {
+        let source = self.template.source();
+        // After reading, before anybody sees it: what was read is the template's.
+        let found = match source.try_read(from, buffer) {
+            Ok(Page::NotReady) => Ok(None),
+            Ok(page) => source.check_unchanged().map(|()| Some(page)),
+            Err(error) => Err(error),
+        };
+        let tried = match found {
+            Ok(Some(Page::Bytes(bytes))) => self.copy(install, bytes),
+            Ok(Some(_)) => self.install_zeros(install, &scratch.zeros),
+            not_ready_or_failed => {
                 self.session.await_bytes(install);
-                self.record.counters.slow.add(1);
-                self.read_later(Awaited::Fault(install.at), from, install.bytes(), &scratch.deliver);
+                if failed.is_none() {
+                    self.record.counters.slow.add(1);
+                }
+                let awaited = Awaited::Fault(install.at);
+                if let Err(error) = not_ready_or_failed {
+                    return self.read_failed(awaited, failed, error);
+                }
+                self.read_later(awaited, from, install.bytes(), failed, &scratch.deliver);
                 return Ok(());
-            }
-            Page::Bytes(bytes) => {
-                // After reading, before anybody sees it: what was read is the template's.
-                self.template.source().check_unchanged()?;
-                self.copy(install, bytes)
-            }
-            Page::Zero => {
-                self.template.source().check_unchanged()?;
-                self.install_zeros(install, &scratch.zeros)
             }
         };
         self.finish(install, tried, since, scratch)
@@ -393,60 +397,14 @@ impl ServedFork {
         Ok(())
     }
 
-    fn read_later(&mut self, awaited: Awaited, from: TemplateOffset, length: usize, deliver: &Deliver) {
-        self.reads.push(Read {
-            awaited,
-            since: Instant::now(),
-        });
-        let (deliver, serial) = (Arc::clone(deliver), self.serial);
-        self.template.read_later(from, length, move |bytes| {
-            deliver(serial, awaited, bytes);
-        });
-    }
-
-    /// Bytes that were read elsewhere have come, or cannot.
-    pub(super) fn on_bytes(
-        &mut self,
-        awaited: Awaited,
-        bytes: Result<Vec<u8>, SourceError>,
-        scratch: &mut Scratch,
-    ) -> Result<(), End> {
-        let Some(position) = self.reads.iter().position(|read| read.awaited == awaited) else {
-            return Ok(());
-        };
-        let since = self.reads.swap_remove(position).since;
-        let bytes = match (bytes, awaited) {
-            (Ok(bytes), _) => bytes,
-            (Err(error), Awaited::Fault(_)) => return Err(error.into()),
-            (Err(error), Awaited::Fill(_)) => return self.on_unreadable_fill(error),
-        };
-        self.template.source().check_unchanged()?;
-        match awaited {
-            Awaited::Fault(at) => match self.session.bytes_ready(at)? {
-                None => Ok(()),
-                Some(Step::Wake(range)) => self.wake(range),
-                Some(Step::Install(install)) => {
-                    let zeros =
-                        matches!(install.content, Content::Zeros) || leading_zero_pages(&bytes, install.page_size).0;
-                    let tried = if zeros {
-                        self.install_zeros(&install, &scratch.zeros)
-                    } else {
-                        self.copy(&install, &bytes)
-                    };
-                    self.finish(&install, tried, since, scratch)
-                }
-            },
-            Awaited::Fill(_) => self.on_fill_bytes(&bytes, scratch),
-        }
-    }
-
     /// When this fork wants a turn though nothing happens.
     pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
-        let reads = self.reads.iter().map(|read| read.since + fault_deadline);
+        let reads = self.reads.next_turn(fault_deadline);
         let retry = self.retry.as_ref().map(|retry| retry.pause.until());
         let unread = self.unread.then(Instant::now);
         let watch = self.watch.next_look();
         reads
+            .into_iter()
             .chain(retry)
             .chain(self.fill_pause)
             .chain(watch)
@@ -473,16 +431,7 @@ impl ServedFork {
         if let Some(watched) = self.watch.look(now, &self.record.counters) {
             self.watched = Some(watched);
         }
-        let deadline = scratch.fault_deadline;
-        let mut overdue = self.reads.iter().filter(|read| read.since + deadline <= now).peekable();
-        if overdue.peek().is_some() {
-            let reason = FailReason::ReadDeadline { deadline };
-            if overdue.any(|read| matches!(read.awaited, Awaited::Fault(_))) {
-                return Err(End::Failed(reason));
-            }
-            // Nobody waits for what a fill reads, so nobody has to die for it.
-            self.give_up_filling(reason);
-        }
+        self.look_after_reads(now, scratch)?;
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;
         }

@@ -8,11 +8,16 @@ const FIRST: Duration = Duration::from_micros(50);
 /// The longest: a VMM that is frozen while it gives memory back costs 100 wakes a second.
 const LONGEST: Duration = Duration::from_millis(10);
 
+/// The same where the template could not be read, or no thread could be had for that: what is amiss there lasts longer.
+const FIRST_READ: Duration = Duration::from_millis(1);
+const LONGEST_READ: Duration = Duration::from_millis(500);
+
 /// A pause that is as long as the tries before were in vain. Made anew once one gets on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pause {
     until: Instant,
     length: Duration,
+    longest: Duration,
 }
 
 impl Pause {
@@ -21,13 +26,23 @@ impl Pause {
         Self {
             until: now + FIRST,
             length: FIRST,
+            longest: LONGEST,
+        }
+    }
+
+    /// After the first try to read.
+    pub(super) fn first_read(now: Instant) -> Self {
+        Self {
+            until: now + FIRST_READ,
+            length: FIRST_READ,
+            longest: LONGEST_READ,
         }
     }
 
     /// After one more. Those of one turn count as one: only what is tried after the pause makes it longer.
     pub(super) fn lengthen(&mut self, now: Instant) {
         if self.until <= now {
-            self.length = (self.length * 2).min(LONGEST);
+            self.length = (self.length * 2).min(self.longest);
             self.until = now + self.length;
         }
     }
