@@ -28,6 +28,7 @@ pub mod process;
 pub mod sim_vmm;
 pub mod skip;
 pub mod template_file;
+pub mod transparent;
 
 mod memory;
 

@@ -24,6 +24,8 @@ pub enum PageSize {
     /// 4 KiB.
     #[default]
     Base,
+    /// 4 KiB, and the kernel may make larger ones of them (`MADV_HUGEPAGE`).
+    Transparent,
     /// 2 MiB, out of the host's pool of hugepages.
     Huge,
 }
@@ -32,7 +34,7 @@ impl PageSize {
     /// In bytes.
     pub const fn bytes(self) -> u64 {
         match self {
-            Self::Base => 4096,
+            Self::Base | Self::Transparent => 4096,
             Self::Huge => 2 << 20,
         }
     }
@@ -67,6 +69,10 @@ impl GuestMemory {
         let start = unsafe {
             rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)?
         };
+        if page_size == PageSize::Transparent {
+            // SAFETY: this is the new mapping, and what is advised changes no bytes.
+            unsafe { rustix::mm::madvise(start, len, Advice::LinuxHugepage)? };
+        }
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self {
             start,

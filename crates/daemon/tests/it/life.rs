@@ -27,6 +27,10 @@ fn bytes(value: &Value) -> u64 {
 fn a_fork_with_uffd_is_served_measured_and_seen_to_exit() {
     let fixture = fixture();
     let vmm = fixture.serving("f", "uffd");
+    // Once the kernel was asked how it fills them.
+    eventually("zeros are given back", || {
+        bytes(&fixture.fork("f")["given_back_bytes"]) > 0
+    });
     reads_right(&vmm);
     writes(&vmm);
     reads_right(&vmm);

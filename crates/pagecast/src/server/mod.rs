@@ -49,6 +49,8 @@ mod served_fork;
 #[cfg(target_os = "linux")]
 mod socket_file;
 #[cfg(target_os = "linux")]
+mod transparent;
+#[cfg(target_os = "linux")]
 mod worker;
 #[cfg(target_os = "linux")]
 mod workers;

@@ -21,6 +21,7 @@ use super::quiet::Quiet;
 use super::record::Wish;
 use super::registry::Registry;
 use super::served_fork::{End, ReadToken, Scratch, ServedFork};
+use super::transparent;
 use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
 use crate::template::ReadResult;
@@ -37,6 +38,8 @@ pub(super) enum Message {
     Adopt(Box<ServedFork>),
     /// The template's bytes, read elsewhere.
     Bytes { token: ReadToken, bytes: ReadResult },
+    /// The kernel fills zeros of this fork in pages of 4 KiB.
+    KernelFillsSmall { slot: usize, serial: u64 },
     /// What is wanted of forks has changed: look at each of them.
     Review,
     /// Stop as soon as there is no fork left.
@@ -394,6 +397,14 @@ impl Worker {
                         self.step(token.slot, |fork, scratch| fork.on_bytes(token, bytes, scratch));
                     }
                 }
+                Message::KernelFillsSmall { slot, serial } => {
+                    if self.is_still(slot, serial) {
+                        self.step(slot, |fork, _| {
+                            fork.kernel_fills_small();
+                            Ok(())
+                        });
+                    }
+                }
                 Message::Review => {
                     for slot in self.slots() {
                         self.review(slot);
@@ -407,6 +418,25 @@ impl Worker {
     /// Whether this place is still that of this fork, and not another's.
     fn is_still(&self, slot: usize, serial: u64) -> bool {
         self.forks.get(slot).is_some_and(|served| served.fork.serial == serial)
+    }
+
+    /// Has the kernel asked how it would fill zeros of a fork. Where there is no thread for that, they are installed by us.
+    fn ask_how_kernel_fills(&self, slot: usize) {
+        let Some(Served { fork, .. }) = self.forks.get(slot) else {
+            return;
+        };
+        let (serial, pid, memory) = (fork.serial, fork.peer.pid, fork.small_memory());
+        if memory.is_empty() {
+            return;
+        }
+        let inbox = Arc::clone(&self.inbox);
+        let _ = std::thread::Builder::new()
+            .name("pagecast-thp".to_owned())
+            .spawn(move || {
+                if !transparent::may_be_made(pid, &memory) {
+                    inbox.send(Message::KernelFillsSmall { slot, serial });
+                }
+            });
     }
 
     /// Does with a fork what is wanted of it.
@@ -493,6 +523,7 @@ impl Worker {
             fork.begin();
             Ok(())
         });
+        self.ask_how_kernel_fills(slot);
         // Whatever was wanted of it before it came here.
         self.review(slot);
     }

@@ -89,6 +89,8 @@ pub(super) struct Filling {
     /// Everything is wanted, without letting go of it.
     all: bool,
     completing: bool,
+    /// What is absent and not registered is filled by the kernel with zeros of 4 KiB, not with larger pages.
+    kernel_fills_small: bool,
 }
 
 /// How far a plan has been handed out.
@@ -174,6 +176,11 @@ impl Filling {
         }
     }
 
+    /// The kernel fills in zeros in pages of 4 KiB.
+    pub(super) fn set_kernel_fills_small(&mut self) {
+        self.kernel_fills_small = true;
+    }
+
     pub(super) fn is_completing(&self) -> bool {
         self.completing
     }
@@ -227,7 +234,9 @@ impl Filling {
             let most = usize::try_from(FILL_BYTES / region.page_size().bytes()).map_or(1, |pages| pages.max(1));
             let end = (first.get() + most).min(region.pages());
             cursor.page = PageIndex::new(end);
-            return fill(cursor.region, first, end, false, self.completing);
+            // hugetlbfs has one size of pages, whoever fills them.
+            let fills_small = self.kernel_fills_small || region.page_size() == PageSize::Huge;
+            return fill(cursor.region, first, end, false, self.completing && fills_small);
         }
         None
     }

@@ -298,8 +298,10 @@ impl Session {
         (present, after)
     }
 
-    /// The kernel itself is to fill these runs of the template, which are zeros.
+    /// The kernel itself is to fill these runs of the template, which are zeros: it does so in pages of 4 KiB. A completion
+    /// leaves zeros to it from now on, too.
     pub fn begin_give_back(&mut self, zeros: ZeroRuns) {
+        self.filling.set_kernel_fills_small();
         self.give_back = GiveBack::new(zeros);
     }
 

@@ -24,5 +24,6 @@ mod scripted_source;
 mod serving;
 mod slow_template;
 mod template_changes;
+mod transparent;
 mod vmm_process;
 mod withdraw;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use pagecast_uffd::HostRange;
 use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 
@@ -12,6 +13,7 @@ use super::lane::{Done, Lane};
 use super::pause::Pause;
 use super::watch::Watch;
 use super::{Awaited, End, Scratch, ServedFork, kernel};
+use crate::page::PageSize;
 use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
@@ -29,7 +31,6 @@ impl ServedFork {
     /// Begins with what a new fork is given ahead of its faults.
     pub(in crate::server) fn begin(&mut self) {
         let source = self.template.source();
-        self.session.begin_give_back(self.template.zero_runs());
         let Plan { prefault, record } = self.record.plan;
         if record {
             // What is there does not fault.
@@ -48,6 +49,18 @@ impl ServedFork {
         if prefault == Prefault::All {
             self.session.begin_all();
         }
+    }
+
+    /// The kernel was asked, and fills what is unregistered in pages of 4 KiB: long runs of zeros can be left to it.
+    pub(in crate::server) fn kernel_fills_small(&mut self) {
+        self.session.begin_give_back(self.template.zero_runs());
+    }
+
+    /// Its memory that is in pages of 4 KiB.
+    pub(in crate::server) fn small_memory(&self) -> Vec<HostRange> {
+        let regions = self.session.regions().iter();
+        let small = regions.filter(|(_, region)| region.page_size() == PageSize::Small);
+        small.map(|(_, region)| region.memory()).collect()
     }
 
     /// Whether [`fill`](Self::fill) has something to do.
