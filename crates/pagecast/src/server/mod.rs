@@ -22,6 +22,8 @@ mod crew;
 #[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
+mod filler;
+#[cfg(target_os = "linux")]
 mod handle;
 #[cfg(target_os = "linux")]
 mod handshaking;

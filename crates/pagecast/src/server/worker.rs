@@ -1,5 +1,6 @@
 //! A thread that answers the faults of its forks.
 
+use std::cell::OnceCell;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,12 +16,13 @@ use slab::Slab;
 use super::crew::Crew;
 use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
+use super::filler::{Filler, Job};
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
 use super::quiet::Quiet;
 use super::record::Wish;
 use super::registry::Registry;
-use super::served_fork::{End, ReadToken, Scratch, ServedFork};
+use super::served_fork::{End, Filled, ReadToken, Scratch, ServedFork};
 use super::transparent;
 use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
@@ -40,6 +42,8 @@ pub(super) enum Message {
     Bytes { token: ReadToken, bytes: ReadResult },
     /// The kernel fills zeros of this fork in pages of 4 KiB.
     KernelFillsSmall { slot: usize, serial: u64 },
+    /// A step of filling this fork, carried out elsewhere, is over.
+    Filled { slot: usize, serial: u64, filled: Filled },
     /// What is wanted of forks has changed: look at each of them.
     Review,
     /// Stop as soon as there is no fork left.
@@ -127,6 +131,7 @@ impl Served {
 }
 
 pub(super) struct Worker {
+    index: usize,
     epoll: Arc<OwnedFd>,
     inbox: Arc<Inbox<Message>>,
     registry: Arc<Registry>,
@@ -139,6 +144,10 @@ pub(super) struct Worker {
     restless: Vec<usize>,
     /// Where the next round of fills begins, so that all get their turn.
     next_to_fill: usize,
+    /// What fills forks while there are others to be served. Started when it is needed first.
+    filler: OnceCell<Option<Filler>>,
+    /// It carries out a step.
+    filler_is_busy: bool,
     /// How long to look for faults without sleeping after there was one.
     busy_poll: Duration,
     busy_until: Option<Instant>,
@@ -174,6 +183,7 @@ impl Worker {
             options.completion_rate,
         );
         let worker = Self {
+            index,
             epoll,
             registry,
             disposal,
@@ -183,6 +193,8 @@ impl Worker {
             scratch,
             restless: Vec::new(),
             next_to_fill: 0,
+            filler: OnceCell::new(),
+            filler_is_busy: false,
             busy_poll: options.busy_poll,
             busy_until: None,
             quiet,
@@ -270,7 +282,7 @@ impl Worker {
     fn timeout(&self) -> Option<Timespec> {
         let deadline = self.scratch.fault_deadline;
         let restless = || self.restless.iter().filter_map(|slot| self.forks.get(*slot));
-        if restless().any(Served::wants_to_fill) {
+        if !self.filler_is_busy && restless().any(Served::wants_to_fill) {
             return Some(Timespec::default());
         }
         let next = restless().filter_map(|served| served.next_turn(deadline)).min()?;
@@ -395,6 +407,12 @@ impl Worker {
                 Message::Bytes { token, bytes } => {
                     if self.is_still(token.slot, token.serial) {
                         self.step(token.slot, |fork, scratch| fork.on_bytes(token, bytes, scratch));
+                    }
+                }
+                Message::Filled { slot, serial, filled } => {
+                    self.filler_is_busy = false;
+                    if self.is_still(slot, serial) {
+                        self.step(slot, |fork, scratch| fork.on_filled(filled, scratch));
                     }
                 }
                 Message::KernelFillsSmall { slot, serial } => {
@@ -530,6 +548,9 @@ impl Worker {
 
     /// One bounded step of one completion: faults come first, and the next look at them is never far.
     fn fill_one(&mut self) {
+        if self.filler_is_busy {
+            return;
+        }
         let filling = || {
             let wants = |slot: &usize| self.forks.get(*slot).is_some_and(Served::wants_to_fill);
             self.restless.iter().copied().filter(wants)
@@ -539,6 +560,54 @@ impl Worker {
             return;
         };
         self.next_to_fill = slot + 1;
-        self.step(slot, ServedFork::fill);
+        // Where there is no other fork, nobody is held up by what this one takes.
+        if self.forks.len() > 1 && self.filler().is_some() {
+            self.fill_elsewhere(slot);
+        } else {
+            self.step(slot, ServedFork::fill);
+        }
+    }
+
+    fn filler(&self) -> Option<&Filler> {
+        let start = || {
+            let scratch = &self.scratch;
+            Filler::start(
+                self.index,
+                Arc::clone(&self.inbox),
+                Arc::clone(&scratch.crew),
+                Arc::clone(&scratch.zeros),
+            )
+        };
+        self.filler.get_or_init(start).as_ref()
+    }
+
+    /// Has the filler carry out the next step of a fork.
+    fn fill_elsewhere(&mut self, slot: usize) {
+        let Some(serial) = self.forks.get(slot).map(|served| served.fork.serial) else {
+            return;
+        };
+        let mut begun = None;
+        self.step(slot, |fork, scratch| {
+            begun = fork.begin_fill_elsewhere(scratch)?;
+            Ok(())
+        });
+        let (Some((step, interrupt)), Some(filler)) = (begun, self.filler()) else {
+            return;
+        };
+        let job = Job {
+            slot,
+            serial,
+            step,
+            interrupt,
+        };
+        match filler.fill(job) {
+            Ok(()) => self.filler_is_busy = true,
+            // It has panicked, which was told.
+            Err(Job { step, .. }) => {
+                let crew = Arc::clone(&self.scratch.crew);
+                let result = step.carry_out(&crew.take_free(), &self.scratch.zeros, || false);
+                self.step(slot, |fork, scratch| fork.on_filled(result, scratch));
+            }
+        }
     }
 }

@@ -1,14 +1,18 @@
 //! VMMs die at any moment, hundreds of times: nothing is left of them, and nobody else notices.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use pagecast::server::{ForkState, Server};
+use pagecast::Template;
+use pagecast::server::{ForkOptions, ForkState, Prefault, Server};
 use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::process::{ProcessUse, own_fds};
-use pagecast_testkit::sim_vmm::{Connect, Order, Pages, Read, RemoveRace, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, Read, RemoveRace, SimVmm};
+use pagecast_testkit::template_file::TemplateModel;
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::{Fixture, PATIENCE, eventually, held_uffds, short_deadlines};
+use crate::fixture::{Fixture, PATIENCE, assert_right, eventually, held_uffds, model, read_range, short_deadlines};
+use crate::scripted_source::{Access, Script, ScriptedSource};
 use crate::vmm_process::alone;
 
 /// What a VMM is at when it is killed.
@@ -205,4 +209,70 @@ fn vmms_killed_while_the_server_closes_hold_up_nothing_and_leave_nothing() {
     // works with, kept for each of them, would be 30 MiB.
     let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 20 << 20, "grew by {grown} bytes");
+}
+
+/// Whatever a step of filling waits for: here for the template, as in the kernel for the end of an address space.
+#[test]
+fn a_fork_that_is_being_filled_holds_up_no_other_of_its_worker_not_even_when_it_dies() {
+    let script = Script::new(&model(8 << 20), |page| match page {
+        1500 => Access::HoldsWorker,
+        _ => Access::Ready,
+    });
+    let (fixture, script) = Fixture::scripted(script, |builder| builder.workers(1));
+    let (filled_fork, filled) = fixture.fork("filled");
+    let (_, other) = fixture.fork("other");
+    fixture.server.complete(filled_fork.id()).unwrap();
+    eventually("a step that does not end", || script.holds() == 1);
+    assert_right(other.start(read_range(0, 700)).unwrap());
+    filled.kill().unwrap();
+    let status = filled_fork.wait(PATIENCE, ForkState::is_end);
+    assert_eq!(status.state, ForkState::Exited, "{status:?}");
+    assert_right(other.start(read_range(700, 1400)).unwrap());
+    assert_eq!(script.holds(), 1);
+    script.open_gate();
+    // What fills goes on with another.
+    fixture.server.close(PATIENCE).unwrap();
+}
+
+/// A measurement, for `docs/performance.md`: what a fork waits for at most while another one of its worker, half prefaulted, is
+/// killed.
+#[test]
+#[ignore = "a measurement that takes minutes and 4 GiB"]
+fn what_a_fork_waits_for_while_another_of_its_worker_dies_in_its_prefault() {
+    const ROUNDS: u64 = 20;
+    const FAULTS: u64 = 800;
+    const SIZE: u64 = 4 << 30;
+    let fixture = Fixture::with(64 << 20, |builder| builder.workers(1));
+    let (_, other) = fixture.fork("other");
+    let mut slowest = Vec::new();
+    for round in 0..ROUNDS {
+        let template = TemplateModel::of_data(SIZE, 1);
+        let script = Script::new(&template, |_| Access::Ready);
+        let source = Template::from_source(ScriptedSource(Arc::new(script)));
+        let id = format!("big-{round}");
+        let options = ForkOptions::new(fixture.folder.path().join(&id)).prefault(Prefault::All);
+        let fork = fixture.server.register(id.parse().unwrap(), &source, &options).unwrap();
+        let vmm = SimVmm::spawn().unwrap();
+        vmm.run(Connect::new(fork.socket_path(), &template)).unwrap();
+        // As long as it takes: busy machines are measured too.
+        while fork.status().stats.installed_bytes <= SIZE / 2 {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let first = round * FAULTS;
+        let faulting = other.start(Latency {
+            pages: Pages::range(first..first + FAULTS),
+            order: Order::Random(round),
+        });
+        vmm.kill().unwrap();
+        let report = faulting.unwrap().join_within(PATIENCE).unwrap();
+        fork.wait(PATIENCE, ForkState::is_end);
+        println!(
+            "median {} us, slowest {} us",
+            report.p50_ns / 1000,
+            report.max_ns / 1000
+        );
+        slowest.push(report.max_ns / 1000);
+    }
+    slowest.sort_unstable();
+    println!("slowest of each round, in us: {slowest:?}");
 }

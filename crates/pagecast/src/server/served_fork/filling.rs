@@ -2,19 +2,19 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pagecast_uffd::HostRange;
 use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 
-use super::lane::{Done, Lane};
+use super::fill_step::{FillStep, Filled};
+use super::lane::Done;
 use super::pause::Pause;
 use super::watch::Watch;
 use super::{Awaited, End, Scratch, ServedFork, kernel};
 use crate::page::PageSize;
-use crate::server::crew::Helpers;
 use crate::server::failure::FailReason;
 use crate::server::fork::{Plan, Prefault};
 use crate::session::{After, Fill};
@@ -65,31 +65,91 @@ impl ServedFork {
 
     /// Whether [`fill`](Self::fill) has something to do.
     pub(in crate::server) fn wants_to_fill(&self) -> bool {
-        (self.session.wants_to_fill() || self.session.is_completing() || !self.fills.is_empty())
+        (self.session.wants_to_fill()
+            || self.session.is_completing()
+            || !self.fills.is_empty()
+            || self.bytes_of_fill.is_some())
             && self.fill_pause.is_none()
             && self.reading.is_none()
+            && self.filled_elsewhere.is_none()
     }
 
-    /// The next bounded step. All events have been read, and all faults answered that can be; no more are read before it is
-    /// over, on whatever threads it is. So no page is installed ahead whose removal has been read.
+    /// The next bounded step, on this thread and those that help. All events have been read, and all faults answered that can
+    /// be; no more are read before it is over, on whatever threads it is. So no page is installed ahead whose removal has been
+    /// read.
     pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+        let Some(step) = self.next_fill_step(scratch)? else {
+            return Ok(());
+        };
+        let crew = Arc::clone(&scratch.crew);
+        let filled = step.carry_out(&crew.take_free(), &scratch.zeros, || has_event(&scratch.epoll));
+        self.conclude_step(filled, scratch)
+    }
+
+    /// The next bounded step, to be carried out elsewhere until it is told to stop: [`on_filled`](Self::on_filled) takes what
+    /// came of it. No event is read before that. What takes no time is done at once, and `None`.
+    pub(in crate::server) fn begin_fill_elsewhere(
+        &mut self,
+        scratch: &mut Scratch,
+    ) -> Result<Option<(FillStep, Arc<AtomicBool>)>, End> {
+        let step = self.next_fill_step(scratch)?;
+        Ok(step.map(|step| {
+            let interrupt = Arc::new(AtomicBool::new(false));
+            self.filled_elsewhere = Some(Arc::clone(&interrupt));
+            (step, interrupt)
+        }))
+    }
+
+    /// A step that was carried out elsewhere is over: whatever has happened meanwhile is looked at now.
+    pub(in crate::server) fn on_filled(&mut self, filled: Filled, scratch: &mut Scratch) -> Result<(), End> {
+        self.filled_elsewhere = None;
+        self.conclude_step(filled, scratch)?;
+        if self.unread {
+            self.serve(false, scratch)?;
+        }
+        Ok(())
+    }
+
+    fn next_fill_step(&mut self, scratch: &mut Scratch) -> Result<Option<FillStep>, End> {
         if self.give_back()? {
-            return Ok(());
+            return Ok(None);
         }
-        if let Some(first) = self.next_fill() {
-            let crew = Arc::clone(&scratch.crew);
-            let helpers = crew.take_free();
-            let lanes = 1 + helpers.count();
-            let more = std::iter::from_fn(|| self.next_fill()).take(lanes * FILLS_A_LANE - 1);
-            let fills = std::iter::once(first).chain(more).collect();
-            let (begun, before) = (Instant::now(), self.record.counters.installed_bytes.get());
-            self.fill_pieces(fills, &helpers, scratch)?;
-            self.keep_rate(begun, self.record.counters.installed_bytes.get() - before, scratch);
-            return Ok(());
+        let (fills, bytes): (Vec<_>, _) = if let Some((fill, bytes)) = self.bytes_of_fill.take() {
+            (vec![fill], Some(bytes))
+        } else {
+            let lanes = 1 + scratch.crew.take_free().count();
+            let fills = std::iter::from_fn(|| self.next_fill());
+            (fills.take(lanes * FILLS_A_LANE).collect(), None)
+        };
+        if fills.is_empty() {
+            if self.session.is_completing() {
+                self.unregister(scratch)?;
+            }
+            return Ok(None);
         }
-        if self.session.is_completing() {
-            return self.unregister(scratch);
+        Ok(Some(FillStep {
+            uffd: Arc::clone(&self.uffd),
+            pid: self.peer.pid,
+            template: self.template.clone(),
+            parts: fills.iter().map(|fill| self.session.fill_parts(fill)).collect(),
+            fills,
+            bytes,
+            plan: self.fill_plan,
+        }))
+    }
+
+    fn conclude_step(&mut self, filled: Filled, scratch: &mut Scratch) -> Result<(), End> {
+        let before = self.record.counters.installed_bytes.get();
+        // Fills of a plan that was dropped meanwhile are not carried on with.
+        let is_wanted = filled.plan == self.fill_plan;
+        if is_wanted {
+            self.fills.extend(filled.left.into_iter().rev());
         }
+        for (fill, done) in filled.done {
+            self.conclude(fill, done, is_wanted, scratch)?;
+        }
+        let bytes = self.record.counters.installed_bytes.get() - before;
+        self.keep_rate(filled.begun, bytes, scratch);
         Ok(())
     }
 
@@ -149,77 +209,8 @@ impl ServedFork {
         self.fills.pop().or_else(|| self.session.next_fill())
     }
 
-    /// Installs some of these fills, on this thread and those that help; all of them where nothing happens that the worker has
-    /// to look at.
-    fn fill_pieces(&mut self, fills: Vec<Fill>, helpers: &Helpers<'_>, scratch: &mut Scratch) -> Result<(), End> {
-        let lanes = 1 + helpers.count();
-        let zeros_are_known = self.template.zeros_are_known();
-        let all_parts: Vec<_> = fills.iter().map(|fill| self.session.fill_parts(fill)).collect();
-        let stop = AtomicBool::new(false);
-        let (fills_of, stop, epoll) = (&fills, &stop, &scratch.epoll);
-        let all_parts = &all_parts;
-        scratch.rooms.resize_with(lanes.max(scratch.rooms.len()), Vec::new);
-        let work = scratch.rooms.iter_mut().take(lanes).enumerate().map(|(number, room)| {
-            let mut lane = Lane {
-                uffd: &self.uffd,
-                pid: self.peer.pid,
-                source: self.template.source(),
-                zeros_are_known,
-                zeros: &scratch.zeros,
-                room,
-            };
-            move || {
-                let mut all_done = Vec::new();
-                let pieces = fills_of.iter().zip(all_parts).enumerate();
-                for (index, (fill, parts)) in pieces.skip(number).step_by(lanes) {
-                    let done = lane.carry_out(fill, parts, None);
-                    // What follows would get no further either. And a demand fault goes first; one lane looks for all.
-                    let is_stuck = done.last().is_some_and(Done::is_stuck);
-                    all_done.push((index, done));
-                    if is_stuck || (number == 0 && has_event(epoll)) {
-                        stop.store(true, Ordering::Relaxed);
-                    }
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                }
-                all_done
-            }
-        });
-        let mut all_done: Vec<_> = helpers.run(work.collect()).into_iter().flatten().collect();
-        // What was not come to is next.
-        all_done.sort_unstable_by_key(|(index, _)| *index);
-        let mut all_done = all_done.into_iter().peekable();
-        let (mut begun, mut left) = (Vec::new(), Vec::new());
-        for (index, fill) in fills.into_iter().enumerate() {
-            match all_done.next_if(|(done, _)| *done == index) {
-                Some((_, done)) => begun.push((fill, done)),
-                None => left.push(fill),
-            }
-        }
-        self.fills.extend(left.into_iter().rev());
-        for (fill, done) in begun {
-            self.conclude(fill, done, scratch)?;
-        }
-        Ok(())
-    }
-
-    fn fill_with(&mut self, fill: Fill, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
-        let parts = self.session.fill_parts(&fill);
-        let mut lane = Lane {
-            uffd: &self.uffd,
-            pid: self.peer.pid,
-            source: self.template.source(),
-            zeros_are_known: false,
-            zeros: &scratch.zeros,
-            room: &mut scratch.bytes,
-        };
-        let done = lane.carry_out(&fill, &parts, Some(bytes));
-        self.conclude(fill, done, scratch)
-    }
-
-    /// Takes note of what was done about a fill, and keeps it where there is more to do.
-    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, scratch: &Scratch) -> Result<(), End> {
+    /// Takes note of what was done about a fill, and keeps it where there is more to do and that `is_wanted`.
+    fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, is_wanted: bool, scratch: &Scratch) -> Result<(), End> {
         for done in done {
             let (part, zeros, outcome) = match done {
                 Done::Tried { part, zeros, outcome } => (part, zeros, outcome),
@@ -227,11 +218,14 @@ impl ServedFork {
                     fill.skip(&part);
                     continue;
                 }
-                Done::NotReady => {
+                Done::NotReady if is_wanted => {
                     self.read_fill(fill, scratch);
                     return Ok(());
                 }
-                Done::Unreadable(error) => return self.on_unreadable_fill(fill, error),
+                Done::Unreadable(error) if is_wanted || !error.may_pass() => {
+                    return self.on_unreadable_fill(fill, error);
+                }
+                Done::NotReady | Done::Unreadable(_) => return Ok(()),
                 Done::Unverified(error) => return Err(End::template(error)),
             };
             let (installed, after) = self.session.on_filled(&mut fill, &part, outcome);
@@ -257,7 +251,7 @@ impl ServedFork {
                 After::Failed(errno) => return Err(kernel("install a page", errno)),
             }
         }
-        if !self.session.fill_parts(&fill).is_empty() {
+        if is_wanted && !self.session.fill_parts(&fill).is_empty() {
             self.fills.push(fill);
         }
         Ok(())
@@ -283,12 +277,9 @@ impl ServedFork {
         self.read_failed(Awaited::Fill, None, error)
     }
 
-    /// The bytes of a fill, read elsewhere, have come.
-    pub(super) fn on_fill_bytes(&mut self, bytes: &[u8], scratch: &mut Scratch) -> Result<(), End> {
-        match self.reading.take() {
-            Some(fill) => self.fill_with(fill, bytes, scratch),
-            None => Ok(()),
-        }
+    /// The bytes of a fill, read elsewhere, have come: they are installed by the next step.
+    pub(super) fn on_fill_bytes(&mut self, bytes: Arc<Vec<u8>>) {
+        self.bytes_of_fill = self.reading.take().map(|fill| (fill, bytes));
     }
 
     /// Installs nothing any more that nobody waits for. Who asked for a completion hears of it; a prefault is best effort,
@@ -303,8 +294,10 @@ impl ServedFork {
 
     /// Forgets what was begun. Its bytes are not for what may be wanted later, which begins anew.
     pub(super) fn drop_fills(&mut self) {
+        self.fill_plan += 1;
         self.fills.clear();
         self.reading = None;
+        self.bytes_of_fill = None;
         self.fill_pause = None;
         self.fill_retry = None;
         self.reads.forget_fill();

@@ -2,6 +2,7 @@
 
 mod completion;
 mod eagerness;
+mod fill_step;
 mod filling;
 mod lane;
 mod pause;
@@ -12,6 +13,7 @@ mod watch;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pagecast_uffd::{Drained, Errno, EventBuffer, HostAddr, HostRange, Outcome, Peer, Uffd};
@@ -23,6 +25,7 @@ use crate::page::PageSize;
 use crate::session::{After, Content, Fill, Install, Noted, Session, Step, Violation};
 use crate::template::{Page, ReadResult, SourceError, Template};
 use eagerness::Eagerness;
+pub(super) use fill_step::{FillStep, Filled};
 use pause::Pause;
 pub(super) use reads::ReadToken;
 use reads::{Awaited, Failed, Reads};
@@ -45,12 +48,10 @@ pub(super) struct Scratch {
     /// The largest page or fill.
     bytes: Vec<u8>,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
-    zeros: Vec<u8>,
-    /// The same for each thread that helps.
-    rooms: Vec<Vec<u8>>,
+    pub(super) zeros: Arc<Vec<u8>>,
     /// What the worker waits with: readable while there is something to look at.
     epoll: Arc<OwnedFd>,
-    crew: Arc<Crew>,
+    pub(super) crew: Arc<Crew>,
     deliver: Deliver,
     /// When the clock was looked at last. On the fault path this stands for now, where nothing worth a look came between.
     looked_at: Instant,
@@ -71,8 +72,7 @@ impl Scratch {
         Self {
             events: EventBuffer::new(),
             bytes: vec![0; PageSize::Huge.as_usize()],
-            zeros: vec![0; PageSize::Huge.as_usize()],
-            rooms: Vec::new(),
+            zeros: Arc::new(vec![0; PageSize::Huge.as_usize()]),
             epoll,
             crew,
             deliver,
@@ -124,7 +124,7 @@ struct Retry {
 /// A fork whose VMM has shaken hands: the one owner of its userfaultfd.
 pub(super) struct ServedFork {
     pub(super) record: Arc<ForkRecord>,
-    pub(super) uffd: Uffd,
+    pub(super) uffd: Arc<Uffd>,
     pub(super) peer: Peer,
     /// The handshake socket, while the VMM keeps it open.
     pub(super) socket: Option<OwnedFd>,
@@ -143,6 +143,12 @@ pub(super) struct ServedFork {
     fills: Vec<Fill>,
     /// The fill that waits for its bytes.
     reading: Option<Fill>,
+    /// A fill whose bytes have come, and they.
+    bytes_of_fill: Option<(Fill, Arc<Vec<u8>>)>,
+    /// How often what was begun was dropped: fills from before that are not carried on with.
+    fill_plan: u64,
+    /// A step of filling is carried out elsewhere, and this tells it to stop. No event is read meanwhile.
+    filled_elsewhere: Option<Arc<AtomicBool>>,
     fill_pause: Option<Instant>,
     /// The kernel would not let fills go on, nor the fork be unregistered.
     fill_retry: Option<Pause>,
@@ -167,7 +173,7 @@ impl ServedFork {
         Self {
             template: record.template.clone(),
             record,
-            uffd,
+            uffd: Arc::new(uffd),
             peer,
             socket: Some(socket),
             session,
@@ -179,6 +185,9 @@ impl ServedFork {
             retry: None,
             fills: Vec::new(),
             reading: None,
+            bytes_of_fill: None,
+            fill_plan: 0,
+            filled_elsewhere: None,
             fill_pause: None,
             fill_retry: None,
             at_once: false,
@@ -208,6 +217,12 @@ impl ServedFork {
     /// Reads what has happened and answers it; with `alone`, looks a few times more whether there is already something new,
     /// where that was worth it before: no other fork waits meanwhile.
     pub(super) fn serve(&mut self, alone: bool, scratch: &mut Scratch) -> Result<(), End> {
+        if let Some(stop) = &self.filled_elsewhere {
+            // A demand fault goes first: the step ends with the fill that it is at.
+            stop.store(true, Ordering::Relaxed);
+            self.unread = true;
+            return Ok(());
+        }
         let read_at = self.take_events(scratch)?;
         self.answer(scratch, read_at)?;
         for _ in 0..LOOKS_PER_TURN {
@@ -400,8 +415,13 @@ impl ServedFork {
     /// When this fork wants a turn though nothing happens.
     pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
         let reads = self.reads.next_turn(fault_deadline);
-        let retry = self.retry.as_ref().map(|retry| retry.pause.until());
-        let unread = self.unread.then(Instant::now);
+        let may_read = self.filled_elsewhere.is_none();
+        let retry = self
+            .retry
+            .as_ref()
+            .filter(|_| may_read)
+            .map(|retry| retry.pause.until());
+        let unread = (self.unread && may_read).then(Instant::now);
         let watch = self.watch.next_look();
         reads
             .into_iter()
@@ -434,6 +454,9 @@ impl ServedFork {
         self.look_after_reads(now, scratch)?;
         if self.fill_pause.is_some_and(|until| until <= now) {
             self.fill_pause = None;
+        }
+        if self.filled_elsewhere.is_some() {
+            return Ok(());
         }
         if self.unread {
             self.serve(false, scratch)?;

@@ -207,7 +207,10 @@ impl ServedFork {
         };
         let at = match read.awaited {
             Awaited::Fault(at) => at,
-            Awaited::Fill => return self.on_fill_bytes(&bytes, scratch),
+            Awaited::Fill => {
+                self.on_fill_bytes(bytes);
+                return Ok(());
+            }
         };
         match self.session.bytes_ready(at)? {
             None => Ok(()),

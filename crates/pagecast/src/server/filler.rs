@@ -1,0 +1,58 @@
+//! The second thread of a worker, which fills forks while the worker serves others.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+
+use super::crew::Crew;
+use super::inbox::Inbox;
+use super::served_fork::FillStep;
+use super::worker::Message;
+
+/// A step of filling a fork, and what ends it early.
+pub(super) struct Job {
+    pub(super) slot: usize,
+    pub(super) serial: u64,
+    pub(super) step: FillStep,
+    pub(super) interrupt: Arc<AtomicBool>,
+}
+
+/// Carries out steps of filling, one at a time.
+///
+/// When a VMM dies while memory is installed into it, its address space is torn down by whoever installs: that takes up to a
+/// second and more for some GiB, in the middle of an `ioctl`. On this thread nobody waits for that but other fills.
+pub(super) struct Filler {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Filler {
+    /// Starts the thread. `None` where it cannot be had.
+    pub(super) fn start(
+        index: usize,
+        inbox: Arc<Inbox<Message>>,
+        crew: Arc<Crew>,
+        zeros: Arc<Vec<u8>>,
+    ) -> Option<Self> {
+        let (jobs, received) = mpsc::channel::<Job>();
+        let thread = std::thread::Builder::new().name(format!("pagecast-fill-{index}"));
+        let spawned = thread.spawn(move || {
+            // The worker has made this thread, and may be raised.
+            crate::priority::reset();
+            for job in received {
+                let Job {
+                    slot,
+                    serial,
+                    step,
+                    interrupt,
+                } = job;
+                let filled = step.carry_out(&crew.take_free(), &zeros, || interrupt.load(Ordering::Relaxed));
+                inbox.send(Message::Filled { slot, serial, filled });
+            }
+        });
+        spawned.ok().map(|_| Self { jobs })
+    }
+
+    /// Hands a step over; gives it back where the thread is gone.
+    pub(super) fn fill(&self, job: Job) -> Result<(), Job> {
+        self.jobs.send(job).map_err(|refused| refused.0)
+    }
+}

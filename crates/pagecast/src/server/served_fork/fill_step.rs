@@ -1,0 +1,105 @@
+//! A bounded step of filling one fork, on whatever threads carry it out.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use pagecast_uffd::Uffd;
+
+use super::lane::{Done, Lane};
+use crate::server::crew::Helpers;
+use crate::session::{Fill, Install};
+use crate::template::Template;
+
+thread_local! {
+    /// Room for what has to be read: each thread that fills has its own.
+    static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Fills to install. It has all that it takes, so that it needs neither its fork nor its worker.
+pub(in crate::server) struct FillStep {
+    pub(super) uffd: Arc<Uffd>,
+    /// Its VMM.
+    pub(super) pid: i32,
+    pub(super) template: Template,
+    pub(super) fills: Vec<Fill>,
+    /// What of each fill is still to be installed.
+    pub(super) parts: Vec<Vec<Install>>,
+    /// The bytes of the only fill, where they were read elsewhere.
+    pub(super) bytes: Option<Arc<Vec<u8>>>,
+    /// Which plan of the fork it belongs to.
+    pub(super) plan: u64,
+}
+
+/// What came of a step.
+pub(in crate::server) struct Filled {
+    pub(super) begun: Instant,
+    pub(super) done: Vec<(Fill, Vec<Done>)>,
+    /// What was not come to.
+    pub(super) left: Vec<Fill>,
+    pub(super) plan: u64,
+}
+
+impl FillStep {
+    /// Installs some of the fills, on this thread and those that help: all of them, or up to the fill in which
+    /// `is_interrupted` becomes true.
+    pub(in crate::server) fn carry_out(
+        self,
+        helpers: &Helpers<'_>,
+        zeros: &[u8],
+        is_interrupted: impl Fn() -> bool + Sync,
+    ) -> Filled {
+        let begun = Instant::now();
+        let lanes = 1 + helpers.count();
+        let zeros_are_known = self.template.zeros_are_known();
+        let ended = AtomicBool::new(false);
+        let (step, ended, is_interrupted) = (&self, &ended, &is_interrupted);
+        let work = (0..lanes).map(|number| {
+            move || {
+                let mut room = ROOM.take();
+                let mut lane = Lane {
+                    uffd: &step.uffd,
+                    pid: step.pid,
+                    source: step.template.source(),
+                    zeros_are_known,
+                    zeros,
+                    room: &mut room,
+                };
+                let mut all_done = Vec::new();
+                let pieces = step.fills.iter().zip(&step.parts).enumerate();
+                for (index, (fill, parts)) in pieces.skip(number).step_by(lanes) {
+                    let done = lane.carry_out(fill, parts, step.bytes.as_deref().map(Vec::as_slice));
+                    // What follows would get no further either. And a demand fault goes first; one lane looks for all.
+                    let is_stuck = done.last().is_some_and(Done::is_stuck);
+                    all_done.push((index, done));
+                    if is_stuck || (number == 0 && is_interrupted()) {
+                        ended.store(true, Ordering::Relaxed);
+                    }
+                    if ended.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+                ROOM.set(room);
+                all_done
+            }
+        });
+        let mut all_done: Vec<_> = helpers.run(work.collect()).into_iter().flatten().collect();
+        // What was not come to is next.
+        all_done.sort_unstable_by_key(|(index, _)| *index);
+        let mut all_done = all_done.into_iter().peekable();
+        let mut filled = Filled {
+            begun,
+            done: Vec::new(),
+            left: Vec::new(),
+            plan: self.plan,
+        };
+        for (index, fill) in self.fills.into_iter().enumerate() {
+            match all_done.next_if(|(done, _)| *done == index) {
+                Some((_, done)) => filled.done.push((fill, done)),
+                None => filled.left.push(fill),
+            }
+        }
+        filled
+    }
+}
