@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::api::{self, listen};
 use crate::config::Config;
 use crate::error::StartError;
-use crate::own_thread::OwnThread;
+use crate::own_thread::{OwnThread, survive};
 use crate::run_dir::RunDir;
 use crate::service::Service;
 
@@ -64,7 +64,7 @@ impl Daemon {
             .spawn(move || {
                 for event in happened {
                     let Some(service) = listener.upgrade() else { return };
-                    service.on_event(&event);
+                    survive("events", || service.on_event(&event));
                 }
             })
             .map_err(|source| StartError::Thread { source })?;

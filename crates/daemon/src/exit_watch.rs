@@ -13,6 +13,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::error;
 
+use crate::own_thread::survive;
 use crate::vmm_process::VmmProcess;
 
 /// What is done when a process has exited. On the watching thread: it must not wait for anything.
@@ -97,7 +98,7 @@ impl Shared {
                 if let Some((vmm, on_exit)) = exited {
                     // A pidfd stays readable.
                     let _ = epoll::delete(&self.epoll, &vmm);
-                    on_exit();
+                    survive("exits", on_exit);
                 }
             }
         }

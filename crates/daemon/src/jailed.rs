@@ -1,29 +1,27 @@
 //! Paths of processes that have another root directory than we have, such as those that Firecracker's jailer starts.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+
+use pagecast::proc_files::path_in_maps;
 
 use crate::inode::InodeId;
 
 /// Whether a process has opened the file at `place`, if `mapped` is the path that `/proc/PID/maps` tells: that starts at the
-/// root directory of the process. `place` need not exist any more.
+/// root directory of the process, and is as the kernel writes it. `place` need not exist any more.
 pub(crate) fn is_at(pid: i32, mapped: &Path, place: &Path) -> bool {
-    if mapped == place {
+    if mapped == path_in_maps(place) {
         return true;
     }
-    let Some(root) = place.as_os_str().as_bytes().strip_suffix(mapped.as_os_str().as_bytes()) else {
+    let of = |path: &Path| rustix::fs::stat(path).map(|stat| InodeId::of_stat(&stat));
+    // The folder above `place` from which on it is `mapped`, if there is one.
+    let is_root = |root: &&Path| {
+        let below = place.strip_prefix(root).map(|below| Path::new("/").join(below));
+        below.is_ok_and(|below| mapped == path_in_maps(&below))
+    };
+    let Some(root) = place.ancestors().skip(1).find(is_root) else {
         return false;
     };
-    // `mapped` starts with a slash, so this is a folder above `place`, unless it is nothing.
-    if root.is_empty() || !mapped.is_absolute() {
-        return false;
-    }
-    let of = |path: &Path| rustix::fs::stat(path).map(|stat| InodeId::of_stat(&stat));
-    match (
-        of(Path::new(OsStr::from_bytes(root))),
-        of(Path::new(&format!("/proc/{pid}/root"))),
-    ) {
+    match (of(root), of(Path::new(&format!("/proc/{pid}/root")))) {
         (Ok(jail), Ok(theirs)) => jail == theirs,
         _ => false,
     }

@@ -28,6 +28,11 @@ pub(crate) struct Mapper {
 impl Mapper {
     /// Starts one and waits until its script takes its first turn.
     pub(crate) fn start(script: &str, args: &[&str]) -> Self {
+        Self::start_with(script, args)
+    }
+
+    /// The same, with arguments that need not be UTF-8.
+    pub(crate) fn start_with(script: &str, args: &[impl AsRef<std::ffi::OsStr>]) -> Self {
         let mut child = Command::new("python3")
             .arg("-c")
             .arg(format!("{PRELUDE}\n{script}"))
@@ -53,8 +58,13 @@ impl Mapper {
 
     /// Lets it go on to its next turn.
     pub(crate) fn next(&mut self) {
-        writeln!(self.stdin).unwrap();
+        self.go_on();
         self.wait();
+    }
+
+    /// Lets it go on to whatever comes after its last turn.
+    pub(crate) fn go_on(&mut self) {
+        writeln!(self.stdin).unwrap();
     }
 
     fn wait(&mut self) {

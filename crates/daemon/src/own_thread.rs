@@ -1,10 +1,31 @@
-//! A task on a thread of its own.
+//! A task on a thread of its own, and what a panic of a task comes to.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tracing::error;
+
+/// Does a part of a task that goes on whatever becomes of that part; `None` if it panics, which is logged.
+///
+/// For tasks that guard templates and forks: nobody else does what they do. No lock is left poisoned that is taken again as if
+/// nothing had happened: all that these tasks share stays true at every moment.
+pub(crate) fn survive<T>(task: &'static str, part: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(part))
+        .map_err(|panic| {
+            let what = panic.downcast_ref::<&str>().copied();
+            let what = what.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+            error!(
+                event = "task_panicked",
+                task,
+                error = what.unwrap_or("no message"),
+                "a defect of pagecast: a part of the task was left out, and the task goes on"
+            );
+        })
+        .ok()
+}
 
 /// A task that may block: the threads that the runtime has for that are for calls, and all of them may be waiting for
 /// somebody just then. Dropping this ends the task where it awaits something, and waits for that.
@@ -42,5 +63,17 @@ impl Drop for OwnThread {
             // A panic has been told on its thread.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_a_part_and_not_the_task() {
+        assert_eq!(survive("test", || 1), Some(1));
+        assert_eq!(survive("test", || panic!("{}", "on purpose")), None::<i32>);
+        assert_eq!(survive("test", || panic!("on purpose")), None::<i32>);
     }
 }

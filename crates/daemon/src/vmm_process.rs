@@ -1,15 +1,18 @@
 //! A VMM that is known by its pid, and which processes map a file.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::ffi::OsStr;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pagecast::proc_files::{self, Mapping};
 use pagecast_client::fork::ForkMemory;
 use pagecast_uffd::PidFd;
 use procfs::ProcError;
-use procfs::process::{MMapPath, MemoryMap, MemoryMaps, Process, StatFlags, VmFlags};
+use procfs::process::{Process, StatFlags};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
@@ -218,19 +221,18 @@ impl VmmProcess {
     /// Whether page faults of its memory go to somebody who serves them (`um` in `VmFlags`, `proc_pid_smaps(5)`): one that is
     /// complete has none left that do. `true` where that cannot be told.
     pub(crate) fn needs_server(&self) -> bool {
-        self.process.smaps().map_or(true, |maps| {
-            maps.iter().any(|map| map.extension.vm_flags.contains(VmFlags::UM))
-        })
+        read_of_memory(&self.process, "smaps").map_or(true, |smaps| proc_files::has_flag(&smaps, "um"))
     }
 
     /// By which paths it has opened this file that it maps; empty where it does not. Where it runs in another mount
-    /// namespace, as in Firecracker's jailer, a path starts at the root of that. It ends in ` (deleted)` where it is gone.
+    /// namespace, as in Firecracker's jailer, a path starts at the root of that. It ends in ` (deleted)` where it is gone, and
+    /// is as the kernel writes it: compare it with [`path_in_maps`](proc_files::path_in_maps).
     ///
     /// # Errors
     ///
-    /// It has exited, or is not ours to look at.
+    /// It has exited, or may map the file and cannot be looked at.
     pub(crate) fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
-        let maps = self.process.maps().map_err(io_error)?;
+        let maps = read_of_memory(&self.process, "maps")?;
         Ok(paths(&mapped(&self.process, &maps, file)?))
     }
 }
@@ -260,72 +262,162 @@ pub(crate) struct Holder {
     pub(crate) paths: Vec<PathBuf>,
 }
 
-/// All other processes of this host that map one of these files, as far as they are ours to look at; one that maps two is told
-/// twice. Reads `maps` of each process once, which takes some 0.2 ms for one with a hundred mappings.
+/// A process that may map any file: nobody can tell.
+#[derive(Debug)]
+pub(crate) struct Unreadable {
+    /// Its pid.
+    pub(crate) pid: i32,
+    /// How much it maps, in bytes: it does not map a larger file whole, as a VMM does.
+    pub(crate) mapped_bytes: u64,
+    /// Why its mappings cannot be read.
+    pub(crate) why: io::Error,
+}
+
+/// Which processes map some files.
+#[derive(Debug, Default)]
+pub(crate) struct Holders {
+    /// Those that do. One that maps two of the files is there twice.
+    pub(crate) found: Vec<Holder>,
+    /// Those that may. Not in it: the init process, threads of the kernel, and processes that we may neither look at nor kill,
+    /// which pagecast takes for no VMM (see [`VmmError::NotOurs`]).
+    pub(crate) unreadable: Vec<Unreadable>,
+}
+
+impl Holders {
+    /// Those that may be the VMM of a template of `bytes` bytes, though nobody can tell.
+    pub(crate) fn may_hold(&self, bytes: u64) -> impl Iterator<Item = &Unreadable> {
+        self.unreadable
+            .iter()
+            .filter(move |process| process.mapped_bytes >= bytes)
+    }
+}
+
+/// All other processes of this host that map one of these files. Reads `maps` of each process once, which takes some 0.2 ms for
+/// one with a hundred mappings.
 ///
 /// # Errors
 ///
 /// There is no `/proc`.
-pub(crate) fn holders(files: &BTreeSet<InodeId>) -> io::Result<Vec<Holder>> {
-    let mut holders = Vec::new();
+pub(crate) fn holders(files: &BTreeSet<InodeId>) -> io::Result<Holders> {
+    #[cfg(test)]
+    tests::may_panic(files);
+    let mut holders = Holders::default();
     for process in procfs::process::all_processes().map_err(io_error)? {
-        // Whoever exits meanwhile maps nothing any more.
+        // A process that exits meanwhile maps nothing any more.
         let Ok(process) = process else { continue };
         // We map templates too, to have them in memory, and are nobody's VMM.
         if process.pid().cast_unsigned() == std::process::id() {
             continue;
         }
-        let Ok(maps) = process.maps() else { continue };
-        for &file in files {
-            match mapped(&process, &maps, file) {
-                Ok(maps) if !maps.is_empty() => holders.push(Holder {
-                    pid: process.pid(),
-                    file,
-                    paths: paths(&maps),
-                }),
-                _ => {}
-            }
+        match holdings(&process, files) {
+            Ok(found) => holders.found.extend(found),
+            Err(why) => holders.unreadable.extend(unreadable(&process, why)),
         }
     }
     Ok(holders)
 }
 
-/// Those mappings of a process that are of this file.
-fn mapped<'a>(process: &Process, maps: &'a MemoryMaps, file: InodeId) -> io::Result<Vec<&'a MemoryMap>> {
+/// Which of these files a process maps.
+fn holdings(process: &Process, files: &BTreeSet<InodeId>) -> io::Result<Vec<Holder>> {
+    let maps = read_of_memory(process, "maps")?;
     let mut found = Vec::new();
-    let mut unknown = None;
-    for map in maps {
-        match is_of(process, map, file) {
-            Ok(true) => found.push(map),
-            Ok(false) => {}
-            Err(error) => unknown = Some(error),
+    for &file in files {
+        let maps = mapped(process, &maps, file)?;
+        if !maps.is_empty() {
+            found.push(Holder {
+                pid: process.pid(),
+                file,
+                paths: paths(&maps),
+            });
         }
     }
-    match unknown {
-        Some(error) if found.is_empty() => Err(error),
-        _ => Ok(found),
+    Ok(found)
+}
+
+/// A process whose mappings cannot be read, if it can be a VMM.
+fn unreadable(process: &Process, why: io::Error) -> Option<Unreadable> {
+    let pid = process.pid();
+    match VmmProcess::open(pid) {
+        Ok(_) | Err(VmmError::Io { .. }) => {}
+        Err(VmmError::NoProcess { .. } | VmmError::NoVmm { .. } | VmmError::NotOurs { .. }) => return None,
     }
+    Some(Unreadable {
+        pid,
+        // Everybody may know this of every process.
+        mapped_bytes: process.stat().map_or(u64::MAX, |stat| stat.vsize),
+        why,
+    })
+}
+
+/// A file of a process's folder that tells of its memory; nothing if the process has none, or exits.
+///
+/// Where the first thread of a process has ended, the file tells nothing, while other threads use the memory: theirs does.
+fn read_of_memory(process: &Process, name: &str) -> io::Result<Vec<u8>> {
+    let bytes = read(process, Path::new(name))?;
+    if !bytes.is_empty() {
+        return Ok(bytes);
+    }
+    // Neither has a folder of threads once it is gone.
+    for task in process.tasks().into_iter().flatten().flatten() {
+        let bytes = read(process, &Path::new("task").join(task.tid.to_string()).join(name))?;
+        if !bytes.is_empty() {
+            return Ok(bytes);
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// A file of a process's folder; nothing if the process or thread has exited, or has no memory.
+fn read(process: &Process, name: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let opened = process.open_relative(name).map_err(io_error);
+    match opened.and_then(|mut file| file.read_to_end(&mut bytes)) {
+        Ok(_) => Ok(bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Those mappings of a process that are of this file.
+///
+/// # Errors
+///
+/// A mapping cannot be read, so it may be of this file.
+fn mapped<'a>(process: &Process, maps: &'a [u8], file: InodeId) -> io::Result<Vec<Mapping<'a>>> {
+    let mut found = Vec::new();
+    for mapping in proc_files::mappings(maps) {
+        let mapping = mapping.map_err(io::Error::other)?;
+        if is_of(process, &mapping, file)? {
+            found.push(mapping);
+        }
+    }
+    Ok(found)
 }
 
 /// Whether a mapping is one of this file.
 ///
 /// # Errors
 ///
-/// It may be, but to find out takes `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`.
-fn is_of(process: &Process, map: &MemoryMap, file: InodeId) -> io::Result<bool> {
-    if map.inode != file.inode {
+/// It may be, and cannot be looked at.
+fn is_of(process: &Process, mapping: &Mapping<'_>, file: InodeId) -> io::Result<bool> {
+    if mapping.inode != file.inode {
         return Ok(false);
     }
-    let (major, minor) = map.dev;
-    let device = rustix::fs::makedev(major.cast_unsigned(), minor.cast_unsigned());
+    let (major, minor) = mapping.device;
+    let device = rustix::fs::makedev(major, minor);
     // Btrfs and overlays show another device in `maps` than `fstat(2)` does. Neither is that of a disk.
     let may_differ = major == 0 && rustix::fs::major(file.device) == 0;
     if device == file.device || !may_differ {
         return Ok(device == file.device);
     }
-    // So the mapped file itself has to be asked.
-    let (start, end) = map.address;
-    let path = format!("/proc/{}/map_files/{start:x}-{end:x}", process.pid());
+    // So the mapped file itself has to be asked, which takes `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`.
+    let path = format!(
+        "/proc/{}/map_files/{:x}-{:x}",
+        process.pid(),
+        mapping.start,
+        mapping.end
+    );
     match rustix::fs::stat(path) {
         Ok(of_map) => Ok(InodeId::of_stat(&of_map) == file),
         // Unmapped meanwhile.
@@ -334,13 +426,12 @@ fn is_of(process: &Process, map: &MemoryMap, file: InodeId) -> io::Result<bool> 
     }
 }
 
-fn paths(maps: &[&MemoryMap]) -> Vec<PathBuf> {
-    let mut paths: Vec<_> = maps
+/// The paths of these mappings. What has none is shown by a name in brackets.
+fn paths(mappings: &[Mapping<'_>]) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = mappings
         .iter()
-        .filter_map(|map| match &map.pathname {
-            MMapPath::Path(path) => Some(path.clone()),
-            _ => None,
-        })
+        .filter(|mapping| mapping.path.starts_with(b"/"))
+        .map(|mapping| Path::new(OsStr::from_bytes(mapping.path)).to_owned())
         .collect();
     paths.sort();
     paths.dedup();
@@ -362,4 +453,4 @@ fn io_error(error: ProcError) -> io::Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use procfs::ProcResult;
-use procfs::process::{MountInfos, Process};
+use crate::proc_files;
+
+/// The cgroups of this process.
+const OWN: &str = "/proc/self/cgroup";
 
 /// A memory cgroup, of version 1 or 2.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,16 +18,16 @@ impl MemoryCgroup {
     /// The memory cgroups that the process is in, up to the root; none where that cannot be told. Each has a limit of its
     /// own that the process is held to.
     pub fn of_process(pid: i32) -> Vec<Self> {
-        Self::of(&Process::new(pid))
+        Self::of(&format!("/proc/{pid}/cgroup"))
     }
 
     /// Those of this process.
     pub fn own() -> Vec<Self> {
-        Self::of(&Process::myself())
+        Self::of(OWN)
     }
 
-    fn of(process: &ProcResult<Process>) -> Vec<Self> {
-        let folders = folders(process, "memory");
+    fn of(path: &str) -> Vec<Self> {
+        let folders = folders(path, "memory");
         folders.into_iter().map(|folder| Self { folder }).collect()
     }
 
@@ -77,7 +79,7 @@ pub struct HugetlbCgroup {
 impl HugetlbCgroup {
     /// Those that this process is in, up to the root; none where that cannot be told.
     pub fn own() -> Vec<Self> {
-        let folders = folders(&Process::myself(), "hugetlb");
+        let folders = folders(OWN, "hugetlb");
         folders.into_iter().map(|folder| Self { folder }).collect()
     }
 
@@ -115,24 +117,26 @@ impl HugetlbCgroup {
     }
 }
 
-/// The cgroups of a controller that a process is in, up to the root; none where that cannot be told.
-fn folders(process: &ProcResult<Process>, controller: &str) -> Vec<PathBuf> {
-    let Some(mounts) = Process::myself().and_then(|process| process.mountinfo()).ok() else {
-        return Vec::new();
-    };
-    let Some(groups) = process.as_ref().ok().and_then(|process| process.cgroups().ok()) else {
-        return Vec::new();
-    };
+/// The cgroups of a controller that a file of `/proc` names, up to the root; none where that cannot be told.
+fn folders(path: &str, controller: &str) -> Vec<PathBuf> {
+    match (fs::read("/proc/self/mountinfo"), fs::read(path)) {
+        (Ok(mountinfo), Ok(groups)) => named(&groups, &mountinfo, controller),
+        _ => Vec::new(),
+    }
+}
+
+/// Those that `groups` (`/proc/PID/cgroup`) names. A mount or cgroup that cannot be read hides no other.
+fn named(groups: &[u8], mountinfo: &[u8], controller: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for group in groups {
+    for group in proc_files::cgroups(groups).flatten() {
         let unified = group.hierarchy == 0;
-        if !unified && !group.controllers.iter().any(|name| name == controller) {
+        if !unified && !group.has_controller(controller) {
             continue;
         }
-        let Some(root) = mount_point(&mounts, unified, controller) else {
+        let Some(root) = mount_point(mountinfo, unified, controller) else {
             continue;
         };
-        let leaf = root.join(group.pathname.trim_start_matches('/'));
+        let leaf = root.join(group.path.strip_prefix("/").unwrap_or(group.path));
         let up_to_root = leaf.ancestors().take_while(|path| path.starts_with(&root));
         found.extend(up_to_root.map(Path::to_owned));
     }
@@ -143,13 +147,15 @@ fn number(folder: &Path, name: &str) -> Option<u64> {
     fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
 }
 
-fn mount_point(mounts: &MountInfos, unified: bool, controller: &str) -> Option<PathBuf> {
-    let mount = mounts.iter().find(|mount| match (unified, mount.fs_type.as_str()) {
-        (true, "cgroup2") => true,
-        (false, "cgroup") => mount.super_options.contains_key(controller),
-        _ => false,
-    })?;
-    Some(mount.mount_point.clone())
+fn mount_point(mountinfo: &[u8], unified: bool, controller: &str) -> Option<PathBuf> {
+    proc_files::mounts(mountinfo)
+        .flatten()
+        .find(|mount| match (unified, mount.fs_type) {
+            (true, b"cgroup2") => true,
+            (false, b"cgroup") => mount.has_super_option(controller),
+            _ => false,
+        })
+        .map(|mount| mount.mount_point)
 }
 
 #[cfg(test)]
@@ -204,5 +210,18 @@ mod tests {
             folder: dir.path().to_owned(),
         };
         assert_eq!(cgroup.limit(), None);
+    }
+
+    #[test]
+    fn names_of_mounts_and_cgroups_that_are_not_utf8_hide_no_cgroup() {
+        let mountinfo = b"35 23 0:30 / /home/a\xff rw shared:1 - fuse.a a rw\n\
+            29 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        let groups = b"0::/jails/\xff\n";
+        let folders: Vec<_> = named(groups, mountinfo, "memory")
+            .into_iter()
+            .map(|folder| folder.into_os_string().into_encoded_bytes())
+            .collect();
+        let expected: [&[u8]; 3] = [b"/sys/fs/cgroup/jails/\xff", b"/sys/fs/cgroup/jails", b"/sys/fs/cgroup"];
+        assert_eq!(folders, expected);
     }
 }

@@ -43,6 +43,9 @@ mod page;
 mod page_set;
 #[cfg(target_os = "linux")]
 mod priority;
+#[cfg(target_os = "linux")]
+#[doc(hidden)]
+pub mod proc_files;
 pub mod server;
 pub mod session;
 pub mod template;

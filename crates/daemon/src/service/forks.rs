@@ -439,6 +439,7 @@ impl Service {
                 place.is_some_and(|place| paths.iter().any(|path| jailed::is_at(pid, path, place)))
             };
             let vmm = holders
+                .found
                 .iter()
                 .filter(|holder| holder.file == inode(&fork) && is_it(holder.pid, &holder.paths))
                 .filter_map(|holder| VmmProcess::open(holder.pid).ok())

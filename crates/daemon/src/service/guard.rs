@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -19,6 +20,7 @@ use super::Service;
 use crate::fork::{Fork, Kind};
 use crate::inode::InodeId;
 use crate::jailed;
+use crate::own_thread::survive;
 use crate::placement::{How, Placement};
 use crate::template::Template;
 use crate::vmm_process::{self, VmmError, VmmProcess};
@@ -31,6 +33,9 @@ const VACATE_PATIENCE: Duration = Duration::from_secs(40);
 
 /// How long killed VMMs may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a withdrawal is called where a part of it panics.
+const TASK: &str = "withdrawal";
 
 /// How long the kernel holds up whoever breaks a lease, where it does not say.
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
@@ -110,31 +115,34 @@ impl Service {
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         let mut forks = self.living_forks_of(template);
         forks.retain(|fork| matches!(fork.kind, Kind::File(_)));
+        // Each step is taken whatever becomes of those before it.
         let killed = self.kill_mappers(template, &forks, how);
         // Other templates may be of the same file.
-        self.look_before_own_change(&template.file);
-        // Whoever was told where the file is and comes only now finds nothing there.
-        let removed = template.placement.as_ref().map(Placement::remove);
-        self.note_own_change(&template.file);
-        // Not as whoever forgets the template does: that waits for whoever asks for it to be in memory.
-        template.warmth.end();
+        survive(TASK, || self.look_before_own_change(&template.file));
+        // A VMM that was told where the file is and comes only now finds nothing there.
+        let removed = survive(TASK, || template.placement.as_ref().map(Placement::remove));
+        survive(TASK, || self.note_own_change(&template.file));
+        // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
+        survive(TASK, || template.warmth.end());
         if let Some(patience) = gently {
-            self.server.vacate(&template.pages, how, patience);
+            survive(TASK, || self.server.vacate(&template.pages, how, patience));
         }
-        let served = self.server.withdraw(&template.pages, how);
-        let left = self.await_deaths(template, killed);
-        let all_ended = self.server.wait_withdrawn(&template.pages, KILL_PATIENCE);
+        let served = survive(TASK, || self.server.withdraw(&template.pages, how));
+        let left = survive(TASK, || self.await_deaths(template, killed)).unwrap_or_default();
+        let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_PATIENCE));
         // Somebody may have opened the file while it was there, and have mapped it since.
-        let late = kill_strangers(template, &places(template, &forks), &left);
-        self.await_deaths(template, late);
+        survive(TASK, || {
+            let late = kill_strangers(template, &places(template, &forks), &left);
+            self.await_deaths(template, late);
+        });
         template.release_lease();
-        if let Some(Err(error)) = removed {
+        if let Some(Some(Err(error))) = removed {
             error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
         }
-        if !all_ended {
+        if all_ended != Some(true) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        info!(event = "template_withdrawn", template = %template.name, uffd = served, file = forks.len(), "forks of the template have been ended");
+        info!(event = "template_withdrawn", template = %template.name, uffd = served.unwrap_or_default(), file = forks.len(), "forks of the template have been ended");
     }
 
     /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
@@ -144,30 +152,20 @@ impl Service {
             code: "template_changed".to_owned(),
             message: format!("the template has changed: {how}"),
         };
-        self.find_vmms();
-        let (mut killed, mut unseen, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         for fork in forks {
-            let Kind::File(file) = &fork.kind else { continue };
-            file.fail_when_dead(error.clone());
-            let Some(vmm) = file.vmm() else {
-                unseen.push(fork);
-                continue;
-            };
-            if let Err(error) = vmm.kill() {
-                refused.push((fork, error));
+            if let Kind::File(file) = &fork.kind {
+                file.fail_when_dead(error.clone());
             }
-            killed.push(Killed {
-                vmm,
-                fork: Some(Arc::clone(fork)),
-            });
         }
-        let strangers = kill_strangers(template, &places(template, forks), &killed);
-        for fork in unseen {
+        // Those that are known die first: nothing has to be looked for.
+        let mut killed = kill_vmms(forks, &[]);
+        survive(TASK, || self.find_vmms());
+        let found = kill_vmms(forks, &killed);
+        killed.extend(found);
+        let strangers = survive(TASK, || kill_strangers(template, &places(template, forks), &killed));
+        killed.extend(strangers.into_iter().flatten());
+        for fork in forks.iter().filter(|fork| fork.vmm().is_none()) {
             self.file_fork_ended(fork, ForkState::Failed);
-        }
-        killed.extend(strangers);
-        for (fork, error) in refused {
-            error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
         }
         killed
     }
@@ -201,7 +199,8 @@ impl Service {
     /// Compares templates without a lease with what they were, for as long as forks of them live. Blocks.
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
-            if self.compare_templates() {
+            // Where that panics, there may be something to watch.
+            if survive("watch", || self.compare_templates()) != Some(false) {
                 tokio::time::sleep(WATCH_PACE).await;
             } else {
                 // Nothing to watch until a fork is made.
@@ -219,16 +218,17 @@ impl Service {
                 continue;
             }
             watched = true;
-            if let Err(error) = template.file.state() {
+            survive("watch", || {
+                let Err(error) = template.file.state() else { return };
                 if error.may_pass() {
                     // Not a change. What is read meanwhile is compared again by whoever reads it.
                     debug!(template = %template.name, error = chain(&error), "the template cannot be compared now");
-                    continue;
+                    return;
                 }
                 let how = chain(&error);
                 self.begin_withdrawal(&template, &how, None);
                 error!(event = "template_changed", template = %template.name, how, "the template has changed while forks live");
-            }
+            });
         }
         watched
     }
@@ -249,12 +249,42 @@ fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placeme
     template.placement.iter().chain(own).collect()
 }
 
-/// Kills who maps the file of a template by one of `places`, but those that were killed already.
+/// Kills the VMMs of these forks with `file` that are known, but those that were killed already.
+fn kill_vmms(forks: &[Arc<Fork>], already: &[Killed]) -> Vec<Killed> {
+    let mut killed = Vec::new();
+    for fork in forks {
+        let Some(vmm) = fork.vmm() else { continue };
+        if already.iter().any(|killed| killed.vmm.pid() == vmm.pid()) {
+            continue;
+        }
+        if let Err(error) = vmm.kill() {
+            error!(fork = %fork.id, %error, "cannot be killed, and may read wrong bytes");
+        }
+        killed.push(Killed {
+            vmm,
+            fork: Some(Arc::clone(fork)),
+        });
+    }
+    killed
+}
+
+/// Kills who maps the file of a template by one of `places`, but those that were killed already. What cannot be looked at is not
+/// killed: it may be anybody.
 fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
-    let mut strangers = strangers(template, places);
-    strangers.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
-    let outcomes: Vec<_> = strangers.iter().map(VmmProcess::kill).collect();
-    for (vmm, outcome) in strangers.iter().zip(outcomes) {
+    let strangers = match strangers(template, places) {
+        Ok(strangers) => strangers,
+        Err(error) => {
+            error!(template = %template.name, %error, "cannot find out who maps the template, and may read wrong bytes");
+            return Vec::new();
+        }
+    };
+    let mut vmms = strangers.vmms;
+    vmms.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
+    let outcomes: Vec<_> = vmms.iter().map(VmmProcess::kill).collect();
+    for (pid, why) in &strangers.unknown {
+        error!(event = "vmm_unknown", template = %template.name, pid, error = %why, "a process that cannot be looked at may map the template, and read wrong bytes");
+    }
+    for (vmm, outcome) in vmms.iter().zip(outcomes) {
         warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");
         if let Err(error) = outcome {
             error!(template = %template.name, pid = vmm.pid(), %error, "cannot be killed, and may read wrong bytes");
@@ -264,36 +294,46 @@ fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]
         vmm: Arc::new(vmm),
         fork: None,
     };
-    strangers.into_iter().map(killed).collect()
+    vmms.into_iter().map(killed).collect()
 }
 
-/// VMMs that map the file by one of these places, which only forks are told, though nobody told us of them.
-pub(super) fn strangers(template: &Template, places: &[&Placement]) -> Vec<VmmProcess> {
+/// Processes that nobody told us of.
+#[derive(Default)]
+pub(super) struct Strangers {
+    /// VMMs that map the file of a template by a path that only forks are told.
+    pub(super) vmms: Vec<VmmProcess>,
+    /// Pids of those that may be such, and why nobody can tell.
+    pub(super) unknown: Vec<(i32, String)>,
+}
+
+/// VMMs that map the file by one of these places, though nobody told us of them.
+///
+/// # Errors
+///
+/// There is no `/proc`.
+pub(super) fn strangers(template: &Template, places: &[&Placement]) -> io::Result<Strangers> {
     let file = InodeId::from(template.file.identity().inode());
-    let holders = match vmm_process::holders(&BTreeSet::from([file])) {
-        Ok(holders) => holders,
-        Err(error) => {
-            error!(template = %template.name, %error, "cannot find out who maps the template");
-            return Vec::new();
-        }
-    };
+    let holders = vmm_process::holders(&BTreeSet::from([file]))?;
+    let mut strangers = Strangers::default();
+    for process in holders.may_hold(template.file.len().get()) {
+        strangers.unknown.push((process.pid, process.why.to_string()));
+    }
     let is_fork = |pid, paths: &[PathBuf]| {
         paths
             .iter()
             .any(|path| places.iter().any(|place| is_at(pid, path, place)))
     };
-    let mut strangers = Vec::new();
-    for holder in holders.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
-        match VmmProcess::open(holder.pid) {
-            // Looked at again, now that it cannot be another process any more.
-            Ok(vmm) if vmm.mapped_paths(file).is_ok_and(|paths| is_fork(vmm.pid(), &paths)) => strangers.push(vmm),
-            Ok(_) | Err(VmmError::NoProcess { .. }) => {}
-            Err(error) => {
-                error!(template = %template.name, pid = holder.pid, error = chain(&error), "maps the template, and cannot be killed");
-            }
+    for holder in holders.found.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
+        // Looked at again, now that it cannot be another process any more.
+        let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(file), vmm));
+        match looked {
+            Ok((Ok(paths), vmm)) if is_fork(vmm.pid(), &paths) => strangers.vmms.push(vmm),
+            Ok((Ok(_), _)) | Err(VmmError::NoProcess { .. }) => {}
+            Ok((Err(error), _)) => strangers.unknown.push((holder.pid, error.to_string())),
+            Err(error) => strangers.unknown.push((holder.pid, chain(&error))),
         }
     }
-    strangers
+    Ok(strangers)
 }
 
 /// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use super::Service;
 use crate::fork::{Fork, Kind};
+use crate::own_thread::survive;
 
 /// How often it is looked at faults, at least and at most, however long forks may be idle.
 const PACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
@@ -22,16 +23,18 @@ impl Service {
         let pace = (after / 4).clamp(PACE.0, PACE.1);
         let mut seen = Seen::new();
         loop {
-            let forks = self.served();
-            if forks.is_empty() {
-                seen.clear();
+            let served = survive("idle", || {
+                let forks = self.served();
+                for fork in look(&mut seen, &forks, after, Instant::now()) {
+                    self.complete_idle_fork(&fork);
+                }
+                !forks.is_empty()
+            });
+            if served == Some(false) {
                 self.fork_serving.notified().await;
-                continue;
+            } else {
+                tokio::time::sleep(pace).await;
             }
-            for fork in look(&mut seen, &forks, after, Instant::now()) {
-                self.complete_idle_fork(&fork);
-            }
-            tokio::time::sleep(pace).await;
         }
     }
 

@@ -3,15 +3,21 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use pagecast::proc_files::path_in_maps;
+use pagecast::template::PageSource;
 use pagecast_client::fork::ForkError;
 use tracing::{error, warn};
 
 use super::Service;
 use super::forks::inode;
 use crate::fork::{FileFork, Fork, Kind};
+use crate::own_thread::survive;
 use crate::vmm_process::{self, Holder};
+
+/// When overdue forks are looked for again if that has failed.
+const AGAIN: Duration = Duration::from_secs(1);
 
 impl Service {
     /// Gives the VMM of a fork with `file` as long to come as one with `uffd` has.
@@ -31,13 +37,19 @@ impl Service {
             };
             tokio::time::sleep_until(next.into()).await;
             let service = Arc::clone(&self);
-            if let Err(error) = tokio::task::spawn_blocking(move || service.look_for_overdue()).await {
-                return error!(%error, "forks with `file` that are overdue are not ended any more");
+            let looked = move || survive("overdue", || service.look_for_overdue());
+            match tokio::task::spawn_blocking(looked).await {
+                Ok(Some(())) => {}
+                // They are overdue still.
+                Ok(None) => tokio::time::sleep(AGAIN).await,
+                Err(error) => {
+                    return error!(%error, "the daemon stops: forks with `file` that are overdue are not ended any more");
+                }
             }
         }
     }
 
-    fn look_for_overdue(self: &Arc<Self>) {
+    pub(super) fn look_for_overdue(self: &Arc<Self>) {
         let now = Instant::now();
         // Those with a path of their own may only not have been looked for.
         self.find_vmms();
@@ -55,8 +67,18 @@ impl Service {
             }
         };
         for (fork, file) in overdue {
-            let mut holders = holders.iter().filter(|holder| holder.file == inode(fork));
-            if holders.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
+            let unreadable = holders.may_hold(fork.template.file.len().get()).next();
+            if let Some(process) = unreadable {
+                warn!(
+                    event = "vmm_unknown",
+                    fork = %fork.id,
+                    pid = process.pid,
+                    error = %process.why,
+                    "a process that cannot be looked at may be its VMM: it waits on; delete it if it has none"
+                );
+            }
+            let mut found = holders.found.iter().filter(|holder| holder.file == inode(fork));
+            if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
                 file.suspect();
                 self.await_vmm(file);
             } else if file.give_up(ForkError {
@@ -88,12 +110,13 @@ fn may_be_its_vmm(holder: &Holder, fork: &Fork, forks: &[Arc<Fork>]) -> bool {
         return false;
     }
     let template = &fork.template;
-    let told = |fork: &Fork| fork.mem_backend.backend_path.clone();
+    let shown = |path: &Path| path_in_maps(path).into_owned();
+    let told = |fork: &Fork| shown(&fork.mem_backend.backend_path);
     let of_others: BTreeSet<_> = forks
         .iter()
         .filter(|other| other.template.name == template.name)
         .map(|other| told(other))
-        .chain([template.spec.mem_path.clone(), template.path_for_forks()])
+        .chain([shown(&template.spec.mem_path), shown(&template.path_for_forks())])
         .filter(|path| *path != told(fork))
         .collect();
     holder.paths.iter().any(|path| !of_others.contains::<Path>(path))

@@ -1,5 +1,6 @@
 //! Templates: added and removed.
 
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -14,6 +15,7 @@ use tracing::{info, warn};
 
 use super::{Entry, Service, guard, internal, refuse};
 use crate::learned;
+use crate::own_thread::survive;
 use crate::placement::{Placement, Plan};
 use crate::protection::Applied;
 use crate::run_dir::Kind;
@@ -179,7 +181,12 @@ impl Service {
         let leased = Arc::clone(file);
         let on_break = move || {
             if let Some(service) = service.upgrade() {
-                service.lease_broken(&leased);
+                // A second time, where the first was a panic: nobody else is told of the break.
+                for _ in 0..2 {
+                    if survive("lease", || service.lease_broken(&leased)).is_some() {
+                        return;
+                    }
+                }
             }
         };
         match file.lease(on_break) {
@@ -301,24 +308,41 @@ impl Service {
         let template = self.template(name)?;
         self.find_vmms();
         let forks = self.forks();
-        let known = |vmm: &VmmProcess| {
-            forks
-                .iter()
-                .filter_map(|fork| fork.vmm())
-                .any(|known| known.pid() == vmm.pid())
-        };
-        let place: Vec<_> = template.placement.iter().collect();
-        let strangers: Vec<String> = guard::strangers(&template, &place)
+        let pids: BTreeSet<i32> = forks
             .iter()
-            .filter(|vmm| !known(vmm))
+            .filter_map(|fork| fork.vmm())
+            .map(|vmm| vmm.pid())
+            .collect();
+        let place: Vec<_> = template.placement.iter().collect();
+        let strangers = guard::strangers(&template, &place).map_err(|error| {
+            refuse(
+                ErrorCode::TemplateInUse,
+                format_args!("cannot find out who maps {name}: {error}"),
+            )
+        })?;
+        let untold: Vec<String> = strangers
+            .vmms
+            .iter()
+            .filter(|vmm| !pids.contains(&vmm.pid()))
             .map(|vmm| format!("pid {}", vmm.pid()))
             .collect();
-        if !strangers.is_empty() {
+        if !untold.is_empty() {
             return Err(refuse(
                 ErrorCode::TemplateInUse,
                 format_args!(
                     "forks of {name} live whose pid was not told: {}; end them first",
-                    abridged(&strangers)
+                    abridged(&untold)
+                ),
+            ));
+        }
+        let unknown = strangers.unknown.iter().filter(|(pid, _)| !pids.contains(pid));
+        let unknown: Vec<String> = unknown.map(|(pid, why)| format!("pid {pid} ({why})")).collect();
+        if !unknown.is_empty() {
+            return Err(refuse(
+                ErrorCode::TemplateInUse,
+                format_args!(
+                    "processes that cannot be looked at may map {name}: {}; end them, or run pagecast with CAP_SYS_PTRACE",
+                    abridged(&unknown)
                 ),
             ));
         }

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use pagecast_client::template::Guard;
-use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
+use pagecast_client::{AddTemplate, Backend, CreateFork, ErrorCode, ForkState};
 use pagecast_testkit::skip::skip;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
@@ -22,7 +22,7 @@ use crate::mapper::Mapper;
 use crate::placement::{How, Plan, Removal};
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{SavedTemplate, Template};
-use crate::vmm_process::VmmProcess;
+use crate::vmm_process::{self, VmmProcess};
 use crate::{Config, Settings};
 
 /// Reached only where something hangs.
@@ -342,7 +342,7 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
         let mapper = Mapper::of_file(&at);
         let found = || -> Vec<_> {
             let strangers = guard::strangers(&template, &[&placement]);
-            strangers.iter().map(VmmProcess::pid).collect()
+            strangers.unwrap().vmms.iter().map(VmmProcess::pid).collect()
         };
         assert_eq!(found(), [mapper.pid()]);
         assert_eq!(placement.remove().unwrap(), Removal::Removed);
@@ -352,4 +352,71 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
 
 fn exists(path: &Path) -> bool {
     path.try_exists().unwrap()
+}
+
+/// As if any part of pagecast had a defect.
+#[test]
+fn a_withdrawal_that_panics_ends_its_forks_all_the_same() {
+    let Some(rig) = Rig::leased() else { return };
+    let template = rig.template();
+    let mapper = Mapper::of_file(&template.path_for_forks());
+    let file = rig.fork_as("file", Backend::File, |wanted| wanted.pid = Some(mapper.pid()));
+    let uffd = rig.fork("uffd", Backend::Uffd);
+    let vmm = VmmProcess::open(mapper.pid()).unwrap();
+    vmm_process::tests::panic_about(template.file.identity().inode().into());
+    break_lease(&rig.file);
+    assert!(vmm.wait_exited(PATIENCE));
+    for fork in [&file, &uffd] {
+        eventually("it has failed", || fork.state() == ForkState::Failed);
+    }
+    eventually("the writer goes on", || !template.is_lease_broken());
+}
+
+#[test]
+fn forks_that_are_overdue_are_ended_after_a_panic() {
+    let rig = Rig::start();
+    let fork = rig.fork("f", Backend::File);
+    let file = fork.template.file.identity().inode().into();
+    vmm_process::tests::panic_about(file);
+    let crate::fork::Kind::File(life) = &fork.kind else {
+        panic!("it has `file`")
+    };
+    life.set_deadline(Some(Instant::now()));
+    // The daemon's own task sleeps until the deadline that the fork had before.
+    let task = rig.runtime.spawn(Arc::clone(rig.service()).end_overdue());
+    eventually("it was looked for again", || {
+        vmm_process::tests::panics_about(file) >= 2
+    });
+    assert_eq!(fork.state(), ForkState::Waiting);
+    vmm_process::tests::panic_no_more_about(file);
+    eventually("it has failed", || fork.state() == ForkState::Failed);
+    task.abort();
+}
+
+/// As where pagecast has `CAP_KILL` and not `CAP_SYS_PTRACE`.
+#[test]
+fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
+    let capability = rustix::thread::CapabilitySet::SYS_PTRACE;
+    let sets = rustix::thread::capabilities(None).unwrap();
+    if !sets.effective.contains(capability) {
+        return skip("needs CAP_SYS_PTRACE, to give it up");
+    }
+    // Started with the capability, and so not to be looked at by this process, once it is without.
+    let rig = Rig::start();
+    let place = rig.folder.path().canonicalize().unwrap().join("place");
+    let fork = rig.fork_as("f", Backend::File, |wanted| wanted.path = Some(place.clone()));
+    let mapper = Mapper::of_file(&place);
+    vmm_process::tests::look_at_nobody_else();
+
+    let crate::fork::Kind::File(life) = &fork.kind else {
+        panic!("it has `file`")
+    };
+    life.set_deadline(Some(Instant::now()));
+    rig.service().look_for_overdue();
+    assert_eq!(fork.state(), ForkState::Waiting);
+    rig.service().remove_fork("f", false).unwrap();
+    let refused = rig.service().remove_template("t").unwrap_err();
+    assert_eq!(refused.code, ErrorCode::TemplateInUse);
+    assert!(refused.message.contains("cannot be looked at"), "{}", refused.message);
+    drop(mapper);
 }

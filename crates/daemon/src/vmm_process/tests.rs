@@ -1,12 +1,61 @@
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pagecast_testkit::skip::skip;
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use super::*;
+
+/// Files that [`holders`] panics about, and how often it has. Each test has files of its own.
+static PANICS: Mutex<BTreeMap<InodeId, usize>> = Mutex::new(BTreeMap::new());
+
+fn panics() -> MutexGuard<'static, BTreeMap<InodeId, usize>> {
+    PANICS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives up what it takes to look at processes that have more capabilities, for this thread.
+pub(crate) fn look_at_nobody_else() {
+    let mut sets = rustix::thread::capabilities(None).unwrap();
+    // The latter two are enough on recent kernels.
+    for capability in [
+        CapabilitySet::SYS_PTRACE,
+        CapabilitySet::SYS_ADMIN,
+        CapabilitySet::PERFMON,
+    ] {
+        sets.effective.remove(capability);
+        sets.permitted.remove(capability);
+    }
+    rustix::thread::set_capabilities(None, sets).unwrap();
+}
+
+/// From now on a look for who maps this file panics.
+pub(crate) fn panic_about(file: InodeId) {
+    panics().insert(file, 0);
+}
+
+/// No longer.
+pub(crate) fn panic_no_more_about(file: InodeId) {
+    panics().remove(&file);
+}
+
+/// How often it has.
+pub(crate) fn panics_about(file: InodeId) -> usize {
+    panics().get(&file).copied().unwrap_or(0)
+}
+
+/// Panics if it was asked to for one of these files.
+pub(super) fn may_panic(files: &BTreeSet<InodeId>) {
+    for (file, count) in &mut *panics() {
+        if files.contains(file) {
+            *count += 1;
+            panic!("on purpose");
+        }
+    }
+}
 
 fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
     Ok(!process.mapped_paths(file)?.is_empty())
@@ -222,6 +271,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     expected.sort();
     let mut found: Vec<_> = holders(&files)
         .unwrap()
+        .found
         .into_iter()
         .map(|holder| (holder.pid, holder.file, holder.paths[0].clone()))
         .collect();
@@ -232,7 +282,10 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
         let _ = placement.remove().unwrap();
     }
     // They still map it.
-    assert_eq!(holders(&BTreeSet::from([id_of(&path)])).unwrap().len(), mappers.len());
+    assert_eq!(
+        holders(&BTreeSet::from([id_of(&path)])).unwrap().found.len(),
+        mappers.len()
+    );
     assert!(placements.iter().any(|placement| placement.how() == How::HardLink));
 }
 
@@ -273,4 +326,76 @@ fn a_file_on_an_overlay_is_recognised() {
     assert!(maps_file(&process, id_of(&path)).unwrap());
     let maps_below = maps_file(&process, id_of(&below)).unwrap();
     assert!(!maps_below, "an overlay's file is one of its own");
+}
+
+/// A process that is complete outlives its daemon only if this can be told.
+#[test]
+fn faults_of_a_process_are_nobodys_whatever_the_names_of_its_files_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir
+        .path()
+        .join(std::ffi::OsStr::from_bytes(b"VmFlags: um \xff\nVmFlags: um "));
+    std::fs::write(&path, [7; 4096]).unwrap();
+    let script = "memory = map(sys.argv[1].encode(errors='surrogateescape'))\nturn()";
+    let mapper = Mapper::start_with(script, &[path.as_os_str()]);
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    assert!(maps_file(&process, id_of(&path)).unwrap());
+    assert!(!process.needs_server());
+}
+
+/// Its vCPUs run on, and `/proc/PID/maps` is empty.
+#[test]
+fn a_process_whose_first_thread_has_ended_maps_its_files_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = template(dir.path());
+    let script = "
+import ctypes, threading
+memory = map(sys.argv[1])
+ready, go = os.pipe()
+ends = ctypes.PyDLL(None).syscall
+# Waits without the lock that the first thread takes with it.
+threading.Thread(target=lambda: os.read(ready, 1), daemon=True).start()
+turn()
+ends(60, 0)";
+    let mut mapper = Mapper::start(script, &[path.to_str().unwrap()]);
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    mapper.go_on();
+    let until = std::time::Instant::now() + Duration::from_secs(40);
+    while !std::fs::read(format!("/proc/{}/maps", mapper.pid())).is_ok_and(|maps| maps.is_empty()) {
+        assert!(std::time::Instant::now() < until, "its first thread has not ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!process.wait_exited(Duration::ZERO));
+    assert!(maps_file(&process, id_of(&path)).unwrap());
+    let found = holders(&BTreeSet::from([id_of(&path)])).unwrap().found;
+    assert_eq!(
+        found.iter().map(|holder| holder.pid).collect::<Vec<_>>(),
+        [mapper.pid()]
+    );
+}
+
+#[test]
+fn a_process_that_cannot_be_looked_at_may_map_any_file_that_it_has_room_for() {
+    if !has(CapabilitySet::SYS_PTRACE) {
+        skip("needs CAP_SYS_PTRACE, to give it up");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = template(dir.path());
+    // With a capability that we are without, so that it is not ours to look at. It is ours to kill.
+    let mapper = Mapper::of_file(&path);
+    look_at_nobody_else();
+
+    let process = VmmProcess::open(mapper.pid()).unwrap();
+    assert!(process.mapped_paths(id_of(&path)).is_err());
+    let holders = holders(&BTreeSet::from([id_of(&path)])).unwrap();
+    let may_hold = |bytes| holders.may_hold(bytes).any(|process| process.pid == mapper.pid());
+    assert!(may_hold(8192));
+    assert!(!may_hold(1 << 46), "no room for such a file");
+    assert!(
+        holders
+            .unreadable
+            .iter()
+            .all(|process| process.pid != 1 && process.pid != 2)
+    );
 }

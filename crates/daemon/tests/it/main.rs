@@ -16,4 +16,5 @@ mod life;
 mod logs;
 mod openapi;
 mod protect;
+mod strange_names;
 mod warm;
