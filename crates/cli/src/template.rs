@@ -205,6 +205,9 @@ pub(crate) fn show(template: &Template, json: bool, output: Output) -> Result<()
             (TemplateState::Changed, None) => "changed".to_owned(),
         },
     );
+    for warning in &template.warnings {
+        facts.add("warning", harmless(warning));
+    }
     facts.add("mem-file", template.mem_path.display());
     if let Some(vmstate) = &template.vmstate_path {
         facts.add("vmstate", vmstate.display());

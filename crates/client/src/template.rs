@@ -68,6 +68,11 @@ pub struct Template {
     /// In what it has changed, where it has.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub changed: Option<String>,
+    /// What somebody should look at, though it can be forked: such as an owner or mode of its memory file that is not what it was
+    /// when the template was added.
+    #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub warnings: Vec<String>,
     /// Its length in bytes.
     pub size_bytes: u64,
     /// How much of it is known to be zeros, in bytes. Grows while the file is looked through.

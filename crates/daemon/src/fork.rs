@@ -8,7 +8,7 @@ use pagecast_client::fork::{BackendType, ForkError, MemBackend, Prefault};
 use pagecast_client::{Backend, CreatedFork, ForkState};
 use serde::{Deserialize, Serialize};
 
-use crate::placement::Placement;
+use crate::placement::{PlaceError, Placement};
 use crate::template::{Place, Template};
 use crate::vmm_process::{Saved as SavedVmm, VmmProcess};
 
@@ -48,6 +48,8 @@ pub(crate) struct UffdFork {
 pub(crate) struct FileFork {
     /// A place of its own, where it was asked for.
     pub(crate) placement: Option<Placement>,
+    /// That place was taken away: what is at its path by now is another fork's.
+    taken_away: Mutex<bool>,
     life: Mutex<FileLife>,
 }
 
@@ -139,6 +141,7 @@ impl FileFork {
     pub(crate) fn new(placement: Option<Placement>, vmm: Option<Arc<VmmProcess>>) -> Self {
         Self {
             placement,
+            taken_away: Mutex::new(false),
             life: Mutex::new(FileLife {
                 state: match vmm {
                     Some(_) => ForkState::Serving,
@@ -155,6 +158,20 @@ impl FileFork {
     fn life(&self) -> MutexGuard<'_, FileLife> {
         // No code that can panic runs under this lock.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes its own place away, once. When this returns it is gone, whoever has done it.
+    ///
+    /// # Errors
+    ///
+    /// It is there and cannot be taken away.
+    pub(crate) fn take_place_away(&self) -> Result<(), PlaceError> {
+        let mut taken_away = self.taken_away.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(placement) = self.placement.as_ref().filter(|_| !*taken_away) {
+            placement.remove()?;
+            *taken_away = true;
+        }
+        Ok(())
     }
 
     pub(crate) fn state(&self) -> ForkState {

@@ -14,6 +14,7 @@
 //! | `backend` | which backend a fork gets, and why |
 //! | `warmth` | templates in memory ahead of their forks |
 //! | `placement`, `protection` | what is done to a memory file, and undone |
+//! | `ownership` | owner and mode of a memory file |
 //! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
 //! | `run_dir` | what is kept |
 //! | `own_thread` | tasks that block |
@@ -41,6 +42,7 @@ pub mod logging;
 mod mapper;
 mod metrics;
 mod own_thread;
+mod ownership;
 mod placement;
 mod process_memory;
 mod protection;

@@ -1,12 +1,15 @@
 //! Puts the memory file of a template at a path where a VMM can open it: the same inode, never a copy, since another inode
 //! shares nothing.
 //!
-//! Either a **hard link**, whose owner and mode are the template's, or, where none can be made (another file system, an
-//! immutable file), a read-only **bind mount** over a new empty file. Nothing that exists is ever replaced, and only what
-//! is known to be ours is ever taken away.
+//! Either a **hard link**, whose owner and mode are the template's, or a read-only **bind mount**, over that link or, where none
+//! can be made (another file system, an immutable file), over a new empty file. Nothing that exists is ever replaced, and only
+//! what is known to be ours is ever taken away.
 //!
-//! A bind mount is made in the mount namespace of this process. A VMM in another one sees it only where mounts propagate
-//! there, or where its namespace is made afterwards, as Firecracker's jailer does.
+//! Where others may own the folder ([`Prefer::Mount`]), the mount comes first: whoever changes the owner of all that is in a jail
+//! (`chown -R`) changes that of the template through a link, and gets `EROFS` through the mount.
+//!
+//! A bind mount is made in the mount namespace of this process. A VMM in another one sees it where mounts propagate there, or
+//! where its namespace is made afterwards, as Firecracker's jailer does; elsewhere it sees the link below.
 //!
 //! Placing is done in two steps, so that nothing is left behind by a process that is killed in between: [`Plan::new`]
 //! looks and changes nothing; write the plan down; [`Plan::carry_out`]; write down the [`Placement`] in its place.
@@ -19,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::inode::InodeId;
@@ -114,6 +117,15 @@ fn why_no_mount(error: &io::Error) -> String {
     }
 }
 
+/// Which way of placing a file is tried first. The other follows where that does not work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Prefer {
+    /// A hard link: for a folder that nobody but us uses.
+    Link,
+    /// A read-only bind mount: for a folder whose owner may change the owner and mode of all that is in it.
+    Mount,
+}
+
 /// How a file was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -122,7 +134,7 @@ pub(crate) enum How {
     HardLink,
     /// A read-only mount of the inode.
     BindMount {
-        /// The empty file that it hides.
+        /// What it hides: an empty file, or a hard link of the inode.
         over: InodeId,
     },
 }
@@ -184,7 +196,7 @@ impl Plan {
     /// # Errors
     ///
     /// [`PlaceError`]: something is there by now, or it is not possible.
-    pub(crate) fn carry_out(&self, file: BorrowedFd<'_>) -> Result<Placement, PlaceError> {
+    pub(crate) fn carry_out(&self, file: BorrowedFd<'_>, prefer: Prefer) -> Result<Placement, PlaceError> {
         let spot = self.spot()?;
         let given = InodeId::of(file).map_err(|errno| spot.failed("look at", errno))?;
         if given != self.template {
@@ -198,6 +210,7 @@ impl Plan {
             return Err(self.interfered());
         }
         let how = match spot.link(file) {
+            Ok(()) if prefer == Prefer::Mount => self.mount_over_link(&spot, file)?,
             Ok(()) => How::HardLink,
             Err(Errno::EXIST) => return Err(self.exists(&spot)),
             // The template cannot be linked to here; another way may lead there.
@@ -248,6 +261,26 @@ impl Plan {
         match spot.look() {
             Ok(Some(there)) => spot.exists(&there, self.template),
             _ => spot.failed("make a hard link at", Errno::EXIST),
+        }
+    }
+
+    /// Mounts `file` over a hard link of it. Where that is not possible, the link has to do.
+    fn mount_over_link(&self, spot: &Spot<'_>, file: BorrowedFd<'_>) -> Result<How, PlaceError> {
+        let point = spot
+            .open_what_is_there()
+            .map_err(|errno| spot.failed("look at", errno))?;
+        let there = There::of(&point).map_err(|errno| spot.failed("look at", errno))?;
+        if there.id != self.template || there.is_mount {
+            return Err(self.interfered());
+        }
+        match spot.mount(file, &point, self.template) {
+            Ok(()) => Ok(How::BindMount { over: self.template }),
+            Err(_) => {
+                // What there is of the mount.
+                spot.unmount(self.template)
+                    .map_err(|errno| spot.failed("unmount", errno))?;
+                Ok(How::HardLink)
+            }
         }
     }
 
@@ -313,8 +346,11 @@ impl Plan {
         };
         let is_mount_point = match how {
             Some(How::BindMount { over }) => below.id == over,
-            // Only we mount templates, and only over empty files.
-            _ => was_mounted && below.kind == FileType::RegularFile && below.size == 0,
+            // Only we mount templates, and only over empty files and links of them.
+            _ => {
+                let is_empty = below.kind == FileType::RegularFile && below.size == 0;
+                was_mounted && (is_empty || below.id == self.template)
+            }
         };
         if !is_mount_point || below.is_mount {
             return Ok(Removal::NotOurs);
@@ -439,7 +475,18 @@ impl<'a> Spot<'a> {
         }
         // A bind mount starts with the flags of the mount that it is taken from: read-only needs a second call.
         let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount_remount(path_of(mounted.as_fd()), flags, "")
+        rustix::mount::mount_remount(path_of(mounted.as_fd()), flags, "")?;
+        // It has propagated as it was before, and does not change elsewhere. A copy of it propagates read-only.
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let copy = match rustix::mount::open_tree(&mounted, "", flags) {
+            Ok(copy) => copy,
+            // Before Linux 5.2.
+            Err(Errno::NOSYS) => return Ok(()),
+            Err(errno) => return Err(errno),
+        };
+        rustix::mount::unmount(path_of(mounted.as_fd()), UnmountFlags::DETACH)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        rustix::mount::move_mount(&copy, "", point, "", flags)
     }
 
     /// Unmounts the template, and nothing else; answers whether it was there. Whoever has it open keeps it.

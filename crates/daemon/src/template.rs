@@ -13,6 +13,7 @@ use pagecast::template::{FileState, Identity, KeptIdentity, MemFile, SourceError
 use pagecast_client::template::{Guard, Protection};
 use serde::{Deserialize, Serialize};
 
+use crate::ownership::Ownership;
 use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
 use crate::run_dir::{Kind, RunDir};
@@ -80,6 +81,10 @@ pub(crate) struct Template {
     pub(crate) learning: Mutex<KeptAs>,
     /// It was told that its working set is not used.
     pub(crate) told_switched_off: AtomicBool,
+    /// Owner and mode of its file when it was added, as far as that did not change them.
+    ownership: Ownership,
+    /// In what they differ, as it was told last.
+    told_ownership: Mutex<Option<String>>,
     lease: Mutex<Option<pagecast::template::Lease>>,
     in_run_dir: Mutex<InRunDir>,
     changed: OnceLock<String>,
@@ -92,6 +97,7 @@ impl Template {
         name: TemplateName,
         spec: Spec,
         file: Arc<MemFile>,
+        ownership: Ownership,
         protection: Applied,
         placement: Option<Placement>,
         lease: Option<pagecast::template::Lease>,
@@ -106,6 +112,8 @@ impl Template {
             placement,
             learning: Mutex::default(),
             told_switched_off: AtomicBool::new(false),
+            ownership,
+            told_ownership: Mutex::default(),
             lease: Mutex::new(lease),
             in_run_dir: Mutex::default(),
             changed: OnceLock::new(),
@@ -129,6 +137,7 @@ impl Template {
         let saved = SavedTemplate {
             spec: self.spec.clone(),
             identity: Was::State(state),
+            ownership: Some(self.ownership),
             protection: self.protection,
             place: self.placement.clone().map(Place::Done),
             resident,
@@ -217,6 +226,27 @@ impl Template {
         }
     }
 
+    /// Owner and mode of its file when it was added.
+    pub(crate) fn ownership(&self) -> Ownership {
+        self.ownership
+    }
+
+    /// In what owner and mode of its file differ from those when it was added; `None` where they do not, or cannot be told.
+    pub(crate) fn ownership_change(&self) -> Option<String> {
+        self.ownership.difference(&Ownership::of(self.file.as_fd()).ok()?)
+    }
+
+    /// The same, if it is not what this has answered the last time.
+    pub(crate) fn new_ownership_change(&self) -> Option<String> {
+        let change = self.ownership_change();
+        let mut told = self.told_ownership.lock().unwrap_or_else(PoisonError::into_inner);
+        if *told == change {
+            return None;
+        }
+        told.clone_from(&change);
+        change
+    }
+
     /// Where forks with `file` find the memory file.
     pub(crate) fn path_for_forks(&self) -> PathBuf {
         self.placement
@@ -236,6 +266,9 @@ impl Template {
 pub(crate) struct SavedTemplate {
     pub(crate) spec: Spec,
     pub(crate) identity: Was,
+    /// Owner and mode of the file; `None` where an earlier version has kept it.
+    #[serde(default)]
+    pub(crate) ownership: Option<Ownership>,
     pub(crate) protection: Applied,
     pub(crate) place: Option<Place>,
     /// It is to stay in memory.

@@ -43,7 +43,7 @@ impl Files {
     }
 
     fn place(&self, at: &Path) -> Result<Placement, PlaceError> {
-        Plan::new(self.file.as_fd(), at)?.carry_out(self.file.as_fd())
+        Plan::new(self.file.as_fd(), at)?.carry_out(self.file.as_fd(), Prefer::Link)
     }
 
     fn identity(&self) -> Identity {
@@ -255,7 +255,7 @@ fn what_appears_after_the_plan_is_not_replaced_either() {
         if path == files.far() && !may_mount() {
             continue;
         }
-        let error = plan.carry_out(files.file.as_fd()).unwrap_err();
+        let error = plan.carry_out(files.file.as_fd(), Prefer::Link).unwrap_err();
         assert!(matches!(error, PlaceError::Exists { .. }), "{error}");
         assert!(std::fs::symlink_metadata(&path).unwrap().is_symlink());
         assert!(!files.dir.path().join("nowhere").exists());
@@ -287,14 +287,14 @@ fn a_plan_is_for_one_file_and_one_folder() {
 
     let other = File::open("/dev/null").unwrap();
     assert!(matches!(
-        plan.carry_out(other.as_fd()),
+        plan.carry_out(other.as_fd(), Prefer::Link),
         Err(PlaceError::OtherFile { .. })
     ));
 
     std::fs::rename(&folder, files.dir.path().join("renamed")).unwrap();
     std::fs::create_dir(&folder).unwrap();
     assert!(matches!(
-        plan.carry_out(files.file.as_fd()),
+        plan.carry_out(files.file.as_fd(), Prefer::Link),
         Err(PlaceError::Interfered { .. })
     ));
     assert!(!folder.join("placed").exists());
@@ -383,7 +383,7 @@ fn a_plan_that_was_read_back_undoes_what_a_killed_process_had_done() {
         let plan = Plan::new(files.file.as_fd(), &path).unwrap();
         assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Gone);
         // Killed before it could write this down.
-        let _ = plan.carry_out(files.file.as_fd()).unwrap();
+        let _ = plan.carry_out(files.file.as_fd(), Prefer::Link).unwrap();
         assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
         assert!(!path.exists());
     }
@@ -434,4 +434,183 @@ fn an_immutable_template_is_mounted() {
     assert!(matches!(placed.as_ref().unwrap().how(), How::BindMount { .. }));
     assert_eq!(removed.unwrap().unwrap(), Removal::Removed);
     assert!(!files.near().exists());
+}
+
+/// An orchestrator prepares a jail, and gives all of it to the jail's user.
+#[test]
+fn changing_the_owner_of_all_that_is_in_a_jail_does_not_change_the_templates() {
+    if !may_mount() || !has(CapabilitySet::CHOWN) {
+        return;
+    }
+    let files = Files::new();
+    let before = (
+        files.file.metadata().unwrap().uid(),
+        files.file.metadata().unwrap().mode(),
+    );
+    for at in [files.near(), files.far()] {
+        let plan = Plan::new(files.file.as_fd(), &at).unwrap();
+        let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
+        assert!(matches!(placement.how(), How::BindMount { .. }), "{placement:?}");
+        let refused = std::os::unix::fs::chown(&at, Some(54_321), None).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+        let refused = std::fs::set_permissions(&at, std::fs::Permissions::from_mode(0o777)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+        let after = (
+            files.file.metadata().unwrap().uid(),
+            files.file.metadata().unwrap().mode(),
+        );
+        assert_eq!(before, after);
+        assert!(placement.holds(files.file.as_fd()));
+        assert_eq!(std::fs::read(&at).unwrap(), CONTENT);
+
+        assert_eq!(reloaded(&placement).remove().unwrap(), Removal::Removed);
+        assert!(!at.exists());
+        assert_eq!(placement.remove().unwrap(), Removal::Gone);
+    }
+}
+
+#[test]
+fn a_mount_over_a_link_is_taken_away_however_far_it_came() {
+    if !may_mount() {
+        return;
+    }
+    let files = Files::new();
+    // Killed before it could note what it has done.
+    let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
+    let _ = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
+    assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
+    assert!(!files.near().exists());
+    // Killed between link and mount; and unmounted by somebody else.
+    std::fs::hard_link(files.mem(), files.near()).unwrap();
+    assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
+    let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
+    rustix::mount::unmount(files.near(), UnmountFlags::DETACH).unwrap();
+    assert!(!placement.holds(files.file.as_fd()));
+    assert_eq!(placement.remove().unwrap(), Removal::Removed);
+    assert!(!files.near().exists());
+    assert_eq!(files.file.metadata().unwrap().nlink(), 1);
+}
+
+#[test]
+fn without_the_right_to_mount_a_place_in_a_jail_is_a_link() {
+    give_up(CapabilitySet::SYS_ADMIN);
+    let files = Files::new();
+    let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
+    let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
+    assert_eq!(placement.how(), How::HardLink);
+    assert_eq!(placement.remove().unwrap(), Removal::Removed);
+    assert!(!files.near().exists());
+}
+
+/// Prints what is at a path and whether its owner can be changed, in a mount namespace of its own that is made first.
+const JAIL: &str = "
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(result):
+    if result < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+NEWNS, SLAVE, REC = 0x20000, 1 << 19, 1 << 14
+call(libc.unshare(NEWNS))
+call(libc.mount(None, b'/', None, SLAVE | REC, None))
+path = sys.argv[1]
+while True:
+    print(flush=True)
+    sys.stdin.readline() or os._exit(0)
+    try:
+        status = os.stat(path)
+        try:
+            os.chown(path, status.st_uid, status.st_gid)
+            owner = 'writable'
+        except OSError as error:
+            owner = error.strerror
+        print(status.st_ino, owner, flush=True)
+    except FileNotFoundError:
+        print('nothing', flush=True)
+";
+
+/// A namespace of mounts that a jailer has made.
+struct Jail {
+    child: std::process::Child,
+    lines: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl Jail {
+    fn around(path: &Path) -> Self {
+        use std::process::{Command, Stdio};
+        let mut child = Command::new("python3")
+            .args(["-c", JAIL])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the tests of the daemon need python3");
+        let mut lines = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut lines, &mut line).unwrap();
+        assert_eq!(line, "\n", "the script has failed");
+        Self { child, lines }
+    }
+
+    fn looks(&mut self) -> String {
+        use std::io::{BufRead as _, Write as _};
+        let stdin = self.child.stdin.as_mut().unwrap();
+        stdin.write_all(b"\n").unwrap();
+        let (mut line, mut turn) = (String::new(), String::new());
+        self.lines.read_line(&mut line).unwrap();
+        self.lines.read_line(&mut turn).unwrap();
+        line.trim_end().to_owned()
+    }
+}
+
+impl Drop for Jail {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where mounts propagate, that is what reaches a jail that was there before; elsewhere the link does.
+#[test]
+fn a_jail_that_is_there_already_gets_the_template_read_only_where_mounts_propagate() {
+    if !may_mount() {
+        return;
+    }
+    let files = Files::new();
+    // A file system of its own, with the template on it.
+    let shared = files.elsewhere.path().canonicalize().unwrap();
+    rustix::mount::mount("tmpfs", &shared, "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
+    let _mounted = Unmounted(&shared);
+    for (propagates, owner) in [(true, "Read-only file system"), (false, "writable")] {
+        let flags = if propagates {
+            rustix::mount::MountPropagationFlags::SHARED
+        } else {
+            rustix::mount::MountPropagationFlags::PRIVATE
+        };
+        rustix::mount::mount_change(&shared, flags).unwrap();
+        let template = shared.join("template");
+        std::fs::write(&template, CONTENT).unwrap();
+        let file = File::open(&template).unwrap();
+        let at = shared.join("place");
+        let mut earlier = Jail::around(&at);
+        assert_eq!(earlier.looks(), "nothing");
+        let plan = Plan::new(file.as_fd(), &at).unwrap();
+        let placement = plan.carry_out(file.as_fd(), Prefer::Mount).unwrap();
+        let inode = file.metadata().unwrap().ino();
+        assert_eq!(earlier.looks(), format!("{inode} {owner}"));
+        let mut later = Jail::around(&at);
+        assert_eq!(later.looks(), format!("{inode} Read-only file system"));
+        assert_eq!(placement.remove().unwrap(), Removal::Removed);
+        assert_eq!(earlier.looks(), "nothing");
+        if propagates {
+            assert_eq!(later.looks(), "nothing");
+        }
+        std::fs::remove_file(&template).unwrap();
+    }
+}
+
+struct Unmounted<'a>(&'a Path);
+
+impl Drop for Unmounted<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0, UnmountFlags::DETACH);
+    }
 }

@@ -30,6 +30,7 @@ impl Service {
                 None => TemplateState::Ready,
             },
             changed: template.changed().map(str::to_owned),
+            warnings: template.ownership_change().into_iter().collect(),
             size_bytes: template.pages.len().get(),
             zero_bytes: template.file.zeros().known_bytes().get(),
             page_size: template.spec.page_size,

@@ -20,7 +20,7 @@ use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
 use crate::inode::InodeId;
 use crate::jailed;
-use crate::placement::{Placement, Plan};
+use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
 use crate::run_dir::Kind as Saved;
 use crate::template::{Place, Template};
 use crate::vmm_process::{self, VmmProcess};
@@ -236,7 +236,7 @@ impl Service {
                 let kept = self.run_dir.save(Saved::Fork, id.as_str(), &saved);
                 kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
                 self.look_before_own_change(&template.file);
-                let placed = plan.carry_out(template.file.as_fd());
+                let placed = plan.carry_out(template.file.as_fd(), Prefer::Mount);
                 self.note_own_change(&template.file);
                 Some(placed.map_err(|error| {
                     let _ = self.run_dir.forget(Saved::Fork, id.as_str());
@@ -245,6 +245,13 @@ impl Service {
             }
             None => None,
         };
+        if let Some(placement) = placement.as_ref().filter(|placement| placement.how() == How::HardLink) {
+            warn!(
+                fork = %id,
+                path = %placement.path().display(),
+                "no mount can be made here (CAP_SYS_ADMIN): it is a hard link, and a change of its owner or mode is one of the template"
+            );
+        }
         let path = placement
             .as_ref()
             .map_or_else(|| template.path_for_forks(), |placement| placement.path().to_owned());
@@ -300,15 +307,25 @@ impl Service {
         }
     }
 
+    /// Takes away the place of a fork with `file`, if it has one of its own.
+    pub(super) fn take_place_away(self: &Arc<Self>, fork: &Fork, file: &FileFork) {
+        if let Err(error) = self.without_place(fork, file) {
+            warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
+        }
+    }
+
+    /// The same, without a log line. Does nothing the second time.
+    fn without_place(self: &Arc<Self>, fork: &Fork, file: &FileFork) -> Result<(), PlaceError> {
+        self.look_before_own_change(&fork.template.file);
+        let removed = file.take_place_away();
+        self.note_own_change(&fork.template.file);
+        removed
+    }
+
     pub(super) fn file_fork_is_over(self: &Arc<Self>, fork: &Arc<Fork>, file: &FileFork) {
-        let removed = file.placement.as_ref().map(|placement| {
-            self.look_before_own_change(&fork.template.file);
-            let removed = placement.remove();
-            self.note_own_change(&fork.template.file);
-            removed
-        });
+        let removed = self.without_place(fork, file);
         self.ended(fork);
-        if let Some(Err(error)) = removed {
+        if let Err(error) = removed {
             warn!(fork = %fork.id, error = chain(&error), "its memory file cannot be taken away");
         }
     }

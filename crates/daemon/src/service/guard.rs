@@ -196,7 +196,8 @@ impl Service {
         forks
     }
 
-    /// Compares templates without a lease with what they were, for as long as forks of them live. Blocks.
+    /// Compares templates that have no lease, or of which there are hard links that others were told, with what they were, for as
+    /// long as forks of them live. Blocks.
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
             // Where that panics, there may be something to watch.
@@ -213,15 +214,22 @@ impl Service {
     fn compare_templates(self: &Arc<Self>) -> bool {
         let mut watched = false;
         for template in self.templates() {
-            let unwatched = template.guard() == pagecast_client::template::Guard::Lease || template.is_withdrawn();
-            if unwatched || self.living_forks_of(&template).is_empty() {
+            let forks = self.living_forks_of(&template);
+            let unguarded = template.guard() != pagecast_client::template::Guard::Lease;
+            let linked = forks.iter().any(|fork| is_linked(fork));
+            if forks.is_empty() || template.is_withdrawn() || !(unguarded || linked) {
                 continue;
             }
             watched = true;
             survive("watch", || {
+                if let Some(how) = template.new_ownership_change() {
+                    warn!(event = "template_owner_changed", template = %template.name, how, "owner or mode of the template has been changed, as by `chown -R` of a folder with a hard link of it");
+                }
+            });
+            survive("watch", || {
                 let Err(error) = template.file.state() else { return };
-                if error.may_pass() {
-                    // Not a change. What is read meanwhile is compared again by whoever reads it.
+                if !unguarded || error.may_pass() {
+                    // Held off by a lease, or not a change: what is read meanwhile is compared again by whoever reads it.
                     debug!(template = %template.name, error = chain(&error), "the template cannot be compared now");
                     return;
                 }
@@ -231,6 +239,17 @@ impl Service {
             });
         }
         watched
+    }
+}
+
+/// Whether a fork with `file` has a hard link of its template, by which whoever owns its folder may change the template's owner.
+fn is_linked(fork: &Fork) -> bool {
+    match &fork.kind {
+        Kind::File(file) => file
+            .placement
+            .as_ref()
+            .is_some_and(|place| place.how() == How::HardLink),
+        Kind::Uffd(_) => false,
     }
 }
 
@@ -337,15 +356,13 @@ pub(super) fn strangers(template: &Template, places: &[&Placement]) -> io::Resul
 }
 
 /// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
-/// deleted, and of a mount, which was of this one file, nothing is left but its root.
+/// deleted, and of a mount, which was of this one file, nothing is left but its root. A mount may have a link below it.
 fn is_at(pid: i32, mapped: &Path, place: &Placement) -> bool {
     let before = mapped.as_os_str().as_bytes().strip_suffix(b" (deleted)");
     let before = before.map(|bytes| Path::new(OsStr::from_bytes(bytes)));
     jailed::is_at(pid, mapped, place.path())
-        || match place.how() {
-            How::HardLink => before.is_some_and(|path| jailed::is_at(pid, path, place.path())),
-            How::BindMount { .. } => mapped == Path::new("/"),
-        }
+        || before.is_some_and(|path| jailed::is_at(pid, path, place.path()))
+        || matches!(place.how(), How::BindMount { .. } if mapped == Path::new("/"))
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

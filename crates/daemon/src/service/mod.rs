@@ -45,7 +45,6 @@ use crate::fork::{Fork, Kind};
 use crate::learned;
 use crate::metrics::requests::Requests;
 use crate::metrics::{Snapshot, Totals};
-use crate::placement::Placement;
 use crate::run_dir::{Kind as Saved, RunDir};
 use crate::template::{Template, TemplateName};
 use crate::vmm_process::VmmProcess;
@@ -412,13 +411,8 @@ impl Service {
                     warn!(fork = %fork.id, %error, "cannot be forgotten");
                 }
             }
-            // Taken away when it ended, and may be another fork's by now.
-            Kind::File(file) if file.state().is_end() => {}
-            Kind::File(file) => {
-                if let Some(Err(error)) = file.placement.as_ref().map(Placement::remove) {
-                    warn!(fork = %fork.id, %error, "its memory file cannot be taken away");
-                }
-            }
+            // Where it has ended that may be under way.
+            Kind::File(file) => self.take_place_away(fork, file),
         }
         self.forget_saved(fork);
     }

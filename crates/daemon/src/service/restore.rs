@@ -158,6 +158,10 @@ impl Service {
                 None
             }
         };
+        let ownership = match saved.ownership {
+            Some(ownership) => ownership,
+            None => self.ownership(&file).map_err(|error| error.message)?,
+        };
         let placement = match (&saved.place, &changed) {
             // Forks live that were told this path. And an immutable file could be neither taken away nor linked again.
             (Some(Place::Done(placement)), None) if placement.holds(file.as_fd()) => Some(placement.clone()),
@@ -166,12 +170,20 @@ impl Service {
                 match changed {
                     Some(_) => None,
                     None => self
-                        .place_template(&parsed, &saved.spec, &file, saved.protection, saved.resident)
+                        .place_template(&parsed, &saved.spec, &file, ownership, saved.protection, saved.resident)
                         .map_err(|error| error.message)?,
                 }
             }
         };
-        let template = Template::new(parsed, saved.spec.clone(), file, saved.protection, placement, lease);
+        let template = Template::new(
+            parsed,
+            saved.spec.clone(),
+            file,
+            ownership,
+            saved.protection,
+            placement,
+            lease,
+        );
         if let Some(how) = changed {
             template.set_changed(how.clone());
             warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");

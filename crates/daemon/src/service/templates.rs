@@ -16,7 +16,8 @@ use tracing::{info, warn};
 use super::{Entry, Service, guard, internal, refuse};
 use crate::learned;
 use crate::own_thread::survive;
-use crate::placement::{Placement, Plan};
+use crate::ownership::Ownership;
+use crate::placement::{Placement, Plan, Prefer};
 use crate::protection::Applied;
 use crate::run_dir::Kind;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
@@ -124,9 +125,10 @@ impl Service {
         let lease = self.lease(&name, &file)?;
         self.look_before_own_change(&file);
         let protecting = self.protecting(spec.protect);
+        let ownership = self.ownership(&file)?;
         let protection = self.plan_protection(&spec, &file)?;
-        let placement = self.place_template(&name, &spec, &file, protection, false)?;
-        let template = Template::new(name, spec, file, protection, placement, lease);
+        let placement = self.place_template(&name, &spec, &file, ownership, protection, false)?;
+        let template = Template::new(name, spec, file, ownership, protection, placement, lease);
         // After the link was made, which the immutable flag refuses.
         if let Err(error) = protection.enforce(template.file.as_fd()) {
             undo(&template, self.protects_too(&template.protection).as_deref());
@@ -142,6 +144,16 @@ impl Service {
             self.save_template(&template);
         }
         Ok((template, protecting))
+    }
+
+    /// Owner and mode of a memory file, before any template of it was protected.
+    pub(super) fn ownership(&self, file: &MemFile) -> Result<Ownership, ApiError> {
+        let mut templates = self.templates().into_iter();
+        let other = templates.find(|template| template.file.identity().inode() == file.identity().inode());
+        match other {
+            Some(other) => Ok(other.ownership()),
+            None => Ownership::of(file.as_fd()).map_err(|errno| internal("look at the memory file", &errno)),
+        }
     }
 
     /// Held while a file is protected, or that is undone. Where nothing is done, nobody has to wait.
@@ -209,12 +221,14 @@ impl Service {
         name: &TemplateName,
         spec: &Spec,
         file: &MemFile,
+        ownership: Ownership,
         protection: Applied,
         resident: bool,
     ) -> Result<Option<Placement>, ApiError> {
         let mut saved = SavedTemplate {
             spec: spec.clone(),
             identity: Was::State(file.state().map_err(|error| internal("look at the template", &error))?),
+            ownership: Some(ownership),
             protection,
             place: None,
             resident,
@@ -225,7 +239,7 @@ impl Service {
         };
         let placed = Plan::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
             saved.place = Some(Place::Planned(plan.clone()));
-            save(&saved).map(|()| plan.carry_out(file.as_fd()))
+            save(&saved).map(|()| plan.carry_out(file.as_fd(), Prefer::Link))
         });
         let placement = match placed {
             Ok(Err(error)) => return Err(error),

@@ -19,7 +19,7 @@ use super::{Service, guard};
 use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
 use crate::mapper::Mapper;
-use crate::placement::{How, Plan, Removal};
+use crate::placement::{How, Plan, Prefer, Removal};
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{SavedTemplate, Template};
 use crate::vmm_process::{self, VmmProcess};
@@ -333,9 +333,14 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
     let rig = Rig::start();
     let template = rig.template();
-    for folder in [rig.folder.path(), elsewhere.path()] {
+    for (folder, prefer) in [
+        (rig.folder.path(), Prefer::Link),
+        (rig.folder.path(), Prefer::Mount),
+        (elsewhere.path(), Prefer::Link),
+    ] {
         let at = folder.canonicalize().unwrap().join("place");
-        let placed = Plan::new(template.file.as_fd(), &at).and_then(|plan| plan.carry_out(template.file.as_fd()));
+        let file = template.file.as_fd();
+        let placed = Plan::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
         let Ok(placement) = placed else {
             return skip("needs CAP_SYS_ADMIN to mount");
         };

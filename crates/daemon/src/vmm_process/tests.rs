@@ -61,7 +61,7 @@ fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
     Ok(!process.mapped_paths(file)?.is_empty())
 }
 use crate::mapper::Mapper;
-use crate::placement::{How, Plan};
+use crate::placement::{How, Plan, Prefer};
 
 /// A mount that goes away with the test.
 struct Mounted(PathBuf);
@@ -242,7 +242,12 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = template(dir.path());
     let file = File::open(&path).unwrap();
-    let place = |at: &Path| Plan::new(file.as_fd(), at).unwrap().carry_out(file.as_fd()).unwrap();
+    let place = |at: &Path| {
+        Plan::new(file.as_fd(), at)
+            .unwrap()
+            .carry_out(file.as_fd(), Prefer::Link)
+            .unwrap()
+    };
     let mut placements = vec![place(&dir.path().join("a link"))];
     if has(CapabilitySet::SYS_ADMIN) {
         placements.push(place(&elsewhere.path().join("mount")));

@@ -10,6 +10,7 @@ mod contract;
 mod fixture;
 mod guard;
 mod http;
+mod jails;
 mod kept;
 mod learned;
 mod life;
