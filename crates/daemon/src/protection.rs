@@ -5,6 +5,9 @@
 //!
 //! Protecting is done in two steps, so that it can be undone after a process was killed in between: [`Applied::plan`]
 //! looks and changes nothing; write that down; [`Applied::enforce`].
+//!
+//! What was written down may be lost, as a run dir on tmpfs is when the host restarts. So the file itself has a [`Mark`] of what
+//! was changed, and the next template of it takes that over.
 
 use std::fs::File;
 use std::io;
@@ -13,9 +16,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use pagecast_client::template::Protection;
-use rustix::fs::{IFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, IFlags, Mode, OFlags, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::inode::InodeId;
 
@@ -98,12 +102,15 @@ impl Applied {
     /// There is no such protection here.
     pub(crate) fn plan(file: BorrowedFd<'_>, protection: Protection) -> Result<Self, ProtectError> {
         let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
-        let change = match protection {
-            Protection::None => Change::None,
-            Protection::Readonly => Change::Readonly {
+        let change = match (protection, left(file, &stat)) {
+            // What an earlier pagecast has done is ours to undo. It is enough for what is asked for.
+            (Protection::None | Protection::Readonly, Some(left)) => left,
+            (Protection::Immutable, Some(left @ Change::Immutable { .. })) => left,
+            (Protection::None, None) => Change::None,
+            (Protection::Readonly, None) => Change::Readonly {
                 mode_before: Mode::from_raw_mode(stat.st_mode).bits(),
             },
-            Protection::Immutable => Change::Immutable {
+            (Protection::Immutable, _) => Change::Immutable {
                 set_before: flags(file)?.contains(IFlags::IMMUTABLE),
             },
         };
@@ -111,6 +118,19 @@ impl Applied {
             file: InodeId::of_stat(&stat),
             change,
         })
+    }
+
+    /// Nothing is changed of the file.
+    pub(crate) fn nothing(self) -> Self {
+        Self {
+            change: Change::None,
+            ..self
+        }
+    }
+
+    /// Whether anything is changed of the file.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.change == Change::None
     }
 
     /// The same for a file that is protected already, as that of another template: whichever is undone last restores what
@@ -125,8 +145,7 @@ impl Applied {
 
     /// Whether the file of this one is protected by `other` too.
     pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
-        let protects = |one: &Self| one.change != Change::None;
-        self.file == other.file && protects(self) && protects(other)
+        self.file == other.file && !self.is_nothing() && !other.is_nothing()
     }
 
     /// Whether the file can be neither linked nor its links be taken away.
@@ -141,19 +160,30 @@ impl Applied {
     /// [`ProtectError`], and then nothing was changed.
     pub(crate) fn enforce(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
         self.check(file)?;
-        match self.change {
-            Change::None => Ok(()),
+        let changed = match self.change {
+            Change::None => return Ok(()),
             Change::Readonly { mode_before } => {
                 let before = Mode::from_bits_retain(mode_before);
+                if before == before - writable() {
+                    return Ok(());
+                }
+                // First: without write permissions, a file can have no mark any more.
+                mark(file, self.change);
                 change_mode(file, before, before - writable())
             }
             Change::Immutable { set_before } => {
-                if set_before {
+                let flags = flags(file)?;
+                if set_before || flags.contains(IFlags::IMMUTABLE) {
                     return Ok(());
                 }
-                set_flags(file, flags(file)? | IFlags::IMMUTABLE)
+                mark(file, self.change);
+                set_flags(file, flags | IFlags::IMMUTABLE)
             }
+        };
+        if changed.is_err() {
+            unmark(file);
         }
+        changed
     }
 
     /// Undoes it. The mode is restored only if it still is what it was set to.
@@ -170,9 +200,11 @@ impl Applied {
                 let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
                 let now = Mode::from_raw_mode(stat.st_mode);
                 if now != before && now != before - writable() {
+                    unmark(file);
                     return Ok(Undone::ChangedSince);
                 }
                 change_mode(file, now, before)?;
+                unmark(file);
             }
             Change::Immutable { set_before } => {
                 if !set_before {
@@ -180,6 +212,7 @@ impl Applied {
                     if now.contains(IFlags::IMMUTABLE) {
                         set_flags(file, now - IFlags::IMMUTABLE)?;
                     }
+                    unmark(file);
                 }
             }
         }
@@ -216,6 +249,85 @@ impl Applied {
             })
         }
     }
+}
+
+/// Where a file has its mark. That of the first name cannot be forged, and takes `CAP_SYS_ADMIN`.
+const MARKS: [&str; 2] = ["trusted.pagecast.protected", "user.pagecast.protected"];
+
+/// More than a mark has, in bytes.
+const MARK_BYTES: usize = 512;
+
+/// What is written at a file before it is changed: by what, so that it can be undone by whoever finds it.
+#[derive(Serialize, Deserialize)]
+struct Mark {
+    /// Of this inode. A copy of the file may have a copy of the mark.
+    inode: u64,
+    /// Which was born then, in seconds and nanoseconds, where its file system knows.
+    born: Option<(i64, u32)>,
+    change: Change,
+}
+
+/// When a file was born, where its file system knows.
+fn born(file: BorrowedFd<'_>) -> Option<(i64, u32)> {
+    let statx = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok()?;
+    let knows = StatxFlags::from_bits_retain(statx.stx_mask).contains(StatxFlags::BTIME);
+    knows.then_some((statx.stx_btime.tv_sec, statx.stx_btime.tv_nsec))
+}
+
+/// Marks a file. Where that is not possible, what is in the run dir has to do.
+fn mark(file: BorrowedFd<'_>, change: Change) {
+    let marked = || -> io::Result<()> {
+        let mark = Mark {
+            inode: rustix::fs::fstat(file)?.st_ino,
+            born: born(file),
+            change,
+        };
+        let mark = serde_json::to_vec(&mark)?;
+        let [trusted, user] = MARKS;
+        let set = |name| rustix::fs::fsetxattr(file, name, &mark, XattrFlags::empty());
+        Ok(set(trusted).or_else(|_| set(user))?)
+    };
+    if let Err(error) = marked() {
+        warn!(%error, "the memory file cannot be marked as protected by pagecast: if the run dir is lost, nobody undoes that");
+    }
+}
+
+/// Takes the mark away.
+fn unmark(file: BorrowedFd<'_>) {
+    for name in MARKS {
+        match rustix::fs::fremovexattr(file, name) {
+            // Most file systems say so, too, where there are no such marks.
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM) => {}
+            Err(errno) => warn!(%errno, name, "the mark of a memory file that is no longer protected stays"),
+        }
+    }
+}
+
+/// What an earlier pagecast has changed of a file, and has lost its note of.
+fn left(file: BorrowedFd<'_>, stat: &rustix::fs::Stat) -> Option<Change> {
+    let mut bytes = [0; MARK_BYTES];
+    let mark = MARKS.iter().find_map(|name| {
+        let length = rustix::fs::fgetxattr(file, *name, &mut bytes[..]).ok()?;
+        serde_json::from_slice::<Mark>(bytes.get(..length)?).ok()
+    })?;
+    let is_of_this = mark.inode == stat.st_ino && mark.born == born(file);
+    let is_there = match mark.change {
+        Change::None => false,
+        // Nothing but write permissions is ever given back.
+        Change::Readonly { mode_before } => {
+            let before = Mode::from_bits_retain(mode_before);
+            before != before - writable() && Mode::from_raw_mode(stat.st_mode) == before - writable()
+        }
+        Change::Immutable { set_before } => {
+            !set_before && flags(file).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE))
+        }
+    };
+    (is_of_this && is_there).then_some(mark.change)
+}
+
+/// Whether an earlier pagecast has left a file protected, and has lost its note of that.
+pub(crate) fn is_left(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| left(file, &stat).is_some())
 }
 
 /// The permissions that are taken away.
@@ -445,6 +557,63 @@ mod tests {
         assert_eq!(std::fs::metadata(template.path()).unwrap().mode() & 0o7777, 0o444);
         // The one that is held can be given back all the same.
         assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
+    }
+
+    /// As after a restart of the host whose run dir was on tmpfs.
+    #[test]
+    fn what_is_left_of_a_protection_whose_note_was_lost_is_taken_over() {
+        let mut all = vec![(Template::with_mode(0o660), Protection::Readonly)];
+        for template in templates_with_flag() {
+            all.push((template, Protection::Immutable));
+        }
+        for (template, protection) in all {
+            for next in [Protection::None, protection] {
+                let file = template.file.as_fd();
+                let lost = apply(file, protection).unwrap();
+                assert!(is_left(file), "{protection:?}");
+                let found = Applied::plan(file, next).unwrap();
+                assert_eq!(found, lost);
+                found.enforce(file).unwrap();
+                assert_eq!(found.undo(file).unwrap(), Undone::Restored);
+                assert_eq!(template.mode() & 0o600, 0o600, "{protection:?}");
+                assert!(!is_left(file));
+                assert!(Applied::plan(file, Protection::None).unwrap().is_nothing());
+            }
+        }
+    }
+
+    #[test]
+    fn a_mark_says_nothing_of_another_file_or_a_protection_of_somebody_else() {
+        for template in templates_with_flag() {
+            let file = template.file.as_fd();
+            // Undone by somebody, and done again.
+            let applied = apply(file, Protection::Readonly).unwrap();
+            template
+                .file
+                .set_permissions(std::fs::Permissions::from_mode(0o400))
+                .unwrap();
+            assert!(!is_left(file));
+            assert_eq!(applied.undo(file).unwrap(), Undone::ChangedSince);
+            // A copy of it, which somebody has made immutable.
+            let mut mark = Mark {
+                inode: rustix::fs::fstat(file).unwrap().st_ino + 1,
+                born: born(file),
+                change: Change::Immutable { set_before: false },
+            };
+            let set = |mark: &Mark| {
+                let mark = serde_json::to_vec(mark).unwrap();
+                rustix::fs::fsetxattr(file, MARKS[1], &mark, XattrFlags::empty()).unwrap();
+            };
+            set(&mark);
+            template.set_immutable(true);
+            assert!(!is_left(file));
+            template.set_immutable(false);
+            mark.inode -= 1;
+            set(&mark);
+            assert!(!is_left(file), "not immutable");
+            template.set_immutable(true);
+            assert!(is_left(file));
+        }
     }
 
     #[test]

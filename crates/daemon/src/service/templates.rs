@@ -18,7 +18,7 @@ use crate::learned;
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
 use crate::placement::{Placement, Plan, Prefer};
-use crate::protection::Applied;
+use crate::protection::{self, Applied};
 use crate::run_dir::Kind;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
 use crate::vmm_process::VmmProcess;
@@ -124,7 +124,8 @@ impl Service {
         }
         let lease = self.lease(&name, &file)?;
         self.look_before_own_change(&file);
-        let protecting = self.protecting(spec.protect);
+        let may_change = spec.protect != Protection::None || protection::is_left(file.as_fd());
+        let protecting = may_change.then(|| self.protecting());
         let ownership = self.ownership(&file)?;
         let protection = self.plan_protection(&spec, &file)?;
         let placement = self.place_template(&name, &spec, &file, ownership, protection, false)?;
@@ -156,11 +157,10 @@ impl Service {
         }
     }
 
-    /// Held while a file is protected, or that is undone. Where nothing is done, nobody has to wait.
-    fn protecting(&self, how: Protection) -> Option<MutexGuard<'_, ()>> {
+    /// Held while a file is protected, or that is undone.
+    fn protecting(&self) -> MutexGuard<'_, ()> {
         // There is nothing in it that could be wrong.
-        let lock = || self.protecting.lock().unwrap_or_else(PoisonError::into_inner);
-        (how != Protection::None).then(lock)
+        self.protecting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks at what protecting a file will change.
@@ -168,7 +168,13 @@ impl Service {
         let invalid = |why: &dyn Display| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {why}"));
         let planned = Applied::plan(file.as_fd(), spec.protect).map_err(|error| invalid(&chain(&error)))?;
         match self.protects_too(&planned) {
-            None => Ok(planned),
+            None => {
+                if !planned.is_nothing() && spec.protect == Protection::None {
+                    info!(path = %spec.mem_path.display(), "protected by an earlier pagecast, which has lost its note of that: removing the template undoes it");
+                }
+                Ok(planned)
+            }
+            Some(_) if spec.protect == Protection::None => Ok(planned.nothing()),
             Some(other) => planned.beside(&other.protection).ok_or_else(|| {
                 invalid(&format_args!(
                     "the file is that of template {} too, which is protected in another way; ask for the same",
@@ -270,7 +276,9 @@ impl Service {
     /// it, and ends the forks of its templates if it was written.
     pub(super) fn look_before_own_change(self: &Arc<Self>, file: &MemFile) {
         for template in self.templates_of(file) {
-            if let Err(error) = template.file.state() {
+            if let Err(error) = template.file.state()
+                && !error.may_pass()
+            {
                 self.begin_withdrawal(&template, &chain(&error), None);
             }
         }
@@ -360,7 +368,7 @@ impl Service {
                 ),
             ));
         }
-        let protecting = self.protecting(template.spec.protect);
+        let protecting = (!template.protection.is_nothing()).then(|| self.protecting());
         {
             let mut state = self.state();
             let users: Vec<String> = state

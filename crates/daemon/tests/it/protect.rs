@@ -180,3 +180,55 @@ fn the_configuration_says_how_templates_are_protected_that_do_not() {
     assert_eq!(mode(&other) & 0o200, 0o200);
     fixture.ask("DELETE", "/v1/templates/t").ok(204);
 }
+
+/// As after a restart of the host whose run dir was on tmpfs.
+#[test]
+fn a_file_whose_protection_was_forgotten_with_the_run_dir_gets_it_undone_by_the_next_template() {
+    for protect in ["readonly", "immutable"] {
+        for next in ["none", protect] {
+            let mut fixture = Fixture::new();
+            let path = fixture.file.path().to_owned();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+            let _mutable = Mutable(path.clone());
+            let add = json!({ "mem_path": path, "protect": protect });
+            let answer = fixture.send("PUT", "/v1/templates/t", &add);
+            if answer.status == 422 {
+                skip(&answer.error(422, "template_invalid"));
+                continue;
+            }
+            answer.ok(201);
+            let other = fixture.folder.path().join("other run dir");
+            fixture.restart_with(|settings| settings.run_dir = Some(other));
+            assert!(is_immutable(&path) || mode(&path) == 0o440);
+
+            let again = json!({ "mem_path": path, "protect": next });
+            fixture.send("PUT", "/v1/templates/t", &again).ok(201);
+            fixture.ask("DELETE", "/v1/templates/t").ok(204);
+            assert!(!is_immutable(&path), "{protect} {next}");
+            assert_eq!(mode(&path), 0o640, "{protect} {next}");
+            // Nothing is left to be undone again.
+            fixture.send("PUT", "/v1/templates/t", &again).ok(201);
+            fixture.ask("DELETE", "/v1/templates/t").ok(204);
+            assert_eq!((is_immutable(&path), mode(&path)), (false, 0o640));
+        }
+    }
+}
+
+#[test]
+fn a_file_that_somebody_else_has_made_immutable_stays_so() {
+    let fixture = Fixture::new();
+    let Some(_mutable) = add_immutable(&fixture) else {
+        return;
+    };
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+    let path = fixture.file.path();
+    let file = File::open(path).unwrap();
+    let flags = rustix::fs::ioctl_getflags(&file).unwrap();
+    rustix::fs::ioctl_setflags(&file, flags | IFlags::IMMUTABLE).unwrap();
+    for protect in ["none", "immutable"] {
+        let add = json!({ "mem_path": path, "protect": protect });
+        fixture.send("PUT", "/v1/templates/t", &add).ok(201);
+        fixture.ask("DELETE", "/v1/templates/t").ok(204);
+        assert!(is_immutable(path), "{protect}");
+    }
+}
