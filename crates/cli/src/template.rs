@@ -60,7 +60,7 @@ struct Add {
     #[arg(long, value_name = "PATH")]
     vmstate: Option<PathBuf>,
 
-    /// The page size of the guests [default: 4K]
+    /// The page size of the guests [default: what the state file says, else 4K]
     #[arg(long, value_parser = argument::page_size())]
     page_size: Option<u64>,
 

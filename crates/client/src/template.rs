@@ -12,11 +12,13 @@ pub struct AddTemplate {
     /// The memory file of the snapshot; an absolute path.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub mem_path: PathBuf,
-    /// The state file of the snapshot; an absolute path. pagecast only remembers it, for those who restore.
+    /// The state file of the snapshot; an absolute path. pagecast reads the page size of the guest
+    /// there, and remembers the path for those who restore.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub vmstate_path: Option<PathBuf>,
-    /// The page size of the guests in bytes, 4096 (default) or 2097152, where a fork does not say otherwise.
+    /// The page size of the guests in bytes, 4096 or 2097152, where a fork does not say otherwise. If it is left out, it is what
+    /// the state file says (of Firecracker 1.7 to 1.14), else 4096.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
     /// How the memory file is protected; the daemon's configuration says where this does not.

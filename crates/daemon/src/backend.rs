@@ -8,6 +8,8 @@ use pagecast_client::Backend;
 pub(crate) struct Facts<'a> {
     /// The page size of the guest.
     pub(crate) page_size: PageSize,
+    /// Nobody has said so: neither whoever added the template, nor the state file of the snapshot.
+    pub(crate) page_size_is_guess: bool,
     /// The file system of the template, where it is not a local one.
     pub(crate) remote: Option<&'a str>,
     /// What is wanted that can only be had where faults come to us.
@@ -17,6 +19,10 @@ pub(crate) struct Facts<'a> {
     /// Whether a path for the memory file is asked for, which only `file` takes.
     pub(crate) of_file: bool,
 }
+
+/// What to do about a page size that is only guessed.
+pub(crate) const GUESS: &str = "where Firecracker refuses the memory file because the snapshot has 2 MiB pages, add the \
+                                template again with page_size 2097152 (`--page-size 2M`)";
 
 /// A backend that is not `auto`, and why it is the one; or why it cannot be.
 pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, String), String> {
@@ -65,6 +71,13 @@ fn best(facts: Facts<'_>) -> (Backend, String) {
             Backend::Uffd,
             format!("the template is on {filesystem}, where a mapping may stall or fail"),
         ),
+        None if facts.page_size_is_guess => (
+            Backend::File,
+            format!(
+                "the template is a complete local file: forks share every page they have not written. Whether the guest has \
+                 4 KiB pages is not known; {GUESS}"
+            ),
+        ),
         None => (
             Backend::File,
             "the template is a complete local file and the guest has 4 KiB pages: forks share every page they have \
@@ -80,6 +93,7 @@ mod tests {
 
     const LOCAL: Facts<'_> = Facts {
         page_size: PageSize::Small,
+        page_size_is_guess: false,
         remote: None,
         needs_faults: None,
         of_socket: None,
@@ -104,6 +118,18 @@ mod tests {
             }),
             Backend::Uffd
         );
+    }
+
+    #[test]
+    fn a_page_size_that_nobody_has_said_is_told_with_the_way_out() {
+        let guess = Facts {
+            page_size_is_guess: true,
+            ..LOCAL
+        };
+        let (backend, reason) = choose(Backend::Auto, guess).unwrap();
+        assert_eq!(backend, Backend::File);
+        assert!(reason.contains("--page-size 2M"), "{reason}");
+        assert!(!choose(Backend::Auto, LOCAL).unwrap().1.contains("--page-size"));
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! | `placement`, `protection` | what is done to a memory file, and undone |
 //! | `ownership` | owner and mode of a memory file |
 //! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
+//! | `vmstate` | what the state file of a snapshot says of its pages |
 //! | `run_dir` | what is kept |
 //! | `own_thread` | tasks that block |
 //! | `metrics`, `logging` | what is told |
@@ -53,6 +54,8 @@ pub mod signals;
 pub mod stderr;
 mod template;
 mod vmm_process;
+#[doc(hidden)]
+pub mod vmstate;
 mod warmth;
 
 pub use api::openapi;

@@ -48,13 +48,31 @@ impl fmt::Display for TemplateName {
 }
 
 /// What was asked for when it was added, and is asked for again to get the same one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Spec {
     pub(crate) mem_path: PathBuf,
     pub(crate) vmstate_path: Option<PathBuf>,
     /// In bytes.
     pub(crate) page_size: u64,
+    /// Nobody has said the page size, neither who asked nor the state file of the snapshot.
+    #[serde(default)]
+    pub(crate) page_size_is_guess: bool,
     pub(crate) protect: Protection,
+}
+
+impl PartialEq for Spec {
+    /// Whether they ask for the same template. How the page size is known makes no other one of it.
+    fn eq(&self, other: &Self) -> bool {
+        let all = |spec: &Self| {
+            (
+                spec.mem_path.clone(),
+                spec.vmstate_path.clone(),
+                spec.page_size,
+                spec.protect,
+            )
+        };
+        all(self) == all(other)
+    }
 }
 
 impl Spec {

@@ -81,7 +81,7 @@ pub(crate) enum VmmError {
         #[source]
         source: HttpError,
     },
-    #[error("Firecracker refuses {call}: {reason}")]
+    #[error("Firecracker refuses {call}: {reason}{}", way_out(reason))]
     Refused { call: String, reason: String },
 }
 
@@ -278,6 +278,16 @@ fn last_words(files: &[(PathBuf, &'static str)]) -> String {
     words
 }
 
+/// What to do where Firecracker does not take the memory file of a guest with 2 MiB pages.
+fn way_out(reason: &str) -> &'static str {
+    if reason.contains("hugetlbfs") {
+        "\n  the snapshot has 2 MiB pages, which takes `uffd`: remove the template and add it again with --page-size 2M, or run \
+         with --backend uffd"
+    } else {
+        ""
+    }
+}
+
 fn as_error(ended: io::Result<ExitStatus>) -> VmmError {
     ended.map_or_else(VmmError::Wait, VmmError::Ended)
 }
@@ -328,5 +338,16 @@ mod tests {
         };
         assert_eq!(reason(&answer(r#"{"fault_message":"no way"}"#)), "no way");
         assert_eq!(reason(&answer("oh no")), "oh no");
+    }
+
+    #[test]
+    fn a_refusal_for_its_pages_says_what_to_do() {
+        let refused = |reason: &str| VmmError::Refused {
+            call: "PUT /snapshot/load".to_owned(),
+            reason: reason.to_owned(),
+        };
+        let huge = "Cannot restore hugetlbfs backed snapshot by mapping the memory file. Please use uffd.";
+        assert!(refused(huge).to_string().contains("--page-size 2M"));
+        assert!(!refused("no way").to_string().contains("--page-size"));
     }
 }

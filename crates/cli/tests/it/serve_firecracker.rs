@@ -5,7 +5,7 @@ use std::process::Command;
 
 use pagecast_client::fork::BackendType;
 use pagecast_client::template::{Warm, WarmthState};
-use pagecast_client::{Backend, CreateFork, ForkState};
+use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
 use pagecast_testkit::firecracker::{GuestRange, MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm};
 use pagecast_testkit::skip::skip;
 
@@ -294,4 +294,45 @@ fn who_overwrites_a_template_gets_in_only_after_its_real_forks_are_dead_or_compl
     eventually("their places are taken away", || {
         (1..=3).all(|number| !fleet.place(&format!("file-{number}")).exists())
     });
+}
+
+/// Nobody says which pages the guest has but its snapshot.
+#[test]
+fn a_snapshot_with_two_mebibyte_pages_is_restored_with_the_backend_that_auto_gives() {
+    if kvm().unwrap().skips() {
+        return;
+    }
+    let options = SnapshotOptions {
+        huge_pages: true,
+        ..SnapshotOptions::default()
+    };
+    // For the guest that is snapshotted, whose pages the kernel may give back some time after its end, and for a fork.
+    let Some(_pages) = pagecast_testkit::hugepages::HugePages::reserve(u64::from(options.mem_mib)).unwrap() else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = Snapshot::create(&options, folder.path()).unwrap();
+    let served = Served::start(&folder.path().join("run"), &[]);
+    let mut add = AddTemplate::new(&snapshot.mem_path);
+    add.vmstate_path = Some(snapshot.vmstate_path.clone());
+    let template = served.call(served.client.add_template("t", &add));
+    assert_eq!(template.page_size, 2 << 20);
+    let created = served.create(&CreateFork::of("t"));
+    assert_eq!(created.backend, Backend::Uffd, "{}", created.reason);
+    let backend = MemBackend::Uffd(created.mem_backend.backend_path);
+    let (mut fork, _) = MicroVm::restore(&snapshot, &backend).unwrap();
+    fork.verify(snapshot.whole).unwrap();
+    // Added without its state file it is taken for one of 4 KiB pages, and whoever is told so is told the way out.
+    let created = {
+        served.call(
+            served
+                .client
+                .add_template("guess", &AddTemplate::new(&snapshot.mem_path)),
+        );
+        served.create(&CreateFork::of("guess"))
+    };
+    assert_eq!(created.backend, Backend::File);
+    assert!(created.reason.contains("--page-size 2M"), "{}", created.reason);
+    let refused = MicroVm::restore(&snapshot, &MemBackend::File(created.mem_backend.backend_path)).unwrap_err();
+    assert!(format!("{refused:#}").contains("hugetlbfs"), "{refused:#}");
 }

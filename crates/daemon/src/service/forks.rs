@@ -138,6 +138,7 @@ impl Service {
         let asked = wanted.backend.unwrap_or(self.config.backend);
         let facts = Facts {
             page_size,
+            page_size_is_guess: wanted.page_size.is_none() && template.spec.page_size_is_guess,
             remote: template.remote(),
             needs_faults: match wanted.prefault {
                 _ if wanted.record => Some("a recording"),

@@ -12,6 +12,7 @@ use tracing::{error, warn};
 
 use super::Service;
 use super::forks::inode;
+use crate::backend::GUESS;
 use crate::fork::{FileFork, Fork, Kind};
 use crate::own_thread::survive;
 use crate::vmm_process::{self, Holder};
@@ -77,16 +78,21 @@ impl Service {
                     "a process that cannot be looked at may be its VMM: it waits on; delete it if it has none"
                 );
             }
+            let not_mapped = format!(
+                "no process has mapped its memory file within {:?}",
+                self.config.connect_deadline
+            );
             let mut found = holders.found.iter().filter(|holder| holder.file == inode(fork));
             if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
                 file.suspect();
                 self.await_vmm(file);
             } else if file.give_up(ForkError {
                 code: "connect_deadline".to_owned(),
-                message: format!(
-                    "no process has mapped its memory file within {:?}",
-                    self.config.connect_deadline
-                ),
+                message: if fork.template.spec.page_size_is_guess {
+                    format!("{not_mapped}; {GUESS}")
+                } else {
+                    not_mapped
+                },
             }) {
                 self.file_fork_is_over(fork, file);
             }

@@ -22,6 +22,7 @@ use crate::protection::{self, Applied};
 use crate::run_dir::Kind;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
 use crate::vmm_process::VmmProcess;
+use crate::vmstate;
 
 impl Service {
     /// Adds a template; `true` beside it where it is new, `false` where the same was there.
@@ -75,8 +76,9 @@ impl Service {
     /// Checks what was asked for.
     fn spec(&self, add: AddTemplate) -> Result<Spec, ApiError> {
         absolute("mem_path", &add.mem_path)?;
-        let page_size = add.page_size.unwrap_or(PageSize::SMALLEST);
-        check_page_size(page_size)?;
+        if let Some(bytes) = add.page_size {
+            check_page_size(bytes)?;
+        }
         if let Some(path) = &add.vmstate_path {
             absolute("vmstate_path", path)?;
             match std::fs::metadata(path) {
@@ -95,10 +97,20 @@ impl Service {
                 }
             }
         }
+        let said = add
+            .vmstate_path
+            .as_deref()
+            .and_then(|path| page_size_said(path, &add.mem_path));
+        if let (Some(said), Some(asked)) = (said, add.page_size)
+            && said != asked
+        {
+            warn!(vmstate = ?add.vmstate_path, said, asked, "the snapshot has pages of another size than the template is added with");
+        }
         Ok(Spec {
             mem_path: add.mem_path,
             vmstate_path: add.vmstate_path,
-            page_size,
+            page_size: add.page_size.or(said).unwrap_or(PageSize::SMALLEST),
+            page_size_is_guess: add.page_size.is_none() && said.is_none(),
             protect: add.protect.unwrap_or(self.config.protect),
         })
     }
@@ -489,6 +501,19 @@ pub(super) fn changed(template: &Template, how: &str) -> ApiError {
 
 fn invalid(error: &OpenError) -> ApiError {
     refuse(ErrorCode::TemplateInvalid, format_args!("mem_path: {}", chain(error)))
+}
+
+/// The page size that the state file of a snapshot says, in bytes.
+fn page_size_said(vmstate: &Path, mem: &Path) -> Option<u64> {
+    // A memory file that cannot be looked at is told of when it is opened.
+    let memory_bytes = std::fs::metadata(mem).ok()?.len();
+    match vmstate::page_size_at(vmstate, memory_bytes) {
+        Ok(said) => said.map(PageSize::bytes),
+        Err(error) => {
+            warn!(vmstate = %vmstate.display(), %error, "cannot be read: the page size of the guest is not known");
+            None
+        }
+    }
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), ApiError> {

@@ -16,6 +16,7 @@ mod learned;
 mod life;
 mod logs;
 mod openapi;
+mod page_size;
 mod protect;
 mod strange_names;
 mod warm;
