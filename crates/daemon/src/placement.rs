@@ -273,15 +273,13 @@ impl Plan {
         if there.id != self.template || there.is_mount {
             return Err(self.interfered());
         }
-        match spot.mount(file, &point, self.template) {
-            Ok(()) => Ok(How::BindMount { over: self.template }),
-            Err(_) => {
-                // What there is of the mount.
-                spot.unmount(self.template)
-                    .map_err(|errno| spot.failed("unmount", errno))?;
-                Ok(How::HardLink)
-            }
+        if spot.mount(file, &point, self.template).is_ok() {
+            return Ok(How::BindMount { over: self.template });
         }
+        // What there is of the mount.
+        spot.unmount(self.template)
+            .map_err(|errno| spot.failed("unmount", errno))?;
+        Ok(How::HardLink)
     }
 
     /// Mounts `file` over a new empty file, which is the answer.
@@ -344,13 +342,12 @@ impl Plan {
         let Some(below) = look()? else {
             return Ok(Removal::Removed);
         };
-        let is_mount_point = match how {
-            Some(How::BindMount { over }) => below.id == over,
+        let is_mount_point = if let Some(How::BindMount { over }) = how {
+            below.id == over
+        } else {
             // Only we mount templates, and only over empty files and links of them.
-            _ => {
-                let is_empty = below.kind == FileType::RegularFile && below.size == 0;
-                was_mounted && (is_empty || below.id == self.template)
-            }
+            let is_empty = below.kind == FileType::RegularFile && below.size == 0;
+            was_mounted && (is_empty || below.id == self.template)
         };
         if !is_mount_point || below.is_mount {
             return Ok(Removal::NotOurs);

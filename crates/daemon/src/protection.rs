@@ -104,8 +104,8 @@ impl Applied {
         let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
         let change = match (protection, left(file, &stat)) {
             // What an earlier pagecast has done is ours to undo. It is enough for what is asked for.
-            (Protection::None | Protection::Readonly, Some(left)) => left,
-            (Protection::Immutable, Some(left @ Change::Immutable { .. })) => left,
+            (Protection::None | Protection::Readonly, Some(left))
+            | (Protection::Immutable, Some(left @ Change::Immutable { .. })) => left,
             (Protection::None, None) => Change::None,
             (Protection::Readonly, None) => Change::Readonly {
                 mode_before: Mode::from_raw_mode(stat.st_mode).bits(),

@@ -201,7 +201,7 @@ impl Service {
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
             // Where that panics, there may be something to watch.
-            if survive("watch", || self.compare_templates()) != Some(false) {
+            if survive("watch", || self.compare_templates()).unwrap_or(true) {
                 tokio::time::sleep(WATCH_PACE).await;
             } else {
                 // Nothing to watch until a fork is made.

@@ -63,7 +63,9 @@ impl Service {
         let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| inode(fork)).collect()) {
             Ok(holders) => holders,
             Err(error) => {
-                overdue.iter().for_each(|(_, file)| self.await_vmm(file));
+                for (_, file) in &overdue {
+                    self.await_vmm(file);
+                }
                 return warn!(%error, "cannot find out who maps a template");
             }
         };
