@@ -334,7 +334,7 @@ pub(super) fn strangers(template: &Template, places: &[&Placement]) -> io::Resul
     let file = InodeId::from(template.file.identity().inode());
     let holders = vmm_process::holders(&BTreeSet::from([file]))?;
     let mut strangers = Strangers::default();
-    for process in holders.may_hold(template.file.len().get()) {
+    for process in holders.may_hold(template.file.identity().size()) {
         strangers.unknown.push((process.pid, process.why.to_string()));
     }
     let is_fork = |pid, paths: &[PathBuf]| {

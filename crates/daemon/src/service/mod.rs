@@ -362,7 +362,7 @@ impl Service {
     }
 
     /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
-    fn ended(&self, ended: &Arc<Fork>) {
+    fn ended(self: &Arc<Self>, ended: &Arc<Fork>) {
         let mut forgotten = Vec::new();
         {
             let mut state = self.state();
@@ -404,7 +404,7 @@ impl Service {
     }
 
     /// Gives back what a fork held that is off the list. Its id may be another fork's by now.
-    fn forget(&self, fork: &Fork) {
+    fn forget(self: &Arc<Self>, fork: &Fork) {
         match &fork.kind {
             Kind::Uffd(uffd) => {
                 if let Err(error) = self.server.unregister_this(&uffd.served) {

@@ -21,7 +21,6 @@ use crate::placement::{Placement, Plan, Prefer};
 use crate::protection::{self, Applied};
 use crate::run_dir::Kind;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
-use crate::vmm_process::VmmProcess;
 use crate::vmstate;
 
 impl Service {

@@ -36,7 +36,9 @@ impl Maps {
             .expect("the tests of the daemon need python3");
         let mut maps = Self(child);
         let mut line = String::new();
-        BufReader::new(maps.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(maps.0.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         assert_eq!(line, "\n", "the script has failed");
         maps
     }
@@ -138,7 +140,10 @@ fn a_file_named_like_shared_memory_of_system_v_breaks_no_call_and_no_guard() {
     fixture.ask("GET", "/v1/forks").ok(200);
     is_found(&fixture, "f", &vmm);
 
-    let file = std::fs::OpenOptions::new().write(true).open(fixture.file.path()).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(fixture.file.path())
+        .unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"X", 0).unwrap();
     drop(file);
     eventually("the VMM of a template that was written is killed", || vmm.has_exited());
