@@ -3,6 +3,7 @@
 //! | target | bytes |
 //! | --- | --- |
 //! | `handshake` | the message of a VMM, in pieces |
+//! | `working_set`, `zeros` | the files beside a mem-file |
 //! | `api_body` | the body of a request |
 //! | `saved_state` | the files of the run dir |
 //!
@@ -13,6 +14,7 @@
 
 mod api_body;
 mod handshake;
+mod kept;
 mod saved_state;
 
 /// A function of bytes, with a name.
@@ -25,10 +27,18 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 5] = [
     Target {
         name: "handshake",
         run: handshake::run,
+    },
+    Target {
+        name: "working_set",
+        run: kept::working_set,
+    },
+    Target {
+        name: "zeros",
+        run: kept::zeros,
     },
     Target {
         name: "api_body",
