@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `handshake` | the message of a VMM, in pieces |
 //! | `working_set`, `zeros` | the files beside a mem-file |
+//! | `proc` | files of `/proc` |
 //! | `api_body` | the body of a request |
 //! | `saved_state` | the files of the run dir |
 //!
@@ -15,6 +16,7 @@
 mod api_body;
 mod handshake;
 mod kept;
+mod proc_files;
 mod saved_state;
 
 /// A function of bytes, with a name.
@@ -27,7 +29,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "handshake",
         run: handshake::run,
@@ -39,6 +41,10 @@ pub const TARGETS: [Target; 5] = [
     Target {
         name: "zeros",
         run: kept::zeros,
+    },
+    Target {
+        name: "proc",
+        run: proc_files::run,
     },
     Target {
         name: "api_body",

@@ -58,3 +58,13 @@ pub use peer::{Peer, PeerCredentials};
 pub use pidfd::PidFd;
 #[cfg(target_os = "linux")]
 pub use uffd::{CreateError, Drained, EventBuffer, NotAUffd, Rejected, Uffd, UffdOptions};
+
+/// What `pagecast-fuzz` calls and is private.
+#[cfg(all(feature = "fuzzing", target_os = "linux"))]
+#[doc(hidden)]
+pub mod fuzzing {
+    /// The features that the fdinfo of a userfaultfd tells of.
+    pub fn features_of_fdinfo(info: &str) -> Option<u64> {
+        crate::uffd::features_of_fdinfo(info)
+    }
+}

@@ -512,7 +512,7 @@ fn create_by_syscall(flags: OFlags) -> rustix::io::Result<OwnedFd> {
 }
 
 /// The features in the line `API:\taa:<features>:<all features>` (hexadecimal) of a userfaultfd's fdinfo.
-fn features_of_fdinfo(info: &str) -> Option<u64> {
+pub(crate) fn features_of_fdinfo(info: &str) -> Option<u64> {
     let api = info.lines().find_map(|line| line.strip_prefix("API:"))?;
     let features = api.trim().split(':').nth(1)?;
     u64::from_str_radix(features, 16).ok()
