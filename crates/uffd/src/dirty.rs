@@ -72,7 +72,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("pagecast-dirty-{}", std::process::id()));
         let mut file = std::fs::File::create(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
-        file.write_all(&[7; 1 << 16]).unwrap();
+        file.write_all(&vec![7; 1 << 16]).unwrap();
         // None on a file system that keeps its pages in memory; an old kernel does not tell.
         let before = dirty_bytes(file.as_fd());
         assert!(

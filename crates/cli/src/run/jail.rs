@@ -59,7 +59,7 @@ pub(crate) struct JailerArgs {
     ///
     /// The state file is copied into the jail. The memory file of `file` has to be readable for the user of the jail. The
     /// host has to have /dev/userfaultfd for `uffd`, which the jailer puts into the jail, or the sysctl
-    /// vm.unprivileged_userfaultfd=1. Drives and other files of the snapshot are not put there.
+    /// `vm.unprivileged_userfaultfd=1`. Drives and other files of the snapshot are not put there.
     #[arg(long, value_name = "PATH", requires_all = ["uid", "gid"], conflicts_with = "dir")]
     jailer: Option<PathBuf>,
 

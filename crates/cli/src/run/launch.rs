@@ -109,7 +109,7 @@ impl Launch {
                     self.tell(Turn::Failed(error));
                 }
             }
-            None => match Vmm::start(&plan.firecracker, &self.id, self.folder.clone(), plan.patience) {
+            None => match Vmm::start(&plan.firecracker, &self.id, &self.folder, plan.patience) {
                 Ok(vmm) => self.live_as(plan, vmm, None, &mut registered).await,
                 Err(error) => self.tell(Turn::Failed(failed(error, None))),
             },
@@ -228,24 +228,21 @@ impl Launch {
         }
 
         let is_jailed = jailed.is_some();
-        let (vmstate, mem_backend) = match jailed {
-            Some((jail, created)) => {
-                let backend_path = jail.inside(&created.backend_path);
-                (
-                    Jail::vmstate(),
-                    MemBackend {
-                        backend_path,
-                        ..created
-                    },
-                )
-            }
-            None => {
-                let fork = CreateFork {
-                    pid: Some(vmm.pid()),
-                    ..self.wanted(plan)
-                };
-                (&*plan.vmstate, self.create(plan, &fork, registered).await?)
-            }
+        let (vmstate, mem_backend) = if let Some((jail, created)) = jailed {
+            let backend_path = jail.inside(&created.backend_path);
+            (
+                Jail::vmstate(),
+                MemBackend {
+                    backend_path,
+                    ..created
+                },
+            )
+        } else {
+            let fork = CreateFork {
+                pid: Some(vmm.pid()),
+                ..self.wanted(plan)
+            };
+            (&*plan.vmstate, self.create(plan, &fork, registered).await?)
         };
         let Some(loaded) = self.unless_ended(vmm.load(vmstate, &mem_backend)).await else {
             return Ok(());

@@ -94,24 +94,24 @@ impl Vmm {
     pub(crate) fn start(
         firecracker: &Firecracker,
         id: &str,
-        folder: PathBuf,
+        folder: &Path,
         patience: Duration,
     ) -> Result<Self, VmmError> {
         let files = || {
-            fs::create_dir(&folder)?;
+            fs::create_dir(folder)?;
             // Firecracker wants its log to exist.
             File::create(folder.join(LOG))?;
             Ok((File::create(folder.join(STDOUT))?, File::create(folder.join(STDERR))?))
         };
         let (stdout, stderr) = files().map_err(|source| VmmError::Folder {
-            folder: folder.clone(),
+            folder: folder.to_owned(),
             source,
         })?;
         let mut command = exec::command(&firecracker.path);
         command
             .args(["--id", id, "--api-sock", API_SOCKET])
             .args(["--log-path", LOG, "--level", "Info"])
-            .current_dir(&folder)
+            .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr);

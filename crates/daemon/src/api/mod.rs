@@ -142,6 +142,12 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+/// For `pagecast-fuzz`: reads the body of a request, as the calls do. An error has the status of its answer.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn body<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, (u16, ApiError)> {
+    body::parse(bytes).map_err(|failure| (failure::status(failure.0.code).as_u16(), failure.0))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -173,10 +179,4 @@ mod tests {
         }
         assert_eq!(names.len(), 13, "{names:?}");
     }
-}
-
-/// For `pagecast-fuzz`: reads the body of a request, as the calls do. An error has the status of its answer.
-#[cfg(feature = "fuzzing")]
-pub(crate) fn body<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, (u16, ApiError)> {
-    body::parse(bytes).map_err(|failure| (failure::status(failure.0.code).as_u16(), failure.0))
 }

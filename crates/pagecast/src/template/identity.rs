@@ -134,7 +134,7 @@ impl KeptIdentity {
     /// Its nine numbers, little-endian, in the order in which they are declared.
     pub(super) fn to_le_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        let (born_s, born_ns) = self.born.unwrap_or((0, Self::NOT_BORN));
+        let born = self.born.unwrap_or((0, Self::NOT_BORN));
         let numbers = [
             self.file.device.to_le_bytes(),
             self.file.inode.to_le_bytes(),
@@ -143,8 +143,8 @@ impl KeptIdentity {
             self.file.modified_ns.to_le_bytes(),
             self.changed_s.to_le_bytes(),
             self.changed_ns.to_le_bytes(),
-            born_s.to_le_bytes(),
-            born_ns.to_le_bytes(),
+            born.0.to_le_bytes(),
+            born.1.to_le_bytes(),
         ];
         bytes.copy_from_slice(numbers.as_flattened());
         bytes
@@ -161,12 +161,12 @@ impl KeptIdentity {
             modified_s: i64::from_le_bytes(next()),
             modified_ns: i64::from_le_bytes(next()),
         };
-        let (changed_s, changed_ns) = (i64::from_le_bytes(next()), i64::from_le_bytes(next()));
+        let changed = (i64::from_le_bytes(next()), i64::from_le_bytes(next()));
         let born = (i64::from_le_bytes(next()), i64::from_le_bytes(next()));
         Self {
             file,
-            changed_s,
-            changed_ns,
+            changed_s: changed.0,
+            changed_ns: changed.1,
             born: (born.1 != Self::NOT_BORN).then_some(born),
         }
     }

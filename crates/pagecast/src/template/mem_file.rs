@@ -262,7 +262,7 @@ impl MemFile {
     /// Whether its holes are believed. May wait for the disk.
     fn holes_are_believed(&self) -> bool {
         let written =
-            || rustix::fs::fdatasync(&self.file).is_ok() && !dirty_bytes(&self.file).is_some_and(|bytes| bytes > 0);
+            || rustix::fs::fdatasync(&self.file).is_ok() && dirty_bytes(&self.file).is_none_or(|bytes| bytes == 0);
         *self.holes.get_or_init(written)
     }
 

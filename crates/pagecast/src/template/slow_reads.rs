@@ -359,10 +359,10 @@ mod tests {
 
     /// Such a template, where its reads are told, and what lets one read end.
     fn stepped() -> (Template, Receiver<TemplateOffset>, Sender<()>) {
-        let (begin, begun) = channel();
+        let (said, begun) = channel();
         let (go, gone) = channel();
         let template = Template::from_source(Stepped {
-            begun: Mutex::new(begin),
+            begun: Mutex::new(said),
             go: Mutex::new(gone),
         });
         (template, begun, go)

@@ -97,6 +97,11 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     }
     let fixture = Fixture::new();
     let steady: Vec<_> = (0..2).map(|n| fixture.fork(&format!("steady-{n}"))).collect();
+    // The sockets that they were listened for at are closed soon after that.
+    eventually("only their handshake sockets are left", || {
+        let fds = own_fds().unwrap();
+        fds.values().filter(|target| target.starts_with("socket:")).count() == steady.len()
+    });
     let mut random = fastrand::Rng::with_seed(1);
     let (before, fds_before) = (own_use(), own_fds().unwrap());
     // Later: allocators and stacks settle with the first VMMs.
