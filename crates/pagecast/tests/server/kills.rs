@@ -103,12 +103,12 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
         fds.values().filter(|target| target.starts_with("socket:")).count() == steady.len()
     });
     let mut random = fastrand::Rng::with_seed(1);
-    let (before, fds_before) = (own_use(), own_fds().unwrap());
-    // Later: allocators and stacks settle with the first VMMs.
-    let mut rss_before = 0;
+    let fds_before = own_fds().unwrap();
+    // Later: allocators and stacks settle with the first VMMs, and a worker starts its second thread when two forks share it.
+    let mut before = own_use();
     for (n, moment) in (0..WARM_UP + KILLS).zip(MOMENTS.iter().cycle()) {
         if n == WARM_UP {
-            rss_before = own_use().rss_bytes;
+            before = own_use();
         }
         kill_one(&fixture, &format!("killed-{n}"), *moment, &mut random);
         // The others are served all the while: pages that they have not touched yet.
@@ -126,7 +126,7 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     // The threads that read for the test end soon after their VMMs.
     eventually("no thread is left", || own_use().threads <= before.threads);
     eventually("all is closed", || own_fds().unwrap() == fds_before);
-    let grown = own_use().rss_bytes.saturating_sub(rss_before);
+    let grown = own_use().rss_bytes.saturating_sub(before.rss_bytes);
     assert!(grown < 4 << 20, "grew by {grown} bytes");
     let sockets = std::fs::read_dir(fixture.folder.path()).unwrap();
     assert_eq!(sockets.count(), 0, "socket files");
