@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, PipeReader, PipeWriter, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -199,7 +200,8 @@ fn handled(folder: &Path, template: &TemplateFile, flags: &[&str]) -> (Unread, S
         .arg(template.path())
         .args(flags);
     let handle = Unread::start(command, full_pipe());
-    eventually("it listens", || socket.exists());
+    // Its file is there before it listens.
+    eventually("it listens", || UnixStream::connect(&socket).is_ok());
     let vmm = SimVmm::spawn().unwrap();
     vmm.run(Connect::new(&socket, template.model())).unwrap();
     let read = Read {
