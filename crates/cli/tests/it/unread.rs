@@ -238,7 +238,7 @@ fn the_template_of_a_handle_whose_lines_nobody_reads_is_not_written_under_its_fo
 #[test]
 fn a_kept_run_whose_report_nobody_reads_hears_signals() {
     let Some(host) = Host::new() else { return };
-    let (_unread, stdout) = full_pipe();
+    let (unread, stdout) = full_pipe();
     let log = tempfile::tempdir().unwrap();
     let log = log.path().join("log");
     let mut command = host.command(&["-n", "2", "--keep", "--json"]);
@@ -246,16 +246,12 @@ fn a_kept_run_whose_report_nobody_reads_hears_signals() {
         .stdout(stdout)
         .stdin(Stdio::null())
         .stderr(File::create(&log).unwrap());
-    let mut run = command.spawn().unwrap();
+    let child = command.spawn().unwrap();
+    let mut run = Unread { child, unread };
     eventually("all are kept", || {
         std::fs::read_to_string(&log).unwrap().contains("API sockets")
     });
-    crate::daemon::signal(&run, Signal::TERM);
-    let mut status = None;
-    eventually("it ends", || {
-        status = run.try_wait().unwrap();
-        status.is_some()
-    });
-    assert!(status.unwrap().success(), "{status:?}");
+    run.signal(Signal::TERM);
+    assert!(run.wait().success());
     host.assert_nothing_is_left();
 }
