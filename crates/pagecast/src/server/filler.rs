@@ -33,7 +33,7 @@ impl Filler {
         zeros: Arc<Vec<u8>>,
     ) -> Option<Self> {
         let (jobs, received) = mpsc::channel::<Job>();
-        let thread = std::thread::Builder::new().name(format!("pagecast-fill-{index}"));
+        let thread = std::thread::Builder::new().name(format!("pagecast-{index}-fill"));
         let spawned = thread.spawn(move || {
             // The worker has made this thread, and may be raised.
             crate::priority::reset();

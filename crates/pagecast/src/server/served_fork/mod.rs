@@ -399,10 +399,13 @@ impl ServedFork {
         let retry = self.retry.get_or_insert(Retry {
             pause: Pause::first(now),
             since,
-            out_of_memory,
+            out_of_memory: false,
         });
         retry.pause.lengthen(now);
-        if out_of_memory && !retry.out_of_memory {
+        if !out_of_memory {
+            retry.pause.shorten(now);
+        } else if !retry.out_of_memory {
+            retry.pause.wait_for_memory();
             retry.out_of_memory = true;
             retry.since = since;
         }

@@ -8,6 +8,9 @@ const FIRST: Duration = Duration::from_micros(50);
 /// The longest: a VMM that is frozen while it gives memory back costs 100 wakes a second.
 const LONGEST: Duration = Duration::from_millis(10);
 
+/// The longest where memory is missing, which lasts longer: each try reads a page anew, and a hugepage is 2 MiB.
+const LONGEST_MEMORY: Duration = Duration::from_millis(100);
+
 /// The same where the template could not be read, or no thread could be had for that: what is amiss there lasts longer.
 const FIRST_READ: Duration = Duration::from_millis(1);
 const LONGEST_READ: Duration = Duration::from_millis(500);
@@ -47,6 +50,17 @@ impl Pause {
         }
     }
 
+    /// From now on it may become as long as it is worth waiting for memory.
+    pub(super) fn wait_for_memory(&mut self) {
+        self.longest = LONGEST_MEMORY;
+    }
+
+    /// Something else than memory is waited for as well, and that comes sooner.
+    pub(super) fn shorten(&mut self, now: Instant) {
+        self.length = self.length.min(LONGEST);
+        self.until = self.until.min(now + LONGEST);
+    }
+
     /// When to try again.
     pub(super) fn until(&self) -> Instant {
         self.until
@@ -74,5 +88,23 @@ mod tests {
             tries += 1;
         }
         assert!((100..=120).contains(&tries), "{tries} tries in a second");
+    }
+
+    #[test]
+    fn a_pause_for_memory_grows_further_and_is_short_again_where_something_else_is_waited_for() {
+        let mut now = Instant::now();
+        let mut pause = Pause::first(now);
+        pause.wait_for_memory();
+        for _ in 0..20 {
+            now = pause.until();
+            pause.lengthen(now);
+        }
+        assert_eq!(pause.until() - now, LONGEST_MEMORY);
+        pause.shorten(now);
+        assert_eq!(pause.until() - now, LONGEST);
+        // Only for as long as that is waited for.
+        now = pause.until();
+        pause.lengthen(now);
+        assert_eq!(pause.until() - now, 2 * LONGEST);
     }
 }
