@@ -58,7 +58,6 @@ pub use recording::Recording;
 pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
-#[cfg(target_os = "linux")]
 pub(crate) use slow_reads::{ReadFor, ReadResult};
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 pub use working_set::{Run, WorkingSet};

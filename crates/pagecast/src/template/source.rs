@@ -241,7 +241,6 @@ impl SourceError {
     }
 
     /// A stable name: lower case, with underscores.
-    #[cfg(target_os = "linux")]
     pub(crate) fn code(&self) -> &'static str {
         match self {
             Self::Changed { .. } => "template_changed",
