@@ -47,8 +47,9 @@ pub fn mappings(maps: &[u8]) -> impl Iterator<Item = Result<Mapping<'_>, Unreada
 
 /// `start-end perms offset major:minor inode`, spaces, and a path where there is one.
 fn mapping(line: &[u8]) -> Option<Mapping<'_>> {
+    let (start, end) = addresses(line)?;
     let mut fields = line.splitn(6, |byte| *byte == b' ');
-    let (start, end) = split_once(fields.next()?, b'-')?;
+    let _addresses = fields.next()?;
     let _permissions = fields.next()?;
     let offset = number(fields.next()?, 16)?;
     let (major, minor) = split_once(fields.next()?, b':')?;
@@ -57,13 +58,19 @@ fn mapping(line: &[u8]) -> Option<Mapping<'_>> {
     // Spaces before it fill the line up to a column. Those after it are a part of it.
     let padding = path.iter().take_while(|byte| **byte == b' ').count();
     Some(Mapping {
-        start: number(start, 16)?,
-        end: number(end, 16)?,
+        start,
+        end,
         offset,
         device: (number(major, 16)?.try_into().ok()?, number(minor, 16)?.try_into().ok()?),
         inode,
         path: path.get(padding..).unwrap_or_default(),
     })
+}
+
+/// The first address of a mapping and the address after its last, from the line with which `maps` or `smaps` begin to tell of it.
+pub(crate) fn addresses(line: &[u8]) -> Option<(u64, u64)> {
+    let (start, end) = split_once(line.split(|byte| *byte == b' ').next()?, b'-')?;
+    Some((number(start, 16)?, number(end, 16)?))
 }
 
 /// A path as the kernel writes it in `/proc/PID/maps`: a newline is `\012`, and a backslash stays, so that two paths may look the

@@ -27,34 +27,7 @@ fn hugepages() -> Finding {
             available: cgroup.available()?,
         })
     });
-    hugepage_limit(limited)
-}
-
-/// What the tightest of them means for hugepages.
-fn hugepage_limit(limited: impl Iterator<Item = Limited>) -> Finding {
-    let check = "cgroup_hugepages";
-    let Some(tightest) = limited.min_by_key(|cgroup| cgroup.available) else {
-        return Finding::ok(
-            check,
-            "no limit here; the hugepages of forks with uffd are charged to the cgroup of the page server, not to that of \
-             their VMMs",
-        );
-    };
-    let found = format!(
-        "{} of hugepages left of {} in {}",
-        BinaryBytes(tightest.available),
-        BinaryBytes(tightest.limit),
-        tightest.folder.display()
-    );
-    if tightest.available < LITTLE {
-        return Finding::warn(
-            check,
-            found,
-            "raise its hugetlb.2MB.max (version 1: hugetlb.2MB.limit_in_bytes): the hugepages of forks with uffd are charged to \
-             the page server, not to their VMMs",
-        );
-    }
-    Finding::ok(check, found)
+    HUGEPAGES.of(limited)
 }
 
 fn memory() -> Finding {
@@ -65,35 +38,54 @@ fn memory() -> Finding {
             available: cgroup.available()?,
         })
     });
-    limit(limited)
+    MEMORY.of(limited)
 }
 
-/// What the tightest of them means.
-fn limit(limited: impl Iterator<Item = Limited>) -> Finding {
-    let check = "cgroup_memory";
-    let Some(tightest) = limited.min_by_key(|cgroup| cgroup.available) else {
-        return Finding::ok(
-            check,
-            "no limit here; a fork's pages are charged to the cgroup of its VMM",
+/// What the limits of one controller mean.
+struct Meaning {
+    check: &'static str,
+    without_limit: &'static str,
+    /// What is left, in the words of the finding.
+    left: &'static str,
+    fix: &'static str,
+}
+
+const HUGEPAGES: Meaning = Meaning {
+    check: "cgroup_hugepages",
+    without_limit: "no limit here; the hugepages of forks with uffd are charged to the cgroup of the page server, not to that of \
+                    their VMMs",
+    left: "of hugepages left",
+    fix: "raise its hugetlb.2MB.max (version 1: hugetlb.2MB.limit_in_bytes): the hugepages of forks with uffd are charged to \
+          the page server, not to their VMMs",
+};
+
+const MEMORY: Meaning = Meaning {
+    check: "cgroup_memory",
+    without_limit: "no limit here; a fork's pages are charged to the cgroup of its VMM",
+    left: "left",
+    fix: "raise its memory.max (MemoryMax= of a systemd unit), or start the VMMs in another cgroup: their pages are \
+          charged there",
+};
+
+impl Meaning {
+    /// The finding for the tightest of these limits.
+    fn of(&self, limited: impl Iterator<Item = Limited>) -> Finding {
+        let Some(tightest) = limited.min_by_key(|cgroup| cgroup.available) else {
+            return Finding::ok(self.check, self.without_limit);
+        };
+        let found = format!(
+            "{} {} of {} in {}",
+            BinaryBytes(tightest.available),
+            self.left,
+            BinaryBytes(tightest.limit),
+            tightest.folder.display()
         );
-    };
-    let found = format!(
-        "{} left of {} in {}",
-        BinaryBytes(tightest.available),
-        BinaryBytes(tightest.limit),
-        tightest.folder.display()
-    );
-    if tightest.available < LITTLE {
-        return Finding::warn(
-            check,
-            found,
-            "raise its memory.max (MemoryMax= of a systemd unit), or start the VMMs in another cgroup: their pages are \
-             charged there",
-        );
+        if tightest.available < LITTLE {
+            return Finding::warn(self.check, found, self.fix);
+        }
+        Finding::ok(self.check, found)
     }
-    Finding::ok(check, found)
 }
-
 #[cfg(test)]
 mod tests {
     use super::super::finding::Status;
@@ -109,31 +101,31 @@ mod tests {
 
     #[test]
     fn no_limit_is_fine() {
-        assert_eq!(limit(std::iter::empty()).status(), Status::Ok);
-        let hugepages = hugepage_limit(std::iter::empty());
+        assert_eq!(MEMORY.of(std::iter::empty()).status(), Status::Ok);
+        let hugepages = HUGEPAGES.of(std::iter::empty());
         assert_eq!(hugepages.status(), Status::Ok);
         assert!(hugepages.parts().1.contains("the page server"));
     }
 
     #[test]
     fn a_tight_limit_of_hugepages_is_warned_of() {
-        let tight = hugepage_limit([limited("/sys/fs/cgroup/b", 1 << 30, 1 << 21)].into_iter());
+        let tight = HUGEPAGES.of([limited("/sys/fs/cgroup/b", 1 << 30, 1 << 21)].into_iter());
         assert_eq!(tight.status(), Status::Warn);
         assert!(tight.parts().1.contains("/sys/fs/cgroup/b"));
         assert!(tight.parts().2.contains("hugetlb.2MB.max"));
-        let wide = hugepage_limit([limited("/sys/fs/cgroup/b", 2 << 30, 1 << 30)].into_iter());
+        let wide = HUGEPAGES.of([limited("/sys/fs/cgroup/b", 2 << 30, 1 << 30)].into_iter());
         assert_eq!(wide.status(), Status::Ok);
     }
 
     #[test]
     fn the_tightest_limit_counts() {
         let wide = || limited("/sys/fs/cgroup", 8 << 30, 4 << 30);
-        let finding = limit([limited("/sys/fs/cgroup/a", 4 << 30, 2 << 30), wide()].into_iter());
+        let finding = MEMORY.of([limited("/sys/fs/cgroup/a", 4 << 30, 2 << 30), wide()].into_iter());
         assert_eq!(
             finding.parts(),
             (Status::Ok, "2.00 GiB left of 4.00 GiB in /sys/fs/cgroup/a", "")
         );
-        let tight = limit([wide(), limited("/sys/fs/cgroup/b", 1 << 30, 1 << 20)].into_iter());
+        let tight = MEMORY.of([wide(), limited("/sys/fs/cgroup/b", 1 << 30, 1 << 20)].into_iter());
         assert_eq!(tight.status(), Status::Warn);
         assert!(tight.parts().1.contains("/sys/fs/cgroup/b"));
         assert!(tight.parts().2.contains("memory.max"));

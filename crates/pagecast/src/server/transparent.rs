@@ -6,6 +6,8 @@ use std::path::Path;
 
 use pagecast_uffd::{HostAddr, HostRange};
 
+use crate::proc_files::addresses;
+
 /// What the system is set to: as a whole, and for each size of large pages.
 const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
 
@@ -83,13 +85,8 @@ fn is_eligible(mut smaps: impl BufRead, memory: &[HostRange]) -> io::Result<Opti
 
 /// The mapping that a line begins to tell of.
 fn mapping(line: &[u8]) -> Option<HostRange> {
-    let first = line.split(|byte| *byte == b' ').next()?;
-    let dash = first.iter().position(|byte| *byte == b'-')?;
-    let address = |digits: &[u8]| {
-        let digits = std::str::from_utf8(digits).ok()?;
-        u64::from_str_radix(digits, 16).ok().map(HostAddr::new)
-    };
-    HostRange::between(address(first.get(..dash)?)?, address(first.get(dash + 1..)?)?)
+    let (start, end) = addresses(line)?;
+    HostRange::between(HostAddr::new(start), HostAddr::new(end))
 }
 
 #[cfg(test)]

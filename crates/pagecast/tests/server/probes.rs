@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
@@ -407,14 +407,20 @@ fn a_file_descriptor_whose_close_blocks_holds_up_nobody_else() {
 
 // The socket of any number of VMMs.
 
-#[test]
-fn a_probe_of_the_socket_of_any_number_of_vmms_makes_no_fork() {
-    let (fixture, events) = observed(PATIENT);
+/// Listens for any number of VMMs, whose forks are named `any-1` and so on. The path of the socket.
+fn listen_for_any(fixture: &Fixture) -> PathBuf {
     let path = fixture.folder.path().join("any");
     fixture
         .server
         .listen(&"any".parse().unwrap(), &fixture.template, &ForkOptions::new(&path))
         .unwrap();
+    path
+}
+
+#[test]
+fn a_probe_of_the_socket_of_any_number_of_vmms_makes_no_fork() {
+    let (fixture, events) = observed(PATIENT);
+    let path = listen_for_any(&fixture);
     let listening = open_fds();
     let peers = known_peers();
     let silent = UnixStream::connect(&path).unwrap();
@@ -444,11 +450,7 @@ fn a_probe_of_the_socket_of_any_number_of_vmms_makes_no_fork() {
 #[test]
 fn a_vmm_that_is_refused_at_the_socket_of_any_number_is_a_fork_that_failed() {
     let (fixture, events) = observed(PATIENT);
-    let path = fixture.folder.path().join("any");
-    fixture
-        .server
-        .listen(&"any".parse().unwrap(), &fixture.template, &ForkOptions::new(&path))
-        .unwrap();
+    let path = listen_for_any(&fixture);
     let bad = SimVmm::spawn().unwrap();
     bad.run(RawHandshake::new(&path, "[]", &[FdKind::Uffd])).unwrap();
     let event = events.recv_timeout(PATIENCE).unwrap();
