@@ -128,7 +128,7 @@ impl Reporter {
         }
     }
 
-    /// Says it, without waiting for whoever reads.
+    /// Queues the line for standard error. Never waits for its reader.
     pub(crate) fn report(&self, line: &Line<'_>) {
         stderr::write_line(self.format.text(line).as_bytes());
     }

@@ -193,7 +193,7 @@ impl Run {
         Output::stdout().print(&self.text(report)?)
     }
 
-    /// Prints on a thread of its own: while the forks run, nothing may wait for whoever reads.
+    /// Prints on a thread of its own: while the forks run, nothing may wait for the reader of the output.
     fn print_beside(&self, report: &Report) -> Result<oneshot::Receiver<Result<()>>> {
         let text = self.text(report)?;
         let (printed, is_printed) = oneshot::channel();

@@ -8,7 +8,7 @@ use pagecast_client::Backend;
 pub(crate) struct Facts<'a> {
     /// The page size of the guest.
     pub(crate) page_size: PageSize,
-    /// Nobody has said so: neither whoever added the template, nor the state file of the snapshot.
+    /// Not known: neither the request that added the template nor the state file of the snapshot has it.
     pub(crate) page_size_is_guess: bool,
     /// The file system of the template, where it is not a local one.
     pub(crate) remote: Option<&'a str>,

@@ -160,7 +160,7 @@ impl FileFork {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes its own place away, once. When this returns it is gone, whoever has done it.
+    /// Removes its own place, once. When this returns, the place is gone, also if another thread removed it.
     ///
     /// # Errors
     ///

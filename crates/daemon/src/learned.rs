@@ -148,7 +148,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     // Once it is kept: who sees it finds it again after a crash.
     template.pages.set_working_set(Some(Arc::new(set)));
     template.told_switched_off.store(false, Ordering::Relaxed);
-    // Whoever sees this finds all of the above.
+    // Stored last: a thread that sees this finds all of the above.
     if let Kind::Uffd(uffd) = &fork.kind {
         let _ = uffd.recorded.set(recorded_bytes);
     }

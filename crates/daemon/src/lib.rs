@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `serve` | a daemon in a process of its own |
 //! | `signals` | the signals that ask a process to end |
-//! | `stderr` | lines on standard error that never hold up whoever writes them |
+//! | `stderr` | lines on standard error, written without blocking the caller |
 //! | `daemon` | start and stop |
 //! | `config` | what can be set |
 //! | `api` | HTTP: calls, bodies, statuses, connections |

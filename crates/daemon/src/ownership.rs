@@ -1,4 +1,4 @@
-//! Owner and mode of a memory file, which whoever owns a hard link of it may change.
+//! Owner and mode of a memory file, which the owner of a hard link of it may change.
 
 use std::os::fd::AsFd;
 

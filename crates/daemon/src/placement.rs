@@ -5,8 +5,8 @@
 //! can be made (another file system, an immutable file), over a new empty file. Nothing that exists is ever replaced, and only
 //! what is known to be ours is ever taken away.
 //!
-//! Where others may own the folder ([`Prefer::Mount`]), the mount comes first: whoever changes the owner of all that is in a jail
-//! (`chown -R`) changes that of the template through a link, and gets `EROFS` through the mount.
+//! Where others may own the folder ([`Prefer::Mount`]), the mount comes first: a `chown -R` of a jail changes the owner of the
+//! template through a link, and fails with `EROFS` through the mount.
 //!
 //! A bind mount is made in the mount namespace of this process. A VMM in another one sees it where mounts propagate there, or
 //! where its namespace is made afterwards, as Firecracker's jailer does; elsewhere it sees the link below.

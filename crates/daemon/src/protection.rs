@@ -257,7 +257,7 @@ const MARKS: [&str; 2] = ["trusted.pagecast.protected", "user.pagecast.protected
 /// More than a mark has, in bytes.
 const MARK_BYTES: usize = 512;
 
-/// What is written at a file before it is changed: by what, so that it can be undone by whoever finds it.
+/// What is written at a file before it is changed: by what, so that a later daemon can undo it.
 #[derive(Serialize, Deserialize)]
 struct Mark {
     /// Of this inode. A copy of the file may have a copy of the mark.

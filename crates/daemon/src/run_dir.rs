@@ -93,7 +93,7 @@ impl RunDir {
             .write(true)
             .create(true)
             .truncate(false)
-            // Whoever can open it can lock it.
+            // A user who can open the file can lock it.
             .mode(0o600)
             .open(&lock_path)
             .map_err(failed("open", &lock_path))?;
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o711);
     }
 
-    /// Whoever can open a file can lock it.
+    /// A user who can open a file can lock it.
     #[test]
     fn nobody_else_can_open_its_lock_also_where_an_older_version_has_made_it() {
         let dir = tempfile::tempdir().unwrap();

@@ -141,7 +141,7 @@ impl Signals {
 }
 
 /// Tells the process that has started this one how it does, if that process wants to know. On a thread of its own: a supervisor that
-/// does not read blocks whoever writes to it.
+/// does not read blocks its writer.
 struct Supervisor(mpsc::Sender<NotifyState<'static>>);
 
 impl Supervisor {

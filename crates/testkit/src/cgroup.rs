@@ -93,7 +93,7 @@ impl Cgroup {
         Ok(used.context("the cgroup does not say what it uses")?.trim().parse()?)
     }
 
-    /// Limits it to so many bytes or threads. Threads that are there already stay, but no more begin.
+    /// Limits it to `n` bytes or threads. Threads that are there already stay, but no more begin.
     ///
     /// # Errors
     ///
@@ -168,7 +168,7 @@ impl HugetlbCgroup {
         &self.path
     }
 
-    /// Limits it to so many pages of 2 MiB.
+    /// Limits it to `n` pages of 2 MiB.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! How far a run is, on stderr. Nothing of it blocks: whoever calls this also hears signals, and ends the Firecrackers.
+//! How far a run is, on stderr. Nothing here blocks: the callers also handle signals and end the Firecrackers.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -15,8 +15,8 @@ const PACE: Duration = Duration::from_millis(100);
 /// Time that a terminal has to take the last drawing.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// A bar or spinner for one part of a run, drawn by a thread of its own, since a terminal that is stopped (Ctrl-S) blocks whoever
-/// draws. It vanishes when it is dropped.
+/// A bar or spinner for one part of a run, drawn by a thread of its own, since a stopped terminal (Ctrl-S) blocks the drawing
+/// thread. It vanishes when it is dropped.
 pub(crate) struct Progress {
     done: Arc<AtomicUsize>,
     /// Stops the thread when it is dropped.
@@ -83,7 +83,7 @@ pub(crate) fn start_saying() {
     std::panic::set_hook(Box::new(|panic| say(&stderr::describe_panic(panic))));
 }
 
-/// Says it on stderr, on a line of its own.
+/// Prints the text on stderr, on a line of its own.
 pub(crate) fn say(line: &str) {
     stderr::write_line(format!("pagecast: {line}\n").as_bytes());
 }

@@ -322,7 +322,7 @@ fn a_snapshot_with_two_mebibyte_pages_is_restored_with_the_backend_that_auto_giv
     let backend = MemBackend::Uffd(created.mem_backend.backend_path);
     let (mut fork, _) = MicroVm::restore(&snapshot, &backend).unwrap();
     fork.verify(snapshot.whole).unwrap();
-    // Added without its state file it is taken for one of 4 KiB pages, and whoever is told so is told the way out.
+    // Without its state file the template counts as one of 4 KiB pages, and the error names the way out.
     let created = {
         served.call(
             served

@@ -95,7 +95,7 @@ impl Service {
             }
             Err(error) => {
                 self.withdraw(template, how, gently);
-                warn!(template = %template.name, %error, "no thread to end the forks of a template, whoever has noticed did it");
+                warn!(template = %template.name, %error, "no thread could be had to end the forks of a template: the thread that noticed the change ended them");
             }
         }
     }
@@ -119,7 +119,7 @@ impl Service {
         let killed = self.kill_mappers(template, &forks, how);
         // Other templates may be of the same file.
         survive(TASK, || self.look_before_own_change(&template.file));
-        // A VMM that was told where the file is and comes only now finds nothing there.
+        // A VMM that has the path and opens it only now finds nothing there.
         let removed = survive(TASK, || template.placement.as_ref().map(Placement::remove));
         survive(TASK, || self.note_own_change(&template.file));
         // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
@@ -229,7 +229,7 @@ impl Service {
             survive("watch", || {
                 let Err(error) = template.file.state() else { return };
                 if !unguarded || error.may_pass() {
-                    // Held off by a lease, or not a change: what is read meanwhile is compared again by whoever reads it.
+                    // A lease holds writers off, or this is no change: each read compares the file again.
                     debug!(template = %template.name, error = chain(&error), "the template cannot be compared now");
                     return;
                 }
@@ -242,7 +242,7 @@ impl Service {
     }
 }
 
-/// Whether a fork with `file` has a hard link of its template, by which whoever owns its folder may change the template's owner.
+/// Whether a fork with `file` has a hard link of its template, by which the owner of its folder may change the template's owner.
 fn is_linked(fork: &Fork) -> bool {
     match &fork.kind {
         Kind::File(file) => file

@@ -256,7 +256,7 @@ pub enum Refusal {
         needed: u64,
         /// How many there are for it.
         available: u64,
-        /// The cgroup of this process whose limit leaves no more: hugepages are charged to whoever installs them. `None` if
+        /// The cgroup of this process whose limit leaves no more: hugepages are charged to the process that installs them. `None` if
         /// it is the pool.
         cgroup: Option<PathBuf>,
     },

@@ -18,7 +18,7 @@ pub(super) struct Job {
 
 /// Carries out steps of filling, one at a time.
 ///
-/// When a VMM dies while memory is installed into it, its address space is torn down by whoever installs: that takes up to a
+/// When a VMM dies while memory is installed into it, its address space is torn down by the installing thread: that takes up to a
 /// second and more for some GiB, in the middle of an `ioctl`. On this thread nobody waits for that but other fills.
 pub(super) struct Filler {
     jobs: mpsc::Sender<Job>,

@@ -40,7 +40,7 @@ pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal>
 /// How many more pages of 2 MiB this process can install.
 pub(super) struct HugeRoom {
     pub(super) pages: u64,
-    /// Our cgroup, if it is its limit that leaves no more: the kernel charges hugepages to whoever installs them.
+    /// Our cgroup, if it is its limit that leaves no more: the kernel charges hugepages to the process that installs them.
     pub(super) cgroup: Option<PathBuf>,
 }
 

@@ -234,7 +234,7 @@ impl Filling {
             let most = usize::try_from(FILL_BYTES / region.page_size().bytes()).map_or(1, |pages| pages.max(1));
             let end = (first.get() + most).min(region.pages());
             cursor.page = PageIndex::new(end);
-            // hugetlbfs has one size of pages, whoever fills them.
+            // hugetlbfs has one size of pages, whether the kernel or the server fills them.
             let fills_small = self.kernel_fills_small || region.page_size() == PageSize::Huge;
             return fill(cursor.region, first, end, false, self.completing && fills_small);
         }

@@ -22,7 +22,7 @@ const WRITER_PACE: Duration = Duration::from_millis(10);
 /// A lease on a [`MemFile`]: whoever opens the file for writing, or truncates it, waits until this is dropped.
 ///
 /// The kernel holds them up, whatever path and process they come from, for `/proc/sys/fs/lease-break-time` seconds at most
-/// (45 as a rule), on file systems where [it is sure](Self::is_sure); whoever opens with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
+/// (45 as a rule), on file systems where [it is sure](Self::is_sure); an open with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
 /// should be dropped soon, and cannot be taken back before nobody writes any more. Readers are not held up, nor are renaming
 /// and removing, which change no bytes.
 ///

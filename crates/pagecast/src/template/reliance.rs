@@ -101,7 +101,7 @@ mod tests {
         if std::os::unix::fs::chown(&path, Some(12_345), None).is_err() {
             return skip("only root can give a file away");
         }
-        // Whoever may override permissions may write it.
+        // A process that may override permissions may write it.
         assert!(Reliance::of(&file).unwrap().residency);
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective.remove(rustix::thread::CapabilitySet::DAC_OVERRIDE);

@@ -124,7 +124,7 @@ fn refused_by(
     scene.check_refused(code, report)
 }
 
-/// Whoever does `handshake`, which has no file descriptor, is refused for the reason with this code, and its fork waits on.
+/// A peer that does `handshake`, which has no file descriptor, is refused for the reason with this code, and its fork waits on.
 fn refused_without_fd(
     set_up: impl FnOnce(Builder) -> Builder,
     code: &str,

@@ -171,7 +171,7 @@ fn a_fork_fits_into_pages_that_the_kernel_may_add_to_the_pool() {
     assert_reads_right(&vmm, read_everything(1));
 }
 
-/// The kernel charges a hugepage to whoever installs it: us.
+/// The kernel charges a hugepage to the process that installs it: us.
 #[test]
 fn a_fork_that_our_own_cgroup_has_no_hugepages_for_is_refused_and_the_reason_names_it() {
     let Some(reserved) = HugePages::reserve(2 * PAGES).unwrap() else {

@@ -22,9 +22,9 @@ pub(crate) enum Access {
     Gated,
     /// Never at once, and reading it fails, for a reason that may pass.
     Broken,
-    /// Never at once, and reading it fails so many times, each time for another reason that may pass.
+    /// Never at once, and reading it fails `n` times, each time for another reason that may pass.
     Fails(u64),
-    /// At once, after so many tries that fail for reasons that may pass.
+    /// At once, after `n` tries that fail for reasons that may pass.
     FailsAtOnce(u64),
     /// At once, but "at once" takes until the gate is open. No source may do this; it holds a worker where a test wants
     /// it to be.
