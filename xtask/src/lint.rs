@@ -3,6 +3,7 @@
 mod arrows;
 mod files;
 mod links;
+mod skips;
 mod target;
 mod tool;
 mod unsafe_code;
@@ -73,6 +74,9 @@ fn checks() -> Vec<Check> {
             "unsafe code is where it may be",
             || holds_no(&unsafe_code::misplaced()?),
         ),
+        Check::new("skipped tests are told by the testkit", || {
+            holds_no(&skips::printed_by_hand()?)
+        }),
         Check::new("links of the documentation resolve", || holds_no(&links::broken()?)),
         Check::new("the OpenAPI document is up to date", openapi::check_committed),
         Check::new("formatting", || formatting(cargo("fmt").arg("--all"))),

@@ -375,7 +375,7 @@ fn failed(doing: &'static str) -> impl FnOnce(Errno) -> ProtectError {
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    use pagecast_testkit::skip::skip;
+    use pagecast_testkit::skip::{Capability, Need, skip};
     use rustix::thread::CapabilitySet;
 
     use super::*;
@@ -448,7 +448,7 @@ mod tests {
             .collect();
         templates.retain(|template| flags(template.file.as_fd()).is_ok());
         if !capabilities.contains(CapabilitySet::LINUX_IMMUTABLE) {
-            skip("needs CAP_LINUX_IMMUTABLE");
+            skip(Need::Capability(Capability::LinuxImmutable));
             return Vec::new();
         }
         if templates.is_empty() {
@@ -627,7 +627,7 @@ mod tests {
     #[test]
     fn a_file_of_somebody_else_needs_a_capability() {
         if !rustix::process::geteuid().is_root() {
-            skip("needs root to have a file of somebody else");
+            skip((Need::Root, "to have a file of somebody else"));
             return;
         }
         let template = Template::with_mode(0o644);

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use clap::Args as _;
 use pagecast_daemon::{Config, Settings};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 
 /// Where the unit expects the command.
 const INSTALLED: &str = "/usr/bin/pagecast";
@@ -80,7 +80,7 @@ fn systemd_understands_the_unit() {
     std::fs::write(&copy, unit.replace(INSTALLED, anything.to_str().unwrap())).unwrap();
     let verified = Command::new("systemd-analyze").arg("verify").arg(&copy).output();
     let verified = match verified {
-        Err(error) if error.kind() == ErrorKind::NotFound => return skip("systemd-analyze is not installed"),
+        Err(error) if error.kind() == ErrorKind::NotFound => return skip(Need::Program("systemd-analyze")),
         verified => verified.unwrap(),
     };
     let said = String::from_utf8_lossy(&verified.stderr);

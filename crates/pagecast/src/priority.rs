@@ -78,6 +78,8 @@ impl WorkerPriority {
 
 #[cfg(test)]
 mod tests {
+    use pagecast_testkit::skip::{Capability, Need, skip};
+
     use super::*;
 
     fn of_this_thread() -> i32 {
@@ -111,7 +113,10 @@ mod tests {
             "of this thread alone"
         );
         if !may_be_raised {
-            println!("skipped: this user may not raise the priority of a thread");
+            skip((
+                Need::Capability(Capability::SysNice),
+                "to raise the priority of a thread",
+            ));
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::skip::skip;
+use crate::skip::{Need, skip};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -42,7 +42,7 @@ impl HugePages {
                     ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
                 ) =>
             {
-                skip(&format!("cannot reserve 2 MiB pages: {POOL}: {error}"));
+                skip((Need::Hugepages(pages), format_args!("{POOL}: {error}")));
                 return Ok(None);
             }
             Err(error) => return Err(error).with_context(|| format!("failed to open {POOL}")),
@@ -58,7 +58,7 @@ impl HugePages {
         // The kernel reserves what it can find, and says nothing.
         let added = size(&reserved.pool)?.saturating_sub(before);
         if added < pages {
-            skip(&format!("needs {pages} free pages of 2 MiB, the system found {added}"));
+            skip((Need::Hugepages(pages), format_args!("the system found {added}")));
             return Ok(None);
         }
         wait_until_free(pages)?;

@@ -20,7 +20,7 @@ use pagecast_testkit::sim_vmm::{
     AwaitClose, ClearNonblock, Connect, HandshakeForm, History, Latency, MapFile, Order, Pages, Read, Region, Remove,
     RemoveRace, Share, SimVmm, Touch, TouchOutside, Write,
 };
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 use pagecast_uffd::{PeerCredentials, fd_passing};
 use rustix::event::{PollFd, PollFlags};
@@ -503,7 +503,7 @@ fn a_raw_handshake_reports_when_the_server_hangs_up() {
 #[test]
 fn a_vmm_of_another_user_is_seen_as_such() {
     if !rustix::process::geteuid().is_root() {
-        skip("only root starts processes of other users");
+        skip((Need::Root, "to start processes of other users"));
         return;
     }
     let (directory, socket, listener) = listener();

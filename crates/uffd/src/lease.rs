@@ -165,7 +165,7 @@ mod tests {
             match leased.breaks.take_read_lease(leased.file.as_fd()) {
                 Ok(()) => Some(leased),
                 Err(errno) if errno.get() == libc::EINVAL => {
-                    println!("skipped: the file system of {} has no leases", leased.path.display());
+                    pagecast_testkit::skip::skip(pagecast_testkit::skip::Need::Leases);
                     None
                 }
                 Err(errno) => panic!("{errno}"),

@@ -520,6 +520,8 @@ pub(crate) fn features_of_fdinfo(info: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use pagecast_testkit::skip::{Need, skip};
+
     use super::*;
 
     fn create(features: Features) -> Option<Uffd> {
@@ -529,7 +531,7 @@ mod tests {
         }) {
             Ok(uffd) => Some(uffd),
             Err(error) => {
-                println!("skipped: {error}");
+                skip((Need::Userfaultfd, error));
                 None
             }
         }
@@ -559,7 +561,7 @@ mod tests {
     fn a_uffd_without_api_is_refused() {
         let fd = create_by_device(OFlags::CLOEXEC).or_else(|_| create_by_syscall(OFlags::CLOEXEC));
         let Ok(fd) = fd else {
-            println!("skipped: no userfaultfd for this user");
+            skip(Need::Userfaultfd);
             return;
         };
         let error = Uffd::from_received(fd).unwrap_err().why;
@@ -578,7 +580,7 @@ mod tests {
             ReadWriteFlags::NOWAIT,
         ) == Err(E::OPNOTSUPP)
         {
-            println!("skipped: this kernel's userfaultfd knows no RWF_NOWAIT (Linux 6.10)");
+            skip((Need::Kernel(6, 10), "RWF_NOWAIT of a userfaultfd"));
             return;
         }
         let mut events = EventBuffer::new();

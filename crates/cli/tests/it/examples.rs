@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use pagecast_client::fork::MemBackend;
 use pagecast_client::{CreateFork, CreatedFork};
 use pagecast_testkit::firecracker::{Snapshot, SnapshotOptions, binary, jailer, kvm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ fn examples() -> PathBuf {
 }
 
 /// Whether there is such a program; says so where there is not.
-fn skips_without(program: &str, argument: &str) -> bool {
+fn skips_without(program: &'static str, argument: &str) -> bool {
     let there = Command::new(program)
         .arg(argument)
         .stdout(Stdio::null())
@@ -30,7 +30,7 @@ fn skips_without(program: &str, argument: &str) -> bool {
     if there.is_ok() {
         return false;
     }
-    skip(&format!("{program} is not installed"));
+    skip(Need::Program(program));
     true
 }
 
@@ -180,7 +180,7 @@ fn curl_restores_a_jailed_firecracker_with_file() {
 
 fn restored_in_a_jail(backend: &str) {
     if !geteuid().is_root() {
-        return skip("the jailer needs root");
+        return skip((Need::Root, "for the jailer"));
     }
     restored("jailer/restore.sh", backend, &["12345", "12346", backend]);
 }
@@ -188,7 +188,7 @@ fn restored_in_a_jail(backend: &str) {
 #[test]
 fn the_jailer_example_leaves_nothing_when_it_is_interrupted() {
     if !geteuid().is_root() {
-        return skip("the jailer needs root");
+        return skip((Need::Root, "for the jailer"));
     }
     if kvm().unwrap().skips() || skips_without("curl", "--version") {
         return;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use pagecast_client::fork::BackendType;
 use pagecast_client::{Backend, CreateFork, ForkState};
 use pagecast_testkit::firecracker::{BlankVmm, Jail, MemBackend, MicroVm, Snapshot, SnapshotOptions, jailer, kvm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open};
 use serde_json::Value;
@@ -139,7 +139,7 @@ fn enter(snapshot: &Snapshot, id: &str, jail: Jail, backend: &MemBackend) -> Jai
 
 fn cannot_jail() -> bool {
     if !geteuid().is_root() {
-        skip("the jailer needs root");
+        skip((Need::Root, "for the jailer"));
         return true;
     }
     kvm().unwrap().skips()

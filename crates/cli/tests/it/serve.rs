@@ -8,7 +8,7 @@ use std::process::Command;
 use pagecast_client::template::{Protection, TemplateState, Warm, WarmthState};
 use pagecast_client::{AddTemplate, Backend, ClientError, CreateFork, ErrorCode, ForkState};
 use pagecast_testkit::sim_vmm::SimVmm;
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::IFlags;
 use rustix::process::Signal;
@@ -399,7 +399,7 @@ fn a_run_dir_that_cannot_be_is_told_why() {
     let said = does_not_start(&deep, &[]);
     assert!(said.contains("control.sock"), "{said}");
     if !rustix::process::geteuid().is_root() {
-        skip("needs root to have a folder of another user");
+        skip((Need::Root, "to have a folder of another user"));
         return;
     }
     let theirs = folder.path().join("theirs");
@@ -413,7 +413,7 @@ fn a_run_dir_that_cannot_be_is_told_why() {
 #[test]
 fn a_run_dir_without_permission_is_told() {
     if !rustix::process::geteuid().is_root() {
-        skip("needs root to be another user");
+        skip((Need::Root, "to be another user"));
         return;
     }
     // Where another user finds it.

@@ -7,7 +7,7 @@ use pagecast_client::fork::BackendType;
 use pagecast_client::template::{Warm, WarmthState};
 use pagecast_client::{AddTemplate, Backend, CreateFork, ForkState};
 use pagecast_testkit::firecracker::{GuestRange, MemBackend, MicroVm, Snapshot, SnapshotOptions, kvm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 
 use crate::served::{Served, eventually};
 
@@ -263,7 +263,7 @@ fn who_overwrites_a_template_gets_in_only_after_its_real_forks_are_dead_or_compl
     }
     let fleet = Fleet::new();
     if fleet.served.call(fleet.served.client.template("t")).guard != pagecast_client::template::Guard::Lease {
-        return skip("the file system of temporary files has no leases");
+        return skip(Need::Leases);
     }
     let mut file = fleet.restore(Backend::File, 3);
     let mut uffd = fleet.restore(Backend::Uffd, 2);

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{Connect, Read, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -200,7 +200,7 @@ fn each_turn_is_one_line_of_json_and_faults_are_none() {
     serve.await_event("ready", "");
     let added = serve.call("PUT", "/v1/templates/t", &json!({"mem_path": template.path()}), 201);
     if added["guard"] != "lease" {
-        skip("the file system of temporary files has no leases");
+        skip(Need::Leases);
         return;
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pagecast_client::template::Guard;
 use pagecast_client::{AddTemplate, Backend, CreateFork, ErrorCode, ForkState};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Capability, Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
 use tempfile::TempDir;
@@ -68,7 +68,7 @@ impl Rig {
     fn is_leased(&self) -> bool {
         let is_leased = self.template().guard() == Guard::Lease;
         if !is_leased {
-            skip("the file system of temporary files has no leases");
+            skip(Need::Leases);
         }
         is_leased
     }
@@ -342,7 +342,7 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
         let file = template.file.as_fd();
         let placed = Plan::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
         let Ok(placement) = placed else {
-            return skip("needs CAP_SYS_ADMIN to mount");
+            return skip((Need::Capability(Capability::SysAdmin), "to mount"));
         };
         let mapper = Mapper::of_file(&at);
         let found = || -> Vec<_> {

@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Capability, Need, skip};
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
@@ -185,7 +185,7 @@ fn what_cannot_be_a_vmm_is_refused() {
 #[test]
 fn a_process_that_we_may_not_kill_is_refused() {
     if !has(CapabilitySet::SETUID) || !has(CapabilitySet::KILL) {
-        skip("needs root to start a process as somebody else");
+        skip((Need::Root, "to start a process as somebody else"));
         return;
     }
     let mut child = std::process::Command::new("sleep")
@@ -252,7 +252,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     if has(CapabilitySet::SYS_ADMIN) {
         placements.push(place(&elsewhere.path().join("mount")));
     } else {
-        skip("needs CAP_SYS_ADMIN to mount");
+        skip((Need::Capability(Capability::SysAdmin), "to mount"));
     }
     let plain = Mapper::of_file(&path);
     let mut expected = vec![(plain.pid(), path.clone())];
@@ -297,7 +297,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
 #[test]
 fn a_file_on_an_overlay_is_recognised() {
     if !has(CapabilitySet::SYS_ADMIN) {
-        skip("needs CAP_SYS_ADMIN to mount");
+        skip((Need::Capability(Capability::SysAdmin), "to mount"));
         return;
     }
     // Two file systems below: then an overlay shows another device and inode for what is on the lower one.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pagecast_testkit::PageSize;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::sim_vmm::{Connect, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use serde_json::json;
 
 use crate::fixture::{Fixture, PATIENCE, SIZE};
@@ -141,7 +141,7 @@ while answer := asker.recv(4096):
     sys.stdout.buffer.write(answer)
 ";
     if !rustix::process::geteuid().is_root() {
-        skip("needs root to ask as another user");
+        skip((Need::Root, "to ask as another user"));
         return None;
     }
     let fixture = Fixture::with(|folder, settings| {

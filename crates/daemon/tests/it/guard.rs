@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use pagecast_testkit::sim_vmm::{MapFile, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::fs::OFlags;
 use rustix::thread::CapabilitySet;
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ fn leased() -> Option<Fixture> {
     if fixture.add_template()["guard"] == "lease" {
         return Some(fixture);
     }
-    skip("the file system of temporary files has no leases");
+    skip(Need::Leases);
     None
 }
 
@@ -27,7 +27,7 @@ fn leased() -> Option<Fixture> {
 /// take a lease on it.
 fn watched() -> Option<Fixture> {
     if !rustix::process::geteuid().is_root() {
-        skip("needs root to have a file of another user");
+        skip((Need::Root, "to have a file of another user"));
         return None;
     }
     let mut sets = rustix::thread::capabilities(None).unwrap();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use pagecast_testkit::sim_vmm::{Pages, Read, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, SIZE, eventually, reads_right};
@@ -178,7 +178,7 @@ fn zeros_are_looked_for_once_and_again_only_where_that_is_lost() {
     let mut fixture = Fixture::new();
     fixture.age();
     if fixture.add_template()["guard"] != "lease" {
-        return skip("needs a file system with leases");
+        return skip(Need::Leases);
     }
     let zeros = beside(&fixture, ".zeros");
     eventually("the zeros are kept", || zeros.exists());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pagecast_testkit::peer::{FdKind, RawHandshake};
 use pagecast_testkit::sim_vmm::{MapFile, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, SIZE, eventually, is_dead, reads_right, writes};
@@ -490,7 +490,7 @@ fn a_fork_that_ends_makes_room_for_another() {
 fn the_socket_of_a_fork_is_where_and_whose_it_was_asked_to_be() {
     use std::os::unix::fs::PermissionsExt;
     if !rustix::process::geteuid().is_root() {
-        return skip("needs root to give a socket to another user");
+        return skip((Need::Root, "to give a socket to another user"));
     }
     let fixture = fixture();
     let socket = fixture.folder.path().canonicalize().unwrap().join("vm.sock");

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use procfs::Current;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
@@ -128,7 +128,7 @@ fn the_next_daemon_keeps_a_resident_template_in_memory_again() {
 fn a_writer_is_let_on_and_nothing_of_the_template_stays() {
     let fixture = Fixture::new();
     if fixture.add_template()["guard"] != "lease" {
-        return skip("the file system of temporary files has no leases");
+        return skip(Need::Leases);
     }
     keep(&fixture);
     ends_well(start_writing(fixture.file.path()));

@@ -628,7 +628,7 @@ mod tests {
         match mem_file.try_read(page(0), &mut buffer).unwrap() {
             Page::NotReady => {}
             // tmpfs has no backing store to drop pages to.
-            Page::Bytes(_) => println!("skipped: this file system keeps its pages in memory"),
+            Page::Bytes(_) => pagecast_testkit::skip::skip("this file system keeps its pages in memory"),
             Page::Zero => panic!("zeros in place of bytes"),
         }
         mem_file.read(page(0), &mut buffer).unwrap();

@@ -339,6 +339,8 @@ mod tests {
     use std::fs::File;
     use std::io::Write as _;
 
+    use pagecast_testkit::skip::skip;
+
     use super::*;
     use crate::template::Recording;
 
@@ -385,7 +387,7 @@ mod tests {
         // Asking has the kernel read ahead, so it is the end that is asked for.
         let dropped = !is_cached(file, file.len().get() - PAGE);
         if !dropped {
-            println!("skipped: this file system keeps its pages in memory");
+            skip("this file system keeps its pages in memory");
         }
         dropped
     }
@@ -453,7 +455,7 @@ mod tests {
         let after = Loader::dropping(&file).load(all).unwrap();
         assert!(after >= before, "{before:?} {after:?}");
         if after == ByteLen::ZERO {
-            println!("skipped: this file system has no large pages, or there is no memory for them");
+            skip("this file system has no large pages, or there is no memory for them");
         }
         let mut bytes = vec![0; 4 * HUGE_LEN];
         file.read(TemplateOffset::new(0), &mut bytes).unwrap();

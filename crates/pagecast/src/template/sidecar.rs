@@ -197,6 +197,8 @@ pub(super) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Ve
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use pagecast_testkit::skip::{Need, skip};
+
     use super::*;
 
     const KIND: Kind = Kind {
@@ -302,7 +304,7 @@ mod tests {
         let (_dir, path, identity) = mem_file();
         KIND.write(&path, &identity, b"body").unwrap();
         if std::os::unix::fs::chown(&path, Some(12345), None).is_err() {
-            println!("skipped: only root can give a file away");
+            skip((Need::Root, "to give a file away"));
             return;
         }
         assert!(matches!(read(&path, 4, None), Err(SidecarError::Untrusted { .. })));

@@ -12,7 +12,7 @@ use pagecast_testkit::peer::{Bytes, FdKind, Piece, RawHandshake, RawReport, Then
 use pagecast_testkit::sim_vmm::{
     AwaitClose, ClearNonblock, Connect, Order, Pages, Read, Region, Registered, SimVmm, Touch, TouchOutside,
 };
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use pagecast_uffd::Features;
 use serde_json::{Value, json};
@@ -251,7 +251,7 @@ fn a_uffd_that_hides_removals_is_refused() {
 #[test]
 fn a_uffd_that_reports_forks_is_refused() {
     if !rustix::process::geteuid().is_root() {
-        skip("the kernel lets only root have fork events");
+        skip((Need::Root, "to have fork events"));
         return;
     }
     vmm_refused("features", |connect| {
@@ -586,7 +586,7 @@ fn a_guest_larger_than_its_template_is_refused() {
 #[test]
 fn the_wrong_user_is_refused() {
     if !rustix::process::geteuid().is_root() {
-        skip("only root registers forks for other users");
+        skip((Need::Root, "to register forks for other users"));
         return;
     }
     let vmm = SimVmm::spawn().unwrap();
@@ -613,7 +613,7 @@ fn the_user_whom_a_fork_is_for_is_served() {
 /// A scene whose fork is for [`USER`] and whose VMM runs as `uid`; `None` where that cannot be.
 fn scene_of(uid: u32) -> Option<Scene> {
     if !rustix::process::geteuid().is_root() {
-        skip("only root starts processes of other users");
+        skip((Need::Root, "to start processes of other users"));
         return None;
     }
     match SimVmm::spawn_as(uid) {

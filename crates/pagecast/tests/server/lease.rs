@@ -12,7 +12,7 @@ use pagecast::server::ForkState;
 use pagecast::template::{Lease, LeaseError, LockError, Locked, MemFile, PageSource as _, Wanted};
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::Read;
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
 
@@ -26,7 +26,7 @@ fn taken(lease: Result<Lease, LeaseError>) -> Option<Lease> {
     match lease {
         Ok(lease) => Some(lease),
         Err(error @ (LeaseError::Unsupported | LeaseError::NotPermitted)) => {
-            skip(&error.to_string());
+            skip((Need::Leases, error));
             None
         }
         Err(error) => panic!("{error:?}"),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Order, Pages, RaceReport, Read, Region, Remove, RemoveRace, Share, SimVmm, Write};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::process::Pid;
 use rustix::thread::CpuSet;
 
@@ -175,7 +175,7 @@ fn retries_are_paced(completing: bool) {
         return;
     }
     let Some((ours, theirs)) = two_processors() else {
-        return skip("needs two processors");
+        return skip(Need::Processors(2));
     };
     // The threads of the server, and of the VMM too until it is moved, come from this one.
     rustix::thread::sched_setaffinity(None, &ours).unwrap();

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::binary;
 use super::binary::jailer;
-use crate::skip::skip;
+use crate::skip::{Need, skip};
 
 /// More than a Firecracker with the tiny guest needs.
 const MEMORY_LIMIT: u64 = 2 << 30;
@@ -49,7 +49,7 @@ impl Jail {
     /// Firecracker or the jailer cannot be had, or the folder cannot be made.
     pub fn new(uid: u32, gid: u32) -> Result<Option<Self>> {
         if !geteuid().is_root() {
-            skip("the jailer needs root");
+            skip((Need::Root, "for the jailer"));
             return Ok(None);
         }
         let folder = tempfile::Builder::new()

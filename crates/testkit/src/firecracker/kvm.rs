@@ -22,7 +22,7 @@ impl Kvm {
         match self {
             Self::Usable => false,
             Self::Missing(why) => {
-                crate::skip::skip(why);
+                crate::skip::skip((crate::skip::Need::Kvm, why));
                 true
             }
         }
