@@ -2,13 +2,17 @@
 //! no KVM, and for users other than root.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use pagecast_client::fork::BackendType;
-use pagecast_client::{Backend, CreateFork, ForkState};
+use pagecast_client::{Backend, ClientError, CreateFork, ErrorCode, ForkState};
 use pagecast_testkit::firecracker::{BlankVmm, Jail, MemBackend, MicroVm, Snapshot, SnapshotOptions, jailer, kvm};
 use pagecast_testkit::skip::{Need, skip};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Gid, Uid, chown};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open};
 use serde_json::Value;
 
@@ -104,8 +108,8 @@ impl Jails {
         forks
     }
 
-    /// Ends them, and sees to it that nothing is left of them.
-    fn end(&self, forks: Vec<JailedFork>) {
+    /// Ends them, and sees to it that nothing is left of them. `others` forks stay.
+    fn end(&self, forks: Vec<JailedFork>, others: usize) {
         let mut gone = Vec::new();
         for mut fork in forks {
             fork.vm.kill().unwrap();
@@ -121,7 +125,7 @@ impl Jails {
             assert!(!path.exists(), "{} is left", path.display());
             assert_no_mounts_in(&path);
         }
-        assert_eq!(self.served.call(self.served.client.forks(false)).len(), 0);
+        assert_eq!(self.served.call(self.served.client.forks(false)).len(), others);
     }
 }
 
@@ -201,7 +205,7 @@ fn a_jailed_fork_of_each_backend_is_found_and_reads_every_byte() {
         let mut forks = jails.restore("one", backend, 1);
         assert_is_jailed(&forks[0]);
         read_and_write(&mut forks, &jails.snapshot);
-        jails.end(forks);
+        jails.end(forks, 0);
     }
 }
 
@@ -211,7 +215,7 @@ fn twenty_jailed_forks_with_uffd_read_every_byte_and_leave_nothing() {
     let mut forks = jails.restore("many", Backend::Uffd, FORKS);
     forks.iter().for_each(assert_is_jailed);
     read_and_write(&mut forks, &jails.snapshot);
-    jails.end(forks);
+    jails.end(forks, 0);
 }
 
 #[test]
@@ -220,7 +224,7 @@ fn twenty_jailed_forks_with_file_read_every_byte_and_leave_nothing() {
     let mut forks = jails.restore("many", Backend::File, FORKS);
     forks.iter().for_each(assert_is_jailed);
     read_and_write(&mut forks, &jails.snapshot);
-    jails.end(forks);
+    jails.end(forks, 0);
 }
 
 /// The arguments that jail the Firecrackers of a run.
@@ -247,7 +251,6 @@ fn as_strs(arguments: &[String]) -> Vec<&str> {
 
 /// The processes that run as the user of the jails, and whose root directory is a jail of a run in `runs`.
 fn jailed_in(runs: &Path) -> Vec<i32> {
-    use std::os::unix::fs::MetadataExt as _;
     let of = |path: PathBuf| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
     let below = |folder: PathBuf| {
         fs::read_dir(folder)
@@ -434,4 +437,154 @@ fn a_memory_file_that_the_jailed_user_cannot_read_is_told_of() {
     let error = report["forks"][0]["error"].as_str().unwrap();
     assert!(error.contains("has to be readable for that user"), "{error}");
     assert_nothing_is_left(&host);
+}
+
+/// What a VMM that a guest has taken over could do: a process with the root directory, the mounts and the user of a jail.
+const HOSTILE: &str = r#"
+import ctypes, fcntl, mmap, os, socket, sys
+root, uid, gid, act = sys.argv[1].encode(), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+libc = ctypes.CDLL(None, use_errno=True)
+def check(result):
+    if result != 0:
+        raise OSError(ctypes.get_errno(), "a call failed")
+# As the jailer does it: a mount namespace (CLONE_NEWNS) whose mounts are slaves (MS_SLAVE, MS_REC), the root directory as a
+# mount of its own (MS_BIND, MS_REC), pivot_root(2), and nothing of the old root (MNT_DETACH).
+check(libc.unshare(0x20000))
+check(libc.mount(None, b"/", None, 0x80000 | 0x4000, None))
+check(libc.mount(root, root, None, 0x1000 | 0x4000, None))
+os.chdir(root)
+check(libc.syscall(155, b".", b"."))
+check(libc.umount2(b".", 2))
+os.chdir("/")
+os.setgroups([])
+os.setgid(gid)
+os.setuid(uid)
+kept = []
+if act == "lock":
+    kept.append(os.open("/", os.O_RDONLY))
+    fcntl.flock(kept[0], fcntl.LOCK_EX)
+if act == "map":
+    fd = os.open(b"/" + bytes.fromhex(sys.argv[5]), os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, 4096)
+    kept.append(mmap.mmap(fd, 4096, mmap.MAP_SHARED))
+if act == "probe":
+    for _ in range(20):
+        probe = socket.socket(socket.AF_UNIX)
+        probe.connect("/uffd.sock")
+        probe.close()
+print("done", flush=True)
+sys.stdin.read()
+"#;
+
+/// A process in a jail that does one of these. Dropping it ends it.
+struct Hostile(Child);
+
+impl Hostile {
+    /// Returns once it has done it. It keeps its lock or its mappings.
+    fn start(jail: &Jail, act: &[&str]) -> Self {
+        chown(jail.root(), Some(Uid::from_raw(UID)), Some(Gid::from_raw(GID))).unwrap();
+        let mut child = Command::new("python3")
+            .args(["-c", HOSTILE])
+            .arg(jail.root())
+            .args([UID.to_string(), GID.to_string()])
+            .args(act)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let read = BufReader::new(child.stdout.take().unwrap()).read_line(&mut said);
+        let hostile = Self(child);
+        read.unwrap();
+        assert_eq!(said, "done\n");
+        hostile
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Has a process in the jail of a fork do something hostile, and sees to it that all other forks, those before and those after
+/// it, and at last the fork itself and the daemon's end, go well.
+fn nobody_else_is_hurt_by(acts: &[&[&str]]) {
+    let Some(mut jails) = Jails::new() else { return };
+    let mut others = jails.restore("before", Backend::Uffd, 1);
+    others.extend(jails.restore("before", Backend::File, 1));
+    let (jail, backend) = jails.jail("its", Backend::Uffd);
+    let hostile: Vec<_> = acts.iter().map(|act| Hostile::start(&jail, act)).collect();
+
+    others.extend(jails.restore("after", Backend::Uffd, 1));
+    others.extend(jails.restore("after", Backend::File, 1));
+    assert_eq!(jails.served.call(jails.served.client.forks(true)).len(), 5);
+    read_and_write(&mut others, &jails.snapshot);
+    assert_eq!(jails.served.fork("its").state, ForkState::Waiting);
+    let mut its = vec![enter(&jails.snapshot, "its", jail, &backend)];
+    jails.served.await_fork("its", ForkState::Serving);
+    read_and_write(&mut its, &jails.snapshot);
+    let removed = jails.served.runtime.block_on(jails.served.client.remove_template("t"));
+    let Err(ClientError::Api(refused)) = removed else {
+        panic!("{removed:?}")
+    };
+    assert_eq!(refused.code, ErrorCode::TemplateInUse);
+
+    jails.end(others, 1);
+    jails.served.signal(Signal::TERM);
+    assert!(jails.served.wait().success());
+    read_and_write(&mut its, &jails.snapshot);
+    drop(hostile);
+}
+
+#[test]
+fn a_jailed_process_that_locks_the_folder_of_its_socket_hurts_nobody_else() {
+    nobody_else_is_hurt_by(&[&["lock"]]);
+}
+
+#[test]
+fn a_jailed_process_that_maps_files_with_strange_names_hurts_nobody_else() {
+    // In hexadecimal: `SYSV`, `SYSV0000000z`, bytes that are not UTF-8, a second line, and `mem (deleted)`, a process each, so that
+    // one name does not keep a parser from another.
+    let names = [
+        "53595356",
+        "53595356303030303030307a",
+        "fffe",
+        "610a2d",
+        "6d656d202864656c6574656429",
+    ];
+    let acts = names.map(|name| ["map", name]);
+    let acts: Vec<&[&str]> = acts.iter().map(|act| &act[..]).collect();
+    nobody_else_is_hurt_by(&acts);
+}
+
+#[test]
+fn a_jailed_process_that_connects_and_closes_does_not_use_its_fork_up() {
+    nobody_else_is_hurt_by(&[&["probe"]]);
+}
+
+/// As scripts do before they start the jailer.
+#[test]
+fn a_jail_that_is_given_to_its_user_with_all_that_is_in_it_takes_no_template_along() {
+    let Some(jails) = Jails::new() else { return };
+    let (jail, backend) = jails.jail("its", Backend::File);
+    let owner_and_mode = || {
+        let metadata = fs::metadata(&jails.snapshot.mem_path).unwrap();
+        (metadata.uid(), metadata.gid(), metadata.mode())
+    };
+    let before = owner_and_mode();
+    for (program, wanted) in [("chown", "12345:12346"), ("chmod", "0777")] {
+        // It may fail for the memory file.
+        Command::new(program)
+            .args(["-R", wanted])
+            .arg(jail.root())
+            .status()
+            .unwrap();
+    }
+    assert_eq!(owner_and_mode(), before);
+    let mut its = vec![enter(&jails.snapshot, "its", jail, &backend)];
+    jails.served.await_fork("its", ForkState::Serving);
+    read_and_write(&mut its, &jails.snapshot);
+    jails.end(its, 0);
 }
