@@ -375,7 +375,7 @@ fn failed(doing: &'static str) -> impl FnOnce(Errno) -> ProtectError {
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    use pagecast_testkit::skip::{Capability, Need, skip};
+    use pagecast_testkit::skip::{Need, skip};
     use rustix::thread::CapabilitySet;
 
     use super::*;
@@ -448,7 +448,7 @@ mod tests {
             .collect();
         templates.retain(|template| flags(template.file.as_fd()).is_ok());
         if !capabilities.contains(CapabilitySet::LINUX_IMMUTABLE) {
-            skip(Need::Capability(Capability::LinuxImmutable));
+            skip(Need::Capabilities(CapabilitySet::LINUX_IMMUTABLE));
             return Vec::new();
         }
         if templates.is_empty() {

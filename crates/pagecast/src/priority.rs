@@ -78,7 +78,8 @@ impl WorkerPriority {
 
 #[cfg(test)]
 mod tests {
-    use pagecast_testkit::skip::{Capability, Need, skip};
+    use pagecast_testkit::skip::{Need, skip};
+    use rustix::thread::CapabilitySet;
 
     use super::*;
 
@@ -114,7 +115,7 @@ mod tests {
         );
         if !may_be_raised {
             skip((
-                Need::Capability(Capability::SysNice),
+                Need::Capabilities(CapabilitySet::SYS_NICE),
                 "to raise the priority of a thread",
             ));
         }

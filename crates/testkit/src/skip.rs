@@ -6,6 +6,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use pagecast_uffd::lease::LeaseBreaks;
+use rustix::thread::CapabilitySet;
 
 /// What a test needs and says that this machine has not. In CI, the test fails if the machine has it: then the test is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,8 +16,8 @@ pub enum Need {
     Kvm,
     /// The rights of root.
     Root,
-    /// A capability.
-    Capability(Capability),
+    /// Capabilities: see `capabilities(7)`.
+    Capabilities(CapabilitySet),
     /// This many free pages of 2 MiB.
     Hugepages(u64),
     /// A file system of temporary files that has leases.
@@ -31,24 +32,14 @@ pub enum Need {
     Program(&'static str),
 }
 
-/// Capabilities that tests need: see `capabilities(7)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are those of the kernel")]
-pub enum Capability {
-    LinuxImmutable = 9,
-    SysAdmin = 21,
-    SysNice = 23,
-}
-
 impl Need {
     /// Whether this machine has it, as seen apart from the test.
     pub fn is_there(self) -> bool {
         match self {
             Self::Kvm => cfg!(target_arch = "x86_64") && Path::new("/dev/kvm").exists(),
             Self::Root | Self::Userfaultfd => rustix::process::geteuid().is_root(),
-            Self::Capability(capability) => {
-                let held = status_line("CapEff:").and_then(|mask| u64::from_str_radix(&mask, 16).ok());
-                held.is_some_and(|held| held >> (capability as u32) & 1 == 1)
+            Self::Capabilities(capabilities) => {
+                rustix::thread::capabilities(None).is_ok_and(|held| held.effective.contains(capabilities))
             }
             Self::Hugepages(pages) => {
                 let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
@@ -70,9 +61,13 @@ impl fmt::Display for Need {
         match self {
             Self::Kvm => f.write_str("/dev/kvm on x86-64"),
             Self::Root => f.write_str("root"),
-            Self::Capability(Capability::LinuxImmutable) => f.write_str("CAP_LINUX_IMMUTABLE"),
-            Self::Capability(Capability::SysAdmin) => f.write_str("CAP_SYS_ADMIN"),
-            Self::Capability(Capability::SysNice) => f.write_str("CAP_SYS_NICE"),
+            Self::Capabilities(capabilities) => {
+                let names: Vec<_> = capabilities
+                    .iter_names()
+                    .map(|(name, _)| format!("CAP_{name}"))
+                    .collect();
+                f.write_str(&names.join(" and "))
+            }
             Self::Hugepages(pages) => write!(f, "{pages} free pages of 2 MiB"),
             Self::Leases => f.write_str("a file system of temporary files with leases"),
             Self::Userfaultfd => f.write_str("userfaultfd"),
@@ -160,14 +155,6 @@ fn in_ci() -> bool {
     std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false" && ci != "0")
 }
 
-/// What `/proc/self/status` says in this line.
-fn status_line(name: &str) -> Option<String> {
-    let status = std::fs::read("/proc/self/status").ok()?;
-    let status = String::from_utf8_lossy(&status);
-    let line = status.lines().find_map(|line| line.strip_prefix(name));
-    line.map(|value| value.trim().to_owned())
-}
-
 fn has_leases() -> anyhow::Result<bool> {
     let file = tempfile::NamedTempFile::new()?;
     // A lease for reading needs a file that nobody has open for writing.
@@ -196,7 +183,6 @@ mod tests {
         assert!(!Need::Program("no-such-program").is_there());
         assert_eq!(Need::Root.is_there(), rustix::process::geteuid().is_root());
         assert!(!Need::Hugepages(u64::MAX).is_there());
-        // Root has all capabilities, but for those that a container takes away.
         assert_eq!(
             Need::Kvm.is_there(),
             Path::new("/dev/kvm").exists() && cfg!(target_arch = "x86_64")

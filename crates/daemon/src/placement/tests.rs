@@ -3,7 +3,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use pagecast::template::Identity;
-use pagecast_testkit::skip::{Capability, Need, skip};
+use pagecast_testkit::skip::{Need, skip};
 use rustix::fs::StatVfsMountFlags;
 use rustix::thread::CapabilitySet;
 
@@ -67,7 +67,7 @@ fn id_at(path: &Path) -> InodeId {
 fn may_mount() -> bool {
     let may = has(CapabilitySet::SYS_ADMIN);
     if !may {
-        skip((Need::Capability(Capability::SysAdmin), "to mount"));
+        skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
     }
     may
 }

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use pagecast_client::template::Guard;
 use pagecast_client::{AddTemplate, Backend, CreateFork, ErrorCode, ForkState};
-use pagecast_testkit::skip::{Capability, Need, skip};
+use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::fs::OFlags;
+use rustix::thread::CapabilitySet;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
@@ -342,7 +343,7 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
         let file = template.file.as_fd();
         let placed = Plan::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
         let Ok(placement) = placed else {
-            return skip((Need::Capability(Capability::SysAdmin), "to mount"));
+            return skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
         };
         let mapper = Mapper::of_file(&at);
         let found = || -> Vec<_> {
@@ -401,10 +402,10 @@ fn forks_that_are_overdue_are_ended_after_a_panic() {
 /// As where pagecast has `CAP_KILL` and not `CAP_SYS_PTRACE`.
 #[test]
 fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
-    let capability = rustix::thread::CapabilitySet::SYS_PTRACE;
+    let capability = CapabilitySet::SYS_PTRACE;
     let sets = rustix::thread::capabilities(None).unwrap();
     if !sets.effective.contains(capability) {
-        return skip("needs CAP_SYS_PTRACE, to give it up");
+        return skip((Need::Capabilities(capability), "to give it up"));
     }
     // Started with the capability, and so not to be looked at by this process, once it is without.
     let rig = Rig::start();

@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pagecast_testkit::skip::{Capability, Need, skip};
+use pagecast_testkit::skip::{Need, skip};
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
@@ -252,7 +252,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     if has(CapabilitySet::SYS_ADMIN) {
         placements.push(place(&elsewhere.path().join("mount")));
     } else {
-        skip((Need::Capability(Capability::SysAdmin), "to mount"));
+        skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
     }
     let plain = Mapper::of_file(&path);
     let mut expected = vec![(plain.pid(), path.clone())];
@@ -297,7 +297,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
 #[test]
 fn a_file_on_an_overlay_is_recognised() {
     if !has(CapabilitySet::SYS_ADMIN) {
-        skip((Need::Capability(Capability::SysAdmin), "to mount"));
+        skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
         return;
     }
     // Two file systems below: then an overlay shows another device and inode for what is on the lower one.
@@ -382,7 +382,7 @@ ends(60, 0)";
 #[test]
 fn a_process_that_cannot_be_looked_at_may_map_any_file_that_it_has_room_for() {
     if !has(CapabilitySet::SYS_PTRACE) {
-        skip("needs CAP_SYS_PTRACE, to give it up");
+        skip((Need::Capabilities(CapabilitySet::SYS_PTRACE), "to give it up"));
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use pagecast_testkit::sim_vmm::SimVmm;
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::thread::CapabilitySet;
 use serde_json::json;
 
@@ -24,8 +24,9 @@ fn has(capability: CapabilitySet) -> bool {
 /// As `chown -R` of the jail does.
 #[test]
 fn giving_a_jail_to_its_user_does_not_give_away_the_template() {
-    if !has(CapabilitySet::SYS_ADMIN) || !has(CapabilitySet::CHOWN) {
-        skip("needs CAP_SYS_ADMIN to mount, and CAP_CHOWN");
+    let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::CHOWN;
+    if !has(needed) {
+        skip(Need::Capabilities(needed));
         return;
     }
     let fixture = Fixture::new();
@@ -50,8 +51,9 @@ fn giving_a_jail_to_its_user_does_not_give_away_the_template() {
 
 #[test]
 fn a_template_whose_owner_or_mode_was_changed_says_so() {
-    if !has(CapabilitySet::CHOWN) || !has(CapabilitySet::SYS_ADMIN) {
-        skip("needs CAP_CHOWN, and CAP_SYS_ADMIN to give it up");
+    let needed = CapabilitySet::CHOWN | CapabilitySet::SYS_ADMIN;
+    if !has(needed) {
+        skip((Need::Capabilities(needed), "one of them to give it up"));
         return;
     }
     let mut sets = rustix::thread::capabilities(None).unwrap();

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use pagecast::template::MemFile;
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, SIZE, eventually, is_dead, reads_right};
@@ -55,7 +55,7 @@ fn links_and_protection_of_our_own_cost_no_fork_and_no_new_search() {
     fixture.age();
     let add = json!({ "mem_path": fixture.file.path(), "protect": "readonly" });
     if fixture.send("PUT", "/v1/templates/t", &add).ok(201)["guard"] != "lease" {
-        return skip("needs a file system with leases");
+        return skip(Need::Leases);
     }
     let vmm = fixture.serving("f", "file");
     let place = fixture.folder.path().canonicalize().unwrap().join("place");

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 use rustix::thread::CapabilitySet;
 use serde_json::json;
 
@@ -118,7 +118,10 @@ fn a_vmm_is_found_by_a_place_with_any_name() {
 #[test]
 fn a_file_named_like_shared_memory_of_system_v_breaks_no_call_and_no_guard() {
     if !rustix::process::geteuid().is_root() {
-        skip("needs root to make a file in the root folder, and to have one of another user");
+        skip((
+            Need::Root,
+            "to make a file in the root folder, and to have one of another user",
+        ));
         return;
     }
     let Ok(_strange) = Named::create("/SYSV".into()) else {

@@ -86,7 +86,7 @@ fn may_write(file: BorrowedFd<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use pagecast_testkit::skip::skip;
+    use pagecast_testkit::skip::{Need, skip};
 
     use super::*;
 
@@ -99,7 +99,7 @@ mod tests {
         let file = File::open(&path).unwrap();
         assert!(Reliance::of(&file).unwrap().residency);
         if std::os::unix::fs::chown(&path, Some(12_345), None).is_err() {
-            return skip("only root can give a file away");
+            return skip((Need::Root, "to give a file away"));
         }
         // A process that may override permissions may write it.
         assert!(Reliance::of(&file).unwrap().residency);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use pagecast::server::{Builder, Deadlines, Fork, ForkEvent, ForkOptions, ForkState};
 use pagecast_testkit::peer::{Bytes, FdKind, Piece, RawHandshake};
 use pagecast_testkit::sim_vmm::{AwaitClose, Connect, SimVmm};
-use pagecast_testkit::skip::skip;
+use pagecast_testkit::skip::{Need, skip};
 
 use crate::fixture::{
     Fixture, PATIENCE, assert_open, assert_reads_right, cpu_time_over, eventually, failed_with, held_uffds,
@@ -166,7 +166,7 @@ fn more_silent_peers_than_may_shake_hands_keep_the_vmm_out_no_longer_than_their_
 #[test]
 fn a_connection_by_the_wrong_user_leaves_the_fork_waiting_whatever_it_sends() {
     if !rustix::process::geteuid().is_root() {
-        return skip("only root registers forks for other users");
+        return skip((Need::Root, "to register forks for other users"));
     }
     let (fixture, _events) = observed(PATIENT);
     // Root can connect to anybody's socket, but is not whom this one is for.
