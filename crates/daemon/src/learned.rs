@@ -7,34 +7,24 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::chain;
-use pagecast::template::{KeepError, MemFile, Recording, SidecarError, WorkingSet};
+use pagecast::template::{KeepError, KeptIdentity, MemFile, Recording, SidecarError, WorkingSet};
 use tracing::{debug, info, warn};
 
 use crate::fork::{Fork, Kind};
-use crate::template::{KeptAs, Template};
+use crate::template::Template;
 
 /// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
 pub(crate) fn take_up(template: &Arc<Template>) {
     let path = template.file.path();
     let set_path = WorkingSet::path_for(path);
-    // A link or permissions of ours may have come since, and have changed its ctime.
     let opened_as = template.file.opened_as();
-    let working_set = match WorkingSet::load(&set_path, opened_as) {
-        Ok(set) => {
-            template.pages.set_working_set(Some(Arc::new(set)));
-            Some(*opened_as)
-        }
-        Err(error) => {
-            not_used(template, "working set", &set_path, &error);
-            None
-        }
-    };
-    let zeros_are_known = template.pages.zeros_are_known();
-    *learning(template) = KeptAs {
-        working_set,
-        zeros: zeros_are_known.then_some(*opened_as),
-    };
-    if zeros_are_known {
+    match WorkingSet::load(&set_path, opened_as) {
+        Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
+        Err(error) => not_used(template, "working set", &set_path, &error),
+    }
+    if template.pages.zeros_are_known() {
+        // A link or permissions of ours may have come since, and have changed its ctime.
+        *zeros_kept(template) = Some(*opened_as);
         keep_in_background(template);
         return;
     }
@@ -53,28 +43,18 @@ pub(crate) fn take_up(template: &Arc<Template>) {
     });
 }
 
-/// Keeps what is known of a template beside its memory file, for the file as it is now. Nothing is written where that is there
+/// Keeps the zeros of a template beside its memory file, for the file as it is now. Nothing is written where they are there
 /// already. Waits for the disk, and for a tick of the file system's clock if the file was linked just now.
 pub(crate) fn keep(template: &Template) {
-    let mut kept_as = learning(template);
+    let mut kept_as = zeros_kept(template);
     let Ok(now) = template.file.state() else { return };
     let name = &template.name;
-    if kept_as.working_set.is_some_and(|kept_as| kept_as != *now.kept())
-        && let Some(set) = template.pages.working_set()
-    {
-        match set.save(&WorkingSet::path_for(template.file.path()), now.kept()) {
-            Ok(()) => kept_as.working_set = Some(*now.kept()),
-            Err(error) => {
-                warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file as that is now");
-            }
-        }
-    }
-    if kept_as.zeros == Some(*now.kept()) || !template.pages.zeros_are_known() {
+    if *kept_as == Some(*now.kept()) || !template.pages.zeros_are_known() {
         return;
     }
     match template.file.keep_zeros() {
         Ok(identity) => {
-            kept_as.zeros = Some(identity);
+            *kept_as = Some(identity);
             debug!(template = %name, "its zeros are kept beside the memory file");
         }
         // Nothing is wrong.
@@ -106,16 +86,16 @@ fn keep_in_background(template: &Arc<Template>) {
     }
 }
 
-fn learning(template: &Template) -> MutexGuard<'_, KeptAs> {
+fn zeros_kept(template: &Template) -> MutexGuard<'_, Option<KeptIdentity>> {
     // What is there is right, whatever becomes of who holds it.
-    template.learning.lock().unwrap_or_else(PoisonError::into_inner)
+    template.zeros_kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Learns from what a fork has touched, and keeps it. May wait for the disk.
 pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let template = &fork.template;
     // One after the other: each goes on from what the one before has learned.
-    let mut kept_as = learning(template);
+    let _one = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
     let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
     let set = match template.pages.working_set() {
         Some(known) if recording.is_cut_short() && !known.learns_from(recording) => {
@@ -138,10 +118,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let name = &template.name;
     // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
     let kept = match (template.check(), template.file.state()) {
-        (Ok(()), Ok(now)) => {
-            let saved = set.save(&WorkingSet::path_for(template.file.path()), now.kept());
-            saved.map(|()| kept_as.working_set = Some(*now.kept()))
-        }
+        (Ok(()), Ok(now)) => set.save(&WorkingSet::path_for(template.file.path()), now.kept()),
         _ => Ok(()),
     };
     let (size_bytes, recordings) = (set.size().get(), set.recordings());

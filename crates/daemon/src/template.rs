@@ -96,8 +96,10 @@ pub(crate) struct Template {
     pub(crate) placement: Option<Placement>,
     /// How far it is in memory ahead of its forks.
     pub(crate) warmth: Warmth,
-    /// What is kept beside the memory file. Held while something is learned of it.
-    pub(crate) learning: Mutex<KeptAs>,
+    /// Held while something is learned of it.
+    pub(crate) learning: Mutex<()>,
+    /// What the memory file was when its zeros were kept beside it; `None` where they are not. Held while they are.
+    pub(crate) zeros_kept: Mutex<Option<KeptIdentity>>,
     /// It was told that its working set is not used.
     pub(crate) told_switched_off: AtomicBool,
     /// Owner and mode of its file when it was added, as far as that did not change them.
@@ -129,7 +131,8 @@ impl Template {
             file,
             protection,
             placement,
-            learning: Mutex::default(),
+            learning: Mutex::new(()),
+            zeros_kept: Mutex::new(None),
             told_switched_off: AtomicBool::new(false),
             ownership,
             told_ownership: Mutex::default(),
@@ -321,13 +324,6 @@ struct InRunDir {
     resident: bool,
     /// The template is removed.
     is_over: bool,
-}
-
-/// The identities of the memory file that what is kept beside it is of; `None` where nothing is kept.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct KeptAs {
-    pub(crate) working_set: Option<KeptIdentity>,
-    pub(crate) zeros: Option<KeptIdentity>,
 }
 
 /// Where a memory file was put, or was about to be.

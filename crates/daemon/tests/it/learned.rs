@@ -1,5 +1,6 @@
 //! What the daemon learns of a template, keeps beside its memory file, and does without.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -142,6 +143,25 @@ fn a_working_set_that_is_not_sound_is_no_working_set_and_no_error() {
     // It is learned anew, in its place.
     record(&fixture, "recorded");
     assert_eq!(fixture.template()["working_set"]["recordings"], 1);
+}
+
+/// A daemon that was killed, with its run dir deleted, leaves the same: the link that it had made is gone.
+#[test]
+fn a_working_set_outlives_links_and_permissions_of_the_memory_file_that_others_change() {
+    let mut fixture = Fixture::new();
+    fixture.add_template();
+    drop(record(&fixture, "recorded"));
+    fixture.await_fork("recorded", "exited");
+    let learned = fixture.template()["working_set"].clone();
+    fixture.ask("DELETE", "/v1/templates/t").ok(204);
+    let path = fixture.file.path().to_owned();
+    fixture.restart_with(|_| {
+        let link = path.with_extension("link");
+        std::fs::hard_link(&path, &link).unwrap();
+        std::fs::remove_file(&link).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    });
+    assert_eq!(fixture.add_template()["working_set"]["size_bytes"], learned["size_bytes"]);
 }
 
 #[test]

@@ -198,7 +198,8 @@ impl KeptIdentity {
         })
     }
 
-    fn difference_but_ctime(&self, now: &Self) -> Option<String> {
+    /// The same, whatever the ctime is.
+    pub(super) fn difference_but_ctime(&self, now: &Self) -> Option<String> {
         self.file.difference(&now.file).or_else(|| {
             (self.born != now.born).then(|| "another file is in its place, made at another time".to_owned())
         })

@@ -80,6 +80,18 @@ pub(super) struct Kind {
     pub(super) tag: [u8; 4],
     /// What the name of the mem-file is continued with.
     pub(super) suffix: &'static str,
+    /// What it says of the mem-file.
+    pub(super) says: Says,
+}
+
+/// What a file beside a mem-file says of it, and so what the mem-file may have gone through since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Says {
+    /// What its bytes are: where that is wrong, guests get wrong bytes. So another ctime makes it stale.
+    Bytes,
+    /// Which pages are worth having early: where that is wrong, it costs time and no byte. So it outlives what changes the ctime
+    /// alone: a link, a `chmod`, a `chown` of the folder.
+    Advice,
 }
 
 impl Kind {
@@ -125,7 +137,12 @@ impl Kind {
         }
         let (head, body) = content.split_at_checked(HEAD).ok_or(damaged("it is cut off"))?;
         let (_, of) = head.split_last_chunk().ok_or(damaged("it is cut off"))?;
-        match KeptIdentity::from_le_bytes(of).difference(identity) {
+        let of = KeptIdentity::from_le_bytes(of);
+        let difference = match self.says {
+            Says::Bytes => of.difference(identity),
+            Says::Advice => of.difference_but_ctime(identity),
+        };
+        match difference {
             Some(how) => Err(SidecarError::Stale { how }),
             None => Ok(body),
         }
@@ -204,6 +221,7 @@ mod tests {
     const KIND: Kind = Kind {
         tag: *b"TEST",
         suffix: ".test",
+        says: Says::Bytes,
     };
 
     /// A folder with a mem-file, and its identity.
@@ -243,6 +261,33 @@ mod tests {
         bytes[12] = 1;
         assert!(matches!(
             KIND.decode(&identity, &bytes),
+            Err(SidecarError::Stale { .. })
+        ));
+    }
+
+    #[test]
+    fn another_ctime_makes_what_says_bytes_stale_and_advice_not() {
+        let (dir, path, identity) = mem_file();
+        let mem_path = dir.path().join("mem");
+        let changed = std::fs::metadata(&mem_path).unwrap().ctime_nsec();
+        // The clock of the file system is coarse.
+        while std::fs::metadata(&mem_path).unwrap().ctime_nsec() == changed {
+            std::fs::set_permissions(&mem_path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let now = KeptIdentity::of(File::open(&mem_path).unwrap()).unwrap();
+        let advice = Kind {
+            says: Says::Advice,
+            ..KIND
+        };
+        KIND.write(&path, &identity, b"body").unwrap();
+        let bytes = read(&path, 4, None).unwrap();
+        assert!(matches!(KIND.decode(&now, &bytes), Err(SidecarError::Stale { .. })));
+        assert_eq!(advice.decode(&now, &bytes).unwrap(), b"body");
+
+        std::fs::write(&mem_path, [2; 4096]).unwrap();
+        let written = KeptIdentity::of(File::open(&mem_path).unwrap()).unwrap();
+        assert!(matches!(
+            advice.decode(&written, &bytes),
             Err(SidecarError::Stale { .. })
         ));
     }

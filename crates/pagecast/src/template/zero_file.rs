@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::identity::KeptIdentity;
-use super::sidecar::{self, Kind, SidecarError};
+use super::sidecar::{self, Kind, Says, SidecarError};
 use super::source::PageSource;
 use super::{MemFile, SourceError};
 use crate::page::PageSize;
@@ -20,6 +20,7 @@ use crate::page::PageSize;
 const KIND: Kind = Kind {
     tag: *b"ZERO",
     suffix: ".zeros",
+    says: Says::Bytes,
 };
 
 /// The clock of a file system that counts time in nanoseconds ticks at least so often, even where the kernel ticks 100

@@ -16,12 +16,13 @@ use pagecast_uffd::ByteLen;
 use super::{Entry, MOST_WEIGHT, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::sidecar::{self, Kind};
+use crate::template::sidecar::{self, Kind, Says};
 use crate::template::{KeptIdentity, Recording, SidecarError};
 
 const KIND: Kind = Kind {
     tag: *b"WSET",
     suffix: ".working-set",
+    says: Says::Advice,
 };
 
 /// How many bytes a page takes.
@@ -39,8 +40,8 @@ impl WorkingSet {
         KIND.path(mem_file)
     }
 
-    /// Reads what was kept of the mem-file that is `identity`. Nothing but a hint, but one that costs memory: so nobody else
-    /// than the user we are, or root, may have written it.
+    /// Reads what was kept of the mem-file that is `identity`, whatever its ctime was then. Nothing but a hint, but one that
+    /// costs memory: so nobody else than the user we are, or root, may have written it.
     ///
     /// # Errors
     ///
