@@ -161,7 +161,10 @@ fn a_working_set_outlives_links_and_permissions_of_the_memory_file_that_others_c
         std::fs::remove_file(&link).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
     });
-    assert_eq!(fixture.add_template()["working_set"]["size_bytes"], learned["size_bytes"]);
+    assert_eq!(
+        fixture.add_template()["working_set"]["size_bytes"],
+        learned["size_bytes"]
+    );
 }
 
 #[test]

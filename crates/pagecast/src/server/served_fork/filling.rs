@@ -78,11 +78,12 @@ impl ServedFork {
     /// be; no more are read before it is over, on whatever threads it is. So no page is installed ahead whose removal has been
     /// read.
     pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
-        let Some(step) = self.next_fill_step(scratch)? else {
+        let crew = Arc::clone(&scratch.crew);
+        let helpers = crew.take_free();
+        let Some(step) = self.next_fill_step(helpers.count(), scratch)? else {
             return Ok(());
         };
-        let crew = Arc::clone(&scratch.crew);
-        let filled = step.carry_out(&crew.take_free(), &scratch.zeros, || has_event(&scratch.epoll));
+        let filled = step.carry_out(&helpers, &scratch.zeros, || has_event(&scratch.epoll));
         self.conclude_step(filled, scratch)
     }
 
@@ -92,7 +93,8 @@ impl ServedFork {
         &mut self,
         scratch: &mut Scratch,
     ) -> Result<Option<(FillStep, Arc<AtomicBool>)>, End> {
-        let step = self.next_fill_step(scratch)?;
+        let helpers = scratch.crew.take_free().count();
+        let step = self.next_fill_step(helpers, scratch)?;
         Ok(step.map(|step| {
             let interrupt = Arc::new(AtomicBool::new(false));
             self.filled_elsewhere = Some(Arc::clone(&interrupt));
@@ -110,16 +112,16 @@ impl ServedFork {
         Ok(())
     }
 
-    fn next_fill_step(&mut self, scratch: &mut Scratch) -> Result<Option<FillStep>, End> {
+    /// What so many helpers and one more can do at once.
+    fn next_fill_step(&mut self, helpers: usize, scratch: &mut Scratch) -> Result<Option<FillStep>, End> {
         if self.give_back()? {
             return Ok(None);
         }
         let (fills, bytes): (Vec<_>, _) = if let Some((fill, bytes)) = self.bytes_of_fill.take() {
             (vec![fill], Some(bytes))
         } else {
-            let lanes = 1 + scratch.crew.take_free().count();
             let fills = std::iter::from_fn(|| self.next_fill());
-            (fills.take(lanes * FILLS_A_LANE).collect(), None)
+            (fills.take((1 + helpers) * FILLS_A_LANE).collect(), None)
         };
         if fills.is_empty() {
             if self.session.is_completing() {
