@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use pagecast::Template;
 use pagecast::server::{CloseError, Error, ForkOptions, ForkState, Server};
 use pagecast_testkit::cgroup::Cgroup;
-use pagecast_testkit::sim_vmm::{Connect, Job, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
+use pagecast_testkit::sim_vmm::{Connect, EndRaces, Job, Order, Pages, Read, Remove, RemoveRace, SimVmm, Touch};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 use rustix::process::{Pid, Signal};
 
@@ -26,6 +26,8 @@ use crate::vmm_process::{self, in_page_fault, in_removal};
 const SERVE_IN: &str = "PAGECAST_TEST_SERVE_IN";
 const FORKS: usize = 20;
 const SIZE: u64 = 8 << 20;
+/// In milliseconds; longer than a test takes, which ends its races itself.
+const LONG_RACE: u64 = 60_000;
 
 fn not_complete(result: Result<(), CloseError>) -> Vec<String> {
     match result {
@@ -171,7 +173,7 @@ fn closing_while_memory_is_given_back_leaves_nobody_behind() {
         let fixture = Fixture::new();
         let forks: Vec<_> = (0..3).map(|n| fixture.fork(&format!("fork-{n}"))).collect();
         let race = RemoveRace {
-            millis: 600,
+            millis: LONG_RACE,
             threads: 2,
             seed,
         };
@@ -181,7 +183,8 @@ fn closing_while_memory_is_given_back_leaves_nobody_behind() {
         });
         fixture.server.close(PATIENCE).unwrap();
         assert!(races.iter().all(|race| !race.is_done()), "nothing raced with the close");
-        for race in races {
+        for ((_, vmm), race) in forks.iter().zip(races) {
+            vmm.run(EndRaces).unwrap();
             let report = race.join_within(PATIENCE).unwrap();
             assert_eq!(report.checked.mismatches, 0, "{report:?}");
         }
@@ -199,7 +202,7 @@ fn a_stopped_vmm_holds_up_no_close_and_goes_on_right() {
     let read = reading.start(read_everything(1)).unwrap();
     let race = racing
         .start(RemoveRace {
-            millis: 500,
+            millis: LONG_RACE,
             threads: 2,
             seed: 1,
         })
@@ -221,6 +224,7 @@ fn a_stopped_vmm_holds_up_no_close_and_goes_on_right() {
         fixture.server.close(PATIENCE).unwrap();
     }
     assert_right(read);
+    racing.run(EndRaces).unwrap();
     let report = race.join_within(PATIENCE).unwrap();
     assert_eq!(report.checked.mismatches, 0, "{report:?}");
     assert_lives_on(&reading);

@@ -11,7 +11,7 @@ use pagecast_testkit::PageSize;
 use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{FdKind, RawHandshake};
-use pagecast_testkit::sim_vmm::{Connect, Read, RemoveRace, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, EndRaces, Read, RemoveRace, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
 use crate::fixture::{
@@ -65,7 +65,7 @@ fn a_fork_completed_while_it_gives_memory_back_leaves_no_thread_behind() {
     let (fork, vmm) = fixture.fork("a");
     let race = vmm
         .start(RemoveRace {
-            millis: 600,
+            millis: 60_000,
             threads: 2,
             seed: 1,
         })
@@ -75,6 +75,7 @@ fn a_fork_completed_while_it_gives_memory_back_leaves_no_thread_behind() {
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(!race.is_done(), "nothing raced with the completion");
+    vmm.run(EndRaces).unwrap();
     let report = race.join_within(PATIENCE).unwrap();
     assert_eq!(report.checked.mismatches, 0, "{report:?}");
     assert_lives_on(&vmm);

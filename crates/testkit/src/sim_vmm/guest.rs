@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +24,8 @@ pub(crate) struct Guest {
     pub(crate) uffd: Option<Uffd>,
     /// The handshake socket, unless it was to be closed.
     pub(crate) socket: Option<UnixStream>,
+    /// Nothing is removed any more.
+    pub(crate) races_are_over: AtomicBool,
 }
 
 /// One region and the state of its pages.

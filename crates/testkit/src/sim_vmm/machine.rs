@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, Write as _};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,8 @@ use serde_json::Value;
 
 use super::guest::{Guest, GuestRegion};
 use super::protocol::{
-    Answer, AwaitClose, Closed, Command, Connect, Connected, HandshakeForm, MapAnonymous, MapFile, Memory, Registered,
-    Request, Resume, Resumed,
+    Answer, AwaitClose, Closed, Command, Connect, Connected, EndRaces, HandshakeForm, MapAnonymous, MapFile, Memory,
+    Registered, Request, Resume, Resumed,
 };
 use super::work::{self, nanos};
 use crate::memory::{GuestMemory, PageSize};
@@ -90,6 +91,10 @@ impl Machine {
                 value(())
             }
             Command::RemoveRace(race) => value(work::remove_race(self.guest()?, &race)?),
+            Command::EndRaces(EndRaces) => {
+                self.guest()?.races_are_over.store(true, Ordering::Relaxed);
+                value(())
+            }
             Command::Latency(latency) => value(work::latency(self.guest()?, &latency)?),
             Command::Touch(touch) => value(work::touch(self.guest()?, &touch)?),
             Command::Visit(visit) => value(work::visit(self.guest()?, &visit)?),
@@ -148,6 +153,7 @@ impl Machine {
             template: connect.template.clone(),
             uffd: connect.keep_uffd.then_some(uffd),
             socket: connect.keep_socket.then_some(socket),
+            races_are_over: AtomicBool::new(false),
         };
         ensure!(self.guest.set(guest).is_ok(), "connected twice at once");
         Ok(Connected { base_host_virt_addrs })
@@ -166,6 +172,7 @@ impl Machine {
             template: map.template.clone(),
             uffd: None,
             socket: None,
+            races_are_over: AtomicBool::new(false),
         };
         ensure!(self.guest.set(guest).is_ok(), "a guest already");
         Ok(())
@@ -189,6 +196,7 @@ impl Machine {
             template,
             uffd: None,
             socket: None,
+            races_are_over: AtomicBool::new(false),
         };
         ensure!(self.guest.set(guest).is_ok(), "a guest already");
         Ok(())

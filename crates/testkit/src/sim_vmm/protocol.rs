@@ -48,6 +48,8 @@ pub enum Command {
     Remove(Remove),
     /// See [`RemoveRace`].
     RemoveRace(RemoveRace),
+    /// See [`EndRaces`].
+    EndRaces(EndRaces),
     /// See [`Latency`].
     Latency(Latency),
     /// See [`Touch`].
@@ -79,6 +81,7 @@ impl Command {
             Self::Write(_) => "write",
             Self::Remove(_) => "remove",
             Self::RemoveRace(_) => "remove_race",
+            Self::EndRaces(_) => "end_races",
             Self::Latency(_) => "latency",
             Self::Touch(_) => "touch",
             Self::Visit(_) => "visit",
@@ -121,6 +124,7 @@ work! {
     Write -> Touched,
     Remove -> (),
     RemoveRace -> RaceReport,
+    EndRaces -> (),
     Latency -> LatencyReport,
     Touch -> Touched,
     Visit -> Visited,
@@ -457,13 +461,17 @@ impl Remove {
 /// In the end every page of the guest is checked once more.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct RemoveRace {
-    /// For how long, in milliseconds.
+    /// For how long, in milliseconds, unless [`EndRaces`] comes first.
     pub millis: u64,
     /// How many threads read.
     pub threads: usize,
     /// What chance starts from.
     pub seed: u64,
 }
+
+/// End all [races](RemoveRace) now.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct EndRaces;
 
 /// What came of a race.
 #[derive(Clone, Debug, Serialize, Deserialize)]

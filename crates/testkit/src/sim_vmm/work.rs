@@ -182,7 +182,7 @@ fn visit_until(guest: &Guest, mut random: fastrand::Rng, at: &AtomicU64, race: &
 /// waits: whoever asked for the race has a deadline for that.
 fn remove_until(guest: &Guest, mut random: fastrand::Rng, race: &Race, end: Instant) -> Result<u64> {
     let mut removals = 0;
-    while Instant::now() < end {
+    while Instant::now() < end && !guest.races_are_over.load(Ordering::Relaxed) {
         let burst = random.u64(1..=LONGEST_BURST);
         for _ in 0..burst {
             let length = random.u64(1..=LONGEST_REMOVAL);
