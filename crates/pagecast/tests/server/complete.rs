@@ -11,7 +11,7 @@ use pagecast_testkit::PageSize;
 use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::hugepages::HugePages;
 use pagecast_testkit::peer::{FdKind, RawHandshake};
-use pagecast_testkit::sim_vmm::{Connect, EndRaces, Read, RemoveRace, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, EndRaces, Read, RegisterAgain, RemoveRace, SimVmm};
 use pagecast_testkit::template_file::{Layout, TemplateFile, TemplateModel};
 
 use crate::fixture::{
@@ -236,6 +236,32 @@ fn a_completion_that_is_given_up_says_so_and_can_be_repeated() {
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(status.reason.is_none(), "{status:?}");
     assert_lives_on(&vmm);
+}
+
+#[test]
+fn a_vmm_that_registers_its_memory_again_is_served_on_with_a_reason_of_its_own() {
+    let (told, events) = mpsc::channel();
+    let fixture = Fixture::with(SIZE, |builder| {
+        builder.observer(move |event| match event {
+            ForkEvent::NotCompleted { reason, .. } => told.send(Some(reason)).unwrap(),
+            ForkEvent::Ended(_) => told.send(None).unwrap(),
+            _ => {}
+        })
+    });
+    // A fork is complete if its VMM was not quick enough.
+    let refused = (0..100).find_map(|number| {
+        let (fork, vmm) = fixture.fork(&format!("fork-{number}"));
+        let registers = vmm.start(RegisterAgain).unwrap();
+        fixture.server.complete(fork.id()).unwrap();
+        let reason = events.recv_timeout(PATIENCE).unwrap();
+        vmm.run(EndRaces).unwrap();
+        registers.join_within(PATIENCE).unwrap();
+        reason.map(|reason| (fork, vmm, reason))
+    });
+    let (fork, vmm, reason) = refused.expect("no VMM was quick enough");
+    assert_eq!(reason.code(), "registered_again");
+    assert_eq!(fork.status().state, ForkState::Serving, "{:?}", fork.status());
+    assert_reads_right(&vmm, Read::default());
 }
 
 #[test]

@@ -157,6 +157,11 @@ impl GuestRegion {
 }
 
 impl Guest {
+    pub(crate) fn kept_uffd(&self) -> Result<&Uffd> {
+        let uffd = self.uffd.as_ref();
+        uffd.context("the userfaultfd was closed after the handshake")
+    }
+
     /// How many pages it has.
     pub(crate) fn pages(&self) -> u64 {
         self.regions.last().map_or(0, GuestRegion::last_page)

@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::guest::{Guest, GuestRegion};
 use super::protocol::{
     Answer, AwaitClose, Closed, Command, Connect, Connected, EndRaces, HandshakeForm, MapAnonymous, MapFile, Memory,
-    Registered, Request, Resume, Resumed,
+    RegisterAgain, Registered, Request, Resume, Resumed,
 };
 use super::work::{self, nanos};
 use crate::memory::{GuestMemory, PageSize};
@@ -91,6 +91,7 @@ impl Machine {
                 value(())
             }
             Command::RemoveRace(race) => value(work::remove_race(self.guest()?, &race)?),
+            Command::RegisterAgain(RegisterAgain) => value(work::register_again(self.guest()?)?),
             Command::EndRaces(EndRaces) => {
                 self.guest()?.races_are_over.store(true, Ordering::Relaxed);
                 value(())
@@ -100,7 +101,7 @@ impl Machine {
             Command::Visit(visit) => value(work::visit(self.guest()?, &visit)?),
             Command::TouchOutside(_) => value(work::touch_outside(self.guest()?)?),
             Command::ClearNonblock(_) => {
-                let uffd = self.guest()?.uffd.as_ref().context("the userfaultfd was closed")?;
+                let uffd = self.guest()?.kept_uffd()?;
                 rustix::fs::fcntl_setfl(uffd, OFlags::empty())?;
                 value(())
             }

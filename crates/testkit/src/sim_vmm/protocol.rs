@@ -48,6 +48,8 @@ pub enum Command {
     Remove(Remove),
     /// See [`RemoveRace`].
     RemoveRace(RemoveRace),
+    /// See [`RegisterAgain`].
+    RegisterAgain(RegisterAgain),
     /// See [`EndRaces`].
     EndRaces(EndRaces),
     /// See [`Latency`].
@@ -81,6 +83,7 @@ impl Command {
             Self::Write(_) => "write",
             Self::Remove(_) => "remove",
             Self::RemoveRace(_) => "remove_race",
+            Self::RegisterAgain(_) => "register_again",
             Self::EndRaces(_) => "end_races",
             Self::Latency(_) => "latency",
             Self::Touch(_) => "touch",
@@ -124,6 +127,7 @@ work! {
     Write -> Touched,
     Remove -> (),
     RemoveRace -> RaceReport,
+    RegisterAgain -> (),
     EndRaces -> (),
     Latency -> LatencyReport,
     Touch -> Touched,
@@ -468,6 +472,10 @@ pub struct RemoveRace {
     /// What chance starts from.
     pub seed: u64,
 }
+
+/// Register the memory with the userfaultfd again and again, until [`EndRaces`] comes. No VMM does it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct RegisterAgain;
 
 /// End all [races](RemoveRace) now.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]

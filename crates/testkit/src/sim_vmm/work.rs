@@ -147,12 +147,18 @@ pub(crate) fn remove_race(guest: &Guest, race: &RemoveRace) -> Result<RaceReport
     })
 }
 
+/// Registers all memory with the guest's userfaultfd, until the races are over.
+pub(crate) fn register_again(guest: &Guest) -> Result<()> {
+    let uffd = guest.kept_uffd()?;
+    while !guest.races_are_over.load(Ordering::Relaxed) {
+        guest.regions.iter().try_for_each(|region| region.memory.register(uffd))?;
+    }
+    Ok(())
+}
+
 /// Registers one more page with the guest's userfaultfd and touches it.
 pub(crate) fn touch_outside(guest: &Guest) -> Result<()> {
-    let uffd = guest
-        .uffd
-        .as_ref()
-        .context("the userfaultfd was closed after the handshake")?;
+    let uffd = guest.kept_uffd()?;
     let memory = GuestMemory::map(PageSize::Base.bytes(), PageSize::Base)?;
     memory.register(uffd)?;
     memory.load(0);
