@@ -37,15 +37,18 @@ pub(crate) fn metadata() -> Result<Metadata> {
 
 /// Builds the command as it is shipped; where it is.
 pub(crate) fn build_pagecast() -> Result<PathBuf> {
-    let options = [
-        "--locked",
-        "--release",
-        "--package",
-        "pagecast-cli",
-        "--bin",
-        "pagecast",
-    ];
-    built_executable(cargo("build").args(options)).context("pagecast does not build")
+    build_command("pagecast-cli", "pagecast")
+}
+
+/// Builds the command that measures, and the one that is measured beside it; where it is.
+pub(crate) fn build_bench() -> Result<PathBuf> {
+    build_pagecast()?;
+    build_command("pagecast-bench", "pagecast-bench")
+}
+
+fn build_command(package: &str, name: &str) -> Result<PathBuf> {
+    let options = ["--locked", "--release", "--package", package, "--bin", name];
+    built_executable(cargo("build").args(options)).with_context(|| format!("{name} does not build"))
 }
 
 /// Runs `build`, a `cargo build` of one program; where that is.

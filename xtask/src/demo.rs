@@ -67,7 +67,7 @@ impl Demo {
             .prefix("pagecast-demo-")
             .tempdir()
             .context("failed to create a folder for the template")?;
-        let template = create_template(&kind, &pagecast, folder.path(), SIZE)?;
+        let template = create_template(&kind, folder.path(), SIZE)?;
         interrupt.check()?;
 
         let mut played = Vec::new();

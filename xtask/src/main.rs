@@ -13,6 +13,7 @@ mod test;
 use std::process::ExitCode;
 
 use clap::Parser;
+use pagecast_bench::sim_vmm;
 
 /// The tasks of this project
 #[derive(Debug, Parser)]
@@ -29,7 +30,10 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Task::parse() {
+    if sim_vmm::asked_for() {
+        return exit_code(sim_vmm::run().map(|()| ExitCode::SUCCESS));
+    }
+    exit_code(match Task::parse() {
         Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
@@ -37,7 +41,10 @@ fn main() -> ExitCode {
         Task::OpenApi(openapi) => openapi.run(),
         Task::Results(results) => results.run(),
         Task::Test(test) => test.run(),
-    };
+    })
+}
+
+fn exit_code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE

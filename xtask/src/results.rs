@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::cargo::{build_pagecast, workspace_root};
+use crate::cargo::{build_bench, workspace_root};
 
 /// Where tables and pictures go.
 const FOLDER: &str = "docs/bench";
@@ -18,12 +18,12 @@ const GOALS: &str = "## goals\n\n";
 const BEGIN: &str = "<!-- the goals of docs/bench/results.md: cargo xtask results -->\n\n";
 const END: &str = "\n<!-- end -->";
 
-/// Measure everything with `pagecast bench`, and put tables and pictures where the documentation shows them
+/// Measure everything with `pagecast-bench`, and put tables and pictures where the documentation shows them
 ///
 /// Writes docs/bench and the table of goals in README.md.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Results {
-    /// More that `pagecast bench` takes, such as --quick
+    /// More that `pagecast-bench` takes, such as --quick
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -32,13 +32,13 @@ impl Results {
     /// Measures and writes.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let root = workspace_root();
-        let mut bench = Command::new(build_pagecast()?);
+        let mut bench = Command::new(build_bench()?);
         bench
-            .args(["bench", "--markdown", "--plots", FOLDER])
+            .args(["--markdown", "--plots", FOLDER])
             .args(&self.arguments);
         bench.current_dir(root).stdin(Stdio::null()).stderr(Stdio::inherit());
-        let measured = bench.output().context("failed to start pagecast")?;
-        ensure!(measured.status.success(), "pagecast bench failed ({})", measured.status);
+        let measured = bench.output().context("failed to start pagecast-bench")?;
+        ensure!(measured.status.success(), "pagecast-bench failed ({})", measured.status);
         let tables = String::from_utf8(measured.stdout).context("tables are text")?;
         let readme = root.join("README.md");
         let text = fs::read_to_string(&readme).context("failed to read README.md")?;

@@ -59,12 +59,12 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A template of this size in `folder`. Simulated VMMs are processes of `pagecast`.
+/// A template of this size in `folder`. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
 ///
 /// # Errors
 ///
 /// It cannot be made.
-pub fn create_template(kind: &Kind, pagecast: &Path, folder: &Path, size: Size) -> Result<Box<dyn Template>> {
+pub fn create_template(kind: &Kind, folder: &Path, size: Size) -> Result<Box<dyn Template>> {
     let Size { mem_mib, data_mib } = size;
     let of_size = format!("{mem_mib} MiB, of which {data_mib} MiB data");
     Ok(match kind {
@@ -76,7 +76,7 @@ pub fn create_template(kind: &Kind, pagecast: &Path, folder: &Path, size: Size) 
         }
         Kind::Simulated(_) => {
             let progress = Progress::start("writing a template for simulated VMMs");
-            let template = simulated::Simulated::create(pagecast, folder, size)?;
+            let template = simulated::Simulated::create(folder, size)?;
             progress.done(&of_size);
             Box::new(template)
         }

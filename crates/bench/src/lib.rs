@@ -1,4 +1,4 @@
-//! What `pagecast bench` measures: each number beside its floor and its rivals, in one run, on this machine.
+//! What `pagecast-bench` measures: each number beside its floor and its rivals, in one run, on this machine.
 //!
 //! | module | holds |
 //! | --- | --- |

@@ -33,8 +33,7 @@ pub struct Bench {
     pub sections: Vec<Section>,
     /// How much.
     pub scale: Scale,
-    /// The command, to run daemons and simulated VMMs of: it must do as [`sim_vmm::asked_for`](crate::sim_vmm::asked_for)
-    /// says.
+    /// The command, to run daemons of. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
     pub pagecast: PathBuf,
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use crate::output::harmless;
+use pagecast_output::harmless;
 
 /// Names and values, in the order they were added.
 #[derive(Debug, Default)]

@@ -15,7 +15,7 @@ use pagecast_client::{Backend, Client, CreateFork, Fork, ForkState, Prefault};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
-use crate::output::{Column, Output, harmless};
+use pagecast_output::{Column, Output, harmless};
 use crate::template::absolute;
 
 /// Make, show, complete and remove forks: microVMs restored from a template.

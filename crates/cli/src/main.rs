@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod argument;
-mod bench;
 mod completions;
 mod daemon;
 mod doctor;
@@ -12,7 +11,6 @@ mod firecracker;
 mod fork;
 mod handle;
 mod man;
-mod output;
 mod report;
 mod run;
 mod serve;
@@ -43,7 +41,6 @@ enum Command {
     Fork(fork::ForkArgs),
     Status(status::Status),
     Run(run::Run),
-    Bench(bench::BenchArgs),
 }
 
 /// The exit code for anything that went wrong and has no code of its own.
@@ -56,9 +53,6 @@ fn main() -> ExitCode {
     if let Some(exec) = run::Exec::asked_for() {
         return exit_code(exec.run());
     }
-    if pagecast_bench::sim_vmm::asked_for() {
-        return exit_code(pagecast_bench::sim_vmm::run().map(|()| ExitCode::SUCCESS));
-    }
     let code = exit_code(match Cli::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Handle(handle) => handle.run(),
@@ -69,7 +63,6 @@ fn main() -> ExitCode {
         Command::Fork(fork) => fork.run(),
         Command::Status(status) => status.run(),
         Command::Run(run) => run.run(),
-        Command::Bench(bench) => bench.run(),
     });
     stderr::finish();
     code

@@ -8,7 +8,7 @@ use cargo_metadata::{DependencyKind, Metadata};
 use crate::cargo::workspace_root;
 
 /// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
-const MAY_USE: [(&str, &[&str]); 9] = [
+const MAY_USE: [(&str, &[&str]); 10] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
@@ -20,13 +20,20 @@ const MAY_USE: [(&str, &[&str]); 9] = [
             "pagecast",
             "pagecast-client",
             "pagecast-daemon",
-            "pagecast-bench",
+            "pagecast-output",
         ],
     ),
+    ("pagecast-output", &[]),
     // It asks a daemon, and is none.
     (
         "pagecast-bench",
-        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-testkit"],
+        &[
+            "pagecast-uffd",
+            "pagecast",
+            "pagecast-client",
+            "pagecast-output",
+            "pagecast-testkit",
+        ],
     ),
     ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
     (
@@ -145,7 +152,7 @@ mod tests {
             arrow("pagecast", "pagecast-uffd", DependencyKind::Normal),
             arrow("pagecast-cli", "pagecast", DependencyKind::Normal),
             arrow("pagecast", "pagecast-testkit", DependencyKind::Development),
-            arrow("pagecast-cli", "pagecast-bench", DependencyKind::Normal),
+            arrow("pagecast-cli", "pagecast-output", DependencyKind::Normal),
             arrow("pagecast-bench", "pagecast-testkit", DependencyKind::Normal),
             arrow("xtask", "pagecast-testkit", DependencyKind::Normal),
         ];
@@ -160,6 +167,7 @@ mod tests {
             ("pagecast", "pagecast-cli", DependencyKind::Build),
             ("pagecast", "pagecast-testkit", DependencyKind::Normal),
             ("pagecast-cli", "pagecast-testkit", DependencyKind::Normal),
+            ("pagecast-cli", "pagecast-bench", DependencyKind::Normal),
             ("pagecast-bench", "pagecast-daemon", DependencyKind::Normal),
             ("pagecast-testkit", "xtask", DependencyKind::Normal),
         ] {

@@ -20,13 +20,11 @@ const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
 pub(super) struct Simulated {
     file: TemplateFile,
     size: Size,
-    /// The program that is run as a simulated VMM.
-    pagecast: PathBuf,
 }
 
 impl Simulated {
     /// Writes it into the folder.
-    pub(super) fn create(pagecast: &Path, folder: &Path, size: Size) -> Result<Self> {
+    pub(super) fn create(folder: &Path, size: Size) -> Result<Self> {
         let pages = |mib: u32| u64::from(mib) * PAGES_PER_MIB;
         let mut layout = Layout::default();
         layout.holes.push(pages(size.data_mib)..pages(size.mem_mib));
@@ -36,11 +34,7 @@ impl Simulated {
             layout,
         };
         let file = TemplateFile::create_at(&folder.join("mem"), model).context("failed to write the template")?;
-        Ok(Self {
-            file,
-            size,
-            pagecast: pagecast.to_owned(),
-        })
+        Ok(Self { file, size })
     }
 }
 
@@ -59,7 +53,7 @@ impl Template for Simulated {
 
     fn start(&self) -> Result<Box<dyn Blank + '_>> {
         Ok(Box::new(Started {
-            vmm: sim_vmm::spawn(&self.pagecast)?,
+            vmm: sim_vmm::spawn()?,
             model: self.file.model(),
         }))
     }

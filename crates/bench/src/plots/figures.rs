@@ -101,7 +101,7 @@ fn framed(title: &str, subtitle: &str, report: &Report, body: f64) -> Picture {
     let foot = picture.height - 16.0;
     picture.text(
         at(MARGIN, foot),
-        format!("pagecast bench, {}", report.machine.line()),
+        format!("pagecast-bench, {}", report.machine.line()),
         FAINT_TEXT,
         10.5,
         Anchor::Start,

@@ -69,7 +69,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     let forks: &[u32] = scale.choose(&[1, 5, 20], &[1, 5, 20], &[2]);
     let kind = Kind::here()?;
     let folder = folder()?;
-    let template = create_template(&kind, &bench.pagecast, folder.path(), size)?;
+    let template = create_template(&kind, folder.path(), size)?;
     learn(bench, &*template)?;
     let mut samples = Samples::default();
     let progress = rounds(Section::Fanout, count * u32::try_from(forks.len())?);

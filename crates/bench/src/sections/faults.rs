@@ -124,7 +124,7 @@ fn measure_set(
 ) -> Result<()> {
     let spawn = || {
         (0..setting.forks)
-            .map(|_| sim_vmm::spawn(&bench.pagecast))
+            .map(|_| sim_vmm::spawn())
             .collect::<Result<Vec<_>>>()
     };
     // Each has a lease on a file of its own.

@@ -342,7 +342,7 @@ impl Time<'_> {
 
     fn start(&self, number: usize) -> Result<SimVmm> {
         let socket = self.create(&self.id(number))?;
-        let vmm = sim_vmm::spawn(&self.bench.pagecast)?;
+        let vmm = sim_vmm::spawn()?;
         vmm.run(Connect::new(socket, self.template.model()))?;
         Ok(vmm)
     }
@@ -420,7 +420,7 @@ fn measure_template(bench: &Bench, size: u64, plan: &Plan, round: u32, samples: 
     daemon.add_template(template.path())?;
     let added_in = started.elapsed();
 
-    let vmm = sim_vmm::spawn(&bench.pagecast)?;
+    let vmm = sim_vmm::spawn()?;
     let wanted = CreateFork {
         backend: Some(Backend::Uffd),
         ..CreateFork::of(TEMPLATE)

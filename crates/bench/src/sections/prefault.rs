@@ -40,7 +40,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     for round in 0..count {
         for system in in_turn(&[FLOOR, PAGECAST], round) {
             interrupt.check()?;
-            let vmm = sim_vmm::spawn(&bench.pagecast)?;
+            let vmm = sim_vmm::spawn()?;
             let folder = folder()?;
             let cpu_before;
             let started;

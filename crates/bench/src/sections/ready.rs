@@ -256,7 +256,7 @@ impl<'a> Setup<'a> {
         let bytes = read(template.path())?;
         let server = InProcess::start(template.path())?;
         server.find_zeros();
-        let learned = server.learn(&sim_vmm::spawn(&bench.pagecast)?, template.model(), &set.runs)?;
+        let learned = server.learn(&sim_vmm::spawn()?, template.model(), &set.runs)?;
         ensure!(
             learned == set.bytes(),
             "of a working set of {} bytes {learned} were recorded",
@@ -307,7 +307,7 @@ impl<'a> Setup<'a> {
             let mut file = File::open(self.template.path()).context("failed to open the template")?;
             std::io::copy(&mut file, &mut std::io::sink()).context("failed to read the template")?;
         }
-        let vmm = sim_vmm::spawn(self.pagecast)?;
+        let vmm = sim_vmm::spawn()?;
         let (resumed, installed) = match system {
             System::Plain { .. } => {
                 let map = MapFile::new(self.template.path(), self.template.model());

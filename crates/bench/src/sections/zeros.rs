@@ -72,7 +72,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         for touch in [Touch::Write, Touch::Read] {
             for system in in_turn(&[ANONYMOUS, UFFD, BARE_LOOP], round) {
                 interrupt.check()?;
-                let vmm = sim_vmm::spawn(&bench.pagecast)?;
+                let vmm = sim_vmm::spawn()?;
                 let folder = folder()?;
                 // The loop takes as long for each page, so a part of them tells as much.
                 let mut touched = zeros.clone();

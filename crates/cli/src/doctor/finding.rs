@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use console::Style;
 use serde::Serialize;
 
-use crate::output::{Output, harmless};
+use pagecast_output::{Output, harmless};
 
 /// How good it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -17,7 +17,7 @@ use super::launch::Plan;
 use super::life::Life;
 use super::progress::say;
 use crate::daemon::DaemonError;
-use crate::output::harmless;
+use pagecast_output::harmless;
 
 /// How Firecrackers are started.
 #[derive(Args, Debug)]

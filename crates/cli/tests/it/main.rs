@@ -1,7 +1,6 @@
 //! The `pagecast` command as people use it.
 #![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
-mod bench;
 mod command;
 mod completions;
 mod daemon;

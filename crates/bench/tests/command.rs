@@ -1,19 +1,32 @@
-//! `pagecast bench`: that it measures, says and draws what it should. How fast anything is, no test asks.
+//! `pagecast-bench`: that it measures, says and draws what it should. How fast anything is, no test asks.
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
 use pagecast_testkit::firecracker::kvm;
 use pagecast_testkit::skip::skip;
 use serde_json::Value;
 
-use crate::command::{output, text};
-
 const SECTIONS: [&str; 6] = ["faults", "ready", "prefault", "zeros", "fanout", "growth"];
+
+/// What the command says and how it ends. It finds `pagecast` beside itself.
+fn output(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagecast-bench"));
+    for variable in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
+        command.env_remove(variable);
+    }
+    command.args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// What it said, which is text.
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_owned()).unwrap()
+}
 
 /// What as little as possible of a section came to.
 fn tiny(section: &str) -> Value {
-    let measured = output(&["bench", "--tiny", "--only", section, "--json"]);
+    let measured = output(&["--tiny", "--only", section, "--json"]);
     assert!(measured.status.success(), "{section}: {measured:?}");
     serde_json::from_slice(&measured.stdout).unwrap_or_else(|error| panic!("{section}: {error}: {measured:?}"))
 }
@@ -204,7 +217,6 @@ fn pictures_and_json_are_written_where_they_were_asked_for() {
     let (plots, json) = (folder.path().join("new/plots"), folder.path().join("other/report.json"));
     let argument = |path: &Path| path.to_str().unwrap().to_owned();
     let measured = output(&[
-        "bench",
         "--tiny",
         "--only",
         "zeros,faults",
@@ -235,7 +247,7 @@ fn pictures_and_json_are_written_where_they_were_asked_for() {
 
 #[test]
 fn tables_can_be_had_as_markdown() {
-    let measured = output(&["bench", "--tiny", "--only", "prefault", "--markdown"]);
+    let measured = output(&["--tiny", "--only", "prefault", "--markdown"]);
     assert!(measured.status.success(), "{measured:?}");
     let said = text(&measured.stdout);
     assert!(
@@ -249,7 +261,7 @@ fn what_cannot_be_written_is_known_before_anything_is_measured() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
-    let refused = output(&["bench", "--tiny", "--plots", file.join("plots").to_str().unwrap()]);
+    let refused = output(&["--tiny", "--plots", file.join("plots").to_str().unwrap()]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(refused.stdout.is_empty(), "{refused:?}");
     assert!(text(&refused.stderr).contains("cannot create"), "{refused:?}");
@@ -257,20 +269,27 @@ fn what_cannot_be_written_is_known_before_anything_is_measured() {
 
 #[test]
 fn help_names_every_section_and_no_hidden_option() {
-    let help = text(&output(&["bench", "--help"]).stdout);
+    let help = text(&output(&["--help"]).stdout);
     for section in SECTIONS {
         assert!(help.contains(section), "{section}: {help}");
     }
     assert!(!help.contains("tiny"), "{help}");
-    let refused = output(&["bench", "--only", "speed"]);
+    let refused = output(&["--only", "speed"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+#[test]
+fn a_pagecast_that_is_not_there_is_an_error_at_once() {
+    let refused = output(&["--tiny", "--pagecast", "/no/such/pagecast"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("/no/such/pagecast is no file"), "{refused:?}");
 }
 
 /// Its numbers would be held against it.
 #[cfg(debug_assertions)]
 #[test]
 fn what_was_built_without_optimisation_measures_nothing() {
-    let refused = output(&["bench", "--only", "zeros"]);
+    let refused = output(&["--only", "zeros"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("without optimisation"), "{refused:?}");
 }

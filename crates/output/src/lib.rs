@@ -2,6 +2,7 @@
 //!
 //! Sizes are printed with `indicatif::BinaryBytes`. That the reader has gone (a broken pipe) is never an error: it has
 //! seen enough.
+#![forbid(unsafe_code)]
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 
@@ -12,14 +13,14 @@ use serde::Serialize;
 
 /// Where the output goes, and what it may look like there.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Output {
+pub struct Output {
     terminal: bool,
     colours: bool,
 }
 
 /// A column of a table: its heading, and to which side its cells go.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Column {
+pub enum Column {
     /// Words, to the left.
     Text(&'static str),
     /// Numbers, to the right.
@@ -28,7 +29,7 @@ pub(crate) enum Column {
 
 impl Output {
     /// Standard output. Colours only on a terminal, and not where `NO_COLOR` is set; `CLICOLOR_FORCE` wants them anyway.
-    pub(crate) fn stdout() -> Self {
+    pub fn stdout() -> Self {
         Self {
             terminal: io::stdout().is_terminal(),
             colours: console::colors_enabled(),
@@ -36,12 +37,12 @@ impl Output {
     }
 
     /// The text in this style, or as it is where there are no colours.
-    pub(crate) fn styled(self, style: &Style, text: &str) -> String {
+    pub fn styled(self, style: &Style, text: &str) -> String {
         style.clone().force_styling(self.colours).apply_to(text).to_string()
     }
 
     /// A table with lines around its cells on a terminal, plain columns elsewhere. Ends with a line feed.
-    pub(crate) fn table(self, columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
+    pub fn table(self, columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
         let mut table = Table::new();
         table.load_style(if self.terminal {
             presets::UTF8_FULL_CONDENSED
@@ -65,7 +66,7 @@ impl Output {
     }
 
     /// The table in Markdown.
-    pub(crate) fn markdown(columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
+    pub fn markdown(columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
         table.force_no_tty();
@@ -92,7 +93,7 @@ impl Output {
     ///
     /// Where it could not be written (a full disk), but not where nobody reads on.
     #[expect(clippy::unused_self, reason = "what is printed is made for this output")]
-    pub(crate) fn print(self, text: &str) -> Result<()> {
+    pub fn print(self, text: &str) -> Result<()> {
         write_to(&mut io::stdout().lock(), text)
     }
 
@@ -101,7 +102,7 @@ impl Output {
     /// # Errors
     ///
     /// As of [`print`](Self::print).
-    pub(crate) fn print_json(self, value: &impl Serialize) -> Result<()> {
+    pub fn print_json(self, value: &impl Serialize) -> Result<()> {
         self.print(&self.json(value)?)
     }
 
@@ -110,7 +111,7 @@ impl Output {
     /// # Errors
     ///
     /// The value is none that JSON has.
-    pub(crate) fn json(self, value: &impl Serialize) -> Result<String> {
+    pub fn json(self, value: &impl Serialize) -> Result<String> {
         let json = if self.terminal {
             serde_json::to_string_pretty(value)
         } else {
@@ -136,7 +137,7 @@ impl Column {
 }
 
 /// The text with its control characters visible, so that what others wrote cannot move the cursor of whoever reads it.
-pub(crate) fn harmless(text: &str) -> String {
+pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
         if character.is_control() {
