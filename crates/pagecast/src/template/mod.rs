@@ -6,31 +6,12 @@
 #[cfg(unix)]
 mod identity;
 #[cfg(target_os = "linux")]
-mod lease;
-#[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
-#[cfg(target_os = "linux")]
-mod page_cache;
-mod prefault_plan;
-mod prefault_score;
-mod recording;
-#[cfg(target_os = "linux")]
-mod reliance;
-#[cfg(target_os = "linux")]
-mod sidecar;
 mod slow_reads;
 mod source;
-#[cfg(target_os = "linux")]
-mod trust;
-#[cfg(target_os = "linux")]
-mod windows;
 mod working_set;
-#[cfg(target_os = "linux")]
-mod zero_file;
-mod zero_map;
-mod zero_runs;
-mod zero_search;
+mod zeros;
 
 use std::fmt;
 use std::path::Path;
@@ -44,30 +25,20 @@ pub use identity::Identity;
 #[cfg(target_os = "linux")]
 pub use identity::{FileState, KeptIdentity};
 #[cfg(target_os = "linux")]
-pub use lease::{Lease, LeaseError};
-#[cfg(target_os = "linux")]
-pub use mem_file::MemFile;
+pub use mem_file::{Lease, LeaseError, Loader, LockError, Locked, MemFile, SidecarError, Wanted};
 pub use open::OpenError;
-#[cfg(target_os = "linux")]
-pub use page_cache::{Loader, LockError, Locked, Wanted};
-pub use prefault_plan::{Planned, PrefaultPlan};
-use prefault_score::Tallies;
-pub use prefault_score::{PrefaultScore, PrefaultTally};
-pub use recording::Recording;
-#[cfg(target_os = "linux")]
-pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub(crate) use slow_reads::{ReadFor, ReadResult};
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
-pub use working_set::{Run, WorkingSet};
+use working_set::Tallies;
+pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, Run, WorkingSet};
 #[cfg(target_os = "linux")]
-pub use zero_file::KeepError;
-pub use zero_map::ZeroMap;
+pub use zeros::KeepError;
+use zeros::ZeroSearch;
 #[cfg(target_os = "linux")]
-pub(crate) use zero_map::leading_zero_pages;
-pub use zero_runs::ZeroRuns;
-use zero_search::ZeroSearch;
+pub(crate) use zeros::leading_zero_pages;
+pub use zeros::{ZeroMap, ZeroRuns};
 
 /// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
 #[derive(Clone)]

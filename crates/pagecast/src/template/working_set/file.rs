@@ -16,7 +16,7 @@ use pagecast_uffd::ByteLen;
 use super::{Entry, MOST_WEIGHT, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::sidecar::{self, Kind, Says};
+use crate::template::mem_file::sidecar::{self, Kind, Says};
 use crate::template::{KeptIdentity, Recording, SidecarError};
 
 const KIND: Kind = Kind {

@@ -2,7 +2,10 @@
 
 #[cfg(target_os = "linux")]
 mod file;
+mod plan;
+mod recording;
 mod run;
+mod score;
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -10,9 +13,13 @@ use std::fmt;
 
 use pagecast_uffd::ByteLen;
 
-use super::{Recording, TemplateOffset};
+use super::TemplateOffset;
 use crate::page::PageSize;
+pub use plan::{Planned, PrefaultPlan};
+pub use recording::Recording;
 pub use run::Run;
+pub(super) use score::Tallies;
+pub use score::{PrefaultScore, PrefaultTally};
 
 /// What the weight of a page grows by with each recording that has it. Each recording without it takes 1 away, so that a
 /// page stays where at least a third of the forks touch it: to install one ahead costs a fraction of a fault.

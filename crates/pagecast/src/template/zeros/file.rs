@@ -11,11 +11,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::identity::KeptIdentity;
-use super::sidecar::{self, Kind, Says, SidecarError};
-use super::source::PageSource;
-use super::{MemFile, SourceError};
 use crate::page::PageSize;
+use crate::template::mem_file::sidecar::{self, Kind, Says};
+use crate::template::{KeptIdentity, MemFile, PageSource, SidecarError, SourceError};
 
 const KIND: Kind = Kind {
     tag: *b"ZERO",
@@ -82,7 +80,7 @@ impl MemFile {
     }
 
     /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
-    pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
+    pub(in crate::template) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
         let pages = self.len().get() / PageSize::SMALLEST;
         let words = pages.div_ceil(u64::from(u64::BITS));
         if !self.reliance.leases {

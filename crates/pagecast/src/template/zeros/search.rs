@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::ByteLen;
 
-use super::Inner;
-use super::source::{SourceError, TemplateOffset};
+use crate::template::{Inner, SourceError, TemplateOffset};
 
 /// How much is looked at in one go.
 const STEP_BYTES: u64 = 1 << 20;
@@ -17,7 +16,7 @@ type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 
 /// The search for the zeros of one template: one at a time, however many want to know, and none once all are known.
 #[derive(Default)]
-pub(super) struct ZeroSearch {
+pub(in crate::template) struct ZeroSearch {
     state: Mutex<State>,
     changed: Condvar,
     /// Its progress is [`Progress::Done`], without the lock.
@@ -51,7 +50,7 @@ enum Urgency {
 
 impl ZeroSearch {
     /// One that is over already where `all_are_known`.
-    pub(super) fn new(all_are_known: bool) -> Self {
+    pub(in crate::template) fn new(all_are_known: bool) -> Self {
         let search = Self::default();
         if all_are_known {
             search.lock().progress = Progress::Done;
@@ -62,7 +61,7 @@ impl ZeroSearch {
 
     /// Looks for the zeros, or waits for who does so already, but no longer than `until`: the template may hang, and
     /// whoever wants to know must not. The search itself goes on.
-    pub(super) fn run(template: &Arc<Inner>, until: Instant) {
+    pub(in crate::template) fn run(template: &Arc<Inner>, until: Instant) {
         let search = &template.zero_search;
         let mut state = search.lock();
         match state.progress {
@@ -81,7 +80,7 @@ impl ZeroSearch {
     }
 
     /// Looks for the zeros when there is nothing better to do, and says how that ended.
-    pub(super) fn run_in_background(template: &Arc<Inner>, done: Done) {
+    pub(in crate::template) fn run_in_background(template: &Arc<Inner>, done: Done) {
         let mut state = template.zero_search.lock();
         match state.progress {
             Progress::Idle if spawn(template, |template| look(template, 0, Urgency::Background)) => {
@@ -98,12 +97,12 @@ impl ZeroSearch {
     }
 
     /// Whether all zeros are known. Nobody else keeps this.
-    pub(super) fn is_done(&self) -> bool {
+    pub(in crate::template) fn is_done(&self) -> bool {
         self.is_done.load(Ordering::Acquire)
     }
 
     /// Waits until nobody is looking; `false` where somebody still is.
-    pub(super) fn wait(&self, until: Instant) -> bool {
+    pub(in crate::template) fn wait(&self, until: Instant) -> bool {
         let mut state = self.lock();
         while matches!(state.progress, Progress::Running(_)) {
             let left = until.saturating_duration_since(Instant::now());

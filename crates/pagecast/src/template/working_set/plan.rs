@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::source::TemplateOffset;
-use super::working_set::{Run, WorkingSet};
+use super::{Run, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
+use crate::template::TemplateOffset;
 
 /// One of so many pages of the working set is held out: installed only when it is asked for. Whether it is tells whether the
 /// others would have been; the kernel does not tell which installed pages are used. For a working set of 64 MiB these are

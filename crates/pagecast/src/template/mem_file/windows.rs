@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
 
-use super::source::TemplateOffset;
 use super::trust::CoarseTime;
 use crate::page::PageSize;
+use crate::template::TemplateOffset;
 
 /// The size of a window in bytes: what the kernel maps around the first page that is touched (`fault_around_bytes`).
 const WINDOW: u64 = 64 << 10;

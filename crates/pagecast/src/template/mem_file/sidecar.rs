@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::identity::KeptIdentity;
+use crate::template::KeptIdentity;
 
 const MAGIC: &[u8; 8] = b"pagecast";
 const VERSION: u32 = 2;
-pub(super) const HEAD: usize = MAGIC.len() + 4 + 4 + KeptIdentity::BYTES;
+pub(in crate::template) const HEAD: usize = MAGIC.len() + 4 + 4 + KeptIdentity::BYTES;
 const CHECKSUM: usize = 32;
 
 /// Permission bits of others than the owner that let them change a file.
@@ -75,18 +75,18 @@ pub enum SidecarError {
 }
 
 /// Something that is kept beside mem-files.
-pub(super) struct Kind {
+pub(in crate::template) struct Kind {
     /// What it begins with.
-    pub(super) tag: [u8; 4],
+    pub(in crate::template) tag: [u8; 4],
     /// What the name of the mem-file is continued with.
-    pub(super) suffix: &'static str,
+    pub(in crate::template) suffix: &'static str,
     /// What it says of the mem-file.
-    pub(super) says: Says,
+    pub(in crate::template) says: Says,
 }
 
 /// What a file beside a mem-file says of it, and so what the mem-file may have gone through since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Says {
+pub(in crate::template) enum Says {
     /// What its bytes are: where that is wrong, guests get wrong bytes. So another ctime makes it stale.
     Bytes,
     /// Which pages are worth having early: where that is wrong, it costs time and no byte. So it outlives what changes the ctime
@@ -96,14 +96,14 @@ pub(super) enum Says {
 
 impl Kind {
     /// Where it is kept for the mem-file at this path.
-    pub(super) fn path(&self, mem_file: &Path) -> PathBuf {
+    pub(in crate::template) fn path(&self, mem_file: &Path) -> PathBuf {
         let mut path = OsString::from(mem_file);
         path.push(self.suffix);
         path.into()
     }
 
     /// A file with this body.
-    pub(super) fn encode(&self, identity: &KeptIdentity, body: &[u8]) -> Vec<u8> {
+    pub(in crate::template) fn encode(&self, identity: &KeptIdentity, body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&self.tag);
@@ -116,7 +116,7 @@ impl Kind {
     }
 
     /// The body of a file, if it is whole and of this mem-file.
-    pub(super) fn decode<'a>(&self, identity: &KeptIdentity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
+    pub(in crate::template) fn decode<'a>(&self, identity: &KeptIdentity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let (magic, rest) = bytes.split_first_chunk().ok_or(damaged("it is cut off"))?;
         let (tag, rest) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
@@ -149,7 +149,7 @@ impl Kind {
     }
 
     /// Writes a file that only we can read and write: all of it or, whatever happens meanwhile, nothing.
-    pub(super) fn write(&self, path: &Path, identity: &KeptIdentity, body: &[u8]) -> Result<(), SidecarError> {
+    pub(in crate::template) fn write(&self, path: &Path, identity: &KeptIdentity, body: &[u8]) -> Result<(), SidecarError> {
         let cannot = |source| SidecarError::Io { what: "write", source };
         let folder = match path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -170,7 +170,7 @@ impl Kind {
 }
 
 /// Reads a file with a body of at most so many bytes, which nobody can have written but we, root, or `owner`.
-pub(super) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
+pub(in crate::template) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
     let cannot = |what| move |source| SidecarError::Io { what, source };
     // Without O_NONBLOCK, opening a fifo would wait for somebody to write to it. Links may lead to what others wrote.
     let file = File::options()

@@ -1,5 +1,12 @@
 //! The memory file of a paused microVM, on a local file system.
 
+mod lease;
+mod page_cache;
+mod reliance;
+pub(super) mod sidecar;
+mod trust;
+mod windows;
+
 use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut};
 use std::ops::Range;
@@ -14,15 +21,17 @@ use pagecast_uffd::{ByteLen, MappedFile, MappedRange, dirty};
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
+pub use self::lease::{Lease, LeaseError};
+pub use self::page_cache::{Loader, LockError, Locked, Wanted};
+use self::reliance::Reliance;
+pub use self::sidecar::SidecarError;
+use self::trust::Trust;
+use self::windows::Windows;
 use super::Run;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
-use super::reliance::Reliance;
-use super::sidecar::SidecarError;
 use super::source::{Page, PageSource, SourceError, TemplateOffset};
-use super::trust::Trust;
-use super::windows::Windows;
-use super::zero_map::{ZeroMap, is_zero};
+use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
 /// The most runs of data whose holes are looked for when a file is opened; those of a file in more pieces are left to the

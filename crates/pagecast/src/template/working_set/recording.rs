@@ -4,9 +4,9 @@ use std::fmt;
 
 use pagecast_uffd::ByteLen;
 
-use super::TemplateOffset;
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
+use crate::template::TemplateOffset;
 
 /// The small pages (4 KiB) of a template that one fork touched, each once, in the order of the first touch.
 ///

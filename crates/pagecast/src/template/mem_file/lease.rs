@@ -9,8 +9,8 @@ use pagecast_uffd::{Errno, LeaseBreaks, lease};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno as E;
 
-use super::mem_file::MemFile;
-use super::source::SourceError;
+use super::MemFile;
+use crate::template::SourceError;
 
 /// How long somebody may take to close the file who has just written it. Also a program that is just being started by
 /// somebody who has it open holds it for a moment.
@@ -118,7 +118,7 @@ impl MemFile {
 
     /// Whether nobody can have written it since it was opened: there is a lease on it that nobody has broken, on a file
     /// system where that holds off every writer.
-    pub(super) fn is_surely_leased(&self) -> bool {
+    pub(in crate::template) fn is_surely_leased(&self) -> bool {
         self.unwritten.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
     }
 }

@@ -43,13 +43,13 @@ pub struct PrefaultScore {
 
 /// Adds tallies up.
 #[derive(Debug, Default)]
-pub(super) struct Tallies {
+pub(in crate::template) struct Tallies {
     forks: u64,
     sum: PrefaultTally,
 }
 
 impl Tallies {
-    pub(super) fn add(&mut self, tally: PrefaultTally) {
+    pub(in crate::template) fn add(&mut self, tally: PrefaultTally) {
         let sum = &mut self.sum;
         if sum.held_out >= MANY {
             for count in [
@@ -70,7 +70,7 @@ impl Tallies {
         sum.missed += tally.missed;
     }
 
-    pub(super) fn score(&self) -> PrefaultScore {
+    pub(in crate::template) fn score(&self) -> PrefaultScore {
         let PrefaultTally {
             planned,
             held_out,

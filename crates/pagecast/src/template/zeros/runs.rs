@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::Run;
+use crate::template::Run;
 #[cfg(target_os = "linux")]
-use super::{PageSource, TemplateOffset};
+use crate::template::{PageSource, TemplateOffset};
 use crate::page::PageSize;
 
 /// The shortest run that is given back, in pages: 64 KiB. Unregistering takes as long as answering a fault or two, and a
@@ -42,7 +42,7 @@ impl ZeroRuns {
 
     /// Of all zeros that are known by now.
     #[cfg(target_os = "linux")]
-    pub(super) fn known(source: &dyn PageSource) -> Self {
+    pub(in crate::template) fn known(source: &dyn PageSource) -> Self {
         let mut at = TemplateOffset::new(0);
         Self::of(std::iter::from_fn(|| {
             let run = source.next_known_zeros(at)?;

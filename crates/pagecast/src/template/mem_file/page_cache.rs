@@ -12,10 +12,9 @@ use std::sync::Arc;
 use pagecast_uffd::{ByteLen, Errno, MappedFile};
 use rustix::fs::Advice;
 
-use super::mem_file::MemFile;
-use super::source::{PageSource, SourceError, TemplateOffset};
-use super::working_set::{Run, WorkingSet};
+use super::MemFile;
 use crate::page::PageSize;
+use crate::template::{PageSource, Run, SourceError, TemplateOffset, WorkingSet};
 
 /// The pages that we would like to have.
 const HUGE: u64 = PageSize::Huge.bytes();
