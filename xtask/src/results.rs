@@ -33,9 +33,7 @@ impl Results {
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let root = workspace_root();
         let mut bench = Command::new(build_bench()?);
-        bench
-            .args(["--markdown", "--plots", FOLDER])
-            .args(&self.arguments);
+        bench.args(["--markdown", "--plots", FOLDER]).args(&self.arguments);
         bench.current_dir(root).stdin(Stdio::null()).stderr(Stdio::inherit());
         let measured = bench.output().context("failed to start pagecast-bench")?;
         ensure!(measured.status.success(), "pagecast-bench failed ({})", measured.status);

@@ -80,9 +80,7 @@ impl Cli {
         let interrupt = Interrupt::watch()?;
         let outcome = self.measure(&interrupt);
         if let Some(signal) = interrupt.signal() {
-            say(
-                "pagecast-bench: interrupted; every process was ended, every temporary file removed",
-            );
+            say("pagecast-bench: interrupted; every process was ended, every temporary file removed");
             return Ok(u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from));
         }
         let report = outcome?;

@@ -282,7 +282,10 @@ fn help_names_every_section_and_no_hidden_option() {
 fn a_pagecast_that_is_not_there_is_an_error_at_once() {
     let refused = output(&["--tiny", "--pagecast", "/no/such/pagecast"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("/no/such/pagecast is no file"), "{refused:?}");
+    assert!(
+        text(&refused.stderr).contains("/no/such/pagecast is no file"),
+        "{refused:?}"
+    );
 }
 
 /// Its numbers would be held against it.

@@ -15,8 +15,8 @@ use pagecast_client::{Backend, Client, CreateFork, Fork, ForkState, Prefault};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
-use pagecast_output::{Column, Output, harmless};
 use crate::template::absolute;
+use pagecast_output::{Column, Output, harmless};
 
 /// Make, show, complete and remove forks: microVMs restored from a template.
 #[derive(Args)]

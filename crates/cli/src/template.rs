@@ -14,8 +14,8 @@ use pagecast_client::{AddTemplate, Template};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
-use pagecast_output::{Column, Output, harmless};
 use crate::run::{Train, describe_working_set};
+use pagecast_output::{Column, Output, harmless};
 
 mod warm;
 

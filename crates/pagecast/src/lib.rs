@@ -47,7 +47,7 @@ mod priority;
 #[doc(hidden)]
 pub mod proc_files;
 pub mod server;
-pub mod session;
+mod session;
 pub mod template;
 
 pub use page::{PageIndex, PageSize};

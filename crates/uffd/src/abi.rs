@@ -1,7 +1,7 @@
 //! Ioctl numbers and argument layouts, checked at compile time against `linux/userfaultfd.h`.
 
 pub(crate) use linux_raw_sys::general::{
-    uffdio_api, uffdio_continue, uffdio_copy, uffdio_poison, uffdio_range, uffdio_register, uffdio_zeropage,
+    uffdio_api, uffdio_continue, uffdio_copy, uffdio_range, uffdio_register, uffdio_zeropage,
 };
 use linux_raw_sys::{general as sys, ioctl};
 use rustix::ioctl::{Opcode, opcode};
@@ -20,7 +20,6 @@ pub(crate) const WAKE: Opcode = opcode::read::<uffdio_range>(GROUP, 0x02);
 pub(crate) const COPY: Opcode = opcode::read_write::<uffdio_copy>(GROUP, 0x03);
 pub(crate) const ZEROPAGE: Opcode = opcode::read_write::<uffdio_zeropage>(GROUP, 0x04);
 pub(crate) const CONTINUE: Opcode = opcode::read_write::<uffdio_continue>(GROUP, 0x07);
-pub(crate) const POISON: Opcode = opcode::read_write::<uffdio_poison>(GROUP, 0x08);
 
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 pub(crate) const REGISTER_MODE_MISSING: u64 = sys::UFFDIO_REGISTER_MODE_MISSING as u64;
@@ -28,10 +27,10 @@ pub(crate) const REGISTER_MODE_MISSING: u64 = sys::UFFDIO_REGISTER_MODE_MISSING 
 pub(crate) const REGISTER_MODE_WP: u64 = sys::UFFDIO_REGISTER_MODE_WP as u64;
 /// `UFFDIO_COPY_MODE_WP`.
 pub(crate) const COPY_MODE_WP: u64 = sys::UFFDIO_COPY_MODE_WP as u64;
-/// `UFFDIO_{COPY,ZEROPAGE,CONTINUE,POISON}_MODE_DONTWAKE`: the same bit for all four.
+/// `UFFDIO_{COPY,ZEROPAGE,CONTINUE}_MODE_DONTWAKE`: the same bit for all three.
 pub(crate) const MODE_DONTWAKE: u64 = sys::UFFDIO_COPY_MODE_DONTWAKE as u64;
 
-// The numbers above are computed from the layouts; these are the kernel's. The header has no constant for POISON.
+// The numbers above are computed from the layouts; these are the kernel's.
 const _: () = assert!(API == ioctl::UFFDIO_API as Opcode);
 const _: () = assert!(REGISTER == ioctl::UFFDIO_REGISTER as Opcode);
 const _: () = assert!(UNREGISTER == ioctl::UFFDIO_UNREGISTER as Opcode);
@@ -39,7 +38,6 @@ const _: () = assert!(WAKE == ioctl::UFFDIO_WAKE as Opcode);
 const _: () = assert!(COPY == ioctl::UFFDIO_COPY as Opcode);
 const _: () = assert!(ZEROPAGE == ioctl::UFFDIO_ZEROPAGE as Opcode);
 const _: () = assert!(CONTINUE == ioctl::UFFDIO_CONTINUE as Opcode);
-const _: () = assert!(POISON == 0xC020_AA08);
 const _: () = assert!(IOC_NEW == 0xAA00);
 const _: () = assert!(MODE_DONTWAKE == sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE as u64);
 
@@ -50,4 +48,3 @@ const _: () = assert!(size_of::<uffdio_register>() == 32);
 const _: () = assert!(size_of::<uffdio_copy>() == 40);
 const _: () = assert!(size_of::<uffdio_zeropage>() == 32);
 const _: () = assert!(size_of::<uffdio_continue>() == 32);
-const _: () = assert!(size_of::<uffdio_poison>() == 32);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::address::ByteLen;
 
-/// The outcome of an install (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`, `UFFDIO_POISON`).
+/// The outcome of an install (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`).
 ///
 /// The kernel's errno becomes meaning here, once; callers match on this and never on numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -319,17 +319,6 @@ impl Uffd {
         Outcome::of_install(result, arguments.mapped)
     }
 
-    /// Marks `range` as broken hardware (`UFFDIO_POISON`, Linux 6.6): a touch raises SIGBUS. Wakes whoever waits.
-    pub fn poison(&self, range: HostRange) -> Outcome {
-        let mut poison = abi::uffdio_poison {
-            range: range_abi(range),
-            mode: 0,
-            updated: 0,
-        };
-        let result = update::<{ abi::POISON }, _>(self.fd.as_fd(), &mut poison);
-        Outcome::of_install(result, poison.updated)
-    }
-
     /// Wakes every thread that waits for a page of `range`; each touches its page again, and faults again if it is not
     /// there.
     ///

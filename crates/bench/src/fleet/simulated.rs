@@ -2,7 +2,7 @@
 
 use std::num::{NonZeroU8, NonZeroU32};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};

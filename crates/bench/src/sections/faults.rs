@@ -64,7 +64,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     for set in 0..sets {
         for setting in settings {
             interrupt.check()?;
-            measure_set(bench, set, turns, setting, &files, &bytes, &mut samples)?;
+            measure_set(set, turns, setting, &files, &bytes, &mut samples)?;
             progress.advance(1);
         }
     }
@@ -114,7 +114,6 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 
 /// Fresh servers with fresh forks, which take turns.
 fn measure_set(
-    bench: &Bench,
     set: u32,
     turns: u32,
     setting: Setting,
@@ -122,11 +121,7 @@ fn measure_set(
     bytes: &Arc<[u8]>,
     samples: &mut Samples,
 ) -> Result<()> {
-    let spawn = || {
-        (0..setting.forks)
-            .map(|_| sim_vmm::spawn())
-            .collect::<Result<Vec<_>>>()
-    };
+    let spawn = || (0..setting.forks).map(|_| sim_vmm::spawn()).collect::<Result<Vec<_>>>();
     // Each has a lease on a file of its own.
     let [file, resident_file] = files;
     let folder = folder()?;

@@ -205,7 +205,6 @@ impl Many {
         let progress = Progress::of("growth: forks", "forks", u64::from(most * plan.times));
         for time in 0..plan.times {
             let all = Time {
-                bench,
                 interrupt,
                 plan,
                 template: &template,
@@ -223,7 +222,6 @@ impl Many {
 
 /// One time that all forks are started, loaded, left alone and ended.
 struct Time<'a> {
-    bench: &'a Bench,
     interrupt: &'a Interrupt,
     plan: &'a Plan,
     template: &'a TemplateFile,

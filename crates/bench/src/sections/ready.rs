@@ -104,7 +104,6 @@ const QUICK_ONES: [System; 3] = [System::Plain { cold: false }, System::File { c
 
 /// All that is the same for all rounds.
 struct Setup<'a> {
-    pagecast: &'a Path,
     set: WorkingSet,
     template: TemplateFile,
     /// Of the template.
@@ -264,7 +263,6 @@ impl<'a> Setup<'a> {
         );
         progress.done(&format!("{} MiB", mib(set.model.size)));
         Ok(Self {
-            pagecast: &bench.pagecast,
             set,
             file,
             bytes,

@@ -57,6 +57,7 @@ mod worker;
 #[cfg(target_os = "linux")]
 mod workers;
 
+pub use crate::session::Violation;
 pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};
 pub use fork::{

@@ -19,7 +19,7 @@ const FILL_BYTES: u64 = 256 * 1024;
 /// Some of them may be there, or removed, by the time it is tried, so what is really installed comes from
 /// [`Session::fill_parts`](super::Session::fill_parts), each time anew.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Fill {
+pub(crate) struct Fill {
     pub(super) region: RegionIndex,
     pub(super) first: PageIndex,
     /// Everything before this is installed or needs not be.
@@ -28,28 +28,28 @@ pub struct Fill {
     /// It spans mappings that were split, and the kernel installs into one at a time.
     pub(super) single_pages: bool,
     /// Zeros need not be installed: once a completed fork is unregistered, what is absent is zeros by itself.
-    pub skips_zeros: bool,
+    pub(crate) skips_zeros: bool,
     /// It is of the working set: other forks have touched it.
-    pub is_planned: bool,
+    pub(crate) is_planned: bool,
     /// Where the bytes of its first page are in the template.
-    pub from: TemplateOffset,
+    pub(crate) from: TemplateOffset,
     /// The size of each page.
-    pub page_size: PageSize,
+    pub(crate) page_size: PageSize,
 }
 
 impl Fill {
     /// The length of all of it, for a buffer.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         (self.end.get() - self.first.get()) * self.page_size.as_usize()
     }
 
     /// Where `part`, a part of this, lies within its bytes.
-    pub fn position_of(&self, part: &Install) -> usize {
+    pub(crate) fn position_of(&self, part: &Install) -> usize {
         part.at.page.get().saturating_sub(self.first.get()) * self.page_size.as_usize()
     }
 
     /// Everything up to the end of this part needs nothing any more.
-    pub fn skip(&mut self, part: &Install) {
+    pub(crate) fn skip(&mut self, part: &Install) {
         self.next = PageIndex::new(part.at.page.get() + part.pages);
     }
 

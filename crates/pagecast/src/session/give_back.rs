@@ -10,12 +10,12 @@ use crate::template::ZeroRuns;
 
 /// A range of a fork that can be unregistered: it is zeros in the template, and absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ZeroRange {
+pub(crate) struct ZeroRange {
     pub(super) at: PageRef,
     /// How many pages it has.
-    pub pages: usize,
+    pub(crate) pages: usize,
     /// Where it is in the VMM.
-    pub memory: HostRange,
+    pub(crate) memory: HostRange,
 }
 
 /// What of a fork is to be given back.

@@ -21,15 +21,16 @@ use std::sync::Arc;
 
 use pagecast_uffd::{Event, FaultFlags, HostRange, Outcome, PageFault};
 
-use crate::page::{PageIndex, PageSize};
-use crate::template::{PrefaultPlan, TemplateOffset, ZeroRuns};
-pub use filling::Fill;
+use crate::page::PageIndex;
+use crate::template::{PrefaultPlan, ZeroRuns};
+pub(crate) use filling::Fill;
 use filling::Filling;
 use give_back::GiveBack;
-pub use give_back::ZeroRange;
+pub(crate) use give_back::ZeroRange;
 use page_states::{PageState, PageStates};
-pub use region::{Region, RegionIndex, RegionMap};
-pub use step::{After, Content, Install, Noted, PageRef, Step, Violation};
+pub(crate) use region::{Region, RegionIndex, RegionMap};
+pub use step::Violation;
+pub(crate) use step::{After, Content, Install, Noted, PageRef, Step};
 
 /// How often in a row the same page may fault though it is installed before we call it lost. Threads that fault at once
 /// make a few; no VMM has this many.
@@ -37,7 +38,7 @@ const MOST_REPEATS: u32 = 4096;
 
 /// One fork's regions, the state of each page, and the faults that wait for an answer.
 #[derive(Debug)]
-pub struct Session {
+pub(crate) struct Session {
     regions: RegionMap,
     /// One an entry of `regions`, in the same order.
     states: Box<[PageStates]>,
@@ -55,7 +56,7 @@ pub struct Session {
 
 impl Session {
     /// The session of a fork with these regions, none of whose pages is there yet.
-    pub fn new(regions: RegionMap) -> Self {
+    pub(crate) fn new(regions: RegionMap) -> Self {
         let states = regions
             .iter()
             .map(|(_, region)| PageStates::new(region.pages()))
@@ -73,7 +74,7 @@ impl Session {
     }
 
     /// Its regions.
-    pub fn regions(&self) -> &RegionMap {
+    pub(crate) fn regions(&self) -> &RegionMap {
         &self.regions
     }
 
@@ -82,7 +83,7 @@ impl Session {
     /// # Errors
     ///
     /// [`Violation`] where the fork cannot be served any longer.
-    pub fn on_event(&mut self, event: &Event) -> Result<Noted, Violation> {
+    pub(crate) fn on_event(&mut self, event: &Event) -> Result<Noted, Violation> {
         match event {
             Event::PageFault(fault) => self.on_fault(fault),
             Event::Remove(range) => Ok(Noted::Removed {
@@ -131,7 +132,7 @@ impl Session {
     /// # Errors
     ///
     /// [`Violation::PageLost`].
-    pub fn next_step(&mut self) -> Result<Option<Step>, Violation> {
+    pub(crate) fn next_step(&mut self) -> Result<Option<Step>, Violation> {
         while let Some(at) = self.ready.pop_front() {
             let Some(states) = self.states.get(at.region.get()) else {
                 continue;
@@ -153,7 +154,7 @@ impl Session {
     }
 
     /// The template's bytes for this install are not there yet: it waits for [`bytes_ready`](Self::bytes_ready).
-    pub fn await_bytes(&mut self, install: &Install) {
+    pub(crate) fn await_bytes(&mut self, install: &Install) {
         self.awaiting_bytes += 1;
         self.set_waiting(install.at);
     }
@@ -164,7 +165,7 @@ impl Session {
     /// # Errors
     ///
     /// [`Violation::PageLost`].
-    pub fn bytes_ready(&mut self, at: PageRef) -> Result<Option<Step>, Violation> {
+    pub(crate) fn bytes_ready(&mut self, at: PageRef) -> Result<Option<Step>, Violation> {
         self.awaiting_bytes = self.awaiting_bytes.saturating_sub(1);
         self.clear_waiting(at);
         self.ready.push_front(at);
@@ -172,7 +173,7 @@ impl Session {
     }
 
     /// Takes note of what the install of a demand fault came to.
-    pub fn on_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
+    pub(crate) fn on_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
         let at = install.at;
         match outcome {
             Outcome::Installed => {
@@ -200,17 +201,12 @@ impl Session {
     }
 
     /// Whether a fault waits for a retry.
-    pub fn has_parked(&self) -> bool {
+    pub(crate) fn has_parked(&self) -> bool {
         !self.parked.is_empty()
     }
 
-    /// Faults that have been read and not answered yet.
-    pub fn unanswered(&self) -> usize {
-        self.ready.len() + self.parked.len() + self.awaiting_bytes
-    }
-
     /// Queues everything parked for another try.
-    pub fn release_parked(&mut self) {
+    pub(crate) fn release_parked(&mut self) {
         for at in std::mem::take(&mut self.parked) {
             self.clear_waiting(at);
             self.ready.push_back(at);
@@ -218,49 +214,49 @@ impl Session {
     }
 
     /// Installs this working set ahead of its faults. Where a completion goes on too, this comes first.
-    pub fn begin_working_set(&mut self, plan: Arc<PrefaultPlan>) {
+    pub(crate) fn begin_working_set(&mut self, plan: Arc<PrefaultPlan>) {
         self.filling.begin_working_set(plan);
     }
 
     /// Installs everything ahead of its faults, after what else there is, and goes on serving.
-    pub fn begin_all(&mut self) {
+    pub(crate) fn begin_all(&mut self) {
         self.filling.begin_all();
     }
 
     /// Gives up what was to be installed ahead, but not a completion.
-    pub fn stop_prefault(&mut self) {
+    pub(crate) fn stop_prefault(&mut self) {
         self.filling.stop_prefault();
     }
 
     /// Begins to complete the fork. Idempotent.
-    pub fn begin_completion(&mut self) {
+    pub(crate) fn begin_completion(&mut self) {
         self.filling.begin_completion();
     }
 
     /// Gives the completion up; the fork is served as before. What was installed stays.
-    pub fn abandon_completion(&mut self) {
+    pub(crate) fn abandon_completion(&mut self) {
         self.filling.abandon_completion();
     }
 
     /// Whether a completion was begun and not given up.
-    pub fn is_completing(&self) -> bool {
+    pub(crate) fn is_completing(&self) -> bool {
         self.filling.is_completing()
     }
 
     /// Whether there is something left for [`next_fill`](Self::next_fill) or [`next_give_back`](Self::next_give_back).
-    pub fn wants_to_fill(&self) -> bool {
+    pub(crate) fn wants_to_fill(&self) -> bool {
         self.filling.is_wanted() || !self.give_back.is_done()
     }
 
     /// The next piece to fill, once each: it has to be carried to its end, or is lost to this prefault or completion. `None`
     /// where everything has been handed out; once that is carried out too, and a completion was wanted, the regions can be
     /// unregistered.
-    pub fn next_fill(&mut self) -> Option<Fill> {
+    pub(crate) fn next_fill(&mut self) -> Option<Fill> {
         self.filling.next(&self.regions, &self.states)
     }
 
     /// What of this piece is still to be installed, in ascending order. Nothing once it has come to its end.
-    pub fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
+    pub(crate) fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
         let (Some(region), Some(states)) = (self.regions.get(fill.region), self.states.get(fill.region.get())) else {
             return Vec::new();
         };
@@ -292,7 +288,7 @@ impl Session {
     }
 
     /// Takes note of what installing a part of a piece came to: how many pages are there now, and what is left to do.
-    pub fn on_filled(&mut self, fill: &mut Fill, part: &Install, outcome: Outcome) -> (usize, After) {
+    pub(crate) fn on_filled(&mut self, fill: &mut Fill, part: &Install, outcome: Outcome) -> (usize, After) {
         let (present, after) = fill.on_outcome(part, outcome);
         self.set_installed(part.at, present);
         (present, after)
@@ -300,14 +296,14 @@ impl Session {
 
     /// The kernel itself is to fill these runs of the template, which are zeros: it does so in pages of 4 KiB. A completion
     /// leaves zeros to it from now on, too.
-    pub fn begin_give_back(&mut self, zeros: ZeroRuns) {
+    pub(crate) fn begin_give_back(&mut self, zeros: ZeroRuns) {
         self.filling.set_kernel_fills_small();
         self.give_back = GiveBack::new(zeros);
     }
 
     /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once;
     /// none while a fault is still to be [answered](Self::next_step).
-    pub fn next_give_back(&mut self) -> Option<ZeroRange> {
+    pub(crate) fn next_give_back(&mut self) -> Option<ZeroRange> {
         if !self.ready.is_empty() {
             return None;
         }
@@ -315,27 +311,14 @@ impl Session {
     }
 
     /// It was unregistered.
-    pub fn on_given_back(&mut self, range: &ZeroRange) {
+    pub(crate) fn on_given_back(&mut self, range: &ZeroRange) {
         // Whoever faulted there meanwhile finds it by a touch.
         self.set_installed(range.at, range.pages);
     }
 
     /// Nothing more can be given back.
-    pub fn stop_give_back(&mut self) {
+    pub(crate) fn stop_give_back(&mut self) {
         self.give_back = GiveBack::default();
-    }
-
-    /// Every run of absent pages, each within one region: what a completion would have to look at. As offset in the
-    /// template and number of pages.
-    pub fn absent_runs(&self) -> impl Iterator<Item = (TemplateOffset, usize, PageSize)> {
-        self.regions.iter().zip(&self.states).flat_map(|((_, region), states)| {
-            let mut from = PageIndex::new(0);
-            std::iter::from_fn(move || {
-                let (first, pages) = states.next_absent(from, usize::MAX)?;
-                from = PageIndex::new(first.get() + pages);
-                Some((region.offset_of(first), pages, region.page_size()))
-            })
-        })
     }
 
     fn states_mut(&mut self, region: RegionIndex) -> Option<&mut PageStates> {

@@ -8,14 +8,14 @@ use crate::template::TemplateOffset;
 
 /// A page of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PageRef {
+pub(crate) struct PageRef {
     pub(super) region: RegionIndex,
     pub(super) page: PageIndex,
 }
 
 /// What the driver has to do next to answer a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// Put a page in place.
     Install(Install),
     /// Wake who waits for this range: the page is there.
@@ -24,22 +24,22 @@ pub enum Step {
 
 /// Pages to put in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Install {
+pub(crate) struct Install {
     /// The first page.
-    pub at: PageRef,
+    pub(crate) at: PageRef,
     /// How many pages; one for a demand fault.
-    pub pages: usize,
+    pub(crate) pages: usize,
     /// Where they go.
-    pub to: HostRange,
+    pub(crate) to: HostRange,
     /// The size of each.
-    pub page_size: PageSize,
+    pub(crate) page_size: PageSize,
     /// What they hold.
-    pub content: Content,
+    pub(crate) content: Content,
 }
 
 /// What a page holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
+pub(crate) enum Content {
     /// The template's bytes from here on.
     Template(TemplateOffset),
     /// Zeros, because the guest gave the page back.
@@ -49,7 +49,7 @@ pub enum Content {
 impl Install {
     /// The same, cut to its first `pages` pages (at least one).
     #[must_use]
-    pub fn truncated(self, pages: usize) -> Self {
+    pub(crate) fn truncated(self, pages: usize) -> Self {
         let pages = pages.clamp(1, self.pages);
         let len = ByteLen::new(pages as u64 * self.page_size.bytes());
         Self {
@@ -60,7 +60,7 @@ impl Install {
     }
 
     /// The same without its first `pages` pages; `None` where it has no more.
-    pub fn after(self, pages: usize) -> Option<Self> {
+    pub(crate) fn after(self, pages: usize) -> Option<Self> {
         let left = self.pages.checked_sub(pages).filter(|left| *left > 0)?;
         let skipped = ByteLen::new(pages as u64 * self.page_size.bytes());
         let content = match self.content {
@@ -80,14 +80,14 @@ impl Install {
     }
 
     /// Its length in bytes, for a buffer.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.pages * self.page_size.as_usize()
     }
 }
 
 /// What an event was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Noted {
+pub(crate) enum Noted {
     /// A fault that now waits for its answer.
     Fault {
         /// Where the page is in the template.
@@ -107,7 +107,7 @@ pub enum Noted {
 /// What the outcome of an install leaves to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub enum After {
+pub(crate) enum After {
     /// Nothing: done.
     Done,
     /// Wake who waits for this range.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::guest::Guest;
 use super::protocol::{
@@ -151,7 +151,10 @@ pub(crate) fn remove_race(guest: &Guest, race: &RemoveRace) -> Result<RaceReport
 pub(crate) fn register_again(guest: &Guest) -> Result<()> {
     let uffd = guest.kept_uffd()?;
     while !guest.races_are_over.load(Ordering::Relaxed) {
-        guest.regions.iter().try_for_each(|region| region.memory.register(uffd))?;
+        guest
+            .regions
+            .iter()
+            .try_for_each(|region| region.memory.register(uffd))?;
     }
     Ok(())
 }

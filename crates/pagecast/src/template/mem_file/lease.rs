@@ -108,12 +108,17 @@ impl MemFile {
         wait.recv().map_err(died)??;
         // Nobody can have written it since this.
         let state = self.state().map_err(LeaseError::Changed)?;
-        if self.reliance.leases {
+        if self.has_sure_leases() {
             self.unwritten
                 .store(state.kept() == self.opened_as(), Ordering::Release);
             self.trust.grant();
         }
         Ok(lease)
+    }
+
+    /// Whether a lease on it holds off every writer.
+    pub(in crate::template) fn has_sure_leases(&self) -> bool {
+        self.reliance.leases
     }
 
     /// Whether nobody can have written it since it was opened: there is a lease on it that nobody has broken, on a file
@@ -127,7 +132,7 @@ impl Lease {
     /// Whether it holds off every writer. Where it does not, as on overlayfs (whose upper layer can be written by another
     /// path), the file has to be looked at all the same.
     pub fn is_sure(&self) -> bool {
-        self.mem_file.reliance.leases
+        self.mem_file.has_sure_leases()
     }
 
     /// Whether somebody waits to write the file, or does so already because the lease was held for too long since.

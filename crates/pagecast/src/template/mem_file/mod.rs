@@ -56,7 +56,7 @@ const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 pub struct MemFile {
     path: PathBuf,
     file: File,
-    pub(super) reliance: Reliance,
+    reliance: Reliance,
     /// What it was when it was opened.
     opened_as: FileState,
     /// What it was when it was last found to be unchanged. Its links and permissions may come and go.
@@ -74,7 +74,7 @@ pub struct MemFile {
     /// That lease holds off every writer, and the file was not touched between its opening and the lease.
     pub(super) unwritten: AtomicBool,
     /// The lease stands for the file being unchanged.
-    pub(super) trust: Trust,
+    trust: Trust,
     /// All of it, for runs of pages and for what is locked in memory.
     pub(super) mapped: Option<Arc<MappedFile>>,
     /// All of it but zeros is locked in memory.

@@ -39,7 +39,7 @@ const OVERFLOW_USER: u32 = 65_534;
 pub(super) struct Reliance {
     /// Nobody writes the file while a read lease on it is held. Else a lease holds up some writers, and the file has to be
     /// looked at all the same.
-    pub(in crate::template) leases: bool,
+    pub(super) leases: bool,
     /// `SEEK_HOLE` and `SEEK_DATA` are right, once nothing of the file is dirty. Else all of it is read to find zeros.
     pub(super) holes: bool,
     /// `mincore(2)` tells whether a page is in the page cache. Else a read with `RWF_NOWAIT` is asked.

@@ -116,7 +116,11 @@ impl Kind {
     }
 
     /// The body of a file, if it is whole and of this mem-file.
-    pub(in crate::template) fn decode<'a>(&self, identity: &KeptIdentity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
+    pub(in crate::template) fn decode<'a>(
+        &self,
+        identity: &KeptIdentity,
+        bytes: &'a [u8],
+    ) -> Result<&'a [u8], SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let (magic, rest) = bytes.split_first_chunk().ok_or(damaged("it is cut off"))?;
         let (tag, rest) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
@@ -149,7 +153,12 @@ impl Kind {
     }
 
     /// Writes a file that only we can read and write: all of it or, whatever happens meanwhile, nothing.
-    pub(in crate::template) fn write(&self, path: &Path, identity: &KeptIdentity, body: &[u8]) -> Result<(), SidecarError> {
+    pub(in crate::template) fn write(
+        &self,
+        path: &Path,
+        identity: &KeptIdentity,
+        body: &[u8],
+    ) -> Result<(), SidecarError> {
         let cannot = |source| SidecarError::Io { what: "write", source };
         let folder = match path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,

@@ -83,7 +83,7 @@ impl MemFile {
     pub(in crate::template) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
         let pages = self.len().get() / PageSize::SMALLEST;
         let words = pages.div_ceil(u64::from(u64::BITS));
-        if !self.reliance.leases {
+        if !self.has_sure_leases() {
             // Nobody vouches for its ctime there, and none can have been kept there.
             return Err(SidecarError::Missing);
         }

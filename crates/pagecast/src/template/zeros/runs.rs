@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::page::PageSize;
 use crate::template::Run;
 #[cfg(target_os = "linux")]
 use crate::template::{PageSource, TemplateOffset};
-use crate::page::PageSize;
 
 /// The shortest run that is given back, in pages: 64 KiB. Unregistering takes as long as answering a fault or two, and a
 /// shorter run saves few.
