@@ -1,4 +1,5 @@
 //! `pagecast-bench`: that it measures, says and draws what it should. How fast anything is, no test asks.
+#![expect(clippy::unwrap_used, reason = "what a test needs and does not get fails it")]
 
 use std::fs;
 use std::path::Path;

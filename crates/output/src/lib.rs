@@ -92,7 +92,6 @@ impl Output {
     /// # Errors
     ///
     /// Where it could not be written (a full disk), but not where nobody reads on.
-    #[expect(clippy::unused_self, reason = "what is printed is made for this output")]
     pub fn print(self, text: &str) -> Result<()> {
         write_to(&mut io::stdout().lock(), text)
     }

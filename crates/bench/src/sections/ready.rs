@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -103,7 +102,7 @@ pub(crate) const PREFAULT: &str = "uffd, prefault";
 const QUICK_ONES: [System; 3] = [System::Plain { cold: false }, System::File { cold: false }, System::Hot];
 
 /// All that is the same for all rounds.
-struct Setup<'a> {
+struct Setup {
     set: WorkingSet,
     template: TemplateFile,
     /// Of the template.
@@ -242,8 +241,8 @@ fn make_resident(daemon: &Daemon, template: &TemplateFile) -> Result<Option<Stri
     }
 }
 
-impl<'a> Setup<'a> {
-    fn new(bench: &'a Bench, set: WorkingSet) -> Result<Self> {
+impl Setup {
+    fn new(bench: &Bench, set: WorkingSet) -> Result<Self> {
         let progress = Progress::start("writing a template");
         let template = set.write()?;
         let file = File::open(template.path()).context("failed to open the template")?;
