@@ -241,13 +241,19 @@ fn a_completion_that_is_given_up_says_so_and_can_be_repeated() {
 #[test]
 fn a_vmm_that_registers_its_memory_again_is_served_on_with_a_reason_of_its_own() {
     let (told, events) = mpsc::channel();
-    let fixture = Fixture::with(SIZE, |builder| {
-        builder.observer(move |event| match event {
-            ForkEvent::NotCompleted { reason, .. } => told.send(Some(reason)).unwrap(),
-            ForkEvent::Ended(_) => told.send(None).unwrap(),
-            _ => {}
+    // Without zeros: those that were left to the kernel are lost to a VMM that registers them.
+    let file = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+    let fixture = Fixture {
+        template: Template::open(file.path()).unwrap(),
+        file,
+        ..Fixture::with(SIZE, |builder| {
+            builder.observer(move |event| match event {
+                ForkEvent::NotCompleted { reason, .. } => told.send(Some(reason)).unwrap(),
+                ForkEvent::Ended(_) => told.send(None).unwrap(),
+                _ => {}
+            })
         })
-    });
+    };
     // A fork is complete if its VMM was not quick enough.
     let refused = (0..100).find_map(|number| {
         let (fork, vmm) = fixture.fork(&format!("fork-{number}"));
