@@ -3,7 +3,7 @@
 //! | module | holds | does I/O |
 //! | --- | --- | --- |
 //! | [`handshake`] | what a VMM says about its memory: framing, parsing, validation | no |
-//! | [`session`] | the state machine of one fork: events in, steps out | no |
+//! | `session` | the state machine of one fork: events in, steps out | no |
 //! | [`template`] | where pages come from | files |
 //! | [`server`] | sockets, workers, the life of forks | Linux |
 //! | `cgroup` | how much memory a process may still take | Linux |
