@@ -5,6 +5,7 @@
 
 #[cfg(unix)]
 mod identity;
+mod live_source;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
@@ -24,6 +25,7 @@ use pagecast_uffd::ByteLen;
 pub use identity::Identity;
 #[cfg(target_os = "linux")]
 pub use identity::{FileState, KeptIdentity};
+use live_source::LiveSource;
 #[cfg(target_os = "linux")]
 pub use mem_file::{Lease, LeaseError, Loader, LockError, Locked, MemFile, SidecarError, Wanted};
 pub use open::OpenError;
@@ -47,7 +49,7 @@ pub struct Template {
 }
 
 struct Inner {
-    source: Box<dyn PageSource>,
+    source: Arc<LiveSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
     /// Of all zeros, once they are known.
@@ -57,18 +59,6 @@ struct Inner {
     working_set: Mutex<Option<Arc<WorkingSet>>>,
     /// How the prefaults with it do.
     tallies: Mutex<Tallies>,
-    /// Why no byte of it may be given to anybody any more.
-    withdrawn: OnceLock<String>,
-}
-
-impl Inner {
-    /// Makes sure that it may be read.
-    fn check_not_withdrawn(&self) -> Result<(), SourceError> {
-        match self.withdrawn.get() {
-            Some(how) => Err(SourceError::Changed { how: how.clone() }),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Template {
@@ -89,16 +79,17 @@ impl Template {
 
     /// A template whose pages come from `source`.
     pub fn from_source(source: impl PageSource) -> Self {
+        let zeros_are_known = source.knows_all_zeros();
+        let source = Arc::new(LiveSource::new(source));
         Self {
             inner: Arc::new(Inner {
-                slow_reads: SlowReads::default(),
-                zero_search: ZeroSearch::new(source.knows_all_zeros()),
-                source: Box::new(source),
+                slow_reads: SlowReads::new(&source),
+                zero_search: ZeroSearch::new(&source, zeros_are_known),
+                source,
                 #[cfg(target_os = "linux")]
                 zero_runs: OnceLock::new(),
                 working_set: Mutex::default(),
                 tallies: Mutex::default(),
-                withdrawn: OnceLock::new(),
             }),
         }
     }
@@ -121,7 +112,7 @@ impl Template {
 
     /// Where its pages come from.
     pub fn source(&self) -> &dyn PageSource {
-        &*self.inner.source
+        self.inner.source.source()
     }
 
     /// Makes sure that it may be forked: not withdrawn, and what it was when it was opened.
@@ -130,7 +121,7 @@ impl Template {
     ///
     /// [`SourceError::Changed`], or why that cannot be told.
     pub fn check(&self) -> Result<(), SourceError> {
-        self.inner.check_not_withdrawn()?;
+        self.inner.source.check_not_withdrawn()?;
         self.source().check_unchanged()
     }
 
@@ -141,7 +132,7 @@ impl Template {
 
     /// From now on nobody begins to read it, away from the fault path. The first reason stays.
     pub(crate) fn withdraw(&self, how: &str) {
-        let _ = self.inner.withdrawn.set(how.to_owned());
+        self.inner.source.withdraw(how);
     }
 
     /// Waits until nobody reads it away from the fault path, for a template that was withdrawn. `false` where somebody
@@ -165,7 +156,7 @@ impl Template {
         read_for: ReadFor,
         done: impl FnOnce(ReadResult) + Send + 'static,
     ) -> bool {
-        SlowReads::submit(&self.inner, at, length, read_for, Box::new(done))
+        self.inner.slow_reads.submit(at, length, read_for, Box::new(done))
     }
 
     /// Tries once more to start a thread for reads that wait. `false` where it should be tried again.
@@ -223,14 +214,14 @@ impl Template {
     /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {
-        ZeroSearch::run(&self.inner, until);
+        self.inner.zero_search.run(until);
     }
 
     /// The same for whenever there is time: forks and whoever else wants the processors go first. `done` is told how it
-    /// ended, on the searching thread, or here where all zeros are known already; it is never called where there is no thread
-    /// to be had.
+    /// ended, on the searching thread, or here if all zeros are known already. It is never called if there is no thread to be
+    /// had, or if the template is dropped first.
     pub fn find_zeros_in_background(&self, done: impl FnOnce(Result<(), &SourceError>) + Send + 'static) {
-        ZeroSearch::run_in_background(&self.inner, Box::new(done));
+        self.inner.zero_search.run_in_background(Box::new(done));
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Inner;
+use super::live_source::LiveSource;
 use super::source::{SourceError, TemplateOffset};
 
 /// The most threads that read one template at once. Each template has its own, so one that hangs (a network file system)
@@ -33,13 +33,12 @@ pub(crate) enum ReadFor {
 }
 
 /// The threads that read one template, and what waits for them. More threads come with requests and go when idle.
-#[derive(Default)]
 pub(super) struct SlowReads {
     readers: Arc<Readers>,
 }
 
-#[derive(Default)]
 struct Readers {
+    source: Arc<LiveSource>,
     state: Mutex<State>,
     work: Condvar,
     /// No thread reads.
@@ -80,7 +79,6 @@ pub struct SlowReadStats {
 }
 
 struct Request {
-    template: Arc<Inner>,
     read_for: ReadFor,
     begun: bool,
     /// All who wait for it.
@@ -88,6 +86,18 @@ struct Request {
 }
 
 impl SlowReads {
+    /// No thread reads yet.
+    pub(super) fn new(source: &Arc<LiveSource>) -> Self {
+        Self {
+            readers: Arc::new(Readers {
+                source: Arc::clone(source),
+                state: Mutex::default(),
+                work: Condvar::new(),
+                quiet: Condvar::new(),
+            }),
+        }
+    }
+
     /// Makes sure that there is a thread, so that no read depends on whether one can be had later.
     ///
     /// # Errors
@@ -105,14 +115,8 @@ impl SlowReads {
     /// fills. A read of the same bytes that is under way is shared. `false` if a thread was wanted for it that could not be
     /// had: then [`start_wanted`](Self::start_wanted) should be called later, since the other threads may all be stuck.
     #[must_use]
-    pub(super) fn submit(
-        template: &Arc<Inner>,
-        at: TemplateOffset,
-        length: usize,
-        read_for: ReadFor,
-        done: Done,
-    ) -> bool {
-        let readers = &template.slow_reads.readers;
+    pub(super) fn submit(&self, at: TemplateOffset, length: usize, read_for: ReadFor, done: Done) -> bool {
+        let readers = &self.readers;
         let mut state = readers.lock();
         let key = (at, length);
         let state = &mut *state;
@@ -127,7 +131,6 @@ impl SlowReads {
             state.demand.push_back(key);
         } else {
             let request = Request {
-                template: Arc::clone(template),
                 read_for,
                 begun: false,
                 done: vec![done],
@@ -173,7 +176,7 @@ impl SlowReads {
 }
 
 impl Drop for SlowReads {
-    /// The template is dropped, so there is no request: each holds the template.
+    /// The template is dropped, so no fork waits for a read. A read that was begun is ended; others are not begun.
     fn drop(&mut self) {
         self.readers.lock().closed = true;
         self.readers.work.notify_all();
@@ -237,29 +240,24 @@ impl Readers {
         // A worker has made this thread, and may be raised.
         #[cfg(target_os = "linux")]
         crate::priority::reset();
-        while let Some((at, length, template)) = self.next() {
+        while let Some((at, length)) = self.next() {
             let begun = Instant::now();
-            let bytes = read(&template, at, length).map(Arc::new);
-            let done = self.finished((at, length), &bytes, begun.elapsed());
-            // Before anybody hears of it: this may be what holds the template.
-            drop(template);
-            for done in done {
+            let bytes = self.source.read(at, length).map(Arc::new);
+            for done in self.finished((at, length), &bytes, begun.elapsed()) {
                 done(bytes.clone());
             }
         }
     }
 
     /// The next read, or `None` after some time without any: the calling thread is then no longer counted.
-    fn next(&self) -> Option<(TemplateOffset, usize, Arc<Inner>)> {
+    fn next(&self) -> Option<Key> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return None;
             }
-            if let Some(key) = state.next()
-                && let Some(request) = state.requests.get(&key)
-            {
-                return Some((key.0, key.1, Arc::clone(&request.template)));
+            if let Some(key) = state.next() {
+                return Some(key);
             }
             state.idle += 1;
             if state.threads == 1 {
@@ -300,13 +298,6 @@ impl Readers {
         }
         request.map(|request| request.done).unwrap_or_default()
     }
-}
-
-fn read(template: &Inner, at: TemplateOffset, length: usize) -> Result<Vec<u8>, SourceError> {
-    template.check_not_withdrawn()?;
-    let mut bytes = vec![0; length];
-    template.source.read(at, &mut bytes)?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

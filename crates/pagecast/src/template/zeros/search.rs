@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::ByteLen;
 
-use crate::template::{Inner, SourceError, TemplateOffset};
+use crate::template::live_source::LiveSource;
+use crate::template::{SourceError, TemplateOffset};
 
 /// How much is looked at in one go.
 const STEP_BYTES: u64 = 1 << 20;
@@ -15,8 +16,13 @@ const STEP_BYTES: u64 = 1 << 20;
 type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 
 /// The search for the zeros of one template: one at a time, however many want to know, and none once all are known.
-#[derive(Default)]
 pub(in crate::template) struct ZeroSearch {
+    shared: Arc<Shared>,
+}
+
+/// What the template and the searching threads share.
+struct Shared {
+    source: Arc<LiveSource>,
     state: Mutex<State>,
     changed: Condvar,
     /// Its progress is [`Progress::Done`], without the lock.
@@ -30,6 +36,8 @@ struct State {
     left_off: Option<u64>,
     /// Who wants to know how it ends.
     done: Vec<Done>,
+    /// The template was dropped: nobody needs the zeros any more.
+    closed: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,40 +58,45 @@ enum Urgency {
 
 impl ZeroSearch {
     /// One that is over already where `all_are_known`.
-    pub(in crate::template) fn new(all_are_known: bool) -> Self {
-        let search = Self::default();
-        if all_are_known {
-            search.lock().progress = Progress::Done;
-            search.is_done.store(true, Ordering::Release);
+    pub(in crate::template) fn new(source: &Arc<LiveSource>, all_are_known: bool) -> Self {
+        let progress = if all_are_known { Progress::Done } else { Progress::Idle };
+        Self {
+            shared: Arc::new(Shared {
+                source: Arc::clone(source),
+                state: Mutex::new(State {
+                    progress,
+                    ..State::default()
+                }),
+                changed: Condvar::new(),
+                is_done: AtomicBool::new(all_are_known),
+            }),
         }
-        search
     }
 
     /// Looks for the zeros, or waits for who does so already, but no longer than `until`: the template may hang, and
     /// whoever wants to know must not. The search itself goes on.
-    pub(in crate::template) fn run(template: &Arc<Inner>, until: Instant) {
-        let search = &template.zero_search;
-        let mut state = search.lock();
+    pub(in crate::template) fn run(&self, until: Instant) {
+        let mut state = self.shared.lock();
         match state.progress {
-            Progress::Idle if spawn(template, |template| look(template, 0, Urgency::Urgent)) => {
+            Progress::Idle if self.spawn(|shared| shared.look(0, Urgency::Urgent)) => {
                 state.progress = Progress::Running(Urgency::Urgent);
             }
             // From here, because a thread inherits the weight of the one that makes it, and can only ever give it up.
-            Progress::Running(Urgency::Background) if spawn(template, take_over) => {
+            Progress::Running(Urgency::Background) if self.spawn(Shared::take_over) => {
                 state.progress = Progress::Running(Urgency::Urgent);
             }
             Progress::Running(_) => {}
             Progress::Idle | Progress::Done => return,
         }
         drop(state);
-        search.wait(until);
+        self.wait(until);
     }
 
     /// Looks for the zeros when there is nothing better to do, and says how that ended.
-    pub(in crate::template) fn run_in_background(template: &Arc<Inner>, done: Done) {
-        let mut state = template.zero_search.lock();
+    pub(in crate::template) fn run_in_background(&self, done: Done) {
+        let mut state = self.shared.lock();
         match state.progress {
-            Progress::Idle if spawn(template, |template| look(template, 0, Urgency::Background)) => {
+            Progress::Idle if self.spawn(|shared| shared.look(0, Urgency::Background)) => {
                 state.progress = Progress::Running(Urgency::Background);
                 state.done.push(done);
             }
@@ -98,18 +111,19 @@ impl ZeroSearch {
 
     /// Whether all zeros are known. Nobody else keeps this.
     pub(in crate::template) fn is_done(&self) -> bool {
-        self.is_done.load(Ordering::Acquire)
+        self.shared.is_done.load(Ordering::Acquire)
     }
 
     /// Waits until nobody is looking; `false` where somebody still is.
     pub(in crate::template) fn wait(&self, until: Instant) -> bool {
-        let mut state = self.lock();
+        let mut state = self.shared.lock();
         while matches!(state.progress, Progress::Running(_)) {
             let left = until.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
                 return false;
             }
             let (woken, _) = self
+                .shared
                 .changed
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
@@ -118,15 +132,37 @@ impl ZeroSearch {
         true
     }
 
-    /// Whether another thread goes on from `at`, because somebody waits.
-    fn leave_off(&self, at: u64) -> bool {
+    /// Searches on a thread of its own; `false` where there is none to be had.
+    fn spawn(&self, search: fn(&Shared)) -> bool {
+        let shared = Arc::clone(&self.shared);
+        std::thread::Builder::new()
+            .name("pagecast-zeros".to_owned())
+            .spawn(move || search(&shared))
+            .is_ok()
+    }
+}
+
+impl Drop for ZeroSearch {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    /// Whether the search ends at `at`: nobody needs the zeros any more, or another thread goes on from there because somebody
+    /// waits.
+    fn ends_early(&self, at: u64, urgency: Urgency) -> bool {
         let mut state = self.lock();
-        let wanted = state.progress == Progress::Running(Urgency::Urgent);
-        if wanted {
+        if state.closed {
+            return true;
+        }
+        let is_taken_over = urgency == Urgency::Background && state.progress == Progress::Running(Urgency::Urgent);
+        if is_taken_over {
             state.left_off = Some(at);
             self.changed.notify_all();
         }
-        wanted
+        is_taken_over
     }
 
     fn finish(&self, result: &Result<(), SourceError>) {
@@ -143,58 +179,46 @@ impl ZeroSearch {
         }
     }
 
+    /// Goes on where the thread in the background leaves off, if it does before it has come to the end.
+    fn take_over(&self) {
+        let mut state = self.lock();
+        let from = loop {
+            if let Some(from) = state.left_off.take() {
+                break from;
+            }
+            if state.closed || !matches!(state.progress, Progress::Running(_)) {
+                return;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        };
+        drop(state);
+        self.look(from, Urgency::Urgent);
+    }
+
+    /// Looks at everything from `from` on, or in the background until somebody waits for it.
+    fn look(&self, from: u64, urgency: Urgency) {
+        #[cfg(target_os = "linux")]
+        if urgency == Urgency::Background {
+            crate::priority::lower();
+        }
+        let size = self.source.source().len().get();
+        let mut at = from;
+        let mut result = Ok(());
+        while at < size && result.is_ok() {
+            if self.ends_early(at, urgency) {
+                return;
+            }
+            let len = STEP_BYTES.min(size - at);
+            result = self.source.find_zeros(TemplateOffset::new(at), ByteLen::new(len));
+            at += len;
+        }
+        self.finish(&result);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Searches on a thread of its own; `false` where there is none to be had.
-fn spawn(template: &Arc<Inner>, search: fn(&Inner)) -> bool {
-    let template = Arc::clone(template);
-    std::thread::Builder::new()
-        .name("pagecast-zeros".to_owned())
-        .spawn(move || search(&template))
-        .is_ok()
-}
-
-/// Goes on where the thread in the background leaves off, if it does before it has come to the end.
-fn take_over(template: &Inner) {
-    let search = &template.zero_search;
-    let mut state = search.lock();
-    let from = loop {
-        if let Some(from) = state.left_off.take() {
-            break from;
-        }
-        if !matches!(state.progress, Progress::Running(_)) {
-            return;
-        }
-        state = search.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-    };
-    drop(state);
-    look(template, from, Urgency::Urgent);
-}
-
-/// Looks at everything from `from` on, or in the background until somebody waits for it.
-fn look(template: &Inner, from: u64, urgency: Urgency) {
-    #[cfg(target_os = "linux")]
-    if urgency == Urgency::Background {
-        crate::priority::lower();
-    }
-    let size = template.source.len().get();
-    let mut at = from;
-    let mut result = Ok(());
-    while at < size && result.is_ok() {
-        if urgency == Urgency::Background && template.zero_search.leave_off(at) {
-            return;
-        }
-        let len = STEP_BYTES.min(size - at);
-        result = template
-            .check_not_withdrawn()
-            .and_then(|()| template.source.find_zeros(TemplateOffset::new(at), ByteLen::new(len)));
-        at += len;
-    }
-    template.zero_search.finish(&result);
 }
 
 #[cfg(test)]
@@ -276,6 +300,17 @@ mod tests {
         let (done, ended) = channel();
         template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
         assert!(ended.recv().unwrap() && steps.try_recv().is_err());
+    }
+
+    #[test]
+    fn the_search_of_a_template_that_is_dropped_ends() {
+        let (template, steps, go) = stepped();
+        template.find_zeros_in_background(|_| panic!("nobody needs them"));
+        assert_eq!(steps.recv().unwrap().0, 0);
+        drop(template);
+        go.send(true).unwrap();
+        // The source is dropped with the thread.
+        steps.recv().unwrap_err();
     }
 
     #[test]

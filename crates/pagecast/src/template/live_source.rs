@@ -1,0 +1,59 @@
+//! The source of a template, until the template is withdrawn.
+
+use std::sync::OnceLock;
+
+use pagecast_uffd::ByteLen;
+
+use super::source::{PageSource, SourceError, TemplateOffset};
+
+/// A [`PageSource`], and the reason why it may not be read any more, if there is one. Shared by a template and the threads that
+/// read it.
+pub(super) struct LiveSource {
+    source: Box<dyn PageSource>,
+    withdrawn: OnceLock<String>,
+}
+
+impl LiveSource {
+    pub(super) fn new(source: impl PageSource) -> Self {
+        Self {
+            source: Box::new(source),
+            withdrawn: OnceLock::new(),
+        }
+    }
+
+    /// The source, withdrawn or not.
+    pub(super) fn source(&self) -> &dyn PageSource {
+        &*self.source
+    }
+
+    /// Ends reading: each later [`read`](Self::read) and [`find_zeros`](Self::find_zeros) fails. The first reason stays.
+    pub(super) fn withdraw(&self, how: &str) {
+        let _ = self.withdrawn.set(how.to_owned());
+    }
+
+    /// Succeeds unless the source is withdrawn.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Changed`] with the reason of the withdrawal.
+    pub(super) fn check_not_withdrawn(&self) -> Result<(), SourceError> {
+        match self.withdrawn.get() {
+            Some(how) => Err(SourceError::Changed { how: how.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads `length` bytes at `at`. May block.
+    pub(super) fn read(&self, at: TemplateOffset, length: usize) -> Result<Vec<u8>, SourceError> {
+        self.check_not_withdrawn()?;
+        let mut bytes = vec![0; length];
+        self.source.read(at, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Looks for zeros in `len` bytes at `at`. May block.
+    pub(super) fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        self.check_not_withdrawn()?;
+        self.source.find_zeros(at, len)
+    }
+}
