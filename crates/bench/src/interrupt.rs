@@ -6,10 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use pagecast_command::signals;
 use procfs::process::{Process, all_processes};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 /// How long to wait for the next process that was about to be started.
 const PACE: Duration = Duration::from_millis(20);
@@ -25,24 +24,23 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Watches from now on until we end, instead of ending at once.
+    /// Watches from now on until we end, instead of ending at once. Signals that were ignored before stay ignored.
     ///
     /// # Errors
     ///
     /// Signals cannot be watched for.
     pub fn watch() -> Result<Self> {
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("failed to watch for signals")?;
         let signal = Arc::new(AtomicI32::new(0));
         let seen = Arc::clone(&signal);
-        thread::spawn(move || {
-            for signal in signals.forever().take(1) {
-                seen.store(signal, Ordering::Relaxed);
-            }
+        // The first signal ends everything, so no other is waited for.
+        signals::watch(move |signal| {
+            seen.store(signal.number(), Ordering::Relaxed);
             loop {
                 kill_children();
                 thread::sleep(PACE);
             }
-        });
+        })
+        .context("failed to watch for signals")?;
         Ok(Self { signal })
     }
 

@@ -16,7 +16,7 @@ use pagecast_bench::progress::say;
 use pagecast_bench::report::Report;
 use pagecast_bench::section::{Scale, Section};
 use pagecast_bench::{Bench, plots, sim_vmm};
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 use crate::tables::Tables;
 

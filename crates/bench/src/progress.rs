@@ -1,14 +1,14 @@
 //! What happens, on stderr: bars on a terminal, lines elsewhere.
 
-use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use console::{StyledObject, style};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use pagecast_command::stderr;
 
 /// Says it on a line of its own. That nobody reads stderr any more is no reason to stop.
 pub fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    stderr::write_line(format!("{line}\n").as_bytes());
 }
 
 /// Something that takes its time. If it is dropped before it is done, only its bar vanishes.

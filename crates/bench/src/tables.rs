@@ -7,7 +7,7 @@ use pagecast_bench::goal::Verdict;
 use pagecast_bench::measure::Measure;
 use pagecast_bench::report::{GoalReport, Report, SectionReport};
 use pagecast_bench::samples::{Row, Value};
-use pagecast_output::{Column, Output};
+use pagecast_command::{Column, Output};
 
 /// How a report looks.
 pub(crate) struct Tables {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// Print what a shell needs to complete the arguments of pagecast.
 #[derive(Args)]

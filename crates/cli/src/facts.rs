@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use pagecast_output::harmless;
+use pagecast_command::harmless;
 
 /// Names and values, in the order they were added.
 #[derive(Debug, Default)]

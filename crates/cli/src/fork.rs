@@ -16,7 +16,7 @@ use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::template::absolute;
-use pagecast_output::{Column, Output, harmless};
+use pagecast_command::{Column, Output, harmless};
 
 /// Make, show, complete and remove forks: microVMs restored from a template.
 #[derive(Args)]

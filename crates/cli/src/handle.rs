@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server, chain};
 use pagecast::template::{KeepError, Lease, LeaseError, MemFile, SidecarError, Template, WorkingSet};
-use pagecast_daemon::signals::{self, EndSignal, Wanted, Wish};
+use pagecast_command::signals::{self, EndSignal, Wanted, Wish};
 
 use crate::KILLED;
 use crate::argument;

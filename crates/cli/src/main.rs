@@ -20,7 +20,7 @@ mod template;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use pagecast_daemon::stderr;
+use pagecast_command::stderr;
 
 /// Fork paused Firecracker microVMs: serve the memory of many from one template.
 #[derive(Parser)]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Args, CommandFactory as _};
 
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// Print the manual page of pagecast, or write the pages of all its commands into a folder.
 #[derive(Args)]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use indicatif::BinaryBytes;
 use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, Refusal, chain};
-use pagecast_daemon::stderr;
+use pagecast_command::stderr;
 use serde::{Serialize, Serializer};
 
 /// How lines look.

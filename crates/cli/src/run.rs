@@ -50,7 +50,7 @@ use self::setup::{Prepared, Starting, Wanted};
 pub(crate) use self::train::{Train, describe as describe_working_set};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, block_on};
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// Start many real Firecrackers from one template, resume them all at once, and say what each took and costs.
 ///

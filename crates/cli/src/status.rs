@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::template;
-use pagecast_output::{Column, Output};
+use pagecast_command::{Column, Output};
 
 /// Show the daemon, its templates, and its forks by template, backend and state, with what they cost.
 #[derive(Args)]

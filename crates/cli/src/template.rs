@@ -15,7 +15,7 @@ use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::run::{Train, describe_working_set};
-use pagecast_output::{Column, Output, harmless};
+use pagecast_command::{Column, Output, harmless};
 
 mod warm;
 

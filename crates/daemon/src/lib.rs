@@ -3,8 +3,6 @@
 //! | module | holds |
 //! | --- | --- |
 //! | `serve` | a daemon in a process of its own |
-//! | `signals` | the signals that ask a process to end |
-//! | `stderr` | lines on standard error, written without blocking the caller |
 //! | `daemon` | start and stop |
 //! | `config` | what can be set |
 //! | `api` | HTTP: calls, bodies, statuses, connections |
@@ -50,8 +48,6 @@ mod protection;
 pub mod run_dir;
 mod serve;
 mod service;
-pub mod signals;
-pub mod stderr;
 mod template;
 mod vmm_process;
 #[doc(hidden)]

@@ -12,7 +12,7 @@ use tracing_subscriber::fmt::format::{DefaultVisitor, Writer};
 use tracing_subscriber::fmt::{FormatFields, MakeWriter};
 
 use crate::config::LogFormat;
-use crate::stderr;
+use pagecast_command::stderr;
 
 /// What JSON lines name their event in. People read the message.
 const EVENT: &str = "event";

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::error::StartError;
 use crate::logging;
-use crate::signals::{self, EndSignal, Wanted, Wish};
+use pagecast_command::signals::{self, EndSignal, Wanted, Wish};
 
 /// Threads of the runtime: the control API is not what this machine is for.
 const API_THREADS: usize = 2;
@@ -41,7 +41,7 @@ pub enum Ended {
 /// Runs a daemon until a [signal](signals) asks for its end: then all forks are completed. A second SIGTERM, SIGINT or SIGQUIT
 /// kills the VMMs that are left.
 ///
-/// Log lines may still be in the queue of [`stderr`](crate::stderr) afterwards.
+/// Log lines may still be in the queue of [`stderr`](pagecast_command::stderr) afterwards.
 ///
 /// # Errors
 ///

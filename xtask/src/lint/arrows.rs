@@ -12,7 +12,10 @@ const MAY_USE: [(&str, &[&str]); 10] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
-    ("pagecast-daemon", &["pagecast", "pagecast-client", "pagecast-uffd"]),
+    (
+        "pagecast-daemon",
+        &["pagecast", "pagecast-client", "pagecast-command", "pagecast-uffd"],
+    ),
     (
         "pagecast-cli",
         &[
@@ -20,10 +23,10 @@ const MAY_USE: [(&str, &[&str]); 10] = [
             "pagecast",
             "pagecast-client",
             "pagecast-daemon",
-            "pagecast-output",
+            "pagecast-command",
         ],
     ),
-    ("pagecast-output", &[]),
+    ("pagecast-command", &[]),
     // It asks a daemon, and is none.
     (
         "pagecast-bench",
@@ -31,7 +34,7 @@ const MAY_USE: [(&str, &[&str]); 10] = [
             "pagecast-uffd",
             "pagecast",
             "pagecast-client",
-            "pagecast-output",
+            "pagecast-command",
             "pagecast-testkit",
         ],
     ),
@@ -152,7 +155,7 @@ mod tests {
             arrow("pagecast", "pagecast-uffd", DependencyKind::Normal),
             arrow("pagecast-cli", "pagecast", DependencyKind::Normal),
             arrow("pagecast", "pagecast-testkit", DependencyKind::Development),
-            arrow("pagecast-cli", "pagecast-output", DependencyKind::Normal),
+            arrow("pagecast-cli", "pagecast-command", DependencyKind::Normal),
             arrow("pagecast-bench", "pagecast-testkit", DependencyKind::Normal),
             arrow("xtask", "pagecast-testkit", DependencyKind::Normal),
         ];

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use console::Style;
 use serde::Serialize;
 
-use pagecast_output::{Output, harmless};
+use pagecast_command::{Output, harmless};
 
 /// How good it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -33,7 +33,7 @@ use anyhow::Result;
 use clap::Args;
 
 use self::finding::{Finding, Status, for_people};
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// Check whether this host can serve forks, and say what is missing.
 ///

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, OFlags, Stat, stat};
 use rustix::process::getpid;
 
-use pagecast_output::harmless;
+use pagecast_command::harmless;
 
 /// How many users of a file an error names.
 const NAMED: usize = 3;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use pagecast_daemon::signals::{self, EndSignal};
+use pagecast_command::signals::{self, EndSignal};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// The signals that ask for an end, from when this is made, instead of ending at once.

@@ -13,7 +13,7 @@ use super::jail::{self, Jail, Jailer};
 use super::setup::Wanted;
 use super::vmm::{Vmm, VmmError};
 use crate::daemon::DaemonError;
-use pagecast_output::harmless;
+use pagecast_command::harmless;
 
 /// What is the same for all forks of a run.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pagecast_daemon::stderr;
+use pagecast_command::stderr;
 
 /// Time between two drawings.
 const PACE: Duration = Duration::from_millis(100);

@@ -17,7 +17,7 @@ use super::launch::Plan;
 use super::life::Life;
 use super::progress::say;
 use crate::daemon::DaemonError;
-use pagecast_output::harmless;
+use pagecast_command::harmless;
 
 /// How Firecrackers are started.
 #[derive(Args, Debug)]

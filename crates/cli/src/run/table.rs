@@ -7,7 +7,7 @@ use indicatif::BinaryBytes;
 use pagecast_client::fork::ForkMemory;
 
 use super::report::{ForkReport, Report, Spread, State};
-use pagecast_output::{Column, Output, harmless};
+use pagecast_command::{Column, Output, harmless};
 
 const COLUMNS: [Column; 9] = [
     Column::Text("fork"),

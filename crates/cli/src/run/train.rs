@@ -22,7 +22,7 @@ use super::setup::{Prepared, Starting, Wanted};
 use super::{Stopped, ended_by, stopped};
 use crate::daemon::DaemonError;
 use crate::facts::Facts;
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// Start one real Firecracker from a template, record what its guest touches first, and end it.
 ///

@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 use super::exec;
 use super::firecracker::Firecracker;
 use super::jail::{Jail, JailedProcess, Jailer};
-use pagecast_output::harmless;
+use pagecast_command::harmless;
 
 /// Names in its folder.
 pub(crate) const API_SOCKET: &str = "api.sock";

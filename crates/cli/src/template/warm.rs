@@ -9,7 +9,7 @@ use pagecast_client::template::{Warm as Request, Warmth, WarmthState};
 use pagecast_client::{Client, Template};
 
 use crate::daemon::{DaemonError, EXIT_CODES};
-use pagecast_output::Output;
+use pagecast_command::Output;
 
 /// How long until it is asked how far it is: at first, and at last. Small templates take a few milliseconds, and asking has
 /// the daemon measure its forks.

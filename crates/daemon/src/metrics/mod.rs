@@ -29,8 +29,8 @@ pub(crate) use self::totals::Totals;
 use self::totals::{Reasons, TemplateTotals};
 use crate::fork::Fork;
 use crate::service::Service;
-use crate::stderr;
 use crate::template::{Template, TemplateName};
+use pagecast_command::stderr;
 
 /// The content type of [`text`].
 pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;

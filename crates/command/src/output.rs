@@ -2,7 +2,6 @@
 //!
 //! Sizes are printed with `indicatif::BinaryBytes`. That the reader has gone (a broken pipe) is never an error: it has
 //! seen enough.
-#![forbid(unsafe_code)]
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 

@@ -1,0 +1,16 @@
+//! What pagecast's commands have in common: how they print, and how signals end them.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`output`] | standard output: tables for people, JSON for programs |
+//! | [`stderr`] | lines on standard error that never hold up the thread that writes them |
+//! | [`signals`] | the signals that ask a process to end |
+#![forbid(unsafe_code)]
+
+pub mod output;
+#[cfg(target_os = "linux")]
+pub mod signals;
+#[cfg(unix)]
+pub mod stderr;
+
+pub use output::{Column, Output, harmless};
