@@ -23,9 +23,9 @@ pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
 /// What is given ahead, by its name.
 pub(crate) fn prefault() -> impl TypedValueParser<Value = Prefault> {
     PossibleValuesParser::new([
-        PossibleValue::new("none").help("Nothing: each page comes when it is touched"),
-        PossibleValue::new("working-set").help("What forks touch first, as far as that was learned"),
-        PossibleValue::new("all").help("The same, then everything else; takes uffd"),
+        PossibleValue::new("none").help("Nothing: each page is installed when it is touched"),
+        PossibleValue::new("working-set").help("The pages that forks touch first, if they were recorded"),
+        PossibleValue::new("all").help("The working set, then everything else; only with uffd"),
     ])
     .map(|name| match name.as_str() {
         "working-set" => Prefault::WorkingSet,

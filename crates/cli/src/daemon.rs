@@ -60,7 +60,7 @@ Exit codes:
   1  failed
   2  wrong usage
   3  the daemon cannot be reached
-  4  the daemon says no; the message ends with the code of its error";
+  4  the daemon refused; the message ends with the error code";
 
 const UNREACHABLE: u8 = 3;
 const REFUSED: u8 = 4;

@@ -52,7 +52,7 @@ struct Create {
     #[arg(long, value_name = "NAME")]
     template: String,
 
-    /// Its id to be [default: one that the daemon makes up]
+    /// The fork's ID [default: one that the daemon makes up]
     #[arg(long)]
     id: Option<String>,
 
@@ -60,27 +60,27 @@ struct Create {
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
-    /// Where its socket is to be; takes uffd.
+    /// Path of the fork's socket; only with uffd.
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
-    /// Where the memory file is to be put, for a VMM that sees only a part of the file system; takes file.
+    /// Path at which the memory file is placed, for a VMM in a jail; only with file.
     #[arg(long, value_name = "PATH")]
     path: Option<PathBuf>,
 
-    /// The user that the VMM runs as, who gets the socket; takes uffd [default: the daemon's]
+    /// User ID of the VMM, which owns the socket; only with uffd [default: the daemon's]
     #[arg(long)]
     uid: Option<u32>,
 
-    /// The group of its socket; takes uffd.
+    /// Group ID of the socket; only with uffd.
     #[arg(long)]
     gid: Option<u32>,
 
-    /// What it is given ahead of its faults [default: the working set, where there is one]
+    /// Memory to install before the fork asks for it [default: the working set, where there is one]
     #[arg(long, value_parser = argument::prefault())]
     prefault: Option<Prefault>,
 
-    /// Record what it touches first, for the working set of its template; takes uffd, and gives it nothing ahead.
+    /// Record the pages that the fork touches first, for the template's working set; only with uffd, and without prefault.
     #[arg(long, conflicts_with = "prefault")]
     record: bool,
 
@@ -88,11 +88,11 @@ struct Create {
     #[arg(long, value_parser = argument::page_size())]
     page_size: Option<u64>,
 
-    /// file: the process of the VMM, which never says it by itself.
+    /// Process ID of the VMM; for file, where the VMM does not connect.
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
 
-    /// Tell its id and the reason for its backend on stderr.
+    /// Print the fork's ID and the reason for its backend on stderr.
     #[arg(short, long)]
     verbose: bool,
 }
@@ -130,7 +130,7 @@ Exit codes:
   1  failed
   2  wrong usage
   3  the daemon cannot be reached
-  4  the daemon says no; the message ends with the code of its error
+  4  the daemon refused; the message ends with the error code
   5  with --wait: it has exited or failed, or cannot be completed now"))]
 struct Complete {
     /// Its id.

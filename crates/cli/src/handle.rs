@@ -42,7 +42,7 @@ Exit codes:
   2  wrong usage
   3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served have been killed")]
 pub(crate) struct Handle {
-    /// Where to listen. A socket file there that nobody listens at is replaced.
+    /// Path of the socket to listen on. A stale socket file at this path is replaced.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
 
@@ -50,16 +50,16 @@ pub(crate) struct Handle {
     #[arg(long, value_name = "PATH")]
     mem_file: PathBuf,
 
-    /// How many threads answer page faults, with forks spread evenly [default: two a processor, at most 16]
+    /// Number of threads that answer page faults; forks are spread evenly over them [default: two a processor, at most 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 
-    /// How long a thread that has answered a page fault looks for the next one without sleeping, at most 10ms: faults can be
+    /// Time that a thread polls for the next page fault after it has answered one, before it sleeps; at most 10ms: faults can be
     /// answered sooner where cores are free, and its core is used in full meanwhile.
     #[arg(long, value_name = "TIME", value_parser = argument::busy_poll, default_value = "0s")]
     busy_poll: Duration,
 
-    /// The user that the VMMs run as, if not the one who runs this: owns the socket, and nobody else is let in.
+    /// User ID of the VMMs, if it is not this process's own: it owns the socket, and no other user is served.
     #[arg(long, value_name = "UID")]
     user: Option<u32>,
 

@@ -64,7 +64,7 @@ Exit codes:
   1    could not start, or could not clean up
   2    wrong usage
   3    the daemon cannot be reached, or ended
-  4    the daemon says no
+  4    the daemon refused
   5    some forks failed or died
   128  and the number of the signal that ended it, unless it only kept the forks")]
 pub(crate) struct Run {
@@ -80,11 +80,11 @@ pub(crate) struct Run {
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
-    /// What each is given ahead of its faults [default: the working set, where there is one]
+    /// Memory to install before each fork asks for it [default: the working set, where there is one]
     #[arg(long, value_parser = argument::prefault())]
     prefault: Option<Prefault>,
 
-    /// Keep them running until a signal, such as SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+    /// Keep the forks running until a signal: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
     #[arg(long)]
     keep: bool,
 

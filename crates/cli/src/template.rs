@@ -49,14 +49,14 @@ enum TemplateCommand {
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Add {
-    /// Its name to be: lower-case letters, digits, `.`, `_` and `-`.
+    /// The template's name: lower-case letters, digits, `.`, `_` and `-`.
     name: String,
 
     /// The memory file of the snapshot.
     #[arg(long, value_name = "PATH")]
     mem_file: PathBuf,
 
-    /// The state file of the snapshot, for those who restore.
+    /// The state file of the snapshot, for the tools that restore it.
     #[arg(long, value_name = "PATH")]
     vmstate: Option<PathBuf>,
 

@@ -23,33 +23,33 @@ pub const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Where the control socket, the forks' sockets and all state are [default: /run/pagecast]
+    /// Folder of the control socket, the forks' sockets and all state [default: /run/pagecast]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
 
-    /// How many threads answer page faults, with forks spread evenly [default: two a processor, at most 16]
+    /// Number of threads that answer page faults; forks are spread evenly over them [default: two a processor, at most 16]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
 
-    /// How long a VMM may take to connect to its fork [default: 60s]
+    /// Time that a VMM has to connect to its fork [default: 60s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub connect_deadline: Option<Duration>,
 
-    /// How long a VMM may take from connecting to the end of its handshake [default: 5s]
+    /// Time that a VMM has from connecting to the end of its handshake [default: 5s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub handshake_deadline: Option<Duration>,
 
-    /// How many forks may wait or live at once; more are answered with 429 [default: 4096]
+    /// Most forks that may wait or live at once; a request for more is answered with 429 [default: 4096]
     #[arg(long, value_name = "N")]
     pub max_forks: Option<u32>,
 
-    /// How many forks that have ended are remembered until they are deleted; then the oldest are forgotten [default: 1000]
+    /// Most ended forks that are kept until they are deleted; beyond that the oldest are forgotten [default: 1000]
     #[arg(long, value_name = "N")]
     pub ended_forks: Option<u32>,
 
-    /// A user other than the daemon's own and root who may use the control socket; can be given more than once
+    /// User ID that may use the control socket, besides root and the daemon's own; can be given more than once
     #[arg(long = "allowed-uid", value_name = "UID")]
     #[serde(rename = "allowed_uids")]
     pub allowed_uids: Option<Vec<u32>>,
@@ -64,28 +64,28 @@ pub struct Settings {
     #[arg(long, value_name = "BACKEND", value_parser = parse_backend)]
     pub backend: Option<Backend>,
 
-    /// How templates are protected that do not ask for it: none, readonly or immutable [default: none]
+    /// Protection of templates that ask for none: none, readonly or immutable [default: none]
     #[arg(long, value_name = "HOW", value_parser = parse_protection)]
     pub protect: Option<Protection>,
 
-    /// Complete a fork with `uffd` once it has had no page fault for so long, so that it does not need the daemon any more
+    /// Time without a page fault after which a fork with `uffd` is completed, so that it no longer needs the daemon
     /// [default: never]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub complete_idle_after: Option<Duration>,
 
-    /// How many MiB a second the completion of a fork installs at most where nobody waits for it; 0 for as many as can be
+    /// Most MiB per second that a background completion installs; 0 for no limit
     /// [default: 1024]
     #[arg(long, value_name = "MIB")]
     pub completion_rate: Option<u32>,
 
-    /// How long a thread that has answered a page fault looks for the next one without sleeping, 10ms at most. Faster where
+    /// Time that a thread polls for the next page fault after it has answered one, before it sleeps; at most 10ms. Faster where
     /// cores are free, and takes one in full meanwhile [default: not at all]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub busy_poll: Option<Duration>,
 
-    /// Serve the metrics on this TCP address too, to anybody who can reach it
+    /// Also serve the metrics on this TCP address, to everybody who can reach it
     #[arg(long, value_name = "ADDR:PORT")]
     pub metrics_addr: Option<SocketAddr>,
 
@@ -231,13 +231,13 @@ impl Settings {
 /// How a daemon is to be.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the control socket, the forks' sockets and all state are; absolute.
+    /// Folder of the control socket, the forks' sockets and all state; absolute.
     pub run_dir: PathBuf,
     /// How many threads answer page faults; the library decides where this is `None`.
     pub workers: Option<usize>,
-    /// How long a VMM may take to connect to its fork.
+    /// Time that a VMM has to connect to its fork.
     pub connect_deadline: Duration,
-    /// How long a VMM may take from connecting to the end of its handshake.
+    /// Time that a VMM has from connecting to the end of its handshake.
     pub handshake_deadline: Duration,
     /// How many forks may wait or live at once.
     pub max_forks: usize,

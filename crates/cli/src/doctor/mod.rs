@@ -43,10 +43,10 @@ use pagecast_command::Output;
 #[command(after_help = "\
 Each line is one of:
   ok    as it should be
-  warn  works, but something that some need is missing or worse than it could be
+  warn  works, but something optional is missing or slower than it could be
   fail  forks cannot be served like this
 
-What to do is said below each line that is not ok.
+Below each line that is not ok stands what to do about it.
 
 Exit codes:
   0  nothing failed; there may be warnings
@@ -58,7 +58,7 @@ pub(crate) struct Doctor {
     #[arg(long)]
     json: bool,
 
-    /// The folder that the daemon is to keep its state in.
+    /// The folder where the daemon will keep its state.
     #[arg(long, value_name = "DIR", default_value = "/run/pagecast")]
     run_dir: PathBuf,
 

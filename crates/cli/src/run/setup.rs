@@ -34,7 +34,7 @@ pub(crate) struct Starting {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
-    /// How long each step of each Firecracker may take: to start, to load, to resume.
+    /// Time that each step of each Firecracker may take: start, load, resume.
     #[arg(long, value_name = "TIME", default_value = "1min", value_parser = humantime::parse_duration)]
     timeout: Duration,
 

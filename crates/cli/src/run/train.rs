@@ -37,7 +37,7 @@ Exit codes:
   1    failed, or could not clean up
   2    wrong usage
   3    the daemon cannot be reached, or ended
-  4    the daemon says no
+  4    the daemon refused
   128  and the number of the signal that ended it")]
 pub(crate) struct Train {
     /// The template, by its name at the daemon.
