@@ -74,7 +74,7 @@ fn checks() -> Vec<Check> {
             "unsafe code is where it may be",
             || holds_no(&unsafe_code::misplaced()?),
         ),
-        Check::new("skipped tests are told by the testkit", || {
+        Check::new("skipped tests are reported by the testkit", || {
             holds_no(&skips::printed_by_hand()?)
         }),
         Check::new("links of the documentation resolve", || holds_no(&links::broken()?)),

@@ -1,9 +1,13 @@
 //! The files of the workspace.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use proc_macro2::TokenStream;
+
+use crate::cargo::workspace_root;
 
 /// All files below the folder with this extension, but for what was built.
 pub(super) fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
@@ -23,4 +27,30 @@ pub(super) fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathB
     }
     found.sort();
     Ok(found)
+}
+
+/// A line `FILE:LINE: problem` for each line that `find` returns of a Rust file, but for those in `places`.
+pub(super) fn problems_in_rust(
+    places: &[&str],
+    problem: &str,
+    find: impl Fn(TokenStream) -> Vec<usize>,
+) -> Result<Vec<String>> {
+    let root = workspace_root();
+    let mut found = Vec::new();
+    for path in with_extension(root, "rs")? {
+        let name = path.strip_prefix(root).expect("it was found there");
+        if places.iter().any(|place| name.starts_with(place)) {
+            continue;
+        }
+        let name = name.display();
+        let source = fs::read_to_string(&path).with_context(|| format!("failed to read {name}"))?;
+        let lines = find(tokens(&source).with_context(|| format!("failed to read {name}"))?);
+        found.extend(lines.iter().map(|line| format!("{name}:{line}: {problem}")));
+    }
+    Ok(found)
+}
+
+/// The tokens of a Rust file.
+pub(super) fn tokens(source: &str) -> Result<TokenStream> {
+    source.parse().map_err(|error| anyhow!("not Rust: {error}"))
 }

@@ -1,13 +1,9 @@
-//! Skipped tests are told by `pagecast_testkit::skip` alone, which counts them and fails in CI.
+//! Tests report a skip through `pagecast_testkit::skip` only: it counts skips, and fails in CI where a skip is wrong.
 
-use std::fs;
-use std::path::Path;
-
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::Result;
 use proc_macro2::{TokenStream, TokenTree};
 
 use super::files;
-use crate::cargo::workspace_root;
 
 /// Files that may print the word.
 const PLACES: [&str; 2] = ["crates/testkit/src/skip.rs", "xtask/src"];
@@ -15,35 +11,20 @@ const PLACES: [&str; 2] = ["crates/testkit/src/skip.rs", "xtask/src"];
 /// Macros that print.
 const PRINTING: [&str; 6] = ["print", "println", "eprint", "eprintln", "write", "writeln"];
 
-/// Where else something is said to be skipped: a line for each place.
+/// A line for each place where a skip is printed by hand.
 pub(super) fn printed_by_hand() -> Result<Vec<String>> {
-    let root = workspace_root();
-    let mut found = Vec::new();
-    for path in files::with_extension(root, "rs")? {
-        let name = path.strip_prefix(root).expect("it was found there");
-        if PLACES.iter().any(|place| name.starts_with(place)) {
-            continue;
-        }
-        let source = fs::read_to_string(&path).with_context(|| format!("failed to read {}", name.display()))?;
-        let lines = lines_that_print_it(&source).with_context(|| format!("failed to read {}", name.display()))?;
-        found.extend(lines.iter().map(|line| problem(name, *line)));
-    }
-    Ok(found)
-}
-
-fn problem(file: &Path, line: usize) -> String {
-    format!(
-        "{}:{line}: say with `pagecast_testkit::skip::skip` that a test is skipped",
-        file.display()
+    files::problems_in_rust(
+        &PLACES,
+        "report with `pagecast_testkit::skip::skip` that a test is skipped",
+        lines_that_print_it,
     )
 }
 
 /// The lines, from 1 on, of macros that print a text with the word "skipped".
-fn lines_that_print_it(source: &str) -> Result<Vec<usize>> {
-    let tokens: TokenStream = source.parse().map_err(|error| anyhow!("not Rust: {error}"))?;
+fn lines_that_print_it(tokens: TokenStream) -> Vec<usize> {
     let mut lines = Vec::new();
     collect(tokens, &mut lines);
-    Ok(lines)
+    lines
 }
 
 fn collect(tokens: TokenStream, lines: &mut Vec<usize>) {
@@ -75,12 +56,12 @@ mod tests {
     #[test]
     fn a_skip_that_is_printed_by_hand_is_found() {
         let source = "fn f() {\n  println!(\"skipped: no root\");\n  g(|| { eprintln!(\n  \"Skipped {}\", 1) });\n}\n";
-        assert_eq!(lines_that_print_it(source).unwrap(), [2, 3]);
+        assert_eq!(lines_that_print_it(files::tokens(source).unwrap()), [2, 3]);
     }
 
     #[test]
     fn other_words_and_other_uses_are_not() {
         let source = "// println!(\"skipped\")\nfn f() { skip(\"skipped\"); println!(\"skip\"); let skipped = 1; }\n";
-        assert!(lines_that_print_it(source).unwrap().is_empty());
+        assert!(lines_that_print_it(files::tokens(source).unwrap()).is_empty());
     }
 }
