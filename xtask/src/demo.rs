@@ -47,9 +47,9 @@ impl Demo {
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let interrupt = Interrupt::watch()?;
         let outcome = self.show(&interrupt);
-        if let Some(signal) = interrupt.signal() {
+        if let Some(code) = interrupt.exit_code() {
             say("interrupted: every process was ended, every temporary file removed");
-            return Ok(u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from));
+            return Ok(code);
         }
         let report = outcome?;
         report.print(self.json)?;

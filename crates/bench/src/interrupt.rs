@@ -1,5 +1,6 @@
 //! Ending early and leaving nothing behind.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
@@ -47,6 +48,12 @@ impl Interrupt {
     /// The signal, if there was one.
     pub fn signal(&self) -> Option<i32> {
         Some(self.signal.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+    }
+
+    /// The exit code after the signal, if there was one: 128 and its number.
+    pub fn exit_code(&self) -> Option<ExitCode> {
+        let code = |signal| u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from);
+        self.signal().map(code)
     }
 
     /// An error if there was a signal.

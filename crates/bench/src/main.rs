@@ -79,9 +79,9 @@ impl Cli {
     fn run(&self) -> Result<ExitCode> {
         let interrupt = Interrupt::watch()?;
         let outcome = self.measure(&interrupt);
-        if let Some(signal) = interrupt.signal() {
+        if let Some(code) = interrupt.exit_code() {
             say("pagecast-bench: interrupted; every process was ended, every temporary file removed");
-            return Ok(u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from));
+            return Ok(code);
         }
         let report = outcome?;
         let missed = report.goals().any(|(_, goal)| goal.verdict == Verdict::Missed);
