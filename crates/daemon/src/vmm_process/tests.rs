@@ -86,11 +86,6 @@ fn await_exit(process: &VmmProcess) {
     rustix::event::poll(&mut [PollFd::new(process, PollFlags::IN)], None).unwrap();
 }
 
-fn has(capability: CapabilitySet) -> bool {
-    let capabilities = rustix::thread::capabilities(None).unwrap();
-    capabilities.effective.contains(capability)
-}
-
 #[test]
 fn a_process_is_known_until_it_has_exited() {
     let mapper = Mapper::start("turn()", &[]);
@@ -184,8 +179,12 @@ fn what_cannot_be_a_vmm_is_refused() {
 
 #[test]
 fn a_process_that_we_may_not_kill_is_refused() {
-    if !has(CapabilitySet::SETUID) || !has(CapabilitySet::KILL) {
-        skip((Need::Root, "to start a process as somebody else"));
+    let needed = Need::Capabilities(CapabilitySet::SETUID | CapabilitySet::KILL);
+    if !needed.is_there() {
+        skip((
+            needed,
+            "to start a process as somebody else, and to give up the right to kill it",
+        ));
         return;
     }
     let mut child = std::process::Command::new("sleep")
@@ -249,10 +248,11 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
             .unwrap()
     };
     let mut placements = vec![place(&dir.path().join("a link"))];
-    if has(CapabilitySet::SYS_ADMIN) {
+    let needed = Need::Capabilities(CapabilitySet::SYS_ADMIN);
+    if needed.is_there() {
         placements.push(place(&elsewhere.path().join("mount")));
     } else {
-        skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
+        skip((needed, "to mount"));
     }
     let plain = Mapper::of_file(&path);
     let mut expected = vec![(plain.pid(), path.clone())];
@@ -296,8 +296,9 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
 
 #[test]
 fn a_file_on_an_overlay_is_recognised() {
-    if !has(CapabilitySet::SYS_ADMIN) {
-        skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
+    let needed = Need::Capabilities(CapabilitySet::SYS_ADMIN);
+    if !needed.is_there() {
+        skip((needed, "to mount"));
         return;
     }
     // Two file systems below: then an overlay shows another device and inode for what is on the lower one.
@@ -381,8 +382,9 @@ ends(60, 0)";
 
 #[test]
 fn a_process_that_cannot_be_looked_at_may_map_any_file_that_it_has_room_for() {
-    if !has(CapabilitySet::SYS_PTRACE) {
-        skip((Need::Capabilities(CapabilitySet::SYS_PTRACE), "to give it up"));
+    let needed = Need::Capabilities(CapabilitySet::SYS_PTRACE);
+    if !needed.is_there() {
+        skip((needed, "to give it up"));
         return;
     }
     let dir = tempfile::tempdir().unwrap();
