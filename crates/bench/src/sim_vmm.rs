@@ -13,7 +13,8 @@ const OURSELVES: &str = "/proc/self/exe";
 /// The first argument of a process that is to be one. It is no command, so no help names it.
 const ARGUMENT: &str = "__sim-vmm";
 
-/// Whether this process is to be a simulated VMM: whoever calls [`spawn`] calls this in `main`, and [`run`] where it is.
+/// Returns `true` in a process that [`spawn`] started. A program that calls `spawn` checks this first in `main`, and calls
+/// [`run`] if it is so.
 pub fn asked_for() -> bool {
     std::env::args_os().nth(1).as_deref() == Some(OsStr::new(ARGUMENT))
 }

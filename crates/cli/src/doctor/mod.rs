@@ -43,7 +43,7 @@ use pagecast_command::Output;
 #[command(after_help = "\
 Each line is one of:
   ok    as it should be
-  warn  works, but something optional is missing or slower than it could be
+  warn  works, but something optional is missing or weaker than it could be
   fail  forks cannot be served like this
 
 Below each line that is not ok stands what to do about it.

@@ -112,7 +112,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// What so many helpers and one more can do at once.
+    /// The next step for this thread and `helpers` more. `None` if it is done already.
     fn next_fill_step(&mut self, helpers: usize, scratch: &mut Scratch) -> Result<Option<FillStep>, End> {
         if self.give_back()? {
             return Ok(None);
