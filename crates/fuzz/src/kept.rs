@@ -119,7 +119,10 @@ pub(crate) fn working_set(bytes: &[u8]) {
         let body = fixture.head.len()..file.len() - CHECKSUM;
         assert_eq!(written.len(), file.len());
         assert_eq!(written[body.clone()], file[body], "it is written in another way");
-        assert_eq!(WorkingSet::parse(&written, &fixture.identity).expect("what was written is read"), set);
+        assert_eq!(
+            WorkingSet::parse(&written, &fixture.identity).expect("what was written is read"),
+            set
+        );
     });
 }
 

@@ -10,14 +10,13 @@ use std::time::Duration;
 
 use pagecast::server::{Builder, Deadlines, Error, Fork, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
 use pagecast_testkit::peer::{FdKind, RawHandshake};
-use pagecast_testkit::process::own_fds;
 use pagecast_testkit::sim_vmm::{Connect, Pages, Read, SimVmm};
 use pagecast_testkit::template_file::Expected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::fixture::{
-    Fixture, PATIENCE, asked_or_given_back, assert_open, cpu_time_over, eventually, failed_with, held_uffds,
-    known_peers, open_fds, short_deadlines,
+    Fixture, PATIENCE, asked_or_given_back, assert_open, cpu_time_over, eventually, failed_with, fds_at_rest,
+    held_uffds, known_peers, open_fds, short_deadlines,
 };
 
 /// Longer than any test: a deadline that plays no part.
@@ -174,8 +173,7 @@ fn no_file_descriptor_of_the_server_reaches_a_child_process() {
         assert!(child.wait().unwrap().success());
         listing.lines().filter(|line| line.contains(" -> ")).count()
     };
-    let numbers = || own_fds().unwrap();
-    let (own_before, child_before) = (numbers(), children_have());
+    let (own_before, child_before) = (fds_at_rest(), children_have());
     let fixture = small(|builder| {
         builder.deadlines(Deadlines {
             handshake: NEVER,
@@ -195,7 +193,7 @@ fn no_file_descriptor_of_the_server_reaches_a_child_process() {
     fixture.server.listen(&id("any"), &fixture.template, &options).unwrap();
 
     let mut kinds = Vec::new();
-    for (number, target) in numbers()
+    for (number, target) in fds_at_rest()
         .into_iter()
         .filter(|(number, _)| !own_before.contains_key(number))
     {
@@ -646,7 +644,7 @@ impl FewFds {
     fn left(count: usize) -> Self {
         let before = getrlimit(Resource::Nofile);
         // The limit is on the numbers, and the lowest that is free is taken: as many as are free below it.
-        let open = own_fds().unwrap();
+        let open = fds_at_rest();
         let free = (0..).filter(|number| !open.contains_key(number));
         let limit = free.clone().nth(count).unwrap();
         let few = Rlimit {

@@ -196,11 +196,23 @@ pub(crate) fn cpu_time_over(window: Duration) -> Duration {
     used().saturating_sub(before)
 }
 
-/// How many open file descriptors of each kind this process has, and so the server in it: sockets, userfaultfds, pidfds
-/// and all else but pipes, which are ours to speak with VMMs.
+/// The open file descriptors of this process, and so of the server in it, by number. Waits while the server looks at a process
+/// in `/proc`, as it does soon after a handshake.
+pub(crate) fn fds_at_rest() -> BTreeMap<i32, String> {
+    let mut open = BTreeMap::new();
+    eventually("no process is looked at", || {
+        open = own_fds().unwrap();
+        let looked_at = |target: &String| target.starts_with("/proc/") && target != "/proc/loadavg";
+        !open.values().any(looked_at)
+    });
+    open
+}
+
+/// How many open file descriptors of each kind this process has at rest: sockets, userfaultfds, pidfds and all else but pipes,
+/// which are ours to speak with VMMs.
 pub(crate) fn open_fds() -> BTreeMap<String, usize> {
     let mut kinds = BTreeMap::new();
-    for target in own_fds().unwrap().into_values() {
+    for target in fds_at_rest().into_values() {
         // What follows is a number of its own: `socket:[4711]`.
         let kind = target.split_once(":[").map_or(&*target, |(kind, _)| kind);
         if kind != "pipe" {

@@ -6,12 +6,14 @@ use std::time::Duration;
 use pagecast::Template;
 use pagecast::server::{ForkOptions, ForkState, Prefault, Server};
 use pagecast_testkit::peer::{FdKind, RawHandshake};
-use pagecast_testkit::process::{ProcessUse, own_fds};
+use pagecast_testkit::process::ProcessUse;
 use pagecast_testkit::sim_vmm::{Connect, Latency, Order, Pages, Read, RemoveRace, SimVmm};
 use pagecast_testkit::template_file::TemplateModel;
 use rustix::process::{Pid, Signal};
 
-use crate::fixture::{Fixture, PATIENCE, assert_right, eventually, held_uffds, model, read_range, short_deadlines};
+use crate::fixture::{
+    Fixture, PATIENCE, assert_right, eventually, fds_at_rest, held_uffds, model, read_range, short_deadlines,
+};
 use crate::scripted_source::{Access, Script, ScriptedSource};
 use crate::vmm_process::alone;
 
@@ -107,11 +109,11 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     let steady: Vec<_> = (0..2).map(|n| fixture.fork(&format!("steady-{n}"))).collect();
     // The sockets that they were listened for at are closed soon after that.
     eventually("only their handshake sockets are left", || {
-        let fds = own_fds().unwrap();
+        let fds = fds_at_rest();
         fds.values().filter(|target| target.starts_with("socket:")).count() == steady.len()
     });
     let mut random = fastrand::Rng::with_seed(1);
-    let (before, fds_before) = (threads_but_fillers(), own_fds().unwrap());
+    let (before, fds_before) = (threads_but_fillers(), fds_at_rest());
     // Later: allocators and stacks settle with the first VMMs.
     let mut rss_before = 0;
     for (n, moment) in (0..WARM_UP + KILLS).zip(MOMENTS.iter().cycle()) {
@@ -133,7 +135,7 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     }
     // The threads that read for the test end soon after their VMMs.
     eventually("no thread is left", || threads_but_fillers() <= before);
-    eventually("all is closed", || own_fds().unwrap() == fds_before);
+    eventually("all is closed", || fds_at_rest() == fds_before);
     let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 4 << 20, "grew by {grown} bytes");
     let sockets = std::fs::read_dir(fixture.folder.path()).unwrap();
