@@ -15,6 +15,7 @@
 //! | [`report`], [`table`], [`progress`] | what came of it, and how far it is |
 //! | [`train`] | one fork, to record what it touches first |
 
+mod advice;
 mod drives;
 mod exec;
 mod firecracker;
@@ -29,7 +30,6 @@ mod report;
 mod setup;
 mod table;
 mod train;
-mod vmm;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

@@ -19,7 +19,6 @@
 //! guest, built from `crates/testkit/guest`, whose documentation says what the guest can do and why it is made this
 //! way. Many test processes may do this at once.
 
-mod api;
 mod binary;
 mod cache;
 mod console;
@@ -28,10 +27,10 @@ mod jail;
 mod kvm;
 mod microvm;
 mod patterns;
-mod process;
 mod range;
 mod snapshot;
 mod tool;
+mod vmm;
 
 pub use binary::{binary, jailer};
 pub use console::{Inflated, Touched, Verified, Written};

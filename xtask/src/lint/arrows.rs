@@ -8,7 +8,7 @@ use cargo_metadata::{DependencyKind, Metadata};
 use crate::cargo::workspace_root;
 
 /// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
-const MAY_USE: [(&str, &[&str]); 10] = [
+const MAY_USE: [(&str, &[&str]); 11] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
     ("pagecast-client", &[]),
@@ -24,9 +24,11 @@ const MAY_USE: [(&str, &[&str]); 10] = [
             "pagecast-client",
             "pagecast-daemon",
             "pagecast-command",
+            "pagecast-firecracker",
         ],
     ),
     ("pagecast-command", &[]),
+    ("pagecast-firecracker", &["pagecast-client", "pagecast-command"]),
     // It asks a daemon, and is none.
     (
         "pagecast-bench",
@@ -38,7 +40,10 @@ const MAY_USE: [(&str, &[&str]); 10] = [
             "pagecast-testkit",
         ],
     ),
-    ("pagecast-testkit", &["pagecast-uffd", "pagecast"]),
+    (
+        "pagecast-testkit",
+        &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-firecracker"],
+    ),
     (
         "pagecast-fuzz",
         &["pagecast-uffd", "pagecast", "pagecast-client", "pagecast-daemon"],

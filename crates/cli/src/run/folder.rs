@@ -6,13 +6,13 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use pagecast_firecracker::{API_SOCKET, kill_jailed, remove_cgroups};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use super::jail::{self, UFFD_SOCKET};
-use super::vmm::API_SOCKET;
+use super::jail::UFFD_SOCKET;
 
 /// How the names of all such folders begin.
 const PREFIX: &str = "pagecast-run-";
@@ -148,8 +148,8 @@ impl RunFolder {
     ///
     /// It cannot be removed.
     pub(crate) fn remove(self) -> io::Result<()> {
-        jail::kill_inside(&self.of_forks)?;
-        jail::remove_cgroups(self.path().file_name().unwrap_or_default())?;
+        kill_jailed(&self.of_forks)?;
+        remove_cgroups(self.path().file_name().unwrap_or_default())?;
         self.folder.close()
     }
 
@@ -214,7 +214,7 @@ impl LeftFolder {
     /// They do not end.
     pub(crate) fn end_jailed(&self) -> io::Result<()> {
         match self.record().and_then(|record| record.jails) {
-            Some(jails) => jail::kill_inside(&self.path.join(jails)),
+            Some(jails) => kill_jailed(&self.path.join(jails)),
             None => Ok(()),
         }
     }
@@ -225,7 +225,7 @@ impl LeftFolder {
     ///
     /// It cannot be removed.
     pub(crate) fn remove(self) -> io::Result<()> {
-        jail::remove_cgroups(self.path.file_name().unwrap_or_default())?;
+        remove_cgroups(self.path.file_name().unwrap_or_default())?;
         fs::remove_dir_all(&self.path)
     }
 

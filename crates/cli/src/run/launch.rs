@@ -1,27 +1,28 @@
 //! One fork, from nothing to a guest that runs, and then to its end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagecast_client::fork::MemBackend;
 use pagecast_client::{Backend, Client, CreateFork, CreatedFork, ErrorCode};
+use pagecast_command::harmless;
+use pagecast_firecracker::{Console, Jailer, Vmm, VmmError};
 use tokio::sync::{mpsc, watch};
 
 use super::drives::{Loaded, WritableFiles, open_for_writing};
 use super::firecracker::Firecracker;
-use super::jail::{self, Jail, Jailer};
+use super::jail::{MEM_FILE, UFFD_SOCKET};
 use super::setup::Wanted;
-use super::vmm::{Vmm, VmmError};
+use super::{advice, exec};
 use crate::daemon::DaemonError;
-use pagecast_command::harmless;
 
 /// What is the same for all forks of a run.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) client: Client,
     pub(crate) firecracker: Firecracker,
-    /// Starts it, if there is one.
-    pub(crate) jailer: Option<Jailer>,
+    /// The program of the jailer that starts it, and its settings, if there is one.
+    pub(crate) jailer: Option<(PathBuf, Jailer)>,
     pub(crate) wanted: Wanted,
     pub(crate) vmstate: PathBuf,
     /// How long each step of each fork may take.
@@ -78,6 +79,13 @@ pub(crate) enum LaunchError {
     },
 }
 
+/// What Firecracker is to load, by the paths that it sees.
+#[derive(Debug)]
+struct Snapshot {
+    vmstate: PathBuf,
+    mem_backend: MemBackend,
+}
+
 /// What the daemon knows of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registered {
@@ -103,16 +111,16 @@ impl Launch {
     /// daemon knows of the fork is left to whoever ends the run.
     pub(crate) async fn live(mut self, plan: &Plan) -> Registered {
         let mut registered = Registered::No;
-        match &plan.jailer {
-            Some(jailer) => {
-                if let Err(error) = self.live_in_jail(plan, jailer, &mut registered).await {
-                    self.tell(Turn::Failed(error));
-                }
+        if let Some((program, jailer)) = &plan.jailer {
+            if let Err(error) = self.live_in_jail(plan, program, jailer, &mut registered).await {
+                self.tell(Turn::Failed(error));
             }
-            None => match Vmm::start(&plan.firecracker, &self.id, &self.folder, plan.patience) {
-                Ok(vmm) => self.live_as(plan, vmm, None, &mut registered).await,
-                Err(error) => self.tell(Turn::Failed(failed(error, None))),
-            },
+            return registered;
+        }
+        let command = exec::command(&plan.firecracker.path);
+        match Vmm::start(command, &self.id, &self.folder, Console::File, plan.patience) {
+            Ok(vmm) => self.live_as(plan, vmm, None, &mut registered).await,
+            Err(error) => self.tell(Turn::Failed(failed(error, None))),
         }
         registered
     }
@@ -121,22 +129,25 @@ impl Launch {
     async fn live_in_jail(
         &mut self,
         plan: &Plan,
+        program: &Path,
         jailer: &Jailer,
         registered: &mut Registered,
     ) -> Result<(), LaunchError> {
-        let prepared = jailer.prepare(&plan.firecracker.path, &self.folder, &plan.vmstate);
-        let jail = prepared.map_err(|source| {
+        let prepared = jailer
+            .jail(&plan.firecracker.path, &self.id)
+            .and_then(|jail| Ok((jail.copy_vmstate(&plan.vmstate)?, jail)));
+        let (vmstate, jail) = prepared.map_err(|source| {
             let folder = self.folder.clone();
             failed(VmmError::Folder { folder, source }, None)
         })?;
         let to_uffd = CreateFork {
-            socket_path: Some(jail.uffd_socket()),
+            socket_path: Some(jail.root().join(UFFD_SOCKET)),
             uid: Some(jailer.uid()),
             gid: Some(jailer.gid()),
             ..self.wanted(plan)
         };
         let to_file = CreateFork {
-            path: Some(jail.mem_file()),
+            path: Some(jail.root().join(MEM_FILE)),
             ..self.wanted(plan)
         };
         let created = match plan.wanted.backend {
@@ -152,23 +163,25 @@ impl Launch {
             return Ok(());
         }
         // If it ends here, what the jailer has started by then is ended with the folder of the run.
-        let Some(started) = self.unless_ended(Vmm::start_in(jailer, &jail, plan.patience)).await else {
+        let start = Vmm::start_in(&jail, exec::command(program), Console::File, plan.patience);
+        let Some(started) = self.unless_ended(start).await else {
             return Ok(());
         };
         let vmm = started.map_err(|error| failed(error, None))?;
-        self.live_as(plan, vmm, Some((&jail, created)), registered).await;
+        let snapshot = Snapshot {
+            mem_backend: MemBackend {
+                backend_path: jail.inside(&created.backend_path),
+                ..created
+            },
+            vmstate,
+        };
+        self.live_as(plan, vmm, Some(snapshot), registered).await;
         Ok(())
     }
 
     /// Lives on with a Firecracker, which ends with this. One that is jailed is a fork already.
-    async fn live_as(
-        &mut self,
-        plan: &Plan,
-        mut vmm: Vmm,
-        jailed: Option<(&Jail, MemBackend)>,
-        registered: &mut Registered,
-    ) {
-        if let Err(error) = self.live_with(plan, &mut vmm, jailed, registered).await {
+    async fn live_as(&mut self, plan: &Plan, vmm: Vmm, jailed: Option<Snapshot>, registered: &mut Registered) {
+        if let Err(error) = self.live_with(plan, &vmm, jailed, registered).await {
             self.tell(Turn::Failed(error));
         }
         // It is ours and has not been waited for: the kernel has no reason to refuse.
@@ -206,11 +219,11 @@ impl Launch {
     async fn live_with(
         &mut self,
         plan: &Plan,
-        vmm: &mut Vmm,
-        jailed: Option<(&Jail, MemBackend)>,
+        vmm: &Vmm,
+        jailed: Option<Snapshot>,
         registered: &mut Registered,
     ) -> Result<(), LaunchError> {
-        let Some(listens) = self.unless_ended(vmm.listens(plan.patience)).await else {
+        let Some(listens) = self.unless_ended(vmm.listens()).await else {
             return Ok(());
         };
         listens.map_err(|error| failed(error, Some(vmm)))?;
@@ -228,33 +241,28 @@ impl Launch {
         }
 
         let is_jailed = jailed.is_some();
-        let (vmstate, mem_backend) = if let Some((jail, created)) = jailed {
-            let backend_path = jail.inside(&created.backend_path);
-            (
-                Jail::vmstate(),
-                MemBackend {
-                    backend_path,
-                    ..created
-                },
-            )
+        let snapshot = if let Some(snapshot) = jailed {
+            snapshot
         } else {
             let fork = CreateFork {
                 pid: Some(vmm.pid()),
                 ..self.wanted(plan)
             };
-            (&*plan.vmstate, self.create(plan, &fork, registered).await?)
+            Snapshot {
+                vmstate: plan.vmstate.clone(),
+                mem_backend: self.create(plan, &fork, registered).await?,
+            }
         };
-        let Some(loaded) = self.unless_ended(vmm.load(vmstate, &mem_backend)).await else {
+        let load = vmm.load(&snapshot.vmstate, &snapshot.mem_backend, false);
+        let Some(loaded) = self.unless_ended(load).await else {
             return Ok(());
         };
         let load = match loaded {
             Ok(load) => load,
             Err(error) => {
                 let mut error = failed(error, Some(vmm));
-                if let LaunchError::Vmm { error, .. } = &mut error
-                    && is_jailed
-                {
-                    *error += jail::advice(error);
+                if let LaunchError::Vmm { error, .. } = &mut error {
+                    *error += advice::on_failed_load(error, is_jailed);
                 }
                 return Err(self.with_the_daemons_word(error, plan).await);
             }
@@ -322,7 +330,10 @@ impl Launch {
 }
 
 fn writable(vmm: &Vmm) -> Result<WritableFiles, LaunchError> {
-    open_for_writing(vmm.pid()).map_err(|source| failed(VmmError::OpenFiles(source), Some(vmm)))
+    open_for_writing(vmm.pid()).map_err(|error| LaunchError::Vmm {
+        error: format!("cannot tell which files Firecracker has open for writing: {error}"),
+        last_words: vmm.last_words(),
+    })
 }
 
 fn failed(error: VmmError, vmm: Option<&Vmm>) -> LaunchError {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use pagecast_client::fork::ForkMemory;
 use pagecast_client::{Backend, Fork};
+use pagecast_firecracker::VmmError;
 use serde::Serialize;
 
 use super::firecracker::Firecracker;
 use super::launch::Turn;
-use super::vmm::VmmError;
 
 /// What came of it all.
 #[derive(Debug, Serialize)]

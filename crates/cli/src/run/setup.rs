@@ -70,7 +70,7 @@ impl Starting {
             .context("cannot see the daemon's process")?;
         let jailer = self.jailer.find()?;
         let base = match &jailer {
-            Some(jailer) => jailer.base().to_owned(),
+            Some((_, jailer)) => jailer.base().to_owned(),
             None => self.dir.clone().unwrap_or_else(std::env::temp_dir),
         };
         for problem in clean_up(LeftFolder::find(&base)).await {
@@ -79,6 +79,7 @@ impl Starting {
         // The jailer makes a folder with this name.
         let jails = jailer.as_ref().and_then(|_| firecracker.path.file_name());
         let folder = RunFolder::create(&base, client.socket(), jails)?;
+        let jailer = jailer.map(|(program, jailer)| (program, jailer.below(folder.path())));
         let plan = Plan {
             client,
             firecracker,

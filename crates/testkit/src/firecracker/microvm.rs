@@ -1,16 +1,17 @@
 //! A running Firecracker with the tiny guest in it.
 
 use std::path::PathBuf;
-use std::process::{ChildStdin, ChildStdout, ExitStatus};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
+use pagecast_client::http::Method;
+use pagecast_firecracker::Pipes;
 use serde_json::{Value, json};
 
-use super::api::Api;
 use super::console::{Console, Inflated, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
-use super::process::Process;
+use super::vmm::Vmm;
 use super::{GuestRange, Jail, Snapshot, SnapshotOptions, build_guest};
 use crate::process::MemoryUse;
 
@@ -25,24 +26,12 @@ pub enum MemBackend {
     Uffd(PathBuf),
 }
 
-impl MemBackend {
-    fn to_json(&self, process: &Process) -> Value {
-        let (backend_type, path) = match self {
-            Self::File(path) => ("File", path),
-            Self::Uffd(path) => ("Uffd", path),
-        };
-        json!({ "backend_type": backend_type, "backend_path": process.inside(path) })
-    }
-}
-
 /// A Firecracker process of our own that has no microVM yet, so that its process id is known before it loads one. Dropping
 /// it kills the process.
 #[derive(Debug)]
 pub struct BlankVmm {
-    process: Process,
-    api: Api,
-    input: ChildStdin,
-    output: ChildStdout,
+    vmm: Vmm,
+    console: Console,
 }
 
 impl BlankVmm {
@@ -52,7 +41,7 @@ impl BlankVmm {
     ///
     /// If Firecracker cannot be had, or does not come up.
     pub fn start() -> Result<Self> {
-        Self::started(Process::spawn()?)
+        Ok(Self::from(Vmm::start()?))
     }
 
     /// Starts one in a jail. Paths that it gets later are those of the host.
@@ -61,23 +50,19 @@ impl BlankVmm {
     ///
     /// If the jailer or Firecracker does not come up.
     pub fn start_in(jail: Jail) -> Result<Self> {
-        Self::started(Process::spawn_in(jail)?)
+        Ok(Self::from(Vmm::start_in(jail)?))
     }
 
-    fn started((mut process, input, output): (Process, ChildStdin, ChildStdout)) -> Result<Self> {
-        let api =
-            Api::connect(process.api_socket(), || process.ensure_alive()).map_err(|error| process.explain(&error))?;
-        Ok(Self {
-            process,
-            api,
-            input,
-            output,
-        })
+    fn from((vmm, (input, output)): (Vmm, Pipes)) -> Self {
+        Self {
+            vmm,
+            console: Console::new(input, output),
+        }
     }
 
     /// Firecracker's process id.
     pub fn pid(&self) -> u32 {
-        self.process.pid()
+        self.vmm.pid()
     }
 
     /// Has it load the snapshot and resume the guest; how long that took.
@@ -90,22 +75,14 @@ impl BlankVmm {
     }
 
     fn load(self, snapshot: &Snapshot, backend: &MemBackend, resume: bool) -> Result<(MicroVm, Duration)> {
-        let vm = self.with_guest(snapshot.patterns.clone());
-        let request = json!({
-            "snapshot_path": vm.process.take_in(&snapshot.vmstate_path)?,
-            "mem_backend": backend.to_json(&vm.process),
-            "resume_vm": resume,
-        });
-        let started = Instant::now();
-        vm.put("/snapshot/load", &request)?;
-        Ok((vm, started.elapsed()))
+        let took = self.vmm.load(&snapshot.vmstate_path, backend, resume)?;
+        Ok((self.with_guest(snapshot.patterns.clone()), took))
     }
 
     fn with_guest(self, patterns: Patterns) -> MicroVm {
         MicroVm {
-            process: self.process,
-            api: self.api,
-            console: Console::new(self.input, self.output),
+            vmm: self.vmm,
+            console: self.console,
             patterns,
             timeout: DEFAULT_TIMEOUT,
         }
@@ -118,8 +95,7 @@ impl BlankVmm {
 /// Every error tells the last that Firecracker said.
 #[derive(Debug)]
 pub struct MicroVm {
-    process: Process,
-    api: Api,
+    vmm: Vmm,
     console: Console,
     patterns: Patterns,
     timeout: Duration,
@@ -190,12 +166,12 @@ impl MicroVm {
 
     /// Firecracker's process id, which is its own until the `MicroVm` is dropped or killed.
     pub fn pid(&self) -> u32 {
-        self.process.pid()
+        self.vmm.pid()
     }
 
     /// Where it is confined, if it is.
     pub fn jail(&self) -> Option<&Jail> {
-        self.process.jail()
+        self.vmm.jail()
     }
 
     /// What the kernel says about Firecracker's memory, the guest's included.
@@ -204,7 +180,7 @@ impl MicroVm {
     ///
     /// If Firecracker has ended.
     pub fn memory(&self) -> Result<MemoryUse> {
-        MemoryUse::of(self.pid()).map_err(|error| self.process.explain(&error))
+        MemoryUse::of(self.pid()).map_err(|error| self.vmm.explain(&error))
     }
 
     /// Pauses the guest; how long that took.
@@ -226,11 +202,7 @@ impl MicroVm {
     }
 
     fn set_state(&self, state: &str) -> Result<Duration> {
-        let started = Instant::now();
-        self.api
-            .patch("/vm", &json!({ "state": state }))
-            .map_err(|error| self.process.explain(&error))
-            .map(|()| started.elapsed())
+        self.vmm.call(Method::PATCH, "/vm", &json!({ "state": state }))
     }
 
     pub(crate) fn patterns(&self) -> &Patterns {
@@ -238,7 +210,7 @@ impl MicroVm {
     }
 
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<()> {
-        self.api.put(path, body).map_err(|error| self.process.explain(&error))
+        self.vmm.call(Method::PUT, path, body).map(drop)
     }
 
     /// Asks whether the guest is there; how long the answer took.
@@ -277,7 +249,7 @@ impl MicroVm {
         })?;
         if digest != self.patterns.digest(range)? {
             let error = anyhow!("the guest's notes on what it wrote are not what it was told to write ({verified:?})");
-            return Err(self.process.explain(&error));
+            return Err(self.vmm.explain(&error));
         }
         Ok(verified)
     }
@@ -313,7 +285,7 @@ impl MicroVm {
     pub fn start_verify(&mut self, range: GuestRange) -> Result<()> {
         self.console
             .send(&format!("verify {range}"))
-            .map_err(|error| self.process.explain(&error))
+            .map_err(|error| self.vmm.explain(&error))
     }
 
     /// Has the guest reset, and waits until Firecracker has ended by itself.
@@ -323,9 +295,7 @@ impl MicroVm {
     /// If either does not happen in time.
     pub fn halt(&mut self) -> Result<ExitStatus> {
         self.command("halt", |_, _| Ok(()))?;
-        self.process
-            .wait(self.timeout)
-            .map_err(|error| self.process.explain(&error))
+        self.vmm.wait(self.timeout)
     }
 
     /// Kills Firecracker with SIGKILL, and reaps it.
@@ -334,12 +304,12 @@ impl MicroVm {
     ///
     /// If the kernel refuses.
     pub fn kill(&mut self) -> Result<ExitStatus> {
-        self.process.kill()
+        self.vmm.kill()
     }
 
     fn command<T>(&mut self, line: &str, read: impl FnOnce(Reply, Duration) -> Result<T>) -> Result<T> {
         let started = Instant::now();
-        self.console.send(line).map_err(|error| self.process.explain(&error))?;
+        self.console.send(line).map_err(|error| self.vmm.explain(&error))?;
         self.reply(line, |reply| read(reply, started.elapsed()))
     }
 
@@ -347,6 +317,6 @@ impl MicroVm {
         self.console
             .reply(command, self.timeout)
             .and_then(read)
-            .map_err(|error| self.process.explain(&error))
+            .map_err(|error| self.vmm.explain(&error))
     }
 }
