@@ -10,7 +10,7 @@ use pagecast_command::harmless;
 /// How much of the end of a file is read.
 const BYTES: u64 = 8192;
 /// How many lines of it are shown.
-const LINES: usize = 8;
+const LINES: usize = 15;
 
 /// The last lines of each file under its title, indented. Empty if the files are.
 pub(crate) fn of_files(files: &[(PathBuf, &'static str)]) -> String {
