@@ -10,11 +10,11 @@ mod unsafe_code;
 
 use std::io::Write as _;
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use console::style;
-use indicatif::ProgressBar;
+use pagecast_command::progress::Progress;
 use pagecast_testkit::firecracker::{build_guest, guest_command};
 
 use crate::cargo::{cargo, cargo_path, metadata};
@@ -112,10 +112,9 @@ fn checks() -> Vec<Check> {
 /// Runs the check and prints a line about it, and what is wrong.
 fn holds(check: &Check) -> bool {
     let started = Instant::now();
-    let spinner = ProgressBar::new_spinner().with_message(check.name.clone());
-    spinner.enable_steady_tick(Duration::from_millis(100));
+    let spinner = Progress::spinner(check.name.clone());
     let outcome = (check.run)();
-    spinner.finish_and_clear();
+    drop(spinner);
     let seconds = started.elapsed().as_secs_f64();
     let verdict = match outcome {
         Ok(()) => style("ok    ").green(),

@@ -5,10 +5,9 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use indicatif::ProgressBar;
+use pagecast_bench::progress::Progress;
 use pagecast_testkit::firecracker::{self, Kvm, kvm};
 
 use crate::cargo::{cargo, metadata, workspace_root};
@@ -75,14 +74,9 @@ fn prepare_firecracker() -> Result<()> {
 
 /// Says what is being got while it takes its time, and then where it is.
 fn visibly(what: &'static str, get: fn() -> Result<PathBuf>) -> Result<()> {
-    let spinner = ProgressBar::new_spinner().with_message(what);
-    spinner.enable_steady_tick(Duration::from_millis(100));
-    if spinner.is_hidden() {
-        eprintln!("{what}");
-    }
-    let path = get();
-    spinner.finish_and_clear();
-    eprintln!("{what}: {}", path?.display());
+    let progress = Progress::start(what);
+    let path = get()?;
+    progress.done(&path.display().to_string());
     Ok(())
 }
 

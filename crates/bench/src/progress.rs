@@ -1,47 +1,41 @@
 //! What happens, on stderr: bars on a terminal, lines elsewhere.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use console::{StyledObject, style};
-use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use console::{StyledObject, style, user_attended_stderr};
+use pagecast_command::progress::{self, Unit};
 use pagecast_command::stderr;
 
-/// Says it on a line of its own. That nobody reads stderr any more is no reason to stop.
+/// Writes a line on standard error.
 pub fn say(line: &str) {
     stderr::write_line(format!("{line}\n").as_bytes());
 }
 
-/// Something that takes its time. If it is dropped before it is done, only its bar vanishes.
+/// A step that takes its time. If it is dropped before it is done, only its bar vanishes.
 #[derive(Debug)]
 pub struct Progress {
-    bar: ProgressBar,
+    bar: progress::Progress,
     what: String,
     started: Instant,
 }
 
 impl Progress {
-    /// Begins something that nobody knows the end of.
+    /// Begins a step whose length is not known.
     pub fn start(what: &str) -> Self {
-        Self::with_bar(what, ProgressBar::new_spinner(), "{spinner:.cyan} {msg} {elapsed:.dim}")
+        Self::with_bar(what, progress::Progress::spinner(what.to_owned()))
     }
 
-    /// Begins something that is over after so many of a unit.
-    pub fn of(what: &str, unit: &str, count: u64) -> Self {
-        let template =
-            format!("{{spinner:.cyan}} {{msg}} {{wide_bar:.cyan/dim}} {{pos}}/{{len}} {unit} {{elapsed:.dim}}");
-        Self::with_bar(what, ProgressBar::new(count), &template)
+    /// Begins a step that ends after `count` of `unit`, a name in the plural.
+    pub fn of(what: &str, unit: &'static str, count: u64) -> Self {
+        Self::with_bar(
+            what,
+            progress::Progress::bar(what.to_owned(), count, Unit::Things(unit)),
+        )
     }
 
-    fn with_bar(what: &str, bar: ProgressBar, template: &str) -> Self {
-        let style = ProgressStyle::with_template(template).expect("the templates here are well-formed");
-        let bar = bar
-            .with_style(style)
-            .with_message(what.to_owned())
-            .with_finish(ProgressFinish::AndClear);
-        if bar.is_hidden() {
+    fn with_bar(what: &str, bar: progress::Progress) -> Self {
+        if !user_attended_stderr() {
             say(&format!("{what} ..."));
-        } else {
-            bar.enable_steady_tick(Duration::from_millis(100));
         }
         Self {
             bar,
@@ -50,23 +44,23 @@ impl Progress {
         }
     }
 
-    /// So many more are done.
+    /// Adds to what is done.
     pub fn advance(&self, count: u64) {
-        self.bar.inc(count);
+        self.bar.advance(count);
     }
 
-    /// It is over, and this came of it.
+    /// Ends the step, and says what came of it.
     pub fn done(self, outcome: &str) {
         self.end(style("ok").green(), outcome);
     }
 
-    /// It is over, and this came of it, which should not be.
+    /// Ends the step, and says what went wrong.
     pub fn failed(self, outcome: &str) {
         self.end(style("FAILED").red().bold(), outcome);
     }
 
     fn end(self, verdict: StyledObject<&str>, outcome: &str) {
-        self.bar.finish_and_clear();
+        drop(self.bar);
         let seconds = format!("{:.1} s", self.started.elapsed().as_secs_f64());
         let seconds = style(seconds).dim().for_stderr();
         say(&format!("{} {}: {outcome} {seconds}", verdict.for_stderr(), self.what));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, Color};
-use indicatif::{BinaryBytes, ProgressBar};
+use indicatif::BinaryBytes;
 use pagecast_client::fork::{ForkMemory, ForkPrefault};
 use pagecast_client::{Backend, Client, CreateFork, Fork, ForkState, Prefault};
 
@@ -16,6 +16,7 @@ use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, EXIT_CODES, block_on};
 use crate::facts::Facts;
 use crate::template::absolute;
+use pagecast_command::progress::Progress;
 use pagecast_command::{Column, Output, harmless};
 
 /// Make, show, complete and remove forks: microVMs restored from a template.
@@ -226,11 +227,8 @@ impl Complete {
             return Ok(ExitCode::SUCCESS);
         }
         let fork = {
-            let spinner = ProgressBar::new_spinner().with_message(format!("completing {}", self.id));
-            spinner.enable_steady_tick(Duration::from_millis(100));
-            let fork = self.ended(client).await;
-            spinner.finish_and_clear();
-            fork?
+            let _spinner = Progress::spinner(format!("completing {}", self.id));
+            self.ended(client).await?
         };
         show(&fork, json, output)?;
         Ok(if fork.state == ForkState::Complete {

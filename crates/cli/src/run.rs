@@ -25,8 +25,8 @@ mod interrupt;
 mod jail;
 mod launch;
 mod life;
-mod progress;
 mod report;
+mod say;
 mod setup;
 mod table;
 mod train;
@@ -44,13 +44,14 @@ pub(crate) use self::exec::Exec;
 use self::fleet::{Fleet, catching_panics};
 use self::interrupt::Interrupt;
 use self::life::Life;
-use self::progress::{Progress, say, start_saying};
 use self::report::{Report, State};
+use self::say::{say, start_saying};
 use self::setup::{Prepared, Starting, Wanted};
 pub(crate) use self::train::{Train, describe as describe_working_set};
 use crate::argument;
 use crate::daemon::{DaemonArgs, DaemonError, block_on};
 use pagecast_command::Output;
+use pagecast_command::progress::{Progress, Unit};
 
 /// Start many real Firecrackers from one template, resume them all at once, and say what each took and costs.
 ///
@@ -241,10 +242,10 @@ impl Conductor<'_> {
 
     /// Waits until each fork has come as far as that, or ended.
     async fn until_all(&mut self, what: &'static str, done: fn(State) -> bool) -> Result<(), Stopped> {
-        let progress = Progress::bar(what, self.report.forks.len());
+        let progress = Progress::bar(what, self.report.forks.len() as u64, Unit::Things("forks"));
         loop {
             let count = self.report.count(done);
-            progress.set(count);
+            progress.set(count as u64);
             if count == self.report.forks.len() {
                 return Ok(());
             }

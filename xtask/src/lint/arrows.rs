@@ -55,6 +55,7 @@ const MAY_USE: [(&str, &[&str]); 11] = [
             "pagecast",
             "pagecast-client",
             "pagecast-daemon",
+            "pagecast-command",
             "pagecast-bench",
             "pagecast-testkit",
             "pagecast-fuzz",

@@ -15,7 +15,7 @@ use super::folder::{LeftFolder, RunFolder};
 use super::jail::JailerArgs;
 use super::launch::Plan;
 use super::life::Life;
-use super::progress::say;
+use super::say::say;
 use crate::daemon::DaemonError;
 use pagecast_command::harmless;
 

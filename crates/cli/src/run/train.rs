@@ -16,13 +16,14 @@ use super::fleet::{Fleet, catching_panics};
 use super::interrupt::Interrupt;
 use super::launch::Turn;
 use super::life::Life;
-use super::progress::{Progress, say, start_saying};
 use super::report::milliseconds;
+use super::say::{say, start_saying};
 use super::setup::{Prepared, Starting, Wanted};
 use super::{Stopped, ended_by, stopped};
 use crate::daemon::DaemonError;
 use crate::facts::Facts;
 use pagecast_command::Output;
+use pagecast_command::progress::Progress;
 
 /// Start one real Firecracker from a template, record what its guest touches first, and end it.
 ///

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
+use indicatif::BinaryBytes;
 use pagecast_client::template::{Warm as Request, Warmth, WarmthState};
 use pagecast_client::{Client, Template};
 
 use crate::daemon::{DaemonError, EXIT_CODES};
 use pagecast_command::Output;
+use pagecast_command::progress::{Progress, Unit};
 
 /// How long until it is asked how far it is: at first, and at last. Small templates take a few milliseconds, and asking has
 /// the daemon measure its forks.
@@ -68,23 +69,18 @@ impl Warm {
 
 /// Waits until it is there, and shows how far it is.
 async fn wait(client: &Client, begun: Template) -> Result<Template> {
-    let style = ProgressStyle::with_template(
-        "{spinner:.cyan} {msg} {wide_bar:.cyan/dim} {binary_bytes}/{binary_total_bytes} {elapsed:.dim}",
-    )?;
     let wanted = begun.warmth.as_ref().map_or(0, |warmth| warmth.wanted_bytes);
-    // Hidden where stderr is no terminal.
-    let bar = ProgressBar::new(wanted).with_style(style).with_message("reading");
+    let bar = Progress::bar("reading", wanted, Unit::Bytes);
     let mut template = begun;
     let mut pace = PACE;
     while let Some(warmth) = &template.warmth
         && warmth.state == WarmthState::Warming
     {
-        bar.set_position(warmth.read_bytes);
+        bar.set(warmth.read_bytes);
         tokio::time::sleep(pace).await;
         pace = LONGEST_PACE.min(pace * 2);
         template = client.template(&template.name).await.map_err(DaemonError::from)?;
     }
-    bar.finish_and_clear();
     Ok(template)
 }
 
