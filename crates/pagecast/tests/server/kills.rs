@@ -12,7 +12,7 @@ use pagecast_testkit::template_file::TemplateModel;
 use rustix::process::{Pid, Signal};
 
 use crate::fixture::{
-    Fixture, PATIENCE, assert_right, eventually, fds_at_rest, held_uffds, model, read_range, short_deadlines,
+    Fixture, PATIENCE, assert_open, assert_right, eventually, held_uffds, model, open_fds, read_range, short_deadlines,
 };
 use crate::scripted_source::{Access, Script, ScriptedSource};
 use crate::vmm_process::alone;
@@ -109,11 +109,10 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     let steady: Vec<_> = (0..2).map(|n| fixture.fork(&format!("steady-{n}"))).collect();
     // The sockets that they were listened for at are closed soon after that.
     eventually("only their handshake sockets are left", || {
-        let fds = fds_at_rest();
-        fds.values().filter(|target| target.starts_with("socket:")).count() == steady.len()
+        open_fds().get("socket") == Some(&steady.len())
     });
     let mut random = fastrand::Rng::with_seed(1);
-    let (before, fds_before) = (threads_but_fillers(), fds_at_rest());
+    let (before, fds_before) = (threads_but_fillers(), open_fds());
     // Later: allocators and stacks settle with the first VMMs.
     let mut rss_before = 0;
     for (n, moment) in (0..WARM_UP + KILLS).zip(MOMENTS.iter().cycle()) {
@@ -135,7 +134,7 @@ fn hundreds_of_vmms_killed_at_random_moments_leave_nothing_behind() {
     }
     // The threads that read for the test end soon after their VMMs.
     eventually("no thread is left", || threads_but_fillers() <= before);
-    eventually("all is closed", || fds_at_rest() == fds_before);
+    assert_open(&fds_before);
     let grown = own_use().rss_bytes.saturating_sub(rss_before);
     assert!(grown < 4 << 20, "grew by {grown} bytes");
     let sockets = std::fs::read_dir(fixture.folder.path()).unwrap();
