@@ -4,16 +4,19 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Command, ExitCode, ExitStatus};
 
 use anyhow::{Context as _, Result, ensure};
 use pagecast_bench::progress::Progress;
 use pagecast_testkit::firecracker::{self, Kvm, kvm};
 
-use crate::cargo::{cargo, metadata, workspace_root};
+use crate::cargo::{cargo, metadata};
+use crate::cargo_tool::{CargoTool, status};
 
-/// The version of cargo-nextest that is installed where there is none.
-const NEXTEST: &str = "0.9.143";
+const NEXTEST: CargoTool = CargoTool {
+    name: "nextest",
+    version: "0.9.143",
+};
 
 /// Run all tests, with cargo-nextest, which is installed for it where it is missing
 ///
@@ -49,20 +52,14 @@ impl Test {
     /// cargo-nextest, which gives each test a process of its own. Many count what their process holds, limit it, or watch
     /// its CPU time, so `cargo test` would not do.
     fn runner(&self) -> Result<Command> {
-        let mut runner = if has_nextest() {
-            cargo("nextest")
-        } else {
-            let mut runner = Command::new(install_nextest()?);
-            runner.current_dir(workspace_root()).arg("nextest");
-            runner
-        };
+        let mut runner = NEXTEST.command()?;
         runner.args(["run", "--locked", "--workspace"]).args(&self.args);
         Ok(runner)
     }
 }
 
 /// Downloads and builds what the tests on real Firecracker need, so that it does not happen in a test's time.
-fn prepare_firecracker() -> Result<()> {
+pub(crate) fn prepare_firecracker() -> Result<()> {
     if let Kvm::Missing(why) = kvm()? {
         eprintln!("tests on real Firecracker are skipped: {why}");
         return Ok(());
@@ -78,37 +75,6 @@ fn visibly(what: &'static str, get: fn() -> Result<PathBuf>) -> Result<()> {
     let path = get()?;
     progress.done(&path.display().to_string());
     Ok(())
-}
-
-fn has_nextest() -> bool {
-    cargo("nextest")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
-}
-
-/// Builds cargo-nextest into a folder under `target`, and says where it is.
-fn install_nextest() -> Result<PathBuf> {
-    let root = metadata()?.target_directory.join("pagecast/tools");
-    let program: PathBuf = root.join("bin/cargo-nextest").into();
-    if !program.exists() {
-        eprintln!("cargo-nextest is not installed: building it, once, which takes some minutes");
-        let mut install = cargo("install");
-        install
-            .args(["--locked", "cargo-nextest", "--version", NEXTEST, "--root"])
-            .arg(&root);
-        ensure!(
-            status(&mut install)?.success(),
-            "cargo-nextest cannot be installed; try `cargo install --locked cargo-nextest`"
-        );
-    }
-    Ok(program)
-}
-
-fn status(command: &mut Command) -> Result<ExitStatus> {
-    command.status().with_context(|| format!("failed to start {command:?}"))
 }
 
 fn exit_code(status: ExitStatus) -> ExitCode {

@@ -340,14 +340,14 @@ fn a_fork_is_forgotten_closed_or_withdrawn_while_several_shake_hands() {
     let without_server = open_fds();
     for (code, end) in ends {
         let (fixture, events) = observed(PATIENT);
-        let half = SimVmm::spawn().unwrap();
+        let vmm = SimVmm::spawn().unwrap();
         let before = open_fds();
         let fork = fixture.register("fork");
         let peers = known_peers();
         let silent: Vec<_> = (0..10)
             .map(|_| UnixStream::connect(fork.socket_path()).unwrap())
             .collect();
-        let half = half
+        let half = vmm
             .start(RawHandshake::new(fork.socket_path(), "[", &[FdKind::Uffd]))
             .unwrap();
         eventually("all are taken in", || known_peers() == peers + 11 && held_uffds() == 1);
@@ -361,7 +361,7 @@ fn a_fork_is_forgotten_closed_or_withdrawn_while_several_shake_hands() {
             assert_open(&before);
         }
         // The threads of the server close what they hold soon after it.
-        drop((fork, fixture, events));
+        drop((vmm, fork, fixture, events));
         assert_open(&without_server);
     }
 }
