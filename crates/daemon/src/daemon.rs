@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::api::{self, listen};
+use crate::api::{self, Api, listen};
 use crate::config::Config;
 use crate::error::StartError;
 use crate::own_thread::{OwnThread, survive};
@@ -73,18 +73,19 @@ impl Daemon {
         // Where others are allowed, each connection is asked who it is.
         let mode = if shared { 0o666 } else { 0o600 };
         let control = listen::bind(&path, mode).map_err(|source| StartError::Control { path, source })?;
+        let api = Api {
+            service: Arc::clone(&service),
+            requests: Arc::default(),
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(listen::serve_control(
             control,
-            api::router(Arc::clone(&service)),
-            api::forbidden_router(Arc::clone(&service)),
+            api::router(api.clone()),
+            api::forbidden_router(api.clone()),
             move |stream| listen::may_control(stream, &allowed),
         ));
         if let Some(listener) = metrics {
-            tasks.spawn(listen::serve_metrics(
-                listener,
-                api::metrics_router(Arc::clone(&service)),
-            ));
+            tasks.spawn(listen::serve_metrics(listener, api::metrics_router(api)));
         }
         tasks.spawn(Arc::clone(&service).end_overdue());
         let thread = |source| StartError::Thread { source };

@@ -17,7 +17,7 @@
 //! | `vmstate` | what the state file of a snapshot says of its pages |
 //! | `run_dir` | what is kept |
 //! | `own_thread` | tasks that block |
-//! | `metrics`, `logging` | what is told |
+//! | `metrics`, `requests`, `logging` | what is told |
 //!
 //! Nothing of this is on the fault path: that is in the library, on threads of its own.
 #![forbid(unsafe_code)]
@@ -45,6 +45,7 @@ mod ownership;
 mod placement;
 mod process_memory;
 mod protection;
+mod requests;
 pub mod run_dir;
 mod serve;
 mod service;

@@ -286,7 +286,7 @@ mod tests {
         let file = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
         let client = Client::new(daemon.control_socket());
         client.add_template("t", &AddTemplate::new(file.path())).await.unwrap();
-        let template = Arc::clone(&daemon.service().templates()[0]);
+        let template = Arc::clone(&daemon.service().registry().templates()[0]);
         // Whoever looks for zeros reads.
         template.pages.find_zeros(Instant::now() + PATIENCE);
 

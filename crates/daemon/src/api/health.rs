@@ -11,6 +11,7 @@ use pagecast_client::Health;
 use super::blocking;
 use super::failure::Failure;
 use crate::metrics;
+use crate::requests::Requests;
 use crate::service::Service;
 
 /// How the daemon does
@@ -25,7 +26,10 @@ pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<H
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses(
     (status = 200, body = String, content_type = "text/plain; version=0.0.4", description = "the metrics"),
 ))]
-pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<impl IntoResponse, Failure> {
-    let text = blocking(move || Ok(metrics::text(&service))).await?;
+pub(super) async fn metrics(
+    State(service): State<Arc<Service>>,
+    State(requests): State<Arc<Requests>>,
+) -> Result<impl IntoResponse, Failure> {
+    let text = blocking(move || Ok(metrics::text(&service, &requests))).await?;
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }

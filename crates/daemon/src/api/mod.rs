@@ -4,10 +4,12 @@
 //! | --- | --- |
 //! | `templates`, `forks`, `health` | the calls |
 //! | `body` | what a request may say |
+//! | `count` | how often each call is answered |
 //! | `failure` | errors and their statuses |
 //! | `listen` | connections, and who may have one |
 
 mod body;
+mod count;
 mod failure;
 mod forks;
 mod health;
@@ -17,6 +19,7 @@ mod templates;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::FromRef;
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use pagecast_client::{ApiError, ErrorCode};
@@ -26,8 +29,29 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use self::failure::Failure;
-use crate::metrics::requests;
+use crate::requests::Requests;
 use crate::service::Service;
+
+/// What calls are answered with.
+#[derive(Clone)]
+pub(crate) struct Api {
+    /// Does what is asked for.
+    pub(crate) service: Arc<Service>,
+    /// Counts the answers.
+    pub(crate) requests: Arc<Requests>,
+}
+
+impl FromRef<Api> for Arc<Service> {
+    fn from_ref(api: &Api) -> Self {
+        Arc::clone(&api.service)
+    }
+}
+
+impl FromRef<Api> for Arc<Requests> {
+    fn from_ref(api: &Api) -> Self {
+        Arc::clone(&api.requests)
+    }
+}
 
 /// What the `OpenAPI` document says of the whole.
 #[derive(OpenApi)]
@@ -49,7 +73,7 @@ use crate::service::Service;
 )]
 struct Document;
 
-fn described() -> (Router<Arc<Service>>, utoipa::openapi::OpenApi) {
+fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
     let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(templates::list))
         .routes(routes!(templates::show, templates::add, templates::remove))
@@ -84,29 +108,29 @@ fn add_common_errors(document: &mut utoipa::openapi::OpenApi) {
 const OF_EVERY_CALL: [(&str, &str); 2] = [("403", "forbidden"), ("500", "internal")];
 
 /// All calls.
-pub(crate) fn router(service: Arc<Service>) -> Router {
+pub(crate) fn router(api: Api) -> Router {
     let (router, _) = described();
-    let counted = from_fn_with_state(Arc::clone(&service), requests::count);
+    let counted = from_fn_with_state(api.clone(), count::count);
     router
         .method_not_allowed_fallback(async || Failure::of(ErrorCode::MethodNotAllowed, "this path has no such method"))
         .fallback(async || Failure::of(ErrorCode::NotFound, "there is no such path; see the OpenAPI document"))
         .layer(counted)
-        .with_state(service)
+        .with_state(api)
 }
 
 /// The metrics alone, for whoever may not control anything.
-pub(crate) fn metrics_router(service: Arc<Service>) -> Router {
-    let counted = from_fn_with_state(Arc::clone(&service), requests::count);
+pub(crate) fn metrics_router(api: Api) -> Router {
+    let counted = from_fn_with_state(api.clone(), count::count);
     Router::new()
         .route("/metrics", get(health::metrics))
         .fallback(async || Failure::of(ErrorCode::NotFound, "only /metrics is here"))
         .layer(counted)
-        .with_state(service)
+        .with_state(api)
 }
 
 /// What those get who may not use the control socket.
-pub(crate) fn forbidden_router(service: Arc<Service>) -> Router {
-    let counted = from_fn_with_state(service, requests::count);
+pub(crate) fn forbidden_router(api: Api) -> Router {
+    let counted = from_fn_with_state(api, count::count);
     Router::new()
         .fallback(async || {
             Failure::of(

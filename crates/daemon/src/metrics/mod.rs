@@ -2,8 +2,6 @@
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | `totals` | what has happened to forks, added up by template |
-//! | `requests` | calls of the API that were answered |
 //! | `process` | what the daemon itself costs |
 //! | `families` | the format |
 //!
@@ -12,10 +10,8 @@
 
 mod families;
 mod process;
-pub(crate) mod requests;
 #[cfg(test)]
 mod tests;
-mod totals;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,18 +21,14 @@ use pagecast::server::LatencyHistogram;
 use pagecast_client::{Backend, ForkState};
 
 use self::families::{Families, NO_LABELS, number};
-pub(crate) use self::totals::Totals;
-use self::totals::{Reasons, TemplateTotals};
 use crate::fork::Fork;
-use crate::service::Service;
+use crate::requests::Requests;
+use crate::service::{BACKENDS, Reasons, Service, Snapshot, TemplateTotals, Totals};
 use crate::template::{Template, TemplateName};
 use pagecast_command::stderr;
 
 /// The content type of [`text`].
 pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
-
-/// The backends that forks have.
-const BACKENDS: [Backend; 2] = [Backend::Uffd, Backend::File];
 
 /// Powers of two nanoseconds, which cut no bucket of the histograms in two: from 1 us each to 67 ms, then every second one
 /// up to 69 s, beyond which faults are given up.
@@ -44,23 +36,13 @@ const BOUNDS: [u32; 22] = [
     10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 30, 32, 34, 36,
 ];
 
-/// What there is at one moment, and what there was.
-pub(crate) struct Snapshot {
-    /// All templates.
-    pub(crate) templates: Vec<Arc<Template>>,
-    /// All forks that are not forgotten.
-    pub(crate) forks: Vec<Arc<Fork>>,
-    /// What was kept of those that are.
-    pub(crate) totals: Totals,
-}
-
 /// All metrics as text.
-pub(crate) fn text(service: &Service) -> String {
+pub(crate) fn text(service: &Service, requests: &Requests) -> String {
     let Snapshot {
         templates,
         forks,
         mut totals,
-    } = service.snapshot();
+    } = service.registry().snapshot();
     for template in &templates {
         totals.add_reads(&template.name, template.pages.slow_reads());
     }
@@ -73,7 +55,7 @@ pub(crate) fn text(service: &Service) -> String {
     of_templates(&mut families, &templates);
     of_forks(&mut families, &templates, &forks);
     of_totals(&mut families, &totals);
-    requests(&mut families, service);
+    of_requests(&mut families, requests);
     process::collect(&mut families);
     families.text()
 }
@@ -386,8 +368,8 @@ fn of_each(families: &mut Families, totals: &Totals, name: &str, help: &str, val
     families.counter(name, help, samples);
 }
 
-fn requests(families: &mut Families, service: &Service) {
-    let counts = service.requests().counts();
+fn of_requests(families: &mut Families, requests: &Requests) {
+    let counts = requests.counts();
     families.counter(
         "pagecast_http_requests_total",
         "Requests of the control API and for metrics that were answered.",

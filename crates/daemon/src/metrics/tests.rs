@@ -85,7 +85,7 @@ impl Rig {
 
     /// Has forks be given these pages ahead.
     fn learn(&self, pages: &[u64]) {
-        let template = &self.daemon.service().templates()[0].pages;
+        let template = &self.daemon.service().registry().templates()[0].pages;
         let mut recording = Recording::new(template.len());
         for page in pages {
             recording.push(TemplateOffset::new(page * PAGE));
@@ -95,7 +95,7 @@ impl Rig {
 
     /// Waits until the page server has seen this of a fork.
     fn wait(&self, id: &str, wanted: ServedState) {
-        let forks = self.daemon.service().forks();
+        let forks = self.daemon.service().registry().forks();
         let fork = forks.iter().find(|fork| fork.id.as_str() == id).unwrap();
         let Kind::Uffd(uffd) = &fork.kind else {
             panic!("{id} is not served")

@@ -17,6 +17,7 @@ impl Service {
         // Whatever comes of it is remembered.
         let _ = template.check();
         let living: Vec<Arc<Fork>> = self
+            .registry
             .forks()
             .into_iter()
             .filter(|fork| fork.template.name == template.name && !fork.state().is_end())
@@ -46,19 +47,19 @@ impl Service {
     /// One template as the API shows it.
     pub(crate) fn show_template(self: &Arc<Self>, name: &str) -> Result<pagecast_client::Template, ApiError> {
         self.find_vmms();
-        Ok(self.describe_template(&*self.template(name)?, true))
+        Ok(self.describe_template(&*self.registry.template(name)?, true))
     }
 
     /// One fork as the API shows it.
     pub(crate) fn show_fork(self: &Arc<Self>, id: &str) -> Result<pagecast_client::Fork, ApiError> {
         self.find_vmms();
-        Ok(describe_fork(&*self.fork(id)?, true))
+        Ok(describe_fork(&*self.registry.fork(id)?, true))
     }
 
     /// All templates as the API shows them.
     pub(crate) fn show_templates(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Template> {
         self.find_vmms();
-        let templates = self.templates();
+        let templates = self.registry.templates();
         templates
             .iter()
             .map(|template| self.describe_template(template, memory))
@@ -68,7 +69,11 @@ impl Service {
     /// All forks as the API shows them.
     pub(crate) fn show_forks(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Fork> {
         self.find_vmms();
-        self.forks().iter().map(|fork| describe_fork(fork, memory)).collect()
+        self.registry
+            .forks()
+            .iter()
+            .map(|fork| describe_fork(fork, memory))
+            .collect()
     }
 }
 

@@ -2,20 +2,18 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use pagecast::server::{
-    Error as ServerError, ForkId, ForkOptions, ForkState as ServedState, Prefault as ServedPrefault, chain,
-};
+use pagecast::server::{ForkId, ForkOptions, ForkState as ServedState, Prefault as ServedPrefault, chain};
 use pagecast_client::fork::{BackendType, CreateFork, Prefault};
 use pagecast_client::template::WarmthState;
 use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
 use tracing::{info, warn};
 
+use super::Service;
+use super::refusal::{internal, refuse, server_refuses};
 use super::templates::{changed, check, check_page_size};
-use super::{Entry, Service, internal, refuse};
 use crate::backend::{Facts, choose};
 use crate::fork::{FileFork, Fork, Kind, SavedFork, UffdFork, mem_backend};
 use crate::inode::InodeId;
@@ -41,87 +39,28 @@ impl Service {
                 ),
             ));
         }
-        let (id, template) = self.take_fork_id(wanted)?;
-        let made = self.make_fork(id.clone(), template, wanted);
-        let mut state = self.state();
-        match made {
-            Ok(fork) => {
-                // Its forks may just have been ended, all that were there. The page server sees to its own.
-                if let (Kind::File(_), Some(how)) = (&fork.kind, fork.template.changed()) {
-                    state.forks.remove(&id);
-                    drop(state);
-                    self.forget(&fork);
-                    return Err(changed(&fork.template, how));
-                }
-                state.forks.insert(id, Entry::Made(Arc::clone(&fork)));
-                drop(state);
-                self.start(&fork);
-                self.fork_made.notify_one();
-                // Its VMM may have been very quick.
-                self.fork_serving.notify_one();
-                info!(
-                    event = "fork_created",
-                    fork = %fork.id,
-                    template = %fork.template.name,
-                    backend = %fork.backend(),
-                    path = %fork.mem_backend.backend_path.display(),
-                    pid = fork.vmm().map(|vmm| vmm.pid()),
-                    "fork created"
-                );
-                Ok(fork)
-            }
-            Err(error) => {
-                state.forks.remove(&id);
-                Err(error)
-            }
+        let id = wanted.id.as_deref().map(str::parse::<ForkId>).transpose();
+        let id = id.map_err(|error| refuse(ErrorCode::InvalidField, format_args!("id: {error}")))?;
+        let taken = self.registry.take_id(&wanted.template, id)?;
+        let fork = self.make_fork(taken.id.clone(), Arc::clone(&taken.template), wanted)?;
+        if let Err(how) = taken.add(&fork) {
+            self.forget(&fork);
+            return Err(changed(&fork.template, &how));
         }
-    }
-
-    /// Takes the id for a new fork, so that no other gets it and its template cannot be removed meanwhile.
-    fn take_fork_id(&self, wanted: &CreateFork) -> Result<(ForkId, Arc<Template>), ApiError> {
-        let asked = wanted.id.as_deref().map(str::parse::<ForkId>).transpose();
-        let asked = asked.map_err(|error| refuse(ErrorCode::InvalidField, format_args!("id: {error}")))?;
-        let most = self.config.max_forks;
-        let mut state = self.state();
-        let template = wanted
-            .template
-            .parse()
-            .ok()
-            .and_then(|name| state.templates.get(&name).cloned())
-            .ok_or_else(|| {
-                refuse(
-                    ErrorCode::TemplateNotFound,
-                    format_args!("no template is named {:?}", wanted.template),
-                )
-            })?;
-        if state.forks.len() - state.ended.len().min(state.forks.len()) >= most {
-            return Err(refuse(
-                ErrorCode::TooManyForks,
-                format_args!(
-                    "{most} forks wait or live, which is all that the daemon takes (max_forks): end some first"
-                ),
-            ));
-        }
-        let id = match asked {
-            Some(id) if state.forks.contains_key(&id) => {
-                return Err(refuse(
-                    ErrorCode::ForkExists,
-                    format_args!("a fork with the id {id} exists: delete it first, or choose another id"),
-                ));
-            }
-            Some(id) => id,
-            None => loop {
-                let number = self.next_fork.fetch_add(1, Ordering::Relaxed);
-                let id: ForkId = format!("fork-{number}")
-                    .parse()
-                    .map_err(|error| internal("make up an id", &error))?;
-                if !state.forks.contains_key(&id) {
-                    break id;
-                }
-            },
-        };
-        state.forks.insert(id.clone(), Entry::Making(template.name.clone()));
-        Ok((id, template))
+        self.start(&fork);
+        self.fork_made.notify_one();
+        // Its VMM may have been very quick.
+        self.fork_serving.notify_one();
+        info!(
+            event = "fork_created",
+            fork = %fork.id,
+            template = %fork.template.name,
+            backend = %fork.backend(),
+            path = %fork.mem_backend.backend_path.display(),
+            pid = fork.vmm().map(|vmm| vmm.pid()),
+            "fork created"
+        );
+        Ok(fork)
     }
 
     fn make_fork(
@@ -333,7 +272,7 @@ impl Service {
 
     /// Begins to complete a fork.
     pub(crate) fn complete_fork(&self, id: &str) -> Result<(), ApiError> {
-        let fork = self.fork(id)?;
+        let fork = self.registry.fork(id)?;
         match fork.kind {
             Kind::Uffd(_) => self.server.complete(&fork.id).map_err(|error| server_refuses(&error)),
             Kind::File(_) => Err(refuse(
@@ -346,7 +285,7 @@ impl Service {
     /// Deletes a fork; with `kill`, its VMM is killed first.
     pub(crate) fn remove_fork(self: &Arc<Self>, id: &str, kill: bool) -> Result<(), ApiError> {
         self.find_vmms();
-        let fork = self.fork(id)?;
+        let fork = self.registry.fork(id)?;
         if kill {
             self.kill_vmm(&fork)?;
         }
@@ -364,17 +303,9 @@ impl Service {
             }
             Kind::File(_) => {}
         }
-        let told = {
-            let mut state = self.state();
-            // Somebody else may have deleted it and made another of this id.
-            let same = |entry: &Entry| entry.made().is_some_and(|made| Arc::ptr_eq(made, &fork));
-            if !state.forks.get(&fork.id).is_some_and(same) {
-                return Ok(());
-            }
-            let told = state.ended.contains(&fork.id);
-            state.take_fork(&fork.id);
-            state.ended.retain(|ended| *ended != fork.id);
-            told
+        // Somebody else may have deleted it and made another of this id.
+        let Some(told) = self.registry.remove_fork(&fork) else {
+            return Ok(());
         };
         if fork.state().is_end() && !told {
             self.tell_end(&fork);
@@ -430,7 +361,7 @@ impl Service {
     /// path that was made for that fork alone, in a jail too.
     pub(crate) fn find_vmms(self: &Arc<Self>) {
         let mut waiting = Vec::new();
-        for fork in self.forks() {
+        for fork in self.registry.forks() {
             match &fork.kind {
                 // Its event may still be on its way.
                 Kind::Uffd(uffd) if uffd.vmm.get().is_none() && fork.state() == ForkState::Serving => {
@@ -527,23 +458,4 @@ fn with_warmth(reason: String, template: &Template) -> String {
         }
         _ => reason,
     }
-}
-
-/// What the page server says, as the API says it.
-pub(super) fn server_refuses(error: &ServerError) -> ApiError {
-    let code = match error {
-        ServerError::ForkExists(_) => ErrorCode::ForkExists,
-        ServerError::ForkNotFound(_) => ErrorCode::ForkNotFound,
-        ServerError::ForkInUse(_) => ErrorCode::ForkInUse,
-        ServerError::ForkWaiting(_) => ErrorCode::ForkWaiting,
-        ServerError::ForkEnded { .. } => ErrorCode::ForkEnded,
-        ServerError::NotEnoughMemory { .. } => ErrorCode::NotEnoughMemory,
-        ServerError::Template(error) if !error.may_pass() => ErrorCode::TemplateChanged,
-        ServerError::SocketPath { .. } | ServerError::SocketInUse { .. } | ServerError::Socket { .. } => {
-            ErrorCode::PathInvalid
-        }
-        ServerError::Closed => ErrorCode::Closing,
-        _ => ErrorCode::Internal,
-    };
-    refuse(code, chain(error))
 }

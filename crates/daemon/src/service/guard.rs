@@ -44,7 +44,7 @@ impl Service {
     /// From now on acts where somebody wants to write a template, and where somebody has wanted to since its lease was taken.
     pub(super) fn heed_leases(self: &Arc<Self>) {
         self.heeds_leases.store(true, Ordering::SeqCst);
-        for template in self.templates() {
+        for template in self.registry.templates() {
             if template.is_lease_broken() {
                 self.lease_broken(&template.file);
             }
@@ -59,7 +59,7 @@ impl Service {
         }
         // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
         // there.
-        let templates = self.templates();
+        let templates = self.registry.templates();
         let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
             return;
         };
@@ -177,10 +177,7 @@ impl Service {
             let died = vmm.wait_exited(until.saturating_duration_since(Instant::now()));
             match fork {
                 Some(fork) if died => self.file_fork_ended(fork, ForkState::Failed),
-                None if died => {
-                    let mut state = self.state();
-                    state.totals.count_kill(&template.name, Backend::File, "template_changed");
-                }
+                None if died => self.registry.count_kill(&template.name, Backend::File, "template_changed"),
                 _ => {
                     error!(template = %template.name, pid = vmm.pid(), "was killed and does not die, and may read wrong bytes");
                 }
@@ -191,7 +188,7 @@ impl Service {
     }
 
     fn living_forks_of(&self, template: &Arc<Template>) -> Vec<Arc<Fork>> {
-        let mut forks = self.forks();
+        let mut forks = self.registry.forks();
         forks.retain(|fork| Arc::ptr_eq(&fork.template, template) && !fork.state().is_end());
         forks
     }
@@ -213,7 +210,7 @@ impl Service {
     /// Whether there is anything to watch.
     fn compare_templates(self: &Arc<Self>) -> bool {
         let mut watched = false;
-        for template in self.templates() {
+        for template in self.registry.templates() {
             let forks = self.living_forks_of(&template);
             let unguarded = template.guard() != pagecast_client::template::Guard::Lease;
             let linked = forks.iter().any(|fork| is_linked(fork));

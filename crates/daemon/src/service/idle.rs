@@ -40,7 +40,7 @@ impl Service {
 
     /// The forks with `uffd` that are served.
     fn served(&self) -> Vec<Arc<Fork>> {
-        let mut forks = self.forks();
+        let mut forks = self.registry.forks();
         forks.retain(|fork| served_faults(fork).is_some());
         forks
     }

@@ -20,17 +20,20 @@ mod forks;
 mod guard;
 mod idle;
 mod overdue;
+mod refusal;
+mod registry;
 mod restore;
 mod templates;
 #[cfg(test)]
 mod tests;
+mod totals;
 mod warm;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,14 +42,14 @@ use pagecast_client::health::Health;
 use pagecast_client::{ApiError, ErrorCode};
 use tracing::{debug, info, warn};
 
+use self::refusal::refuse;
+pub(crate) use self::registry::{Registry, Snapshot};
+pub(crate) use self::totals::{BACKENDS, Reasons, TemplateTotals, Totals};
 use crate::config::Config;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{Fork, Kind};
 use crate::learned;
-use crate::metrics::requests::Requests;
-use crate::metrics::{Snapshot, Totals};
 use crate::run_dir::{Kind as Saved, RunDir};
-use crate::template::{Template, TemplateName};
 use crate::vmm_process::VmmProcess;
 
 /// How long forks may take to complete where nobody has asked for it, before they are killed.
@@ -58,7 +61,7 @@ pub(crate) struct Service {
     run_dir: RunDir,
     server: Server,
     exits: ExitWatch,
-    state: Mutex<State>,
+    registry: Registry,
     /// Held from looking at how a file is protected until what that changes can be seen: several templates may be of it.
     protecting: Mutex<()>,
     closing: AtomicBool,
@@ -67,7 +70,6 @@ pub(crate) struct Service {
     heeds_leases: AtomicBool,
     /// Threads that end forks of templates that change.
     withdrawals: Mutex<Vec<JoinHandle<()>>>,
-    next_fork: AtomicU64,
     /// A fork was made: there may be a template to watch.
     fork_made: tokio::sync::Notify,
     /// A fork with `uffd` is served: it may come to be idle.
@@ -75,94 +77,11 @@ pub(crate) struct Service {
     /// A fork with `file` waits for its VMM: it may come to be overdue.
     file_fork_waits: tokio::sync::Notify,
     started: Instant,
-    requests: Requests,
     /// Where slow work is done.
     runtime: tokio::runtime::Handle,
 }
 
-#[derive(Default)]
-struct State {
-    templates: BTreeMap<TemplateName, Arc<Template>>,
-    /// Names of templates that are just being added or removed.
-    busy: BTreeSet<TemplateName>,
-    forks: BTreeMap<ForkId, Entry>,
-    /// Those that have ended, in that order.
-    ended: VecDeque<ForkId>,
-    /// What was counted of forks and templates that are gone.
-    totals: Totals,
-}
-
-impl State {
-    /// Takes a fork off the list; its numbers stay. One moment for both, so that no metric counts down.
-    fn take_fork(&mut self, id: &ForkId) -> Option<Entry> {
-        let entry = self.forks.remove(id)?;
-        if let Entry::Made(fork) = &entry {
-            self.totals.keep(fork);
-        }
-        self.forget_totals(entry.template());
-        Some(entry)
-    }
-
-    /// Takes a template off the list; what was read of it stays for as long as there are forks of it.
-    fn take_template(&mut self, name: &TemplateName) -> Option<Arc<Template>> {
-        let template = self.templates.remove(name)?;
-        self.totals.add_reads(name, template.pages.slow_reads());
-        self.forget_totals(name);
-        Some(template)
-    }
-
-    /// Forgets the numbers of a template that is gone, with all its forks.
-    fn forget_totals(&mut self, name: &TemplateName) {
-        if !self.templates.contains_key(name) && !self.forks.values().any(|entry| entry.template() == name) {
-            self.totals.forget(name);
-        }
-    }
-}
-
-/// A fork by its name.
-#[derive(Clone)]
-enum Entry {
-    /// Just being made: counts as one that uses its template.
-    Making(TemplateName),
-    Made(Arc<Fork>),
-}
-
-impl Entry {
-    fn template(&self) -> &TemplateName {
-        match self {
-            Self::Making(template) => template,
-            Self::Made(fork) => &fork.template.name,
-        }
-    }
-
-    fn made(&self) -> Option<&Arc<Fork>> {
-        match self {
-            Self::Making(_) => None,
-            Self::Made(fork) => Some(fork),
-        }
-    }
-}
-
-/// What went wrong, as the API says it.
-fn refuse(code: ErrorCode, message: impl Display) -> ApiError {
-    ApiError {
-        code,
-        message: message.to_string(),
-    }
-}
-
-fn internal(what: &str, error: &dyn std::error::Error) -> ApiError {
-    let error = chain(error);
-    warn!(error, "cannot {what}");
-    refuse(ErrorCode::Internal, format_args!("cannot {what}: {error}"))
-}
-
 impl Service {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // A panic under this lock leaves a state that is true all the same.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn run_dir(&self) -> &RunDir {
         &self.run_dir
     }
@@ -173,7 +92,7 @@ impl Service {
 
     /// How the daemon does.
     pub(crate) fn health(&self) -> Health {
-        let forks = self.forks();
+        let forks = self.registry.forks();
         let mut states = BTreeMap::new();
         for fork in &forks {
             *states.entry(fork.state()).or_default() += 1;
@@ -183,35 +102,15 @@ impl Service {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             uptime_s: self.started.elapsed().as_secs(),
-            templates: self.state().templates.len() as u64,
+            templates: self.registry.templates().len() as u64,
             forks: states,
             rss_bytes: crate::process_memory::own_rss(),
         }
     }
 
-    /// All templates, by name.
-    pub(crate) fn templates(&self) -> Vec<Arc<Template>> {
-        self.state().templates.values().cloned().collect()
-    }
-
-    /// All forks, by id.
-    pub(crate) fn forks(&self) -> Vec<Arc<Fork>> {
-        self.state().forks.values().filter_map(Entry::made).cloned().collect()
-    }
-
-    /// What there is and what there was, at one moment.
-    pub(crate) fn snapshot(&self) -> Snapshot {
-        let state = self.state();
-        Snapshot {
-            templates: state.templates.values().cloned().collect(),
-            forks: state.forks.values().filter_map(Entry::made).cloned().collect(),
-            totals: state.totals.clone(),
-        }
-    }
-
-    /// The calls that were answered.
-    pub(crate) fn requests(&self) -> &Requests {
-        &self.requests
+    /// The templates and forks.
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.registry
     }
 
     /// For how long it has run.
@@ -222,28 +121,6 @@ impl Service {
     /// How many forks may wait or live at once.
     pub(crate) fn max_forks(&self) -> usize {
         self.config.max_forks
-    }
-
-    fn template(&self, name: &str) -> Result<Arc<Template>, ApiError> {
-        let unknown = || {
-            refuse(
-                ErrorCode::TemplateNotFound,
-                format_args!("no template is named {name:?}"),
-            )
-        };
-        let name: TemplateName = name.parse().map_err(|_| unknown())?;
-        self.state().templates.get(&name).cloned().ok_or_else(unknown)
-    }
-
-    fn fork(&self, id: &str) -> Result<Arc<Fork>, ApiError> {
-        let unknown = || refuse(ErrorCode::ForkNotFound, format_args!("no fork has the id {id:?}"));
-        let id: ForkId = id.parse().map_err(|_| unknown())?;
-        self.state()
-            .forks
-            .get(&id)
-            .and_then(Entry::made)
-            .cloned()
-            .ok_or_else(unknown)
     }
 
     /// Refuses while the daemon stops.
@@ -300,7 +177,7 @@ impl Service {
             ForkEvent::Serving {
                 id, pid, memory_bytes, ..
             } => {
-                if let Ok(fork) = self.fork(id.as_str()) {
+                if let Ok(fork) = self.registry.fork(id.as_str()) {
                     self.vmm_connected(&fork);
                 }
                 self.fork_serving.notify_one();
@@ -308,20 +185,20 @@ impl Service {
             }
             // One that is forgotten already has no template any more that could learn from it.
             ForkEvent::Recorded { id, recording } => {
-                if let Ok(fork) = self.fork(id.as_str()) {
+                if let Ok(fork) = self.registry.fork(id.as_str()) {
                     let recording = Arc::clone(recording);
                     self.runtime.spawn_blocking(move || learned::learn(&fork, &recording));
                 }
             }
             ForkEvent::Prefaulted { id, tally } => {
-                if let Ok(fork) = self.fork(id.as_str()) {
+                if let Ok(fork) = self.registry.fork(id.as_str()) {
                     learned::tell_switched_off(&fork.template);
                 }
                 debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
             }
             ForkEvent::Ended(status) => {
                 // One that is just being made or deleted is seen to by whoever does that.
-                if let Ok(fork) = self.fork(status.id.as_str()) {
+                if let Ok(fork) = self.registry.fork(status.id.as_str()) {
                     self.ended(&fork);
                 }
             }
@@ -363,24 +240,11 @@ impl Service {
 
     /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
     fn ended(self: &Arc<Self>, ended: &Arc<Fork>) {
-        let mut forgotten = Vec::new();
-        {
-            let mut state = self.state();
-            let there = state.forks.get(&ended.id).and_then(Entry::made);
-            // It may be told twice: by the event, and by whoever made it and found that it had ended already. The event may
-            // also have been about an earlier fork of this id.
-            let first = ended.state().is_end() && !state.ended.contains(&ended.id);
-            if !first || !there.is_some_and(|there| Arc::ptr_eq(there, ended)) {
-                return;
-            }
-            state.ended.push_back(ended.id.clone());
-            while state.ended.len() > self.config.ended_forks {
-                let oldest = state.ended.pop_front();
-                forgotten.extend(oldest.and_then(|id| state.take_fork(&id)));
-            }
-        }
+        let Some(forgotten) = self.registry.note_end(ended) else {
+            return;
+        };
         self.tell_end(ended);
-        for fork in forgotten.iter().filter_map(Entry::made) {
+        for fork in &forgotten {
             self.forget(fork);
         }
     }
@@ -430,15 +294,8 @@ impl Service {
 
     /// Forgets what is kept of a fork in the run dir, and not what is kept of another that has its id by now.
     fn forget_saved(&self, fork: &Fork) {
-        // Held meanwhile, so that nobody gets the id.
-        let state = self.state();
-        let is_it = |entry: &Entry| entry.made().is_some_and(|made| std::ptr::eq(&raw const **made, fork));
-        if state.forks.get(&fork.id).is_some_and(|entry| !is_it(entry)) {
-            return;
-        }
-        let forgotten = self.run_dir.forget(Saved::Fork, fork.id.as_str());
-        drop(state);
-        if let Err(error) = forgotten {
+        let forget = || self.run_dir.forget(Saved::Fork, fork.id.as_str());
+        if let Some(Err(error)) = self.registry.unless_replaced(fork, forget) {
             warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
         }
     }
@@ -446,7 +303,7 @@ impl Service {
     /// Forgets the forks that have ended, before this process does: the next daemon would take their VMMs for ones that
     /// have lost their server.
     pub(crate) fn forget_ended(&self) {
-        for fork in self.forks() {
+        for fork in self.registry.forks() {
             if fork.state().is_end() {
                 self.forget_saved(&fork);
             }
@@ -457,7 +314,7 @@ impl Service {
 impl Drop for Service {
     /// Completes its forks, or kills their VMMs, while they can still be forgotten.
     fn drop(&mut self) {
-        for template in self.templates() {
+        for template in self.registry.templates() {
             template.warmth.end();
         }
         if self.server.close(DROP_PATIENCE).is_err() {

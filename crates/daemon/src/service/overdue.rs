@@ -31,7 +31,12 @@ impl Service {
     /// Ends forks with `file` that are overdue. Sleeps until one may be.
     pub(crate) async fn end_overdue(self: Arc<Self>) {
         loop {
-            let next = self.forks().iter().filter_map(|fork| waits(fork)?.deadline()).min();
+            let next = self
+                .registry
+                .forks()
+                .iter()
+                .filter_map(|fork| waits(fork)?.deadline())
+                .min();
             let Some(next) = next else {
                 self.file_fork_waits.notified().await;
                 continue;
@@ -54,7 +59,7 @@ impl Service {
         let now = Instant::now();
         // Those with a path of their own may only not have been looked for.
         self.find_vmms();
-        let forks = self.forks();
+        let forks = self.registry.forks();
         let overdue: Vec<_> = forks
             .iter()
             .filter_map(|fork| Some((fork, waits(fork)?)))

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,13 +12,12 @@ use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
 use super::warm::warm_again;
-use super::{Entry, Service, State};
+use super::{Registry, Service};
 use crate::config::Config;
 use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
 use crate::learned;
-use crate::metrics::requests::Requests;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
 use crate::vmm_process::VmmProcess;
@@ -39,7 +38,7 @@ impl Service {
         let state = |source| StartError::State { source };
         service.find_templates().map_err(state)?;
         let orphans = service.find_forks().map_err(state)?;
-        for template in service.templates() {
+        for template in service.registry.templates() {
             service.withdraw_changed(&template);
         }
         let withdrawals = service.take_withdrawals();
@@ -77,19 +76,17 @@ impl Service {
         Ok(Arc::new(Self {
             server: builder.start().map_err(StartError::Server)?,
             exits: ExitWatch::start().map_err(|source| StartError::Thread { source })?,
+            registry: Registry::new(config.max_forks, config.ended_forks),
             config,
             run_dir,
-            state: Mutex::new(State::default()),
             protecting: Mutex::new(()),
             closing: AtomicBool::new(false),
             heeds_leases: AtomicBool::new(false),
             withdrawals: Mutex::default(),
-            next_fork: AtomicU64::new(1),
             fork_made: tokio::sync::Notify::new(),
             fork_serving: tokio::sync::Notify::new(),
             file_fork_waits: tokio::sync::Notify::new(),
             started: Instant::now(),
-            requests: Requests::default(),
             runtime,
         }))
     }
@@ -112,7 +109,7 @@ impl Service {
                             warm_again(&template);
                         }
                     }
-                    self.state().templates.insert(template.name.clone(), template);
+                    self.registry.restore_template(template);
                     info!(event = "template_found", template = name, "template found again");
                 }
                 Err(why) => {
@@ -217,7 +214,7 @@ impl Service {
             self.forget_place(id, &saved);
             return info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
         }
-        let (Ok(id), Ok(template)) = (id.parse(), self.template(&saved.template)) else {
+        let (Ok(id), Ok(template)) = (id.parse(), self.registry.template(&saved.template)) else {
             self.forget_place(id, &saved);
             return warn!(
                 event = "fork_lost",
@@ -238,16 +235,14 @@ impl Service {
             mem_backend: saved.mem_backend,
             kind: ForkKind::File(FileFork::new(placement, vmm)),
         });
-        self.state()
-            .forks
-            .insert(fork.id.clone(), Entry::Made(Arc::clone(&fork)));
+        self.registry.restore_fork(Arc::clone(&fork));
         self.start(&fork);
         info!(event = "fork_found", fork = %fork.id, pid, "fork found again");
     }
 
     /// Takes away the memory file of a fork that is no more, and forgets the fork.
     fn forget_place(self: &Arc<Self>, id: &str, saved: &SavedFork) {
-        let template = self.template(&saved.template).ok();
+        let template = self.registry.template(&saved.template).ok();
         if let Some(template) = &template {
             self.look_before_own_change(&template.file);
         }
@@ -267,7 +262,7 @@ impl Service {
         if let Some(vmm) = find_vmm(id, saved).filter(|vmm| vmm.needs_server()) {
             let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
             if killed && let Ok(template) = saved.template.parse() {
-                self.state().totals.count_kill(&template, Backend::Uffd, "server_died");
+                self.registry.count_kill(&template, Backend::Uffd, "server_died");
             }
             self.forget_saved_as(id);
             return error!(

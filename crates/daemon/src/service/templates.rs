@@ -13,7 +13,9 @@ use pagecast_client::template::Protection;
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
-use super::{Entry, Service, guard, internal, refuse};
+use super::refusal::{abridged, internal, refuse};
+use super::registry::Name;
+use super::{Service, guard};
 use crate::learned;
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
@@ -35,25 +37,13 @@ impl Service {
             .parse()
             .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("name: {error}")))?;
         let spec = self.spec(add)?;
-        {
-            let mut state = self.state();
-            if let Some(there) = state.templates.get(&name) {
-                return same(there, &spec).map(|there| (there, false));
-            }
-            if !state.busy.insert(name.clone()) {
-                return Err(refuse(
-                    ErrorCode::TemplateExists,
-                    format_args!("a template named {name} is just being added or removed"),
-                ));
-            }
-        }
-        let opened = self.open_template(name.clone(), spec);
-        let mut state = self.state();
-        state.busy.remove(&name);
-        let (template, protecting) = opened?;
+        let taken = match self.registry.take_name(name.clone())? {
+            Name::Template(there) => return same(&there, &spec).map(|there| (there, false)),
+            Name::Free(taken) => taken,
+        };
+        let (template, protecting) = self.open_template(name, spec)?;
         let template = Arc::new(template);
-        state.templates.insert(name, Arc::clone(&template));
-        drop(state);
+        taken.add(Arc::clone(&template));
         drop(protecting);
         // Before it could be found.
         if template.is_lease_broken() {
@@ -160,7 +150,7 @@ impl Service {
 
     /// Owner and mode of a memory file, before any template of it was protected.
     pub(super) fn ownership(&self, file: &MemFile) -> Result<Ownership, ApiError> {
-        let mut templates = self.templates().into_iter();
+        let mut templates = self.registry.templates().into_iter();
         let other = templates.find(|template| template.file.identity().inode() == file.identity().inode());
         match other {
             Some(other) => Ok(other.ownership()),
@@ -197,11 +187,8 @@ impl Service {
 
     /// A template that protects the same file.
     fn protects_too(&self, protection: &Applied) -> Option<Arc<Template>> {
-        let state = self.state();
-        let mut templates = state.templates.values();
-        templates
-            .find(|template| template.protection.is_shared_with(protection))
-            .cloned()
+        let mut templates = self.registry.templates().into_iter();
+        templates.find(|template| template.protection.is_shared_with(protection))
     }
 
     /// The lease that guards a template, where its file system has leases and we may have one.
@@ -307,7 +294,7 @@ impl Service {
 
     /// The templates of this file whose forks are not being ended.
     fn templates_of(&self, file: &MemFile) -> Vec<Arc<Template>> {
-        let mut templates = self.templates();
+        let mut templates = self.registry.templates();
         templates
             .retain(|template| !template.is_withdrawn() && template.file.identity().inode() == file.identity().inode());
         templates
@@ -322,7 +309,7 @@ impl Service {
 
     /// Keeps what is known of all templates, for the next daemon.
     pub(crate) fn keep_all(&self) {
-        for template in self.templates() {
+        for template in self.registry.templates() {
             if template.changed().is_none() {
                 self.save_template(&template);
                 learned::keep(&template);
@@ -338,9 +325,9 @@ impl Service {
 
     /// Removes a template that no fork uses, and undoes what was done to its file.
     pub(crate) fn remove_template(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
-        let template = self.template(name)?;
+        let template = self.registry.template(name)?;
         self.find_vmms();
-        let forks = self.forks();
+        let forks = self.registry.forks();
         let pids: BTreeSet<i32> = forks
             .iter()
             .filter_map(|fork| fork.vmm())
@@ -380,31 +367,7 @@ impl Service {
             ));
         }
         let protecting = (!template.protection.is_nothing()).then(|| self.protecting());
-        {
-            let mut state = self.state();
-            let users: Vec<String> = state
-                .forks
-                .iter()
-                .filter(|(_, entry)| *entry.template() == template.name && uses_template(entry))
-                .map(|(id, _)| id.to_string())
-                .collect();
-            if !users.is_empty() {
-                return Err(refuse(
-                    ErrorCode::TemplateInUse,
-                    format_args!(
-                        "forks of {name} wait or live: {}; end them and delete those forks first",
-                        abridged(&users)
-                    ),
-                ));
-            }
-            if state.take_template(&template.name).is_none() {
-                return Err(refuse(
-                    ErrorCode::TemplateNotFound,
-                    format_args!("no template is named {name:?}"),
-                ));
-            }
-            state.busy.insert(template.name.clone());
-        }
+        let taken = self.registry.remove_template(&template)?;
         template.end_warmth();
         self.look_before_own_change(&template.file);
         undo(&template, self.protects_too(&template.protection).as_deref());
@@ -413,17 +376,9 @@ impl Service {
         if let Err(error) = template.forget(&self.run_dir) {
             warn!(template = name, %error, "cannot be forgotten in the run dir");
         }
-        self.state().busy.remove(&template.name);
+        drop(taken);
         info!(event = "template_removed", template = name, "template removed");
         Ok(())
-    }
-}
-
-/// Whether this fork would miss its template.
-fn uses_template(entry: &Entry) -> bool {
-    match entry {
-        Entry::Making(_) => true,
-        Entry::Made(fork) => !fork.state().is_end(),
     }
 }
 
@@ -532,14 +487,4 @@ pub(super) fn check_page_size(bytes: u64) -> Result<PageSize, ApiError> {
             format_args!("page_size: {bytes} is neither 4096 nor 2097152"),
         )
     })
-}
-
-/// A few names, and how many more there are.
-fn abridged(names: &[String]) -> String {
-    const SHOWN: usize = 5;
-    let shown = names.get(..SHOWN.min(names.len())).unwrap_or_default().join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }

@@ -92,7 +92,7 @@ impl Rig {
     }
 
     fn template(&self) -> Arc<Template> {
-        Arc::clone(&self.service().templates()[0])
+        Arc::clone(&self.service().registry().templates()[0])
     }
 
     fn fork(&self, id: &str, backend: Backend) -> Arc<Fork> {
@@ -233,7 +233,7 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         let service = Service::new(config, run_dir, runtime.handle().clone(), |_| {}).unwrap();
         let template = if on_the_list {
             service.find_templates().unwrap();
-            Arc::clone(&service.templates()[0])
+            Arc::clone(&service.registry().templates()[0])
         } else {
             let mut saved = service.run_dir().saved_values::<SavedTemplate>(Kind::Template).unwrap();
             let (name, saved) = saved.remove(0);
@@ -246,15 +246,13 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         for withdrawal in service.take_withdrawals() {
             withdrawal.join().unwrap();
         }
-        let mut state = service.state();
-        state.templates.insert(template.name.clone(), Arc::clone(&template));
-        drop(state);
+        service.registry().restore_template(Arc::clone(&template));
         let orphans = service.find_forks().unwrap();
         assert!(orphans.is_empty());
         service.heed_leases();
         assert!(vmm.is_dead_in_time(), "it would read what is written");
         eventually("its fork has failed", || {
-            service.forks()[0].state() == ForkState::Failed
+            service.registry().forks()[0].state() == ForkState::Failed
         });
     }
 }

@@ -10,8 +10,9 @@ use pagecast_client::{ApiError, ErrorCode};
 use procfs::Current;
 use tracing::{info, warn};
 
+use super::Service;
+use super::refusal::{internal, refuse};
 use super::templates::check;
-use super::{Service, internal, refuse};
 use crate::template::Template;
 use crate::warmth;
 
@@ -25,7 +26,7 @@ impl Service {
     /// Begins to bring a template into memory, where with `resident` it stays.
     pub(crate) fn warm_template(&self, name: &str, resident: bool) -> Result<Arc<Template>, ApiError> {
         self.check_open()?;
-        let template = self.template(name)?;
+        let template = self.registry.template(name)?;
         check(&template)?;
         let asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
         // Once it is locked, it is there; and one that is being read is not begun anew.
@@ -60,7 +61,7 @@ impl Service {
 
     /// Stops bringing a template into memory, or keeping it there.
     pub(crate) fn cool_template(&self, name: &str) -> Result<(), ApiError> {
-        let template = self.template(name)?;
+        let template = self.registry.template(name)?;
         let _asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
         template.warmth.cool();
         if template.warmth.is_over() {

@@ -7,12 +7,14 @@ use pagecast::server::{FailReason, FaultCounts, LatencyHistogram, PrefaultCounts
 use pagecast::template::SlowReadStats;
 use pagecast_client::{Backend, ForkState};
 
-use super::BACKENDS;
 use crate::fork::{Fork, Kind, state_of};
 use crate::template::TemplateName;
 
+/// The backends that forks have.
+pub(crate) const BACKENDS: [Backend; 2] = [Backend::Uffd, Backend::File];
+
 /// How often something happened, by backend and the code of the reason.
-pub(super) type Reasons = BTreeMap<(Backend, String), u64>;
+pub(crate) type Reasons = BTreeMap<(Backend, String), u64>;
 
 /// The numbers of each template. Those of forks and templates that are gone are kept here, so that nothing ever counts
 /// down; a scrape adds those that are there to a copy.
@@ -21,27 +23,27 @@ pub(crate) struct Totals(BTreeMap<TemplateName, TemplateTotals>);
 
 /// The numbers of one template.
 #[derive(Clone, Default)]
-pub(super) struct TemplateTotals {
+pub(crate) struct TemplateTotals {
     faults: FaultCounts,
-    pub(super) fault_latency: LatencyHistogram,
-    pub(super) install_latency: LatencyHistogram,
-    pub(super) installed_bytes: u64,
-    pub(super) given_back_bytes: u64,
+    pub(crate) fault_latency: LatencyHistogram,
+    pub(crate) install_latency: LatencyHistogram,
+    pub(crate) installed_bytes: u64,
+    pub(crate) given_back_bytes: u64,
     prefault: PrefaultCounts,
-    pub(super) reads: SlowReadStats,
+    pub(crate) reads: SlowReadStats,
     created: BTreeMap<Backend, u64>,
     ended: BTreeMap<(Backend, ForkState), u64>,
     /// Of forks.
-    pub(super) failures: Reasons,
+    pub(crate) failures: Reasons,
     /// Connections that were refused: those of VMMs, whose forks have failed, and those that no fork ended for.
-    pub(super) refusals: Reasons,
+    pub(crate) refusals: Reasons,
     /// Of VMMs: those of failed forks, and those that were no forks of this daemon.
-    pub(super) kills: Reasons,
+    pub(crate) kills: Reasons,
 }
 
 impl Totals {
     /// Adds the numbers of a fork as they are.
-    pub(super) fn add(&mut self, fork: &Fork) {
+    pub(crate) fn add(&mut self, fork: &Fork) {
         self.of(&fork.template.name).add(fork);
     }
 
@@ -74,7 +76,7 @@ impl Totals {
         self.0.remove(template);
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&TemplateName, &TemplateTotals)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&TemplateName, &TemplateTotals)> {
         self.0.iter()
     }
 
@@ -148,7 +150,7 @@ impl TemplateTotals {
     }
 
     /// How well first faults were foreseen.
-    pub(super) fn prefault_by_kind(&self) -> [(&'static str, u64); 3] {
+    pub(crate) fn prefault_by_kind(&self) -> [(&'static str, u64); 3] {
         let PrefaultCounts {
             late,
             missed,
@@ -158,7 +160,7 @@ impl TemplateTotals {
         [("late", late), ("missed", missed), ("held_out", held_out_used)]
     }
 
-    pub(super) fn faults_by_kind(&self) -> [(&'static str, u64); 6] {
+    pub(crate) fn faults_by_kind(&self) -> [(&'static str, u64); 6] {
         let faults = &self.faults;
         [
             ("demand", faults.demand),
@@ -170,12 +172,12 @@ impl TemplateTotals {
         ]
     }
 
-    pub(super) fn created(&self, backend: Backend) -> u64 {
+    pub(crate) fn created(&self, backend: Backend) -> u64 {
         self.created.get(&backend).copied().unwrap_or(0)
     }
 
     /// How many forks have ended in which state; all ends are there, also where none has.
-    pub(super) fn ended(&self) -> impl Iterator<Item = (Backend, ForkState, u64)> {
+    pub(crate) fn ended(&self) -> impl Iterator<Item = (Backend, ForkState, u64)> {
         let ends = ForkState::ALL.into_iter().filter(|state| state.is_end());
         let mut ended: BTreeMap<(Backend, ForkState), u64> = ends
             .flat_map(|state| BACKENDS.map(|backend| ((backend, state), 0)))

@@ -1,0 +1,35 @@
+//! How many calls of the API were answered.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What answered requests are counted by.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Answered {
+    pub(crate) method: &'static str,
+    /// The path, with the names of variables in place of their values. `other` for a path that does not exist, or that this
+    /// client may not use.
+    pub(crate) path: String,
+    pub(crate) status: u16,
+}
+
+/// Counters of the requests that were answered.
+#[derive(Default)]
+pub(crate) struct Requests(Mutex<BTreeMap<Answered, u64>>);
+
+impl Requests {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Answered, u64>> {
+        // No code that can panic runs under this lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a request.
+    pub(crate) fn count(&self, answered: Answered) {
+        *self.lock().entry(answered).or_default() += 1;
+    }
+
+    /// How many requests were answered.
+    pub(crate) fn counts(&self) -> BTreeMap<Answered, u64> {
+        self.lock().clone()
+    }
+}
