@@ -153,8 +153,8 @@ impl Daemon {
 
     /// How many forks need the daemon: those with `uffd` that wait or are served.
     pub fn serving(&self) -> usize {
-        let forks = self.service.server().forks();
-        forks.iter().filter(|fork| !fork.state.is_end()).count()
+        let forks = self.service.registry().forks();
+        forks.iter().filter(|fork| fork.needs_daemon()).count()
     }
 }
 

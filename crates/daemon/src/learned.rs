@@ -10,7 +10,7 @@ use pagecast::server::chain;
 use pagecast::template::{KeepError, KeptIdentity, MemFile, Recording, SidecarError, WorkingSet};
 use tracing::{debug, info, warn};
 
-use crate::fork::{Fork, Kind};
+use crate::fork::Fork;
 use crate::template::Template;
 
 /// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
@@ -126,8 +126,8 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     template.pages.set_working_set(Some(Arc::new(set)));
     template.told_switched_off.store(false, Ordering::Relaxed);
     // Stored last: a thread that sees this finds all of the above.
-    if let Kind::Uffd(uffd) = &fork.kind {
-        let _ = uffd.recorded.set(recorded_bytes);
+    if let Some(uffd) = fork.uffd() {
+        uffd.set_recorded(recorded_bytes);
     }
     if let Err(error) = kept {
         warn!(template = %name, error = chain(&error), "its working set cannot be kept beside the memory file, and is lost when the daemon stops");

@@ -17,7 +17,6 @@ use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
 use self::text_format::Scrape;
 use crate::daemon::Daemon;
-use crate::fork::Kind;
 use crate::{Settings, metrics};
 
 const PAGES: u64 = 256;
@@ -97,9 +96,7 @@ impl Rig {
     fn wait(&self, id: &str, wanted: ServedState) {
         let forks = self.daemon.service().registry().forks();
         let fork = forks.iter().find(|fork| fork.id.as_str() == id).unwrap();
-        let Kind::Uffd(uffd) = &fork.kind else {
-            panic!("{id} is not served")
-        };
+        let uffd = fork.uffd().expect("it is served");
         assert_eq!(
             uffd.served.wait(PATIENCE, |state| state == wanted).state,
             wanted,

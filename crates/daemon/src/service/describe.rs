@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use pagecast::server::PrefaultCounts;
 use pagecast_client::ApiError;
-use pagecast_client::fork::{Faults, ForkMemory, ForkPrefault, ForkRecording, Latency};
+use pagecast_client::fork::ForkMemory;
 use pagecast_client::template::{TemplateMemory, TemplateState, WorkingSet};
 
 use super::Service;
-use crate::fork::{Fork, Kind};
+use crate::fork::Fork;
 use crate::template::Template;
 
 impl Service {
@@ -97,48 +96,7 @@ fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
         recording: None,
         memory: if memory { measure_fork(fork) } else { None },
     };
-    match &fork.kind {
-        Kind::Uffd(uffd) => {
-            let status = uffd.served.status();
-            let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
-            shown.pid = status.pid;
-            shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
-            shown.faults = Some(Faults {
-                demand: faults.demand,
-                zero: faults.zero,
-                removed: faults.removed,
-                prefaulted: faults.prefaulted,
-                retried: faults.retried,
-                slow: faults.slow,
-            });
-            shown.fault_latency_us = Some(Latency {
-                p50: latency.p50,
-                p99: latency.p99,
-                max: latency.max,
-            });
-            shown.installed_bytes = status.stats.installed_bytes;
-            shown.given_back_bytes = status.stats.given_back_bytes;
-            let PrefaultCounts {
-                late,
-                missed,
-                held_out_used,
-                ..
-            } = status.stats.prefault;
-            shown.prefault = Some(ForkPrefault {
-                what: uffd.prefault,
-                late,
-                missed,
-                held_out_used,
-            });
-            shown.recording = uffd.record.then(|| ForkRecording {
-                learned: uffd.recorded.get().is_some(),
-                size_bytes: uffd.recorded.get().copied().unwrap_or(0),
-            });
-        }
-        Kind::File(file) => {
-            shown.pid = file.vmm().map(|vmm| vmm.pid());
-        }
-    }
+    fork.describe(&mut shown);
     shown
 }
 

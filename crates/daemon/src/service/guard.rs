@@ -17,7 +17,8 @@ use pagecast_client::{Backend, ForkState};
 use tracing::{debug, error, info, warn};
 
 use super::Service;
-use crate::fork::{Fork, Kind};
+use super::backends::KILL_TIMEOUT;
+use crate::fork::Fork;
 use crate::inode::InodeId;
 use crate::jailed;
 use crate::own_thread::survive;
@@ -30,9 +31,6 @@ const WATCH_PACE: Duration = Duration::from_secs(1);
 
 /// How long forks with `uffd` may take to complete or to die while somebody waits to write their template, at most.
 const VACATE_PATIENCE: Duration = Duration::from_secs(40);
-
-/// How long killed VMMs may take to die.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a withdrawal is called where a part of it panics.
 const TASK: &str = "withdrawal";
@@ -114,7 +112,8 @@ impl Service {
     /// lease. The kernel gives a writer only so much time, so first comes what waits for nobody, and what is logged comes last.
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         let mut forks = self.living_forks_of(template);
-        forks.retain(|fork| matches!(fork.kind, Kind::File(_)));
+        // The page server ends the others.
+        forks.retain(|fork| fork.file().is_some());
         // Each step is taken whatever becomes of those before it.
         let killed = self.kill_mappers(template, &forks, how);
         // Other templates may be of the same file.
@@ -129,7 +128,7 @@ impl Service {
         }
         let served = survive(TASK, || self.server.withdraw(&template.pages, how));
         let left = survive(TASK, || self.await_deaths(template, killed)).unwrap_or_default();
-        let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_PATIENCE));
+        let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_TIMEOUT));
         // Somebody may have opened the file while it was there, and have mapped it since.
         survive(TASK, || {
             let late = kill_strangers(template, &places(template, &forks), &left);
@@ -153,7 +152,7 @@ impl Service {
             message: format!("the template has changed: {how}"),
         };
         for fork in forks {
-            if let Kind::File(file) = &fork.kind {
+            if let Some(file) = fork.file() {
                 file.fail_when_dead(error.clone());
             }
         }
@@ -172,7 +171,7 @@ impl Service {
 
     /// Waits until those that were killed are dead. Those that are not.
     fn await_deaths(self: &Arc<Self>, template: &Template, mut killed: Vec<Killed>) -> Vec<Killed> {
-        let until = Instant::now() + KILL_PATIENCE;
+        let until = Instant::now() + KILL_TIMEOUT;
         killed.retain(|Killed { vmm, fork }| {
             let died = vmm.wait_exited(until.saturating_duration_since(Instant::now()));
             match fork {
@@ -241,13 +240,7 @@ impl Service {
 
 /// Whether a fork with `file` has a hard link of its template, by which the owner of its folder may change the template's owner.
 fn is_linked(fork: &Fork) -> bool {
-    match &fork.kind {
-        Kind::File(file) => file
-            .placement
-            .as_ref()
-            .is_some_and(|place| place.how() == How::HardLink),
-        Kind::Uffd(_) => false,
-    }
+    fork.placement().is_some_and(|place| place.how() == How::HardLink)
 }
 
 /// A process that was sent SIGKILL, and the fork that it is the VMM of, where that was told or found.
@@ -258,10 +251,7 @@ struct Killed {
 
 /// Where these forks with `file` find the memory file.
 fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placement> {
-    let own = forks.iter().filter_map(|fork| match &fork.kind {
-        Kind::File(file) => file.placement.as_ref(),
-        Kind::Uffd(_) => None,
-    });
+    let own = forks.iter().filter_map(|fork| fork.placement());
     template.placement.iter().chain(own).collect()
 }
 

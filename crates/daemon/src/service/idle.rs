@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{ForkId, ForkState, chain};
+use pagecast::server::{ForkId, chain};
 use tracing::{info, warn};
 
 use super::Service;
-use crate::fork::{Fork, Kind};
+use crate::fork::Fork;
 use crate::own_thread::survive;
 
 /// How often it is looked at faults, at least and at most, however long forks may be idle.
@@ -41,7 +41,7 @@ impl Service {
     /// The forks with `uffd` that are served.
     fn served(&self) -> Vec<Arc<Fork>> {
         let mut forks = self.registry.forks();
-        forks.retain(|fork| served_faults(fork).is_some());
+        forks.retain(|fork| fork.activity().is_some());
         forks
     }
 
@@ -53,29 +53,16 @@ impl Service {
     }
 }
 
-/// How many faults a fork has had that is served by the page server.
-fn served_faults(fork: &Fork) -> Option<u64> {
-    let Kind::Uffd(uffd) = &fork.kind else { return None };
-    let status = uffd.served.status();
-    (status.state == ForkState::Serving).then_some(status.stats.faults.demand)
-}
-
-/// Whether its recording is not over, and would be cut short by completing it. It begins with the first fault, and ends by
-/// itself soon after faults have become rare.
-fn is_recorded(fork: &Fork) -> bool {
-    matches!(&fork.kind, Kind::Uffd(uffd) if uffd.record && uffd.recorded.get().is_none())
-}
-
 /// Those of `forks` that had no fault since `after` ago, and are not being recorded. Each is named once in that time: it may
 /// take long to be complete, or not be possible.
 fn look(seen: &mut Seen, forks: &[Arc<Fork>], after: Duration, now: Instant) -> Vec<Arc<Fork>> {
     seen.retain(|id, _| forks.iter().any(|fork| fork.id == *id));
     let mut idle = Vec::new();
     for fork in forks {
-        let Some(faults) = served_faults(fork) else { continue };
-        let (before, since) = seen.entry(fork.id.clone()).or_insert((faults, now));
-        if *before != faults || is_recorded(fork) {
-            (*before, *since) = (faults, now);
+        let Some(activity) = fork.activity() else { continue };
+        let (before, since) = seen.entry(fork.id.clone()).or_insert((activity.faults, now));
+        if *before != activity.faults || activity.is_recorded {
+            (*before, *since) = (activity.faults, now);
         } else if now.duration_since(*since) >= after {
             *since = now;
             idle.push(Arc::clone(fork));

@@ -15,6 +15,7 @@
 //! afterwards, and given back where that fails, so no lock is held meanwhile but two that only such calls take: that of protecting
 //! files, and that of asking for one template to be in memory.
 
+mod backends;
 mod describe;
 mod forks;
 mod guard;
@@ -47,7 +48,7 @@ pub(crate) use self::registry::{Registry, Snapshot};
 pub(crate) use self::totals::{BACKENDS, Reasons, TemplateTotals, Totals};
 use crate::config::Config;
 use crate::exit_watch::ExitWatch;
-use crate::fork::{Fork, Kind};
+use crate::fork::Fork;
 use crate::learned;
 use crate::run_dir::{Kind as Saved, RunDir};
 use crate::vmm_process::VmmProcess;
@@ -178,7 +179,7 @@ impl Service {
                 id, pid, memory_bytes, ..
             } => {
                 if let Ok(fork) = self.registry.fork(id.as_str()) {
-                    self.vmm_connected(&fork);
+                    backends::of(&fork).note_vmm(self, &fork);
                 }
                 self.fork_serving.notify_one();
                 info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
@@ -226,18 +227,6 @@ impl Service {
         }
     }
 
-    /// Notes the VMM of a fork with `uffd`, once.
-    fn vmm_connected(&self, fork: &Fork) {
-        let Kind::Uffd(uffd) = &fork.kind else { return };
-        let Some(pid) = uffd.served.status().pid else { return };
-        // One that has died already is not looked for any more.
-        if let Ok(vmm) = VmmProcess::open(pid).map(Arc::new)
-            && uffd.vmm.set(Arc::clone(&vmm)).is_ok()
-        {
-            self.save_fork(fork, Some(&vmm));
-        }
-    }
-
     /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
     fn ended(self: &Arc<Self>, ended: &Arc<Fork>) {
         let Some(forgotten) = self.registry.note_end(ended) else {
@@ -251,10 +240,7 @@ impl Service {
 
     /// Says how a fork has ended, once for each fork; it need not be found again after a restart.
     fn tell_end(&self, ended: &Fork) {
-        let numbers = match &ended.kind {
-            Kind::Uffd(uffd) => Some(uffd.served.status().stats),
-            Kind::File(_) => None,
-        };
+        let numbers = ended.stats();
         let faults = numbers.map(|stats| stats.faults.demand);
         let p99_us = numbers.map(|stats| stats.fault_latency_us.p99);
         let installed_bytes = numbers.map(|stats| stats.installed_bytes);
@@ -269,15 +255,7 @@ impl Service {
 
     /// Gives back what a fork held that is off the list. Its id may be another fork's by now.
     fn forget(self: &Arc<Self>, fork: &Fork) {
-        match &fork.kind {
-            Kind::Uffd(uffd) => {
-                if let Err(error) = self.server.unregister_this(&uffd.served) {
-                    warn!(fork = %fork.id, %error, "cannot be forgotten");
-                }
-            }
-            // Where it has ended that may be under way.
-            Kind::File(file) => self.take_place_away(fork, file),
-        }
+        backends::of(fork).release(self, fork);
         self.forget_saved(fork);
     }
 

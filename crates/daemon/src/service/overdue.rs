@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use pagecast::proc_files::path_in_maps;
 use pagecast::template::PageSource;
+use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
 use tracing::{error, warn};
 
 use super::Service;
-use super::forks::inode;
 use crate::backend::GUESS;
-use crate::fork::{FileFork, Fork, Kind};
+use crate::fork::{FileFork, Fork};
 use crate::own_thread::survive;
 use crate::vmm_process::{self, Holder};
 
@@ -65,7 +65,7 @@ impl Service {
             .filter_map(|fork| Some((fork, waits(fork)?)))
             .filter(|(_, file)| file.deadline().is_some_and(|deadline| deadline <= now))
             .collect();
-        let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| inode(fork)).collect()) {
+        let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| fork.inode()).collect()) {
             Ok(holders) => holders,
             Err(error) => {
                 for (_, file) in &overdue {
@@ -89,7 +89,7 @@ impl Service {
                 "no process has mapped its memory file within {:?}",
                 self.config.connect_deadline
             );
-            let mut found = holders.found.iter().filter(|holder| holder.file == inode(fork));
+            let mut found = holders.found.iter().filter(|holder| holder.file == fork.inode());
             if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
                 file.suspect();
                 self.await_vmm(file);
@@ -109,10 +109,7 @@ impl Service {
 
 /// A fork with `file` whose VMM is not known.
 fn waits(fork: &Fork) -> Option<&FileFork> {
-    match &fork.kind {
-        Kind::File(file) if file.state() == pagecast_client::ForkState::Waiting => Some(file),
-        _ => None,
-    }
+    fork.file().filter(|_| fork.state() == ForkState::Waiting)
 }
 
 /// Whether a process that maps the template may be the VMM of this fork: it is not known as that of another, and has not

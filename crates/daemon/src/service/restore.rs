@@ -4,26 +4,21 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pagecast::server::{Deadlines, ForkEvent, Server, chain};
 use pagecast::template::MemFile;
-use pagecast_client::{Backend, ForkState};
 use tracing::{error, info, warn};
 
 use super::warm::warm_again;
-use super::{Registry, Service};
+use super::{Registry, Service, backends};
 use crate::config::Config;
 use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
-use crate::fork::{FileFork, Fork, Kind as ForkKind, SavedFork};
+use crate::fork::SavedFork;
 use crate::learned;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
-use crate::vmm_process::VmmProcess;
-
-/// How long a VMM may take to die whose daemon has died before it.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Service {
     /// Starts the page server, and goes on where the last daemon of this run dir has stopped. `observer` is told of
@@ -48,7 +43,7 @@ impl Service {
             let _ = withdrawal.join();
         }
         for (id, orphan) in &orphans {
-            service.end_orphan(id, orphan);
+            backends::end_orphan(&service, id, orphan);
         }
         service.clear_sockets();
         Ok(service)
@@ -199,84 +194,14 @@ impl Service {
         let mut orphans = Vec::new();
         for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
             match saved {
-                Ok(saved) if saved.backend == Backend::File => self.find_fork(&id, saved),
-                Ok(saved) => orphans.push((id, saved)),
+                Ok(saved) => orphans.extend(backends::find_again(self, &id, saved).map(|orphan| (id, orphan))),
                 Err(error) => warn!(event = "fork_lost", fork = id, %error, "fork lost: its state cannot be read"),
             }
         }
         Ok(orphans)
     }
 
-    fn find_fork(self: &Arc<Self>, id: &str, saved: SavedFork) {
-        let vmm = find_vmm(id, &saved);
-        let gone = saved.vmm.is_some() && vmm.is_none();
-        if gone || matches!(saved.place, Some(Place::Planned(_))) {
-            self.forget_place(id, &saved);
-            return info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
-        }
-        let (Ok(id), Ok(template)) = (id.parse(), self.registry.template(&saved.template)) else {
-            self.forget_place(id, &saved);
-            return warn!(
-                event = "fork_lost",
-                fork = id,
-                template = saved.template,
-                "fork lost: its template is"
-            );
-        };
-        let pid = saved.vmm.map(|vmm| vmm.pid);
-        let placement = match saved.place {
-            Some(Place::Done(placement)) => Some(placement),
-            _ => None,
-        };
-        let fork = Arc::new(Fork {
-            id,
-            template,
-            reason: saved.reason,
-            mem_backend: saved.mem_backend,
-            kind: ForkKind::File(FileFork::new(placement, vmm)),
-        });
-        self.registry.restore_fork(Arc::clone(&fork));
-        self.start(&fork);
-        info!(event = "fork_found", fork = %fork.id, pid, "fork found again");
-    }
-
-    /// Takes away the memory file of a fork that is no more, and forgets the fork.
-    fn forget_place(self: &Arc<Self>, id: &str, saved: &SavedFork) {
-        let template = self.registry.template(&saved.template).ok();
-        if let Some(template) = &template {
-            self.look_before_own_change(&template.file);
-        }
-        let removed = saved.place.as_ref().map(Place::remove);
-        if let Some(template) = &template {
-            self.note_own_change(&template.file);
-        }
-        self.forget_saved_as(id);
-        if let Some(Err(error)) = removed {
-            warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
-        }
-    }
-
-    /// The userfaultfd of a fork with `uffd` has died with the daemon: at its next fault its VMM would hang for ever. But for
-    /// one that was complete, which the daemon had no time to note.
-    fn end_orphan(&self, id: &str, saved: &SavedFork) {
-        if let Some(vmm) = find_vmm(id, saved).filter(|vmm| vmm.needs_server()) {
-            let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_PATIENCE);
-            if killed && let Ok(template) = saved.template.parse() {
-                self.registry.count_kill(&template, Backend::Uffd, "server_died");
-            }
-            self.forget_saved_as(id);
-            return error!(
-                event = "fork_lost",
-                fork = id,
-                pid = vmm.pid(),
-                killed,
-                "the daemon that served this VMM has died, and it would hang for ever"
-            );
-        }
-        self.forget_saved_as(id);
-    }
-
-    fn forget_saved_as(&self, id: &str) {
+    pub(super) fn forget_saved_as(&self, id: &str) {
         if let Err(error) = self.run_dir.forget(Kind::Fork, id) {
             warn!(fork = id, %error, "cannot forget its state in the run dir");
         }
@@ -290,21 +215,6 @@ impl Service {
                 // One that stays is replaced when its fork is made again.
                 let _ = std::fs::remove_file(entry.path());
             }
-        }
-    }
-}
-
-/// The VMM of a fork that was saved, where it lives.
-fn find_vmm(id: &str, saved: &SavedFork) -> Option<Arc<VmmProcess>> {
-    match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
-        Ok(vmm) => vmm.flatten().map(Arc::new),
-        Err(error) => {
-            error!(
-                fork = id,
-                error = chain(&error),
-                "its VMM may live, and cannot be found"
-            );
-            None
         }
     }
 }

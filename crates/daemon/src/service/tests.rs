@@ -382,10 +382,7 @@ fn forks_that_are_overdue_are_ended_after_a_panic() {
     let fork = rig.fork("f", Backend::File);
     let file = fork.template.file.identity().inode().into();
     vmm_process::tests::panic_about(file);
-    let crate::fork::Kind::File(life) = &fork.kind else {
-        panic!("it has `file`")
-    };
-    life.set_deadline(Some(Instant::now()));
+    fork.file().unwrap().set_deadline(Some(Instant::now()));
     // The daemon's own task sleeps until the deadline that the fork had before.
     let task = rig.runtime.spawn(Arc::clone(rig.service()).end_overdue());
     eventually("it was looked for again", || {
@@ -412,10 +409,7 @@ fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     let mapper = Mapper::of_file(&place);
     vmm_process::tests::look_at_nobody_else();
 
-    let crate::fork::Kind::File(life) = &fork.kind else {
-        panic!("it has `file`")
-    };
-    life.set_deadline(Some(Instant::now()));
+    fork.file().unwrap().set_deadline(Some(Instant::now()));
     rig.service().look_for_overdue();
     assert_eq!(fork.state(), ForkState::Waiting);
     rig.service().remove_fork("f", false).unwrap();

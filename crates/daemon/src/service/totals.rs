@@ -1,13 +1,12 @@
 //! What has happened to forks, added up by template.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use pagecast::server::{FailReason, FaultCounts, LatencyHistogram, PrefaultCounts};
+use pagecast::server::{FaultCounts, LatencyHistogram, PrefaultCounts};
 use pagecast::template::SlowReadStats;
 use pagecast_client::{Backend, ForkState};
 
-use crate::fork::{Fork, Kind, state_of};
+use crate::fork::Fork;
 use crate::template::TemplateName;
 
 /// The backends that forks have.
@@ -86,57 +85,37 @@ impl Totals {
 }
 
 impl TemplateTotals {
-    /// Its state, which is what was counted.
+    /// Adds a fork. Returns its state, which is what was counted.
     fn add(&mut self, fork: &Fork) -> ForkState {
         let backend = fork.backend();
+        let numbers = fork.numbers();
         *self.created.entry(backend).or_default() += 1;
-        let state = match &fork.kind {
-            Kind::Uffd(uffd) => {
-                // First, so that all is counted of one that is seen to have ended.
-                let status = uffd.served.status();
-                self.fault_latency.merge(&uffd.served.fault_latency());
-                self.install_latency.merge(&uffd.served.install_latency());
-                self.installed_bytes += status.stats.installed_bytes;
-                self.given_back_bytes += status.stats.given_back_bytes;
-                self.prefault.late += status.stats.prefault.late;
-                self.prefault.missed += status.stats.prefault.missed;
-                self.prefault.held_out_used += status.stats.prefault.held_out_used;
-                self.add_faults(status.stats.faults);
-                for (code, refused) in uffd.served.refusals() {
-                    *self.refusals.entry((backend, code.to_owned())).or_default() += refused;
-                }
-                let state = state_of(status.state);
-                if state == ForkState::Failed
-                    && let Some(reason) = status.reason.as_ref().map(Arc::as_ref)
-                {
-                    // Known from the moment on when it has shaken hands.
-                    let was_served = status.memory_bytes > 0;
-                    count(&mut self.failures, backend, reason.code());
-                    if matches!(reason, FailReason::Refused(_)) {
-                        count(&mut self.refusals, backend, reason.code());
-                    } else if was_served {
-                        count(&mut self.kills, backend, reason.code());
-                    }
-                }
-                state
+        if let Some(served) = numbers.served {
+            self.fault_latency.merge(&served.fault_latency);
+            self.install_latency.merge(&served.install_latency);
+            self.installed_bytes += served.stats.installed_bytes;
+            self.given_back_bytes += served.stats.given_back_bytes;
+            self.prefault.late += served.stats.prefault.late;
+            self.prefault.missed += served.stats.prefault.missed;
+            self.prefault.held_out_used += served.stats.prefault.held_out_used;
+            self.add_faults(served.stats.faults);
+            for (code, refused) in served.refusals {
+                *self.refusals.entry((backend, code.to_owned())).or_default() += refused;
             }
-            Kind::File(file) => {
-                let state = file.state();
-                if state == ForkState::Failed
-                    && let Some(error) = file.error()
-                {
-                    count(&mut self.failures, backend, &error.code);
-                    if file.vmm().is_some() {
-                        count(&mut self.kills, backend, &error.code);
-                    }
-                }
-                state
-            }
-        };
-        if state.is_end() {
-            *self.ended.entry((backend, state)).or_default() += 1;
         }
-        state
+        if let Some(failure) = numbers.failure {
+            count(&mut self.failures, backend, &failure.code);
+            if failure.is_refusal {
+                count(&mut self.refusals, backend, &failure.code);
+            }
+            if failure.is_kill {
+                count(&mut self.kills, backend, &failure.code);
+            }
+        }
+        if numbers.state.is_end() {
+            *self.ended.entry((backend, numbers.state)).or_default() += 1;
+        }
+        numbers.state
     }
 
     fn add_faults(&mut self, faults: FaultCounts) {

@@ -7,7 +7,7 @@ use pagecast_client::template::Protection;
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
 use super::*;
-use crate::fork::{FileFork, Kind, mem_backend};
+use crate::fork::{BackedBy, FileFork, mem_backend};
 use crate::ownership::Ownership;
 use crate::protection::Applied;
 use crate::template::Spec;
@@ -42,13 +42,12 @@ fn fork(taken: &TakenId<'_>) -> Arc<Fork> {
         template: Arc::clone(&taken.template),
         reason: String::new(),
         mem_backend: mem_backend(BackendType::File, &taken.template.path_for_forks()),
-        kind: Kind::File(FileFork::new(None, None)),
+        backed_by: BackedBy::File(FileFork::new(None, None)),
     })
 }
 
 fn end(fork: &Fork) {
-    let Kind::File(file) = &fork.kind else { panic!() };
-    assert!(file.end(ForkState::Exited));
+    assert!(fork.file().unwrap().end(ForkState::Exited));
 }
 
 /// A registry with the template `t`.

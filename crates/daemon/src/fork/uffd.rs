@@ -1,0 +1,149 @@
+//! A fork with `uffd`: the page server answers its faults.
+
+use std::sync::{Arc, OnceLock};
+
+use pagecast::server::{FailReason, ForkState as ServedState};
+use pagecast_client::fork::{Faults, ForkError, ForkPrefault, ForkRecording, Latency, Prefault};
+use pagecast_client::{Backend, ForkState};
+
+use super::backing::{Activity, Backing, Failure, Numbers, Served};
+use crate::placement::Placement;
+use crate::vmm_process::VmmProcess;
+
+/// A fork with `uffd`.
+pub(crate) struct UffdFork {
+    /// The page server knows all about it, and has it for as long as it is not forgotten.
+    pub(crate) served: pagecast::server::Fork,
+    /// Its VMM, once it has shaken hands: one that is complete lives on, and may have exited since.
+    pub(crate) vmm: OnceLock<Arc<VmmProcess>>,
+    /// What it is given ahead of its faults.
+    prefault: Prefault,
+    /// Whether they are recorded.
+    record: bool,
+    /// How many bytes were recorded, once that is over and has been learned from.
+    recorded: OnceLock<u64>,
+}
+
+impl UffdFork {
+    /// Creates one that waits for its VMM. `record` if its faults are recorded.
+    pub(crate) fn new(served: pagecast::server::Fork, prefault: Prefault, record: bool) -> Self {
+        Self {
+            served,
+            vmm: OnceLock::new(),
+            prefault,
+            record,
+            recorded: OnceLock::new(),
+        }
+    }
+
+    /// Its recording of `bytes` is over, and has been learned from.
+    pub(crate) fn set_recorded(&self, bytes: u64) {
+        // The page server records a fork once.
+        let _ = self.recorded.set(bytes);
+    }
+}
+
+impl Backing for UffdFork {
+    fn backend(&self) -> Backend {
+        Backend::Uffd
+    }
+
+    fn state(&self) -> ForkState {
+        state_of(self.served.status().state)
+    }
+
+    fn vmm(&self) -> Option<Arc<VmmProcess>> {
+        self.vmm.get().cloned()
+    }
+
+    fn error(&self) -> Option<ForkError> {
+        self.served.status().reason.as_deref().map(|reason| ForkError {
+            code: reason.code().to_owned(),
+            message: pagecast::server::chain(reason),
+        })
+    }
+
+    fn placement(&self) -> Option<&Placement> {
+        None
+    }
+
+    fn needs_daemon(&self) -> bool {
+        !self.served.status().state.is_end()
+    }
+
+    fn activity(&self) -> Option<Activity> {
+        let status = self.served.status();
+        (status.state == ServedState::Serving).then_some(Activity {
+            faults: status.stats.faults.demand,
+            is_recorded: self.record && self.recorded.get().is_none(),
+        })
+    }
+
+    fn numbers(&self) -> Numbers {
+        // First, so that all is counted of one that is seen to have ended.
+        let status = self.served.status();
+        let failure = status.reason.as_deref().filter(|_| status.state == ServedState::Failed);
+        Numbers {
+            state: state_of(status.state),
+            failure: failure.map(|reason| {
+                let is_refusal = matches!(reason, FailReason::Refused(_));
+                Failure {
+                    code: reason.code().to_owned(),
+                    is_refusal,
+                    // The size is known from the moment on when it has shaken hands.
+                    is_kill: !is_refusal && status.memory_bytes > 0,
+                }
+            }),
+            served: Some(Served {
+                stats: status.stats,
+                fault_latency: self.served.fault_latency(),
+                install_latency: self.served.install_latency(),
+                refusals: self.served.refusals(),
+            }),
+        }
+    }
+
+    fn describe(&self, shown: &mut pagecast_client::Fork) {
+        let status = self.served.status();
+        let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
+        shown.pid = status.pid;
+        shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
+        shown.faults = Some(Faults {
+            demand: faults.demand,
+            zero: faults.zero,
+            removed: faults.removed,
+            prefaulted: faults.prefaulted,
+            retried: faults.retried,
+            slow: faults.slow,
+        });
+        shown.fault_latency_us = Some(Latency {
+            p50: latency.p50,
+            p99: latency.p99,
+            max: latency.max,
+        });
+        shown.installed_bytes = status.stats.installed_bytes;
+        shown.given_back_bytes = status.stats.given_back_bytes;
+        let prefault = status.stats.prefault;
+        shown.prefault = Some(ForkPrefault {
+            what: self.prefault,
+            late: prefault.late,
+            missed: prefault.missed,
+            held_out_used: prefault.held_out_used,
+        });
+        shown.recording = self.record.then(|| ForkRecording {
+            learned: self.recorded.get().is_some(),
+            size_bytes: self.recorded.get().copied().unwrap_or(0),
+        });
+    }
+}
+
+/// The state, in the words of the API.
+fn state_of(state: ServedState) -> ForkState {
+    match state {
+        ServedState::Waiting => ForkState::Waiting,
+        ServedState::Serving => ForkState::Serving,
+        ServedState::Complete => ForkState::Complete,
+        ServedState::Exited => ForkState::Exited,
+        ServedState::Failed => ForkState::Failed,
+    }
+}

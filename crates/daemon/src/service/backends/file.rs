@@ -1,0 +1,297 @@
+//! Forks with `file`: their VMMs map the memory file, and only the daemon knows them.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pagecast::server::chain;
+use pagecast_client::fork::BackendType;
+use pagecast_client::template::WarmthState;
+use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
+use tracing::{info, warn};
+
+use super::{KILL_TIMEOUT, Lifecycle, Order, find_vmm, socket_field};
+use crate::fork::{BackedBy, Backing as _, FileFork, Fork, SavedFork, mem_backend};
+use crate::jailed;
+use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
+use crate::run_dir::Kind as Saved;
+use crate::service::Service;
+use crate::service::refusal::{internal, refuse};
+use crate::template::{Place, Template};
+use crate::vmm_process::{self, VmmProcess};
+use crate::warmth;
+
+/// Refuses fields that only `uffd` has.
+fn check_fields(order: &Order<'_>) -> Result<(), String> {
+    match socket_field(order.wanted) {
+        None => Ok(()),
+        Some("socket_path") => Err("socket_path: a fork with `file` has no socket; use path, or `uffd`".to_owned()),
+        // The memory file is the template's own inode, so it cannot be given to anybody.
+        Some(field) => Err(format!(
+            "{field}: with `file` the memory file keeps the owner and mode of the template; let the VMM's user read that \
+             and leave {field} out, or use `uffd`"
+        )),
+    }
+}
+
+pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>, ApiError> {
+    check_fields(&order).map_err(|why| refuse(ErrorCode::InvalidField, why))?;
+    let Order {
+        id,
+        template,
+        reason,
+        wanted,
+    } = order;
+    // A restart that finds it as it is now has nothing to explain.
+    service.save_template(&template);
+    warmth::read_ahead(&template);
+    let reason = with_warmth(reason, &template);
+    let vmm = wanted.pid.map(VmmProcess::open).transpose();
+    let vmm = vmm
+        .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("pid: {}", chain(&error))))?
+        .map(Arc::new);
+    let mut saved = SavedFork {
+        template: template.name.to_string(),
+        backend: Backend::File,
+        reason: reason.clone(),
+        mem_backend: mem_backend(BackendType::File, &template.path_for_forks()),
+        vmm: None,
+        place: None,
+    };
+    let placement = match &wanted.path {
+        Some(path) => {
+            let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
+            let plan = Plan::new(template.file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
+            // Kept before it is done, so that it can be undone whatever happens.
+            saved.place = Some(Place::Planned(plan.clone()));
+            let kept = service.run_dir.save(Saved::Fork, id.as_str(), &saved);
+            kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
+            service.look_before_own_change(&template.file);
+            let placed = plan.carry_out(template.file.as_fd(), Prefer::Mount);
+            service.note_own_change(&template.file);
+            Some(placed.map_err(|error| {
+                let _ = service.run_dir.forget(Saved::Fork, id.as_str());
+                refused(error)
+            })?)
+        }
+        None => None,
+    };
+    if let Some(placement) = placement.as_ref().filter(|placement| placement.how() == How::HardLink) {
+        warn!(
+            fork = %id,
+            path = %placement.path().display(),
+            "no mount can be made here (CAP_SYS_ADMIN): it is a hard link, and a change of its owner or mode is one of the template"
+        );
+    }
+    let path = placement
+        .as_ref()
+        .map_or_else(|| template.path_for_forks(), |placement| placement.path().to_owned());
+    Ok(Arc::new(Fork {
+        id,
+        template,
+        reason,
+        mem_backend: mem_backend(BackendType::File, &path),
+        backed_by: BackedBy::File(FileFork::new(placement, vmm)),
+    }))
+}
+
+/// Finds VMMs whose pid was not told: those that map the file by the path that was made for their fork alone, in a jail too.
+pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
+    let waits = |file: &FileFork| file.placement().is_some() && file.state() == ForkState::Waiting;
+    let waiting: Vec<_> = forks.iter().filter(|fork| fork.file().is_some_and(waits)).collect();
+    if waiting.is_empty() {
+        return;
+    }
+    // All processes are looked at once, however many forks wait.
+    let holders = match vmm_process::holders(&waiting.iter().map(|fork| fork.inode()).collect()) {
+        Ok(holders) => holders,
+        Err(error) => return warn!(%error, "cannot find out who maps a template"),
+    };
+    for fork in waiting {
+        let Some(file) = fork.file() else { continue };
+        let is_it = |pid, paths: &[PathBuf]| {
+            let place = file.placement().map(Placement::path);
+            place.is_some_and(|place| paths.iter().any(|path| jailed::is_at(pid, path, place)))
+        };
+        let vmm = holders
+            .found
+            .iter()
+            .filter(|holder| holder.file == fork.inode() && is_it(holder.pid, &holder.paths))
+            .filter_map(|holder| VmmProcess::open(holder.pid).ok())
+            // Looked at again, now that it cannot be another process any more.
+            .find(|vmm| {
+                let paths = vmm.mapped_paths(fork.inode());
+                paths.is_ok_and(|paths| is_it(vmm.pid(), &paths))
+            });
+        if let Some(vmm) = vmm.map(Arc::new)
+            && file.found(&vmm)
+        {
+            service.save_fork(fork, Some(&vmm));
+            watch(service, fork, &vmm);
+            info!(event = "fork_serving", fork = %fork.id, pid = vmm.pid(), "VMM found");
+        }
+    }
+}
+
+/// Finds a fork of an earlier daemon again.
+pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
+    let vmm = find_vmm(id, &saved);
+    let gone = saved.vmm.is_some() && vmm.is_none();
+    if gone || matches!(saved.place, Some(Place::Planned(_))) {
+        forget_place(service, id, &saved);
+        return info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
+    }
+    let (Ok(id), Ok(template)) = (id.parse(), service.registry.template(&saved.template)) else {
+        forget_place(service, id, &saved);
+        return warn!(
+            event = "fork_lost",
+            fork = id,
+            template = saved.template,
+            "fork lost: its template is"
+        );
+    };
+    let pid = saved.vmm.map(|vmm| vmm.pid);
+    let placement = match saved.place {
+        Some(Place::Done(placement)) => Some(placement),
+        _ => None,
+    };
+    let fork = Arc::new(Fork {
+        id,
+        template,
+        reason: saved.reason,
+        mem_backend: saved.mem_backend,
+        backed_by: BackedBy::File(FileFork::new(placement, vmm)),
+    });
+    service.registry.restore_fork(Arc::clone(&fork));
+    service.start(&fork);
+    info!(event = "fork_found", fork = %fork.id, pid, "fork found again");
+}
+
+/// Takes away the memory file of a fork that is no more, and forgets the fork.
+fn forget_place(service: &Arc<Service>, id: &str, saved: &SavedFork) {
+    let template = service.registry.template(&saved.template).ok();
+    if let Some(template) = &template {
+        service.look_before_own_change(&template.file);
+    }
+    let removed = saved.place.as_ref().map(Place::remove);
+    if let Some(template) = &template {
+        service.note_own_change(&template.file);
+    }
+    service.forget_saved_as(id);
+    if let Some(Err(error)) = removed {
+        warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+    }
+}
+
+/// Waits for the VMM of a fork to exit.
+fn watch(service: &Arc<Service>, fork: &Arc<Fork>, vmm: &Arc<VmmProcess>) {
+    let watching = Arc::downgrade(service);
+    let watched = Arc::clone(fork);
+    let on_exit = move || {
+        if let Some(service) = watching.upgrade() {
+            service.file_fork_ended(&watched, ForkState::Exited);
+        }
+    };
+    if let Err(error) = service.exits.add(vmm, on_exit) {
+        warn!(fork = %fork.id, %error, "its end will not be noticed");
+    }
+}
+
+impl Lifecycle for FileFork {
+    fn start(&self, service: &Arc<Service>, fork: &Arc<Fork>) {
+        let vmm = self.vmm();
+        service.save_fork(fork, vmm.as_deref());
+        match vmm {
+            Some(vmm) => watch(service, fork, &vmm),
+            None => service.await_vmm(self),
+        }
+    }
+
+    fn note_vmm(&self, _service: &Service, _fork: &Fork) {}
+
+    fn complete(&self, _service: &Service, fork: &Fork) -> Result<(), ApiError> {
+        Err(refuse(
+            ErrorCode::NotCompletable,
+            format_args!(
+                "fork {} has the backend `file`: its VMM does without the daemon anyway",
+                fork.id
+            ),
+        ))
+    }
+
+    fn kill(&self, service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError> {
+        let Some(vmm) = self.vmm() else { return Ok(true) };
+        vmm.kill().map_err(|error| internal("kill the VMM", &error))?;
+        let died = vmm.wait_exited(KILL_TIMEOUT);
+        if died {
+            service.file_fork_ended(fork, ForkState::Exited);
+        }
+        Ok(died)
+    }
+
+    fn close(&self, _service: &Service, fork: &Fork) -> Result<(), ApiError> {
+        if self.state() == ForkState::Serving {
+            return Err(refuse(
+                ErrorCode::ForkInUse,
+                format_args!(
+                    "the VMM of fork {} lives: end it first, or delete the fork with kill=true",
+                    fork.id
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn release(&self, service: &Arc<Service>, fork: &Fork) {
+        // Where it has ended that may be under way.
+        if let Err(error) = take_place_away(service, self, fork) {
+            warn_place_stays(fork, &error);
+        }
+    }
+}
+
+impl Service {
+    /// The VMM of a fork with `file` has exited, or will never come.
+    pub(in crate::service) fn file_fork_ended(self: &Arc<Self>, fork: &Arc<Fork>, state: ForkState) {
+        if let Some(file) = fork.file()
+            && file.end(state)
+        {
+            self.file_fork_is_over(fork, file);
+        }
+    }
+
+    /// Cleans up after a fork with `file`, which has just ended.
+    pub(in crate::service) fn file_fork_is_over(self: &Arc<Self>, fork: &Arc<Fork>, file: &FileFork) {
+        let removed = take_place_away(self, file, fork);
+        self.ended(fork);
+        if let Err(error) = removed {
+            warn_place_stays(fork, &error);
+        }
+    }
+}
+
+/// Removes the path of the memory file that was made for this fork, if there is one. Does nothing the second time.
+fn take_place_away(service: &Arc<Service>, file: &FileFork, fork: &Fork) -> Result<(), PlaceError> {
+    service.look_before_own_change(&fork.template.file);
+    let removed = file.take_place_away();
+    service.note_own_change(&fork.template.file);
+    removed
+}
+
+fn warn_place_stays(fork: &Fork, error: &PlaceError) {
+    warn!(fork = %fork.id, error = chain(error), "its memory file cannot be taken away");
+}
+
+/// Says beside the reason for `file` what was done ahead of the fork.
+fn with_warmth(reason: String, template: &Template) -> String {
+    match template.warmth.told() {
+        Some(told) if told.state == WarmthState::Warm => {
+            let stays = if told.resident { ", where it stays" } else { "" };
+            let (read, huge) = (told.read_bytes, told.huge_bytes);
+            format!(
+                "{reason}; {read} bytes of it were brought into memory ahead{stays}, {huge} of them in pages of 2 MiB"
+            )
+        }
+        _ => reason,
+    }
+}

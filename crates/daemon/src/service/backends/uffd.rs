@@ -1,0 +1,164 @@
+//! Forks with `uffd`: the page server has them.
+
+use std::sync::Arc;
+
+use pagecast::server::{ForkOptions, ForkState as ServedState, Prefault as ServedPrefault};
+use pagecast_client::fork::{BackendType, CreateFork, Prefault};
+use pagecast_client::{ApiError, Backend, ErrorCode, ForkState};
+use tracing::{error, warn};
+
+use super::{KILL_TIMEOUT, Lifecycle, Order, find_vmm};
+use crate::fork::{BackedBy, Fork, SavedFork, UffdFork, mem_backend};
+use crate::service::Service;
+use crate::service::refusal::{internal, refuse, server_refuses};
+use crate::vmm_process::VmmProcess;
+
+/// The field of a request that is about a socket, if there is one.
+pub(in crate::service) fn socket_field(wanted: &CreateFork) -> Option<&'static str> {
+    [
+        ("socket_path", wanted.socket_path.is_some()),
+        ("uid", wanted.uid.is_some()),
+        ("gid", wanted.gid.is_some()),
+    ]
+    .into_iter()
+    .find_map(|(field, given)| given.then_some(field))
+}
+
+/// Refuses fields that only `file` has.
+fn check_fields(order: &Order<'_>) -> Result<(), String> {
+    let reason = &order.reason;
+    match (&order.wanted.path, socket_field(order.wanted)) {
+        (None, _) => Ok(()),
+        (Some(_), Some(field)) => Err(format!(
+            "path: it takes `file`, and {field} takes `uffd`; leave one of them out"
+        )),
+        (Some(_), None) => Err(format!(
+            "path: a fork with `uffd` gets a socket, not a file; use socket_path. It has `uffd` because {reason}"
+        )),
+    }
+}
+
+pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>, ApiError> {
+    check_fields(&order).map_err(|why| refuse(ErrorCode::InvalidField, why))?;
+    let Order {
+        id,
+        template,
+        reason,
+        wanted,
+    } = order;
+    let socket_path = match &wanted.socket_path {
+        Some(path) => service.allowed_path("socket_path", path)?,
+        None => service.run_dir.fork_socket(id.as_str()),
+    };
+    let mut options = ForkOptions::new(&socket_path);
+    if let Some(uid) = wanted.uid {
+        options = options.user(uid);
+    }
+    if let Some(gid) = wanted.gid {
+        options = options.group(gid);
+    }
+    let prefault = match wanted.prefault {
+        None if wanted.record => Prefault::None,
+        prefault => prefault.unwrap_or(Prefault::WorkingSet),
+    };
+    options = options.prefault(match prefault {
+        Prefault::None => ServedPrefault::None,
+        Prefault::WorkingSet => ServedPrefault::WorkingSet,
+        Prefault::All => ServedPrefault::All,
+    });
+    if wanted.record {
+        options = options.record();
+    }
+    let served = service
+        .server
+        .register(id.clone(), &template.pages, &options)
+        .map_err(|error| server_refuses(&error))?;
+    Ok(Arc::new(Fork {
+        id,
+        template,
+        reason,
+        mem_backend: mem_backend(BackendType::Uffd, &socket_path),
+        backed_by: BackedBy::Uffd(UffdFork::new(served, prefault, wanted.record)),
+    }))
+}
+
+/// Notes VMMs that have connected, though the event that says so may still be on its way.
+pub(super) fn find_vmms(service: &Service, forks: &[Arc<Fork>]) {
+    for fork in forks {
+        if let Some(uffd) = fork.uffd().filter(|uffd| uffd.vmm.get().is_none())
+            && fork.state() == ForkState::Serving
+        {
+            uffd.note_vmm(service, fork);
+        }
+    }
+}
+
+/// The userfaultfd of a fork with `uffd` has died with the daemon: at its next fault its VMM would hang for ever. But for
+/// one that was complete, which the daemon had no time to note.
+pub(in crate::service) fn end_orphan(service: &Service, id: &str, saved: &SavedFork) {
+    if let Some(vmm) = find_vmm(id, saved).filter(|vmm| vmm.needs_server()) {
+        let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_TIMEOUT);
+        if killed && let Ok(template) = saved.template.parse() {
+            service.registry.count_kill(&template, Backend::Uffd, "server_died");
+        }
+        service.forget_saved_as(id);
+        return error!(
+            event = "fork_lost",
+            fork = id,
+            pid = vmm.pid(),
+            killed,
+            "the daemon that served this VMM has died, and it would hang for ever"
+        );
+    }
+    service.forget_saved_as(id);
+}
+
+impl Lifecycle for UffdFork {
+    fn start(&self, service: &Arc<Service>, fork: &Arc<Fork>) {
+        // Its VMM may have been very quick.
+        self.note_vmm(service, fork);
+        if fork.state().is_end() {
+            service.ended(fork);
+        }
+    }
+
+    fn note_vmm(&self, service: &Service, fork: &Fork) {
+        let Some(pid) = self.served.status().pid else { return };
+        // One that has died already is not looked for any more.
+        if let Ok(vmm) = VmmProcess::open(pid).map(Arc::new)
+            && self.vmm.set(Arc::clone(&vmm)).is_ok()
+        {
+            service.save_fork(fork, Some(&vmm));
+        }
+    }
+
+    fn complete(&self, service: &Service, fork: &Fork) -> Result<(), ApiError> {
+        service
+            .server
+            .complete(&fork.id)
+            .map_err(|error| server_refuses(&error))
+    }
+
+    fn kill(&self, service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError> {
+        if fork.state() != ForkState::Complete {
+            service.server.kill_this(&self.served);
+            return Ok(self.served.wait(KILL_TIMEOUT, ServedState::is_end).state.is_end());
+        }
+        // The page server has let it go.
+        let Some(vmm) = self.vmm.get() else { return Ok(true) };
+        vmm.kill().map_err(|error| internal("kill the VMM", &error))?;
+        Ok(vmm.wait_exited(KILL_TIMEOUT))
+    }
+
+    fn close(&self, service: &Service, _fork: &Fork) -> Result<(), ApiError> {
+        // One that waits for its VMM is closed by this.
+        let closed = service.server.unregister_this(&self.served);
+        closed.map_err(|error| server_refuses(&error))
+    }
+
+    fn release(&self, service: &Arc<Service>, fork: &Fork) {
+        if let Err(error) = service.server.unregister_this(&self.served) {
+            warn!(fork = %fork.id, %error, "cannot be forgotten");
+        }
+    }
+}
