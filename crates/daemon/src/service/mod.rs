@@ -1,15 +1,20 @@
 //! What the daemon does, without HTTP: templates and forks, added, described and removed.
 //!
-//! | file | calls |
+//! | file | holds |
 //! | --- | --- |
-//! | `templates` | those on templates |
-//! | `forks` | those on forks |
+//! | `registry` | the templates and forks, by name, under one lock |
+//! | `totals` | what has happened to forks, added up by template |
+//! | `templates` | calls on templates |
+//! | `forks` | calls on forks |
+//! | `backends` | what depends on the backend of a fork: `uffd` and `file` |
 //! | `describe` | what is said of them |
 //! | `warm` | templates in memory ahead of their forks |
+//! | `loading` | threads that read templates into memory |
 //! | `guard` | what happens when a template changes |
 //! | `idle` | forks that are completed because they have no faults any more |
 //! | `overdue` | forks with `file` whose VMM has not come |
 //! | `restore` | what is found in the run dir at the start |
+//! | `refusal` | what went wrong, as the API says it |
 //!
 //! Calls may wait for disks and for processes to die, so they are made on threads that may. Names are taken first, used
 //! afterwards, and given back where that fails, so no lock is held meanwhile but two that only such calls take: that of protecting
@@ -20,6 +25,7 @@ mod describe;
 mod forks;
 mod guard;
 mod idle;
+mod loading;
 mod overdue;
 mod refusal;
 mod registry;

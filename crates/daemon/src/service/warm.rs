@@ -10,11 +10,10 @@ use pagecast_client::{ApiError, ErrorCode};
 use procfs::Current;
 use tracing::{info, warn};
 
-use super::Service;
 use super::refusal::{internal, refuse};
 use super::templates::check;
+use super::{Service, loading};
 use crate::template::Template;
-use crate::warmth;
 
 /// How long zeros are looked for where a template would not fit into memory without knowing them.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(20);
@@ -108,7 +107,7 @@ fn begin(template: &Arc<Template>, wanted: Wanted, resident: bool) -> Result<(),
     let warmed = Arc::clone(template);
     let spawned = std::thread::Builder::new()
         .name("pagecast-warm".to_owned())
-        .spawn(move || warmth::fulfil(&warmed, &wish));
+        .spawn(move || loading::fulfil(&warmed, &wish));
     spawned.map(drop).map_err(|error| {
         template.warmth.cool();
         internal("bring the template into memory", &error)

@@ -15,11 +15,10 @@ use crate::fork::{BackedBy, Backing as _, FileFork, Fork, SavedFork, mem_backend
 use crate::jailed;
 use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
 use crate::run_dir::Kind as Saved;
-use crate::service::Service;
 use crate::service::refusal::{internal, refuse};
+use crate::service::{Service, loading};
 use crate::template::{Place, Template};
 use crate::vmm_process::{self, VmmProcess};
-use crate::warmth;
 
 /// Refuses fields that only `uffd` has.
 fn check_fields(order: &Order<'_>) -> Result<(), String> {
@@ -44,7 +43,7 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     } = order;
     // A restart that finds it as it is now has nothing to explain.
     service.save_template(&template);
-    warmth::read_ahead(&template);
+    loading::read_ahead(&template);
     let reason = with_warmth(reason, &template);
     let vmm = wanted.pid.map(VmmProcess::open).transpose();
     let vmm = vmm
