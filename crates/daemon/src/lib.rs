@@ -8,6 +8,7 @@
 //! | `api` | HTTP: calls, bodies, statuses, connections |
 //! | `service` | what the calls do |
 //! | `template`, `fork` | what there is |
+//! | `validity` | whether a template is still what it was |
 //! | `learned` | what is learned of a template, and kept beside its memory file |
 //! | `backend` | which backend a fork gets, and why |
 //! | `warmth` | templates in memory ahead of their forks |
@@ -50,6 +51,7 @@ pub mod run_dir;
 mod serve;
 mod service;
 mod template;
+mod validity;
 mod vmm_process;
 #[doc(hidden)]
 pub mod vmstate;

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::ForkId;
@@ -18,6 +18,7 @@ use crate::ownership::Ownership;
 use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
 use crate::run_dir::{Kind, RunDir};
+use crate::validity::{Forks, Validity};
 use crate::warmth::Warmth;
 
 /// The name of a template: `[a-z0-9][a-z0-9._-]{0,63}`, as the ids of forks are.
@@ -108,9 +109,8 @@ pub(crate) struct Template {
     told_ownership: Mutex<Option<String>>,
     lease: Mutex<Option<pagecast::template::Lease>>,
     in_run_dir: Mutex<InRunDir>,
-    changed: OnceLock<String>,
-    /// Forks of it are being ended.
-    withdrawn: AtomicBool,
+    /// Whether it is still what it was when it was added.
+    pub(crate) validity: Validity,
 }
 
 impl Template {
@@ -138,8 +138,7 @@ impl Template {
             told_ownership: Mutex::default(),
             lease: Mutex::new(lease),
             in_run_dir: Mutex::default(),
-            changed: OnceLock::new(),
-            withdrawn: AtomicBool::new(false),
+            validity: Validity::default(),
         }
     }
 
@@ -197,36 +196,19 @@ impl Template {
     ///
     /// In what it has changed. Once changed, always changed; what merely cannot be told now is told another time.
     pub(crate) fn check(&self) -> Result<(), SourceError> {
-        let changed = |how: &str| SourceError::Changed { how: how.to_owned() };
-        if let Some(how) = self.changed() {
-            return Err(changed(how));
+        if self.validity.change().is_none() {
+            let compared = self.file.state().and_then(|_| self.file.check_path());
+            let how = match compared {
+                Ok(()) => return Ok(()),
+                Err(error) if error.may_pass() => return Err(error),
+                Err(SourceError::Changed { how }) => how,
+                Err(other) => pagecast::server::chain(&other),
+            };
+            self.validity.invalidate(&how, Forks::Left);
         }
-        let compared = self.file.state().and_then(|_| self.file.check_path());
-        compared.map_err(|error| match error {
-            error if error.may_pass() => error,
-            SourceError::Changed { how } => changed(self.changed.get_or_init(|| how)),
-            other => changed(self.changed.get_or_init(|| pagecast::server::chain(&other))),
-        })
-    }
-
-    /// In what it has changed, as far as was noticed.
-    pub(crate) fn changed(&self) -> Option<&str> {
-        self.changed.get().map(String::as_str)
-    }
-
-    /// From now on it cannot be forked. `false` where that was known already.
-    pub(crate) fn set_changed(&self, how: String) -> bool {
-        self.changed.set(how).is_ok()
-    }
-
-    /// Whether its forks are ended, or being ended.
-    pub(crate) fn is_withdrawn(&self) -> bool {
-        self.withdrawn.load(Ordering::SeqCst)
-    }
-
-    /// Takes it upon the caller to end its forks; `false` where somebody else has.
-    pub(crate) fn set_withdrawn(&self) -> bool {
-        !self.withdrawn.swap(true, Ordering::SeqCst)
+        // The first reason that was noticed, perhaps by another thread.
+        let how = self.validity.change().unwrap_or_default().to_string();
+        Err(SourceError::Changed { how })
     }
 
     /// Lets whoever waits to write the file go on.

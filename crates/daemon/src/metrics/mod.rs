@@ -84,7 +84,10 @@ fn daemon(families: &mut Families, service: &Service) {
 }
 
 fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
-    let changed = templates.iter().filter(|template| template.changed().is_some()).count();
+    let changed = templates
+        .iter()
+        .filter(|template| template.validity.change().is_some())
+        .count();
     families.gauge(
         "pagecast_templates",
         "Templates, by whether they can be forked.",

@@ -15,6 +15,7 @@ impl Service {
     pub(crate) fn describe_template(&self, template: &Template, memory: bool) -> pagecast_client::Template {
         // Whatever comes of it is remembered.
         let _ = template.check();
+        let change = template.validity.change();
         let living: Vec<Arc<Fork>> = self
             .registry
             .forks()
@@ -25,11 +26,11 @@ impl Service {
             name: template.name.to_string(),
             mem_path: template.spec.mem_path.clone(),
             vmstate_path: template.spec.vmstate_path.clone(),
-            state: match template.changed() {
+            state: match change {
                 Some(_) => TemplateState::Changed,
                 None => TemplateState::Ready,
             },
-            changed: template.changed().map(str::to_owned),
+            changed: change.as_deref().map(str::to_owned),
             warnings: template.ownership_change().into_iter().collect(),
             size_bytes: template.pages.len().get(),
             zero_bytes: template.file.zeros().known_bytes().get(),

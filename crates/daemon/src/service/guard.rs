@@ -24,6 +24,7 @@ use crate::jailed;
 use crate::own_thread::survive;
 use crate::placement::{How, Placement};
 use crate::template::Template;
+use crate::validity::Forks;
 use crate::vmm_process::{self, VmmError, VmmProcess};
 
 /// How often templates are compared that have no lease, while forks of them live.
@@ -69,16 +70,15 @@ impl Service {
 
     /// Takes a template away that was written while nobody looked.
     pub(super) fn withdraw_changed(self: &Arc<Self>, template: &Arc<Template>) {
-        if let Some(how) = template.changed() {
-            self.begin_withdrawal(template, how, None);
+        if let Some(how) = template.validity.change() {
+            self.begin_withdrawal(template, &how, None);
         }
     }
 
     /// Begins to end the forks of a template, once for each template; with `gently`, those that can be completed within that
     /// time live on. On a thread of its own: those of the runtime may all be waiting for somebody, and this must not.
     pub(super) fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
-        template.set_changed(how.to_owned());
-        if !template.set_withdrawn() {
+        if !template.validity.invalidate(how, Forks::Ended) {
             return;
         }
         let (service, withdrawn, why) = (Arc::clone(self), Arc::clone(template), how.to_owned());
@@ -213,7 +213,7 @@ impl Service {
             let forks = self.living_forks_of(&template);
             let unguarded = template.guard() != pagecast_client::template::Guard::Lease;
             let linked = forks.iter().any(|fork| is_linked(fork));
-            if forks.is_empty() || template.is_withdrawn() || !(unguarded || linked) {
+            if forks.is_empty() || template.validity.is_withdrawn() || !(unguarded || linked) {
                 continue;
             }
             watched = true;

@@ -365,10 +365,10 @@ impl TakenId<'_> {
     /// # Errors
     ///
     /// The change of its template, noticed meanwhile: all forks that were here may have been ended for it already.
-    pub(super) fn add(mut self, fork: &Arc<Fork>) -> Result<(), String> {
+    pub(super) fn add(mut self, fork: &Arc<Fork>) -> Result<(), Arc<str>> {
         let mut state = self.registry.state();
-        if let Some(how) = fork.template.changed() {
-            return Err(how.to_owned());
+        if let Some(how) = fork.template.validity.change() {
+            return Err(how);
         }
         self.is_taken = false;
         state.forks.insert(self.id.clone(), Entry::Made(Arc::clone(fork)));

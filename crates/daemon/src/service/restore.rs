@@ -19,6 +19,7 @@ use crate::fork::SavedFork;
 use crate::learned;
 use crate::run_dir::{Kind, RunDir};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
+use crate::validity::Forks;
 
 impl Service {
     /// Starts the page server, and goes on where the last daemon of this run dir has stopped. `observer` is told of
@@ -98,7 +99,7 @@ impl Service {
             match self.find_template(&name, &saved) {
                 Ok(template) => {
                     // Nothing that is kept is of a file that has changed.
-                    if template.changed().is_none() {
+                    if template.validity.change().is_none() {
                         learned::take_up(&template);
                         if saved.resident {
                             warm_again(&template);
@@ -177,7 +178,7 @@ impl Service {
             lease,
         );
         if let Some(how) = changed {
-            template.set_changed(how.clone());
+            template.validity.invalidate(&how, Forks::Left);
             warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");
         } else {
             let _ = template.file.accept_own_change();

@@ -286,7 +286,7 @@ impl Service {
     pub(super) fn note_own_change(&self, file: &MemFile) {
         for template in self.templates_of(file) {
             // What has changed is told where it is looked for.
-            if template.file.accept_own_change().is_ok() && template.changed().is_none() {
+            if template.file.accept_own_change().is_ok() && template.validity.change().is_none() {
                 self.save_template(&template);
             }
         }
@@ -295,8 +295,9 @@ impl Service {
     /// The templates of this file whose forks are not being ended.
     fn templates_of(&self, file: &MemFile) -> Vec<Arc<Template>> {
         let mut templates = self.registry.templates();
-        templates
-            .retain(|template| !template.is_withdrawn() && template.file.identity().inode() == file.identity().inode());
+        templates.retain(|template| {
+            !template.validity.is_withdrawn() && template.file.identity().inode() == file.identity().inode()
+        });
         templates
     }
 
@@ -310,7 +311,7 @@ impl Service {
     /// Keeps what is known of all templates, for the next daemon.
     pub(crate) fn keep_all(&self) {
         for template in self.registry.templates() {
-            if template.changed().is_none() {
+            if template.validity.change().is_none() {
                 self.save_template(&template);
                 learned::keep(&template);
             }
@@ -393,7 +394,7 @@ fn undo(template: &Template, other: Option<&Template>) {
     let removed = template.placement.as_ref().map(Placement::remove);
     let enforced = other.map(|other| (other, other.protection.enforce(other.file.as_fd())));
     // While nobody can write the file: it is found as it is now when it is added again.
-    if template.changed().is_none() && template.file.accept_own_change().is_ok() {
+    if template.validity.change().is_none() && template.file.accept_own_change().is_ok() {
         learned::keep(template);
     }
     template.release_lease();

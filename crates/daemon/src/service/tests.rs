@@ -217,7 +217,7 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
     rig.service().lease_broken(&removed.file);
     assert!(rig.service().take_withdrawals().is_empty());
     let there = rig.template();
-    assert!(!there.is_withdrawn() && there.changed().is_none());
+    assert!(!there.validity.is_withdrawn() && there.validity.change().is_none());
 }
 
 /// Before its template is on the list, and before its forks are.

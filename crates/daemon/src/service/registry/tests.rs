@@ -11,6 +11,7 @@ use crate::fork::{BackedBy, FileFork, mem_backend};
 use crate::ownership::Ownership;
 use crate::protection::Applied;
 use crate::template::Spec;
+use crate::validity::Forks;
 
 fn template(name: &str) -> Arc<Template> {
     let file = TemplateFile::create(TemplateModel::of_data(4096, 1)).unwrap();
@@ -196,8 +197,8 @@ fn a_fork_is_refused_if_its_template_has_changed_meanwhile() {
     let (registry, template) = registry();
     let taken = registry.take_id("t", Some("f".parse().unwrap())).unwrap();
     let fork = fork(&taken);
-    template.set_changed("it was written".to_owned());
-    assert_eq!(taken.add(&fork).unwrap_err(), "it was written");
+    template.validity.invalidate("it was written", Forks::Left);
+    assert_eq!(&*taken.add(&fork).unwrap_err(), "it was written");
     assert_refused(registry.fork("f"), ErrorCode::ForkNotFound);
     registry.remove_template(&template).unwrap();
 }
