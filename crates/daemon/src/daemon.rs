@@ -124,15 +124,15 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// [`CloseError`] where that does not fit into memory or takes longer than `patience`: everything goes on.
-    pub async fn close(&self, patience: Duration) -> Result<(), CloseError> {
-        self.service.stop_taking();
+    /// [`CloseError`] where that does not fit into memory or takes longer than `timeout`: everything goes on.
+    pub async fn close(&self, timeout: Duration) -> Result<(), CloseError> {
+        self.service.set_closing(true);
         let service = Arc::clone(&self.service);
-        let closed = off_the_runtime(move || service.server().close(patience)).await;
+        let closed = off_the_runtime(move || service.server().close(timeout)).await;
         match closed {
             Ok(()) => self.service.forget_ended(),
             // The page server goes on as before.
-            Err(CloseError::NotEnoughMemory { .. }) => self.service.take_again(),
+            Err(CloseError::NotEnoughMemory { .. }) => self.service.set_closing(false),
             Err(_) => {}
         }
         closed
@@ -142,11 +142,11 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// [`CloseError::NotComplete`] where some have not died within `patience`.
-    pub async fn kill(&self, patience: Duration) -> Result<(), CloseError> {
-        self.service.stop_taking();
+    /// [`CloseError::NotComplete`] where some have not died within `timeout`.
+    pub async fn kill(&self, timeout: Duration) -> Result<(), CloseError> {
+        self.service.set_closing(true);
         let service = Arc::clone(&self.service);
-        let killed = off_the_runtime(move || service.server().kill(patience)).await;
+        let killed = off_the_runtime(move || service.server().kill(timeout)).await;
         self.service.forget_ended();
         killed
     }

@@ -158,8 +158,8 @@ impl RunDir {
     /// # Errors
     ///
     /// Where it cannot be written; what was there before is there still.
-    pub fn save(&self, kind: Kind, name: &str, value: &impl Serialize) -> io::Result<()> {
-        let path = self.saved(kind, name);
+    pub fn save(&self, what: Saved, name: &str, value: &impl Serialize) -> io::Result<()> {
+        let path = self.saved(what, name);
         let folder = path.parent().unwrap_or(&self.path);
         let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
         file.write_all(&encode(value)?)?;
@@ -172,8 +172,8 @@ impl RunDir {
     /// # Errors
     ///
     /// Where it is there and cannot be deleted.
-    pub fn forget(&self, kind: Kind, name: &str) -> io::Result<()> {
-        match std::fs::remove_file(self.saved(kind, name)) {
+    pub fn forget(&self, what: Saved, name: &str) -> io::Result<()> {
+        match std::fs::remove_file(self.saved(what, name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -184,22 +184,22 @@ impl RunDir {
     /// # Errors
     ///
     /// Where the folder cannot be listed.
-    pub fn saved_values<T: DeserializeOwned>(&self, kind: Kind) -> io::Result<Vec<(String, io::Result<T>)>> {
+    pub fn saved_values<T: DeserializeOwned>(&self, what: Saved) -> io::Result<Vec<(String, io::Result<T>)>> {
         let mut values = Vec::new();
-        for entry in std::fs::read_dir(self.path.join(kind.folder()))? {
+        for entry in std::fs::read_dir(self.path.join(what.folder()))? {
             let name = entry?.file_name();
             let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
                 continue;
             };
-            let value = std::fs::read(self.saved(kind, name)).and_then(|bytes| Ok(decode(&bytes)?));
+            let value = std::fs::read(self.saved(what, name)).and_then(|bytes| Ok(decode(&bytes)?));
             values.push((name.to_owned(), value));
         }
         values.sort_by(|(one, _), (other, _)| one.cmp(other));
         Ok(values)
     }
 
-    fn saved(&self, kind: Kind, name: &str) -> PathBuf {
-        self.path.join(kind.folder()).join(format!("{name}.json"))
+    fn saved(&self, what: Saved, name: &str) -> PathBuf {
+        self.path.join(what.folder()).join(format!("{name}.json"))
     }
 }
 
@@ -215,14 +215,14 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T>
 
 /// What is saved.
 #[derive(Clone, Copy, Debug)]
-pub enum Kind {
+pub enum Saved {
     /// A template.
     Template,
     /// A fork.
     Fork,
 }
 
-impl Kind {
+impl Saved {
     fn folder(self) -> &'static str {
         match self {
             Self::Template => "templates",
@@ -293,20 +293,20 @@ mod tests {
         std::fs::write(&half, "{").unwrap();
         let run_dir = RunDir::take(dir.path(), false).unwrap();
         assert!(!half.exists());
-        assert_eq!(run_dir.saved_values::<u32>(Kind::Fork).unwrap().len(), 0);
+        assert_eq!(run_dir.saved_values::<u32>(Saved::Fork).unwrap().len(), 0);
     }
 
     #[test]
     fn what_is_saved_is_found_again_and_damage_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let run_dir = RunDir::take(dir.path(), false).unwrap();
-        run_dir.save(Kind::Fork, "b", &2).unwrap();
-        run_dir.save(Kind::Fork, "a", &1).unwrap();
-        run_dir.save(Kind::Fork, "gone", &3).unwrap();
-        run_dir.forget(Kind::Fork, "gone").unwrap();
-        run_dir.forget(Kind::Fork, "gone").unwrap();
+        run_dir.save(Saved::Fork, "b", &2).unwrap();
+        run_dir.save(Saved::Fork, "a", &1).unwrap();
+        run_dir.save(Saved::Fork, "gone", &3).unwrap();
+        run_dir.forget(Saved::Fork, "gone").unwrap();
+        run_dir.forget(Saved::Fork, "gone").unwrap();
         std::fs::write(dir.path().join("forks/c.json"), "{").unwrap();
-        let values = run_dir.saved_values::<u32>(Kind::Fork).unwrap();
+        let values = run_dir.saved_values::<u32>(Saved::Fork).unwrap();
         let values: Vec<_> = values
             .iter()
             .map(|(name, value)| (&**name, value.as_ref().ok()))

@@ -20,10 +20,10 @@ const API_THREADS: usize = 2;
 const BLOCKING_THREADS: usize = 32;
 
 /// How long forks may take to complete before we say which do not.
-const CLOSE_PATIENCE: Duration = Duration::from_mins(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How long killed processes may take to die.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the threads for calls stay without work: for good. The first is there once the daemon has started, so calls are
 /// answered also where no more threads can be had (`TasksMax`).
@@ -78,7 +78,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
             "stopping: forks are completed; a second signal kills their VMMs"
         );
         let closed = tokio::select! {
-            closed = daemon.close(CLOSE_PATIENCE) => closed,
+            closed = daemon.close(CLOSE_TIMEOUT) => closed,
             () = signals.kill() => return Ok(kill(&daemon).await),
         };
         match closed {
@@ -99,7 +99,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
 }
 
 async fn kill(daemon: &Daemon) -> Ended {
-    let killed = daemon.kill(KILL_PATIENCE).await;
+    let killed = daemon.kill(KILL_TIMEOUT).await;
     warn!(event = "killing", "second signal: VMMs are killed");
     if let Err(error) = killed {
         warn!(%error, "not all have died");

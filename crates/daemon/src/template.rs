@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::ownership::Ownership;
 use crate::placement::{PlaceError, Placement, Plan, Removal};
 use crate::protection::Applied;
-use crate::run_dir::{Kind, RunDir};
+use crate::run_dir::{RunDir, Saved};
 use crate::validity::{Forks, Validity};
 use crate::warmth::Warmth;
 
@@ -163,7 +163,7 @@ impl Template {
             place: self.placement.clone().map(Place::Done),
             resident,
         };
-        run_dir.save(Kind::Template, self.name.as_str(), &saved)?;
+        run_dir.save(Saved::Template, self.name.as_str(), &saved)?;
         there.saved_as = Some(state);
         there.resident = resident;
         Ok(())
@@ -176,7 +176,7 @@ impl Template {
     /// It cannot be deleted.
     pub(crate) fn forget(&self, run_dir: &RunDir) -> io::Result<()> {
         self.in_run_dir().is_over = true;
-        run_dir.forget(Kind::Template, self.name.as_str())
+        run_dir.forget(Saved::Template, self.name.as_str())
     }
 
     fn in_run_dir(&self) -> MutexGuard<'_, InRunDir> {

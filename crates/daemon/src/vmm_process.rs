@@ -60,7 +60,7 @@ pub(crate) enum VmmError {
 
 /// What tells a process from all others that have had its pid: to be persisted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Saved {
+pub(crate) struct SavedVmm {
     /// Its pid.
     pub(crate) pid: i32,
     /// When it was started, in clock ticks since the host was.
@@ -104,7 +104,7 @@ impl VmmProcess {
     /// # Errors
     ///
     /// It lives, or may do so, but cannot be looked at or is not ours to kill.
-    pub(crate) fn find(saved: &Saved) -> Result<Option<Self>, VmmError> {
+    pub(crate) fn find(saved: &SavedVmm) -> Result<Option<Self>, VmmError> {
         let pid = saved.pid;
         // Start times of another start of the host say nothing, and none of its processes is alive.
         if boot_id().map_err(|source| VmmError::Io { pid, source })? != saved.boot_id {
@@ -181,8 +181,8 @@ impl VmmProcess {
     /// # Errors
     ///
     /// The host does not say which of its starts this is.
-    pub(crate) fn saved(&self) -> io::Result<Saved> {
-        Ok(Saved {
+    pub(crate) fn saved(&self) -> io::Result<SavedVmm> {
+        Ok(SavedVmm {
             pid: self.pid(),
             start_time: self.start_time,
             boot_id: boot_id()?,

@@ -26,7 +26,7 @@ struct FileLife {
     /// When it is looked whether its VMM has come.
     deadline: Option<Instant>,
     /// A process was seen that may be its VMM.
-    suspected: bool,
+    has_candidate: bool,
 }
 
 impl FileLife {
@@ -53,7 +53,7 @@ impl FileFork {
                 vmm,
                 error: None,
                 deadline: None,
-                suspected: false,
+                has_candidate: false,
             }),
         }
     }
@@ -108,8 +108,8 @@ impl FileFork {
     }
 
     /// A process was seen that may be its VMM, and cannot be told from those of others.
-    pub(crate) fn suspect(&self) {
-        self.life().suspected = true;
+    pub(crate) fn note_candidate(&self) {
+        self.life().has_candidate = true;
     }
 
     /// Its VMM has not come: it has failed, or, where it may have come without being known, that has exited. `false` where
@@ -119,7 +119,7 @@ impl FileFork {
         if life.state != ForkState::Waiting {
             return false;
         }
-        if !life.suspected {
+        if !life.has_candidate {
             life.error.get_or_insert(error);
         }
         life.end(ForkState::Exited);

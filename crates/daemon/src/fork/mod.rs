@@ -23,7 +23,7 @@ pub(crate) use self::uffd::UffdFork;
 use crate::inode::InodeId;
 use crate::placement::Placement;
 use crate::template::{Place, Template};
-use crate::vmm_process::{Saved as SavedVmm, VmmProcess};
+use crate::vmm_process::{SavedVmm, VmmProcess};
 
 /// A fork, from making to deleting.
 pub(crate) struct Fork {

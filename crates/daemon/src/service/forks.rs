@@ -108,10 +108,10 @@ impl Service {
         let Some(told) = self.registry.remove_fork(&fork) else {
             return Ok(());
         };
-        if fork.state().is_end() && !told {
-            self.tell_end(&fork);
-        }
         self.forget(&fork);
+        if fork.state().is_end() && !told {
+            Self::log_end(&fork);
+        }
         info!(event = "fork_deleted", fork = id, "fork deleted");
         Ok(())
     }

@@ -1,10 +1,5 @@
 //! What happens when a template changes: nobody gets a wrong byte.
 
-use std::collections::BTreeSet;
-use std::ffi::OsStr;
-use std::io;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -18,20 +13,19 @@ use tracing::{debug, error, info, warn};
 
 use super::Service;
 use super::backends::KILL_TIMEOUT;
+use super::untracked::untracked_vmms;
 use crate::fork::Fork;
-use crate::inode::InodeId;
-use crate::jailed;
 use crate::own_thread::survive;
 use crate::placement::{How, Placement};
 use crate::template::Template;
 use crate::validity::Forks;
-use crate::vmm_process::{self, VmmError, VmmProcess};
+use crate::vmm_process::VmmProcess;
 
 /// How often templates are compared that have no lease, while forks of them live.
-const WATCH_PACE: Duration = Duration::from_secs(1);
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long forks with `uffd` may take to complete or to die while somebody waits to write their template, at most.
-const VACATE_PATIENCE: Duration = Duration::from_secs(40);
+const VACATE_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// What a withdrawal is called where a part of it panics.
 const TASK: &str = "withdrawal";
@@ -40,9 +34,9 @@ const TASK: &str = "withdrawal";
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
-    /// From now on acts where somebody wants to write a template, and where somebody has wanted to since its lease was taken.
-    pub(super) fn heed_leases(self: &Arc<Self>) {
-        self.heeds_leases.store(true, Ordering::SeqCst);
+    /// Starts to act on broken leases, those broken since start-up included.
+    pub(super) fn act_on_leases(self: &Arc<Self>) {
+        self.acts_on_leases.store(true, Ordering::SeqCst);
         for template in self.registry.templates() {
             if template.is_lease_broken() {
                 self.lease_broken(&template.file);
@@ -53,7 +47,7 @@ impl Service {
     /// Somebody wants to write the file of a template, which we have a lease on, and waits for us to let go. Must not block.
     pub(super) fn lease_broken(self: &Arc<Self>, file: &Arc<MemFile>) {
         // While the daemon starts, forks that live are not found yet, and would be missed.
-        if !self.heeds_leases.load(Ordering::SeqCst) {
+        if !self.acts_on_leases.load(Ordering::SeqCst) {
             return;
         }
         // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
@@ -63,8 +57,8 @@ impl Service {
             return;
         };
         // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
-        let patience = VACATE_PATIENCE.min(lease_break_time() * 2 / 3);
-        self.begin_withdrawal(&template, "somebody opens it for writing", Some(patience));
+        let timeout = VACATE_TIMEOUT.min(lease_break_time() * 2 / 3);
+        self.begin_withdrawal(&template, "somebody opens it for writing", Some(timeout));
         warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
     }
 
@@ -123,15 +117,15 @@ impl Service {
         survive(TASK, || self.note_own_change(&template.file));
         // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
         survive(TASK, || template.warmth.end());
-        if let Some(patience) = gently {
-            survive(TASK, || self.server.vacate(&template.pages, how, patience));
+        if let Some(timeout) = gently {
+            survive(TASK, || self.server.vacate(&template.pages, how, timeout));
         }
         let served = survive(TASK, || self.server.withdraw(&template.pages, how));
         let left = survive(TASK, || self.await_deaths(template, killed)).unwrap_or_default();
         let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_TIMEOUT));
         // Somebody may have opened the file while it was there, and have mapped it since.
         survive(TASK, || {
-            let late = kill_strangers(template, &places(template, &forks), &left);
+            let late = kill_untracked(template, &places(template, &forks), &left);
             self.await_deaths(template, late);
         });
         template.release_lease();
@@ -161,8 +155,8 @@ impl Service {
         survive(TASK, || self.find_vmms());
         let found = kill_vmms(forks, &killed);
         killed.extend(found);
-        let strangers = survive(TASK, || kill_strangers(template, &places(template, forks), &killed));
-        killed.extend(strangers.into_iter().flatten());
+        let untracked = survive(TASK, || kill_untracked(template, &places(template, forks), &killed));
+        killed.extend(untracked.into_iter().flatten());
         for fork in forks.iter().filter(|fork| fork.vmm().is_none()) {
             self.file_fork_ended(fork, ForkState::Failed);
         }
@@ -198,7 +192,7 @@ impl Service {
         loop {
             // Where that panics, there may be something to watch.
             if survive("watch", || self.compare_templates()).unwrap_or(true) {
-                tokio::time::sleep(WATCH_PACE).await;
+                tokio::time::sleep(WATCH_INTERVAL).await;
             } else {
                 // Nothing to watch until a fork is made.
                 self.fork_made.notified().await;
@@ -276,18 +270,18 @@ fn kill_vmms(forks: &[Arc<Fork>], already: &[Killed]) -> Vec<Killed> {
 
 /// Kills who maps the file of a template by one of `places`, but those that were killed already. What cannot be looked at is not
 /// killed: it may be anybody.
-fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
-    let strangers = match strangers(template, places) {
-        Ok(strangers) => strangers,
+fn kill_untracked(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
+    let untracked = match untracked_vmms(template, places) {
+        Ok(untracked) => untracked,
         Err(error) => {
             error!(template = %template.name, %error, "cannot find out who maps the template, and may read wrong bytes");
             return Vec::new();
         }
     };
-    let mut vmms = strangers.vmms;
+    let mut vmms = untracked.vmms;
     vmms.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
     let outcomes: Vec<_> = vmms.iter().map(VmmProcess::kill).collect();
-    for (pid, why) in &strangers.unknown {
+    for (pid, why) in &untracked.unknown {
         error!(event = "vmm_unknown", template = %template.name, pid, error = %why, "a process that cannot be looked at may map the template, and read wrong bytes");
     }
     for (vmm, outcome) in vmms.iter().zip(outcomes) {
@@ -301,55 +295,6 @@ fn kill_strangers(template: &Template, places: &[&Placement], already: &[Killed]
         fork: None,
     };
     vmms.into_iter().map(killed).collect()
-}
-
-/// Processes that nobody told us of.
-#[derive(Default)]
-pub(super) struct Strangers {
-    /// VMMs that map the file of a template by a path that only forks are told.
-    pub(super) vmms: Vec<VmmProcess>,
-    /// Pids of those that may be such, and why nobody can tell.
-    pub(super) unknown: Vec<(i32, String)>,
-}
-
-/// VMMs that map the file by one of these places, though nobody told us of them.
-///
-/// # Errors
-///
-/// There is no `/proc`.
-pub(super) fn strangers(template: &Template, places: &[&Placement]) -> io::Result<Strangers> {
-    let file = InodeId::from(template.file.identity().inode());
-    let holders = vmm_process::holders(&BTreeSet::from([file]))?;
-    let mut strangers = Strangers::default();
-    for process in holders.may_hold(template.file.identity().size()) {
-        strangers.unknown.push((process.pid, process.why.to_string()));
-    }
-    let is_fork = |pid, paths: &[PathBuf]| {
-        paths
-            .iter()
-            .any(|path| places.iter().any(|place| is_at(pid, path, place)))
-    };
-    for holder in holders.found.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
-        // Looked at again, now that it cannot be another process any more.
-        let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(file), vmm));
-        match looked {
-            Ok((Ok(paths), vmm)) if is_fork(vmm.pid(), &paths) => strangers.vmms.push(vmm),
-            Ok((Ok(_), _)) | Err(VmmError::NoProcess { .. }) => {}
-            Ok((Err(error), _)) => strangers.unknown.push((holder.pid, error.to_string())),
-            Err(error) => strangers.unknown.push((holder.pid, chain(&error))),
-        }
-    }
-    Ok(strangers)
-}
-
-/// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
-/// deleted, and of a mount, which was of this one file, nothing is left but its root. A mount may have a link below it.
-fn is_at(pid: i32, mapped: &Path, place: &Placement) -> bool {
-    let before = mapped.as_os_str().as_bytes().strip_suffix(b" (deleted)");
-    let before = before.map(|bytes| Path::new(OsStr::from_bytes(bytes)));
-    jailed::is_at(pid, mapped, place.path())
-        || before.is_some_and(|path| jailed::is_at(pid, path, place.path()))
-        || matches!(place.how(), How::BindMount { .. } if mapped == Path::new("/"))
 }
 
 /// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.

@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagecast::server::{ForkId, chain};
+use pagecast::server::ForkId;
 use tracing::{info, warn};
 
-use super::Service;
+use super::{Service, backends};
 use crate::fork::Fork;
 use crate::own_thread::survive;
 
 /// How often it is looked at faults, at least and at most, however long forks may be idle.
-const PACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+const INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// How many faults a fork had when that was last another number, and when that was seen.
 type Seen = HashMap<ForkId, (u64, Instant)>;
@@ -20,7 +20,7 @@ type Seen = HashMap<ForkId, (u64, Instant)>;
 impl Service {
     /// Completes forks with `uffd` that had no fault for as long as `after`. Sleeps while none is served. Blocks.
     pub(crate) async fn complete_idle(self: Arc<Self>, after: Duration) {
-        let pace = (after / 4).clamp(PACE.0, PACE.1);
+        let interval = (after / 4).clamp(INTERVAL.0, INTERVAL.1);
         let mut seen = Seen::new();
         loop {
             let served = survive("idle", || {
@@ -33,7 +33,7 @@ impl Service {
             if served == Some(false) {
                 self.fork_serving.notified().await;
             } else {
-                tokio::time::sleep(pace).await;
+                tokio::time::sleep(interval).await;
             }
         }
     }
@@ -46,9 +46,9 @@ impl Service {
     }
 
     fn complete_idle_fork(&self, fork: &Fork) {
-        match self.server().complete(&fork.id) {
+        match backends::of(fork).complete(self, fork) {
             Ok(()) => info!(event = "fork_idle", fork = %fork.id, "has no faults any more, is being completed"),
-            Err(error) => warn!(fork = %fork.id, error = chain(&error), "idle, and cannot be completed now"),
+            Err(error) => warn!(fork = %fork.id, error = error.message, "idle, and cannot be completed now"),
         }
     }
 }

@@ -91,7 +91,7 @@ impl Service {
             );
             let mut found = holders.found.iter().filter(|holder| holder.file == fork.inode());
             if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
-                file.suspect();
+                file.note_candidate();
                 self.await_vmm(file);
             } else if file.give_up(ForkError {
                 code: "connect_deadline".to_owned(),

@@ -17,7 +17,7 @@ use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::SavedFork;
 use crate::learned;
-use crate::run_dir::{Kind, RunDir};
+use crate::run_dir::{RunDir, Saved};
 use crate::template::{Place, SavedTemplate, Template, TemplateName};
 use crate::validity::Forks;
 
@@ -38,7 +38,7 @@ impl Service {
             service.withdraw_changed(&template);
         }
         let withdrawals = service.take_withdrawals();
-        service.heed_leases();
+        service.act_on_leases();
         for withdrawal in withdrawals {
             // A panic has been told on its thread.
             let _ = withdrawal.join();
@@ -77,7 +77,7 @@ impl Service {
             run_dir,
             protecting: Mutex::new(()),
             closing: AtomicBool::new(false),
-            heeds_leases: AtomicBool::new(false),
+            acts_on_leases: AtomicBool::new(false),
             withdrawals: Mutex::default(),
             fork_made: tokio::sync::Notify::new(),
             fork_serving: tokio::sync::Notify::new(),
@@ -88,7 +88,7 @@ impl Service {
     }
 
     pub(super) fn find_templates(self: &Arc<Self>) -> std::io::Result<()> {
-        for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Kind::Template)? {
+        for (name, saved) in self.run_dir.saved_values::<SavedTemplate>(Saved::Template)? {
             let saved = match saved {
                 Ok(saved) => saved,
                 Err(error) => {
@@ -111,7 +111,7 @@ impl Service {
                 Err(why) => {
                     let undone = saved.protection.undo_at(&saved.spec.mem_path);
                     remove_place(&name, saved.place.as_ref());
-                    let forgotten = self.run_dir.forget(Kind::Template, &name);
+                    let forgotten = self.run_dir.forget(Saved::Template, &name);
                     error!(
                         event = "template_lost",
                         template = name,
@@ -193,7 +193,7 @@ impl Service {
     /// nobody else should.
     pub(super) fn find_forks(self: &Arc<Self>) -> std::io::Result<Vec<(String, SavedFork)>> {
         let mut orphans = Vec::new();
-        for (id, saved) in self.run_dir.saved_values::<SavedFork>(Kind::Fork)? {
+        for (id, saved) in self.run_dir.saved_values::<SavedFork>(Saved::Fork)? {
             match saved {
                 Ok(saved) => orphans.extend(backends::find_again(self, &id, saved).map(|orphan| (id, orphan))),
                 Err(error) => warn!(event = "fork_lost", fork = id, %error, "fork lost: its state cannot be read"),
@@ -203,7 +203,7 @@ impl Service {
     }
 
     pub(super) fn forget_saved_as(&self, id: &str) {
-        if let Err(error) = self.run_dir.forget(Kind::Fork, id) {
+        if let Err(error) = self.run_dir.forget(Saved::Fork, id) {
             warn!(fork = id, %error, "cannot forget its state in the run dir");
         }
     }

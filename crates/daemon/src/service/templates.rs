@@ -13,15 +13,16 @@ use pagecast_client::template::Protection;
 use pagecast_client::{AddTemplate, ApiError, ErrorCode};
 use tracing::{info, warn};
 
+use super::Service;
 use super::refusal::{abridged, internal, refuse};
 use super::registry::Name;
-use super::{Service, guard};
+use super::untracked::untracked_vmms;
 use crate::learned;
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
 use crate::placement::{Placement, Plan, Prefer};
 use crate::protection::{self, Applied};
-use crate::run_dir::Kind;
+use crate::run_dir::Saved;
 use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
 use crate::vmstate;
 
@@ -238,7 +239,7 @@ impl Service {
             resident,
         };
         let save = |saved: &SavedTemplate| {
-            let kept = self.run_dir.save(Kind::Template, name.as_str(), saved);
+            let kept = self.run_dir.save(Saved::Template, name.as_str(), saved);
             kept.map_err(|error| internal("keep the template in the run dir", &error))
         };
         let placed = Plan::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
@@ -319,7 +320,7 @@ impl Service {
     }
 
     fn forget_template(&self, name: &TemplateName) {
-        if let Err(error) = self.run_dir.forget(Kind::Template, name.as_str()) {
+        if let Err(error) = self.run_dir.forget(Saved::Template, name.as_str()) {
             warn!(template = %name, %error, "cannot be forgotten in the run dir");
         }
     }
@@ -335,13 +336,13 @@ impl Service {
             .map(|vmm| vmm.pid())
             .collect();
         let place: Vec<_> = template.placement.iter().collect();
-        let strangers = guard::strangers(&template, &place).map_err(|error| {
+        let untracked = untracked_vmms(&template, &place).map_err(|error| {
             refuse(
                 ErrorCode::TemplateInUse,
                 format_args!("cannot find out who maps {name}: {error}"),
             )
         })?;
-        let untold: Vec<String> = strangers
+        let untold: Vec<String> = untracked
             .vmms
             .iter()
             .filter(|vmm| !pids.contains(&vmm.pid()))
@@ -356,7 +357,7 @@ impl Service {
                 ),
             ));
         }
-        let unknown = strangers.unknown.iter().filter(|(pid, _)| !pids.contains(pid));
+        let unknown = untracked.unknown.iter().filter(|(pid, _)| !pids.contains(pid));
         let unknown: Vec<String> = unknown.map(|(pid, why)| format!("pid {pid} ({why})")).collect();
         if !unknown.is_empty() {
             return Err(refuse(

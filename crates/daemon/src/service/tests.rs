@@ -16,12 +16,13 @@ use rustix::thread::CapabilitySet;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-use super::{Service, guard};
+use super::Service;
+use super::untracked::untracked_vmms;
 use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
 use crate::mapper::Mapper;
 use crate::placement::{How, Plan, Prefer, Removal};
-use crate::run_dir::{Kind, RunDir};
+use crate::run_dir::{RunDir, Saved};
 use crate::template::{SavedTemplate, Template};
 use crate::vmm_process::{self, VmmProcess};
 use crate::{Config, Settings};
@@ -111,7 +112,7 @@ impl Rig {
 
     /// The forks that the next daemon would find.
     fn saved(&self) -> Vec<String> {
-        let saved = self.service().run_dir().saved_values::<SavedFork>(Kind::Fork);
+        let saved = self.service().run_dir().saved_values::<SavedFork>(Saved::Fork);
         saved.unwrap().into_iter().map(|(id, _)| id).collect()
     }
 }
@@ -235,7 +236,10 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
             service.find_templates().unwrap();
             Arc::clone(&service.registry().templates()[0])
         } else {
-            let mut saved = service.run_dir().saved_values::<SavedTemplate>(Kind::Template).unwrap();
+            let mut saved = service
+                .run_dir()
+                .saved_values::<SavedTemplate>(Saved::Template)
+                .unwrap();
             let (name, saved) = saved.remove(0);
             service.find_template(&name, &saved.unwrap()).unwrap()
         };
@@ -249,7 +253,7 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         service.registry().restore_template(Arc::clone(&template));
         let orphans = service.find_forks().unwrap();
         assert!(orphans.is_empty());
-        service.heed_leases();
+        service.act_on_leases();
         assert!(vmm.is_dead_in_time(), "it would read what is written");
         eventually("its fork has failed", || {
             service.registry().forks()[0].state() == ForkState::Failed
@@ -345,8 +349,8 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
         };
         let mapper = Mapper::of_file(&at);
         let found = || -> Vec<_> {
-            let strangers = guard::strangers(&template, &[&placement]);
-            strangers.unwrap().vmms.iter().map(VmmProcess::pid).collect()
+            let untracked = untracked_vmms(&template, &[&placement]);
+            untracked.unwrap().vmms.iter().map(VmmProcess::pid).collect()
         };
         assert_eq!(found(), [mapper.pid()]);
         assert_eq!(placement.remove().unwrap(), Removal::Removed);

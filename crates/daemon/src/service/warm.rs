@@ -16,7 +16,7 @@ use super::{Service, loading};
 use crate::template::Template;
 
 /// How long zeros are looked for where a template would not fit into memory without knowing them.
-const SEARCH_PATIENCE: Duration = Duration::from_secs(20);
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// This part of the memory that is available is left to everybody else.
 const SPARE_PART: u64 = 16;
@@ -36,7 +36,7 @@ impl Service {
         if !is_so {
             let wanted = self::wanted(&template, resident).or_else(|_| {
                 // All that is not zeros may be much less than all that is not known to be.
-                template.pages.find_zeros(Instant::now() + SEARCH_PATIENCE);
+                template.pages.find_zeros(Instant::now() + SEARCH_TIMEOUT);
                 self::wanted(&template, resident)
             })?;
             if template.warmth.is_over() {

@@ -109,16 +109,16 @@ fn a_process_is_known_until_it_has_exited() {
 fn a_saved_process_is_found_again_until_it_has_exited() {
     let mut mapper = Mapper::start("turn()", &[]);
     let saved = VmmProcess::open(mapper.pid()).unwrap().saved().unwrap();
-    let saved: Saved = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+    let saved: SavedVmm = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
     let found = VmmProcess::find(&saved).unwrap().unwrap();
     assert_eq!(found.saved().unwrap(), saved);
 
-    let earlier = Saved {
+    let earlier = SavedVmm {
         start_time: saved.start_time - 1,
         ..saved.clone()
     };
     assert!(VmmProcess::find(&earlier).unwrap().is_none(), "another with its pid");
-    let before = Saved {
+    let before = SavedVmm {
         boot_id: "00000000-0000-0000-0000-000000000000".to_owned(),
         ..saved.clone()
     };
@@ -139,7 +139,7 @@ fn a_pid_that_others_have_by_now_is_no_error() {
     let thread = thread.join().unwrap();
     let own = i32::try_from(std::process::id()).unwrap();
     for pid in [own, 1, thread, 0, -1, i32::MIN, i32::MAX] {
-        let saved = Saved {
+        let saved = SavedVmm {
             pid,
             start_time: u64::MAX,
             boot_id: boot_id.clone(),

@@ -14,7 +14,7 @@ use super::{KILL_TIMEOUT, Lifecycle, Order, find_vmm, socket_field};
 use crate::fork::{BackedBy, Backing as _, FileFork, Fork, SavedFork, mem_backend};
 use crate::jailed;
 use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
-use crate::run_dir::Kind as Saved;
+use crate::run_dir::Saved;
 use crate::service::refusal::{internal, refuse};
 use crate::service::{Service, loading};
 use crate::template::{Place, Template};
@@ -242,7 +242,7 @@ impl Lifecycle for FileFork {
     }
 
     fn release(&self, service: &Arc<Service>, fork: &Fork) {
-        // Where it has ended that may be under way.
+        // Another thread may be doing that, if it has just ended.
         if let Err(error) = take_place_away(service, self, fork) {
             warn_place_stays(fork, &error);
         }

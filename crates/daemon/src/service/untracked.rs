@@ -1,0 +1,64 @@
+//! VMMs that are found by the path of the memory file that they map.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use pagecast::server::chain;
+
+use crate::inode::InodeId;
+use crate::jailed;
+use crate::placement::{How, Placement};
+use crate::template::Template;
+use crate::vmm_process::{self, VmmError, VmmProcess};
+
+/// Processes whose pid was not told.
+#[derive(Default)]
+pub(super) struct UntrackedVmms {
+    /// VMMs that map the file of a template by a path that only forks are told.
+    pub(super) vmms: Vec<VmmProcess>,
+    /// Pids of processes that may be such, and why they cannot be looked at.
+    pub(super) unknown: Vec<(i32, String)>,
+}
+
+/// Finds VMMs that map the file of a template by one of these places, those of known forks included.
+///
+/// # Errors
+///
+/// There is no `/proc`.
+pub(super) fn untracked_vmms(template: &Template, places: &[&Placement]) -> io::Result<UntrackedVmms> {
+    let file = InodeId::from(template.file.identity().inode());
+    let holders = vmm_process::holders(&BTreeSet::from([file]))?;
+    let mut untracked = UntrackedVmms::default();
+    for process in holders.may_hold(template.file.identity().size()) {
+        untracked.unknown.push((process.pid, process.why.to_string()));
+    }
+    let is_fork = |pid, paths: &[PathBuf]| {
+        paths
+            .iter()
+            .any(|path| places.iter().any(|place| is_at(pid, path, place)))
+    };
+    for holder in holders.found.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
+        // Looked at again, now that it cannot be another process any more.
+        let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(file), vmm));
+        match looked {
+            Ok((Ok(paths), vmm)) if is_fork(vmm.pid(), &paths) => untracked.vmms.push(vmm),
+            Ok((Ok(_), _)) | Err(VmmError::NoProcess { .. }) => {}
+            Ok((Err(error), _)) => untracked.unknown.push((holder.pid, error.to_string())),
+            Err(error) => untracked.unknown.push((holder.pid, chain(&error))),
+        }
+    }
+    Ok(untracked)
+}
+
+/// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
+/// deleted, and of a mount, which was of this one file, nothing is left but its root. A mount may have a link below it.
+fn is_at(pid: i32, mapped: &Path, place: &Placement) -> bool {
+    let before = mapped.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+    let before = before.map(|bytes| Path::new(OsStr::from_bytes(bytes)));
+    jailed::is_at(pid, mapped, place.path())
+        || before.is_some_and(|path| jailed::is_at(pid, path, place.path()))
+        || matches!(place.how(), How::BindMount { .. } if mapped == Path::new("/"))
+}
