@@ -1,6 +1,7 @@
 //! `cargo xtask lint`: everything that can be said about the code without running it.
 
 mod arrows;
+mod circles;
 mod files;
 mod links;
 mod skips;
@@ -66,6 +67,9 @@ fn checks() -> Vec<Check> {
         Check::new("lock files are up to date", lock_files),
         Check::new("dependency arrows point one way", || {
             holds_no(&arrows::wrong_arrows(&metadata()?))
+        }),
+        Check::new("no modules use each other in a circle", || {
+            holds_no(&circles::of_modules()?)
         }),
         Check::new("dependencies are explained", || {
             holds_no(&arrows::unexplained_dependencies(&metadata()?)?)
