@@ -22,6 +22,7 @@
 mod binary;
 mod cache;
 mod console;
+mod create_snapshot;
 mod guest;
 mod jail;
 mod kvm;
@@ -37,6 +38,6 @@ pub use console::{Inflated, Touched, Verified, Written};
 pub use guest::{build_guest, guest_command, has_guest_source};
 pub use jail::Jail;
 pub use kvm::{Kvm, kvm};
-pub use microvm::{BlankVmm, MemBackend, MicroVm};
+pub use microvm::{BlankVmm, MicroVm};
 pub use range::GuestRange;
-pub use snapshot::{Drive, Snapshot, SnapshotOptions};
+pub use snapshot::{Drive, MemBackend, Snapshot, SnapshotOptions};

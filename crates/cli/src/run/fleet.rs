@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use pagecast_client::{Client, ErrorCode};
+use pagecast_client::Client;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::drives::{Loaded, SharedDrive, refuse_shared};
-use super::folder::{LeftFolder, RunFolder};
-use super::launch::{Event, Launch, Plan, Registered, Stage, Turn};
-use crate::daemon::DaemonError;
+use super::folder::RunFolder;
+use super::forget::forget;
+use super::launch::{Event, Launch, Registered, Stage, Turn};
+use super::plan::Plan;
 
 /// How long Firecrackers may take to end, and again the daemon to forget their forks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -144,69 +145,6 @@ impl Fleet {
         }
         problems
     }
-}
-
-/// Has the daemon forget forks, all at once. Why it does not, a line for each, where it has not forgotten them anyway.
-async fn forget(client: &Client, ids: impl IntoIterator<Item = String>) -> Vec<String> {
-    let mut removals = JoinSet::new();
-    for id in ids {
-        let client = client.clone();
-        removals.spawn(async move {
-            let removed = client.remove_fork(&id, true).await.map_err(DaemonError::from);
-            (id, removed)
-        });
-    }
-    let mut problems = Vec::new();
-    let mut unreachable = None;
-    let all = tokio::time::timeout(PATIENCE, async {
-        while let Some(removal) = removals.join_next().await {
-            match removal {
-                // Without a daemon there is nobody to remember them.
-                Ok((_, Ok(()) | Err(DaemonError::NotRunning { .. }))) | Err(_) => {}
-                Ok((_, Err(error))) if error.is(ErrorCode::ForkNotFound) => {}
-                Ok((id, Err(error @ DaemonError::Refused { .. }))) => {
-                    problems.push(format!("the daemon does not forget {id}: {error}"));
-                }
-                // The same for all of them.
-                Ok((_, Err(error))) => unreachable = Some(error),
-            }
-        }
-    });
-    let late = all.await.is_err();
-    if let Some(error) = unreachable {
-        problems.push(format!(
-            "forks may be left at the daemon: {:#}",
-            anyhow::Error::from(error)
-        ));
-    } else if late {
-        problems.push(format!(
-            "forks may be left at the daemon, which does not answer within {PATIENCE:?}"
-        ));
-    }
-    problems
-}
-
-/// Cleans up after runs that were killed; what could not be done, a line each.
-pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
-    let mut problems = Vec::new();
-    for folder in left {
-        if let Err(error) = folder.end_jailed() {
-            problems.push(format!("{}, which a run left: {error}", folder.path().display()));
-            continue;
-        }
-        if let Some(socket) = folder.socket() {
-            let remembered = forget(&Client::new(socket), folder.ids()).await;
-            if !remembered.is_empty() {
-                problems.extend(remembered);
-                continue;
-            }
-        }
-        let path = folder.path().to_owned();
-        if let Err(error) = folder.remove() {
-            problems.push(format!("cannot remove {}, which a run left: {error}", path.display()));
-        }
-    }
-    problems
 }
 
 /// The value of the future, or what it panicked with: then too, what it was about can be ended in good order.

@@ -4,30 +4,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagecast_client::fork::MemBackend;
-use pagecast_client::{Backend, Client, CreateFork, CreatedFork, ErrorCode};
+use pagecast_client::{Backend, CreateFork, CreatedFork, ErrorCode};
 use pagecast_command::harmless;
 use pagecast_firecracker::{Console, Jailer, Vmm, VmmError};
 use tokio::sync::{mpsc, watch};
 
 use super::drives::{Loaded, WritableFiles, open_for_writing};
-use super::firecracker::Firecracker;
 use super::jail::{MEM_FILE, UFFD_SOCKET};
-use super::setup::Wanted;
+use super::plan::Plan;
 use super::{advice, exec};
 use crate::daemon::DaemonError;
-
-/// What is the same for all forks of a run.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    pub(crate) client: Client,
-    pub(crate) firecracker: Firecracker,
-    /// The program of the jailer that starts it, and its settings, if there is one.
-    pub(crate) jailer: Option<(PathBuf, Jailer)>,
-    pub(crate) wanted: Wanted,
-    pub(crate) vmstate: PathBuf,
-    /// How long each step of each fork may take.
-    pub(crate) patience: Duration,
-}
 
 /// How far the forks of a run may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
+use pagecast_client::Client;
 use pagecast_client::template::TemplateState;
-use pagecast_client::{Backend, Client, Prefault};
 use rustix::fs::{Access, access};
 
 use super::firecracker::Firecracker;
-use super::fleet::clean_up;
 use super::folder::{LeftFolder, RunFolder};
+use super::forget::clean_up;
 use super::jail::JailerArgs;
-use super::launch::Plan;
 use super::life::Life;
+use super::plan::{Plan, Wanted};
 use super::say::say;
 use crate::daemon::DaemonError;
 use pagecast_command::harmless;
@@ -40,17 +40,6 @@ pub(crate) struct Starting {
 
     #[command(flatten)]
     jailer: JailerArgs,
-}
-
-/// Which forks.
-#[derive(Debug, Default)]
-pub(crate) struct Wanted {
-    pub(crate) template: String,
-    /// None: as the daemon does by default.
-    pub(crate) backend: Option<Backend>,
-    /// None: as the daemon does by default.
-    pub(crate) prefault: Option<Prefault>,
-    pub(crate) record: bool,
 }
 
 /// What there is before the first Firecracker is started.

@@ -1,6 +1,5 @@
 //! A running Firecracker with the tiny guest in it.
 
-use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -12,19 +11,10 @@ use serde_json::{Value, json};
 use super::console::{Console, Inflated, Reply, Touched, Verified, Written};
 use super::patterns::Patterns;
 use super::vmm::Vmm;
-use super::{GuestRange, Jail, Snapshot, SnapshotOptions, build_guest};
+use super::{GuestRange, Jail, MemBackend, Snapshot, SnapshotOptions, build_guest};
 use crate::process::MemoryUse;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
-
-/// Where a restored Firecracker gets its guest's memory from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MemBackend {
-    /// A mem-file that it maps itself.
-    File(PathBuf),
-    /// The socket of a page server.
-    Uffd(PathBuf),
-}
 
 /// A Firecracker process of our own that has no microVM yet, so that its process id is known before it loads one. Dropping
 /// it kills the process.
