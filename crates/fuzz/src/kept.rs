@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use pagecast::PageSize;
-use pagecast::template::{KeptIdentity, MemFile, Recording, TemplateOffset, WorkingSet};
+use pagecast::template::{KeptIdentity, MemFile, PageSource as _, Recording, TemplateOffset, WorkingSet};
 use pagecast_uffd::ByteLen;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;

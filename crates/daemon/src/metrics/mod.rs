@@ -109,7 +109,7 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
     families.gauge(
         "pagecast_template_zero_bytes",
         "How much of the memory file is known to be zeros.",
-        of_each(|template| template.file.zeros().known_bytes().get()),
+        of_each(|template| template.pages.zeros().known_bytes().get()),
     );
     families.gauge(
         "pagecast_template_warm_bytes",

@@ -33,7 +33,7 @@ impl Service {
             changed: change.as_deref().map(str::to_owned),
             warnings: template.ownership_change().into_iter().collect(),
             size_bytes: template.pages.len().get(),
-            zero_bytes: template.file.zeros().known_bytes().get(),
+            zero_bytes: template.pages.zeros().known_bytes().get(),
             page_size: template.spec.page_size,
             protect: template.spec.protect,
             guard: template.guard(),

@@ -12,7 +12,7 @@ use super::record::ForkRecord;
 use crate::cgroup::MemoryCgroup;
 use crate::page::PageSize;
 use crate::session::Region;
-use crate::template::{PageSource, Template, TemplateOffset};
+use crate::template::{Template, TemplateOffset, ZeroMap};
 
 /// What is never used up: this part of what is available stays for everybody else.
 pub(super) const SPARE_PART: u64 = 16;
@@ -188,10 +188,10 @@ pub(super) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
 /// the safe side.
 fn needed(fork: &ForkRecord) -> Needed {
     let mut needed = Needed::default();
-    let source = fork.template.source();
+    let zeros = fork.template.zeros();
     let mut installed = fork.counters.installed_bytes.get();
     for region in fork.regions.get().into_iter().flatten() {
-        let bytes = bytes_not_zero(region, source);
+        let bytes = bytes_not_zero(region, zeros);
         let left = bytes.saturating_sub(installed);
         installed = installed.saturating_sub(bytes);
         match region.page_size() {
@@ -202,12 +202,11 @@ fn needed(fork: &ForkRecord) -> Needed {
     needed
 }
 
-fn bytes_not_zero(region: &Region, source: &dyn PageSource) -> u64 {
+fn bytes_not_zero(region: &Region, zeros: &ZeroMap) -> u64 {
     let page = region.page_size();
     let start = region.offset().get();
     let pages = 0..region.pages() as u64;
-    let data =
-        pages.filter(|index| !source.is_known_zero(TemplateOffset::new(start + index * page.bytes()), page.len()));
+    let data = pages.filter(|index| !zeros.covers(TemplateOffset::new(start + index * page.bytes()), page.len()));
     data.count() as u64 * page.bytes()
 }
 

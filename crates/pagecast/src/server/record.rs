@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn an_end_is_final() {
-        struct Nothing;
+        struct Nothing(crate::template::ZeroMap);
         impl crate::template::PageSource for Nothing {
             fn len(&self) -> pagecast_uffd::ByteLen {
                 pagecast_uffd::ByteLen::ZERO
@@ -364,20 +364,15 @@ mod tests {
             fn check_unchanged(&self) -> Result<(), crate::template::SourceError> {
                 Ok(())
             }
-            fn is_known_zero(&self, _: crate::template::TemplateOffset, _: pagecast_uffd::ByteLen) -> bool {
-                false
-            }
-            fn find_zeros(
-                &self,
-                _: crate::template::TemplateOffset,
-                _: pagecast_uffd::ByteLen,
-            ) -> Result<(), crate::template::SourceError> {
-                Ok(())
+            fn zeros(&self) -> &crate::template::ZeroMap {
+                &self.0
             }
         }
         let record = ForkRecord::new(
             "a".parse().unwrap(),
-            Template::from_source(Nothing),
+            Template::from_source(Arc::new(Nothing(crate::template::ZeroMap::new(
+                pagecast_uffd::ByteLen::ZERO,
+            )))),
             Plan::default(),
             false,
         );

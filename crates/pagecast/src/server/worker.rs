@@ -267,7 +267,7 @@ impl Worker {
     fn look_if_quiet(&mut self) {
         if self.quiet.look() {
             for (_, served) in &self.forks {
-                served.fork.record.template.source().let_go();
+                served.fork.record.template.release_mapped();
             }
         }
     }
@@ -394,7 +394,7 @@ impl Worker {
             self.disposal.drop_later(socket);
         }
         drop(fork);
-        record.template.source().let_go();
+        record.template.release_mapped();
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.registry.end(&record, state, reason);
     }

@@ -1,22 +1,29 @@
 //! The source of a template, until the template is withdrawn.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use pagecast_uffd::ByteLen;
 
+#[cfg(target_os = "linux")]
+use super::source::MappedPages;
 use super::source::{PageSource, SourceError, TemplateOffset};
 
 /// A [`PageSource`], and the reason why it may not be read any more, if there is one. Shared by a template and the threads that
 /// read it.
 pub(super) struct LiveSource {
-    source: Box<dyn PageSource>,
+    source: Arc<dyn PageSource>,
+    /// What [`PageSource::mapping`] has answered, so that a fault does not ask.
+    #[cfg(target_os = "linux")]
+    mapping: Option<Arc<dyn MappedPages>>,
     withdrawn: OnceLock<String>,
 }
 
 impl LiveSource {
-    pub(super) fn new(source: impl PageSource) -> Self {
+    pub(super) fn new(source: Arc<dyn PageSource>) -> Self {
         Self {
-            source: Box::new(source),
+            #[cfg(target_os = "linux")]
+            mapping: Arc::clone(&source).mapping(),
+            source,
             withdrawn: OnceLock::new(),
         }
     }
@@ -24,6 +31,12 @@ impl LiveSource {
     /// The source, withdrawn or not.
     pub(super) fn source(&self) -> &dyn PageSource {
         &*self.source
+    }
+
+    /// The mapped pages of the source, withdrawn or not.
+    #[cfg(target_os = "linux")]
+    pub(super) fn mapping(&self) -> Option<&dyn MappedPages> {
+        self.mapping.as_deref()
     }
 
     /// Ends reading: each later [`read`](Self::read) and [`find_zeros`](Self::find_zeros) fails. The first reason stays.

@@ -34,6 +34,8 @@ pub use open::OpenError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub(crate) use slow_reads::{ReadFor, ReadResult};
+#[cfg(target_os = "linux")]
+pub use source::MappedPages;
 pub use source::{Page, PageSource, SourceError, TemplateOffset};
 use working_set::Tallies;
 pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, Run, WorkingSet};
@@ -71,7 +73,7 @@ impl Template {
     /// [`OpenError`] where it cannot be a template; always [`OpenError::Unsupported`] where the platform is not Linux.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         #[cfg(target_os = "linux")]
-        return MemFile::open(path).map(Self::from_source);
+        return MemFile::open(path).map(|file| Self::from_source(Arc::new(file)));
         #[cfg(not(target_os = "linux"))]
         {
             let _ = path;
@@ -80,7 +82,7 @@ impl Template {
     }
 
     /// A template whose pages come from `source`.
-    pub fn from_source(source: impl PageSource) -> Self {
+    pub fn from_source(source: Arc<impl PageSource>) -> Self {
         let zeros_are_known = source.knows_all_zeros();
         let source = Arc::new(LiveSource::new(source));
         Self {
@@ -115,6 +117,20 @@ impl Template {
     /// Where its pages come from.
     pub fn source(&self) -> &dyn PageSource {
         self.inner.source.source()
+    }
+
+    /// Those of its pages that can be installed without being read.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn mapping(&self) -> Option<&dyn MappedPages> {
+        self.inner.source.mapping()
+    }
+
+    /// Releases memory that was mapped to answer faults, which is mapped again when it is needed.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn release_mapped(&self) {
+        if let Some(mapping) = self.mapping() {
+            mapping.release();
+        }
     }
 
     /// Makes sure that it may be forked: not withdrawn, and what it was when it was opened.
@@ -196,6 +212,11 @@ impl Template {
         self.inner.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The pages that are known to be zeros by now.
+    pub fn zeros(&self) -> &ZeroMap {
+        self.source().zeros()
+    }
+
     /// Whether all zeros are known: they [were looked for](Self::find_zeros), or the source
     /// [knew them](PageSource::knows_all_zeros) from the beginning.
     pub fn zeros_are_known(&self) -> bool {
@@ -205,7 +226,7 @@ impl Template {
     /// The longest runs of zeros, as far as they are known.
     #[cfg(target_os = "linux")]
     pub(crate) fn zero_runs(&self) -> ZeroRuns {
-        let known = || ZeroRuns::known(self.source());
+        let known = || ZeroRuns::of(self.zeros().runs());
         if self.zeros_are_known() {
             self.inner.zero_runs.get_or_init(known).clone()
         } else {
@@ -213,7 +234,7 @@ impl Template {
         }
     }
 
-    /// Looks for the zeros of the whole template, for [`PageSource::is_known_zero`]. Waits for that no longer than
+    /// Looks for the zeros of the whole template, for [`zeros`](Self::zeros). Waits for that no longer than
     /// `until`.
     pub fn find_zeros(&self, until: Instant) {
         self.inner.zero_search.run(until);

@@ -308,11 +308,12 @@ mod tests {
 
     use super::*;
     use crate::Template;
-    use crate::template::{Page, PageSource};
+    use crate::template::{Page, PageSource, ZeroMap};
 
     const PATIENCE: Duration = Duration::from_secs(30);
     const PAGE: usize = 4096;
     const FILL: usize = 64 * PAGE;
+    const LEN: ByteLen = ByteLen::new(1 << 30);
 
     fn page(number: u64) -> TemplateOffset {
         TemplateOffset::new(number * PAGE as u64)
@@ -322,11 +323,12 @@ mod tests {
     struct Stepped {
         begun: Mutex<Sender<TemplateOffset>>,
         go: Mutex<Receiver<()>>,
+        zeros: ZeroMap,
     }
 
     impl PageSource for Stepped {
         fn len(&self) -> ByteLen {
-            ByteLen::new(1 << 30)
+            LEN
         }
         fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
             Ok(Page::NotReady)
@@ -340,11 +342,8 @@ mod tests {
         fn check_unchanged(&self) -> Result<(), SourceError> {
             Ok(())
         }
-        fn is_known_zero(&self, _: TemplateOffset, _: ByteLen) -> bool {
-            false
-        }
-        fn find_zeros(&self, _: TemplateOffset, _: ByteLen) -> Result<(), SourceError> {
-            Ok(())
+        fn zeros(&self) -> &ZeroMap {
+            &self.zeros
         }
     }
 
@@ -352,10 +351,11 @@ mod tests {
     fn stepped() -> (Template, Receiver<TemplateOffset>, Sender<()>) {
         let (said, begun) = channel();
         let (go, gone) = channel();
-        let template = Template::from_source(Stepped {
+        let template = Template::from_source(Arc::new(Stepped {
             begun: Mutex::new(said),
             go: Mutex::new(gone),
-        });
+            zeros: ZeroMap::new(LEN),
+        }));
         (template, begun, go)
     }
 

@@ -1,14 +1,14 @@
-//! The one small trait that pages come through.
+//! The traits that pages come through: [`PageSource`], and [`MappedPages`] if some of them are mapped.
 
 use std::fmt;
+#[cfg(target_os = "linux")]
 use std::sync::Arc;
 
 use pagecast_uffd::ByteLen;
 #[cfg(target_os = "linux")]
 use pagecast_uffd::MappedRange;
 
-use super::Run;
-use crate::page::PageSize;
+use super::ZeroMap;
 
 /// A position in a template, in bytes from its beginning.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,7 +49,13 @@ pub enum Page<'a> {
     NotReady,
 }
 
-/// Where the pages of a template come from.
+/// Where the pages of a template come from: a local file, or anything else that can give its bytes.
+///
+/// | part | methods |
+/// | --- | --- |
+/// | pages | [`len`](Self::len), [`try_read`](Self::try_read), [`read`](Self::read), [`check_unchanged`](Self::check_unchanged) |
+/// | zeros | [`zeros`](Self::zeros), [`knows_all_zeros`](Self::knows_all_zeros), [`find_zeros`](Self::find_zeros) |
+/// | mapped pages | `mapping`, on Linux, if there are any |
 ///
 /// Offsets and lengths are whole small pages (4 KiB) within [`len`](Self::len); a caller that asks for more gets
 /// [`SourceError::Truncated`]. Every call may come from many threads at once.
@@ -79,38 +85,18 @@ pub trait PageSource: Send + Sync + 'static {
     /// [`SourceError`], as for [`try_read`](Self::try_read).
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError>;
 
-    /// The bytes from `at` on, mapped and in memory, for a long run that is installed without being read. By default none.
-    ///
-    /// Whoever installs it has to [check](Self::check_unchanged) afterwards that it was what it should be.
-    #[cfg(target_os = "linux")]
-    fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        let _ = (at, len);
-        None
-    }
-
-    /// The same for the small page at `at`, known to be in memory without asking for just this one. Called on the fault
-    /// path, where all zeros are known. By default none.
-    #[cfg(target_os = "linux")]
-    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        let _ = at;
-        None
-    }
-
-    /// A fork has ended, or some have not faulted for a while: what was mapped for the sake of their faults may be let go,
-    /// and is mapped again where it is needed.
-    fn let_go(&self) {}
-
     /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
     /// given to a fork, so it has to be fast, and waits for no server. A source that can only ask a server does so in
-    /// [`read`](Self::read), and answers [`Page::NotReady`] to [`try_read`](Self::try_read).
+    /// [`read`](Self::read), and answers [`Page::NotReady`] to [`try_read`](Self::try_read). A source that checks all bytes as
+    /// it reads them, against a digest, has nothing to do here.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`]; [`SourceError::Io`] where it cannot be told now, which is no change.
+    /// [`SourceError::Changed`]; [`SourceError::Io`] if it cannot be told now, which is no change.
     fn check_unchanged(&self) -> Result<(), SourceError>;
 
-    /// Whether `len` bytes from `at` on are *known* to be zeros, from memory alone.
-    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool;
+    /// The pages that are known to be zeros by now.
+    fn zeros(&self) -> &ZeroMap;
 
     /// Whether all zeros are known from the beginning, so that nobody has to look for them. Asked once for each template;
     /// [`Template::zeros_are_known`](super::Template::zeros_are_known) tells for the rest of its life. By default not.
@@ -118,79 +104,40 @@ pub trait PageSource: Send + Sync + 'static {
         false
     }
 
-    /// The next run of small pages that are *known* to be zeros, at or after `from`, from memory alone.
-    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
-        let page = PageSize::Small.len();
-        let known = |at: &u64| self.is_known_zero(TemplateOffset::new(*at), page);
-        let mut pages = (from.get()..self.len().get()).step_by(PageSize::Small.as_usize());
-        let first = pages.find(known)?;
-        let more = pages.take_while(known).count() as u64;
-        Some(Run {
-            at: TemplateOffset::new(first),
-            len: ByteLen::new((1 + more) * PageSize::SMALLEST),
-        })
-    }
-
-    /// Finds out which of the pages in `len` bytes from `at` on are zeros, for [`is_known_zero`](Self::is_known_zero). May
-    /// read them all, which takes as long as it takes.
+    /// Finds out which of the pages in `len` bytes from `at` on are zeros, and adds them to [`zeros`](Self::zeros). May read
+    /// them all, and wait. By default finds none: all that is not known to be zeros is data.
     ///
     /// # Errors
     ///
     /// [`SourceError`]; what was found until then stays known.
-    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError>;
+    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
+        let _ = (at, len);
+        Ok(())
+    }
+
+    /// Those of its pages that can be installed without being read. Asked once for each template. By default none.
+    #[cfg(target_os = "linux")]
+    fn mapping(self: Arc<Self>) -> Option<Arc<dyn MappedPages>> {
+        None
+    }
 }
 
-/// For callers who keep a handle on the source of their template.
-impl<T: PageSource + ?Sized> PageSource for Arc<T> {
-    fn len(&self) -> ByteLen {
-        (**self).len()
-    }
+/// The pages of a [`PageSource`] that are mapped into this process, and copied to forks straight from there.
+///
+/// A page that was installed so was not looked at before. The caller must [check](PageSource::check_unchanged) the template
+/// afterwards.
+#[cfg(target_os = "linux")]
+pub trait MappedPages: Send + Sync + 'static {
+    /// The `len` bytes from `at` on. `None` if they are not known to be in memory.
+    fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>>;
 
-    fn is_empty(&self) -> bool {
-        (**self).is_empty()
-    }
+    /// The small page at `at`. `None` if it is not known to be in memory without asking for just this one, or is known to be
+    /// zeros. Called on the fault path, if all zeros are known.
+    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>>;
 
-    fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
-        (**self).try_read(at, buffer)
-    }
-
-    fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
-        (**self).read(at, buffer)
-    }
-
-    #[cfg(target_os = "linux")]
-    fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        (**self).mapped(at, len)
-    }
-
-    #[cfg(target_os = "linux")]
-    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        (**self).at_hand(at)
-    }
-
-    fn let_go(&self) {
-        (**self).let_go();
-    }
-
-    fn check_unchanged(&self) -> Result<(), SourceError> {
-        (**self).check_unchanged()
-    }
-
-    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
-        (**self).is_known_zero(at, len)
-    }
-
-    fn knows_all_zeros(&self) -> bool {
-        (**self).knows_all_zeros()
-    }
-
-    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
-        (**self).next_known_zeros(from)
-    }
-
-    fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
-        (**self).find_zeros(at, len)
-    }
+    /// Releases memory that was mapped to answer faults, which is mapped again when it is needed. Called when a fork has ended,
+    /// or no fork has faulted for a while.
+    fn release(&self);
 }
 
 /// Why a template could not be read. None of these is ever answered by guessing.

@@ -387,7 +387,7 @@ fn a_close_does_not_wait_for_a_template_that_hangs_while_zeros_are_looked_for() 
     let mut script = Script::new(&model, |_| Access::Ready);
     script.zeros_gated = true;
     let script = Arc::new(script);
-    let template = Template::from_source(ScriptedSource(Arc::clone(&script)));
+    let template = Template::from_source(Arc::new(ScriptedSource(Arc::clone(&script))));
     let options = ForkOptions::new(fixture.folder.path().join("big"));
     let fork = fixture
         .server
@@ -465,7 +465,7 @@ fn a_removal_that_begins_right_before_its_fork_is_let_go_ends() {
         1500 => Access::HoldsWorker,
         _ => Access::Gated,
     }));
-    fixture.template = Template::from_source(ScriptedSource(Arc::clone(&other_script)));
+    fixture.template = Template::from_source(Arc::new(ScriptedSource(Arc::clone(&other_script))));
     let (_, other) = fixture.fork("other");
 
     std::thread::scope(|scope| {

@@ -49,7 +49,7 @@ impl Fixture {
     pub(crate) fn scripted(script: Script, set_up: impl FnOnce(Builder) -> Builder) -> (Self, Arc<Script>) {
         let script = Arc::new(script);
         let fixture = Self {
-            template: Template::from_source(ScriptedSource(Arc::clone(&script))),
+            template: Template::from_source(Arc::new(ScriptedSource(Arc::clone(&script)))),
             ..Self::with(8 << 20, set_up)
         };
         (fixture, script)
@@ -309,7 +309,7 @@ pub(crate) fn half_stuck() -> (Fixture, Arc<Script>, Fork, SimVmm) {
 /// A fork of a template that takes no room on a disk.
 pub(crate) fn big_fork(fixture: &Fixture, model: &TemplateModel) -> (Fork, SimVmm) {
     let script = Script::new(model, |_| Access::Ready);
-    let template = Template::from_source(ScriptedSource(Arc::new(script)));
+    let template = Template::from_source(Arc::new(ScriptedSource(Arc::new(script))));
     let options = ForkOptions::new(fixture.folder.path().join("big"));
     let fork = fixture
         .server

@@ -244,7 +244,7 @@ fn a_completion_that_finds_no_hugepage_is_given_up_and_leaves_no_zeros() {
     let model = TemplateModel::of_data(PAGES * HUGE, 3);
     let script = Arc::new(Script::new(&model, |_| Access::Gated));
     let fixture = Fixture {
-        template: pagecast::Template::from_source(ScriptedSource(Arc::clone(&script))),
+        template: pagecast::Template::from_source(Arc::new(ScriptedSource(Arc::clone(&script)))),
         file: TemplateFile::create(model).unwrap(),
         ..Fixture::new()
     };

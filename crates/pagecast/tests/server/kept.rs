@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pagecast::Template;
-use pagecast::template::{KeptIdentity, LeaseError, MemFile, Page, PageSource, Run, SourceError, TemplateOffset};
+use pagecast::template::{
+    KeptIdentity, LeaseError, MappedPages, MemFile, Page, PageSource, SourceError, TemplateOffset, ZeroMap,
+};
 use pagecast_testkit::sim_vmm::Read;
 use pagecast_testkit::skip::skip;
 use pagecast_uffd::{ByteLen, MappedRange};
@@ -16,7 +18,7 @@ use crate::fixture::{Fixture, assert_reads_right, eventually};
 /// A mem-file that counts the pages which were copied straight from where it is mapped.
 struct Counting {
     mem_file: Arc<MemFile>,
-    at_hand: Arc<AtomicU64>,
+    from_mapping: Arc<AtomicU64>,
 }
 
 impl PageSource for Counting {
@@ -32,30 +34,40 @@ impl PageSource for Counting {
         self.mem_file.read(at, buffer)
     }
 
-    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        let range = self.mem_file.at_hand(at)?;
-        self.at_hand.fetch_add(1, Ordering::Relaxed);
-        Some(range)
-    }
-
     fn check_unchanged(&self) -> Result<(), SourceError> {
         self.mem_file.check_unchanged()
     }
 
-    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
-        self.mem_file.is_known_zero(at, len)
+    fn zeros(&self) -> &ZeroMap {
+        self.mem_file.zeros()
     }
 
     fn knows_all_zeros(&self) -> bool {
         self.mem_file.knows_all_zeros()
     }
 
-    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
-        self.mem_file.next_known_zeros(from)
-    }
-
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
         self.mem_file.find_zeros(at, len)
+    }
+
+    fn mapping(self: Arc<Self>) -> Option<Arc<dyn MappedPages>> {
+        Some(self)
+    }
+}
+
+impl MappedPages for Counting {
+    fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        self.mem_file.resident_run(at, len)
+    }
+
+    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
+        let range = self.mem_file.resident_page(at)?;
+        self.from_mapping.fetch_add(1, Ordering::Relaxed);
+        Some(range)
+    }
+
+    fn release(&self) {
+        self.mem_file.release();
     }
 }
 
@@ -83,13 +95,13 @@ fn where_the_zeros_were_kept_faults_are_answered_straight_from_the_mapped_file()
     let _lease = mem_file.lease(|| {}).unwrap();
     // Whether it is locked in memory makes no difference to who asks for it: all of it is there.
     mem_file.set_pinned(true);
-    let at_hand = Arc::new(AtomicU64::new(0));
-    fixture.template = Template::from_source(Counting {
+    let from_mapping = Arc::new(AtomicU64::new(0));
+    fixture.template = Template::from_source(Arc::new(Counting {
         mem_file,
-        at_hand: Arc::clone(&at_hand),
-    });
+        from_mapping: Arc::clone(&from_mapping),
+    }));
     assert!(fixture.template.zeros_are_known());
     let (_fork, vmm) = fixture.fork("a");
     assert_reads_right(&vmm, Read::default());
-    assert!(at_hand.load(Ordering::Relaxed) > 0);
+    assert!(from_mapping.load(Ordering::Relaxed) > 0);
 }

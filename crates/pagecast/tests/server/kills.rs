@@ -262,7 +262,7 @@ fn what_a_fork_waits_for_while_another_of_its_worker_dies_in_its_prefault() {
     for round in 0..ROUNDS {
         let template = TemplateModel::of_data(SIZE, 1);
         let script = Script::new(&template, |_| Access::Ready);
-        let source = Template::from_source(ScriptedSource(Arc::new(script)));
+        let source = Template::from_source(Arc::new(ScriptedSource(Arc::new(script))));
         let id = format!("big-{round}");
         let options = ForkOptions::new(fixture.folder.path().join(&id)).prefault(Prefault::All);
         let fork = fixture.server.register(id.parse().unwrap(), &source, &options).unwrap();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use pagecast::template::{Page, PageSource, SourceError, TemplateOffset};
+use pagecast::template::{Page, PageSource, SourceError, TemplateOffset, ZeroMap};
 use pagecast_testkit::template_file::{Expected, LAYOUT_PAGE, TemplateModel};
 use pagecast_uffd::ByteLen;
 use rustix::io::Errno as E;
@@ -48,7 +48,9 @@ pub(crate) struct Script {
     holds: AtomicU64,
     /// Which pages of 4 KiB were read, slowly or at once, in this order.
     accesses: Mutex<Vec<Range<u64>>>,
-    /// How often it was asked whether zeros are known.
+    /// None of them is known to be zeros.
+    zeros: ZeroMap,
+    /// How often its zeros were looked through.
     zero_looks: AtomicU64,
 }
 
@@ -65,6 +67,7 @@ impl Script {
             reads: AtomicU64::new(0),
             holds: AtomicU64::new(0),
             accesses: Mutex::new(Vec::new()),
+            zeros: ZeroMap::new(ByteLen::new(model.size)),
             zero_looks: AtomicU64::new(0),
         }
     }
@@ -90,7 +93,7 @@ impl Script {
         self.accesses.lock().unwrap().clone()
     }
 
-    /// How often it was asked whether zeros are known.
+    /// How often its zeros were looked through.
     pub(crate) fn zero_looks(&self) -> u64 {
         self.zero_looks.load(Ordering::SeqCst)
     }
@@ -193,9 +196,9 @@ impl PageSource for ScriptedSource {
         }
     }
 
-    fn is_known_zero(&self, _at: TemplateOffset, _len: ByteLen) -> bool {
+    fn zeros(&self) -> &ZeroMap {
         self.0.zero_looks.fetch_add(1, Ordering::SeqCst);
-        false
+        &self.0.zeros
     }
 
     fn find_zeros(&self, _at: TemplateOffset, _len: ByteLen) -> Result<(), SourceError> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::fixture::{Fixture, PATIENCE, asked_or_given_back, given_back};
 use pagecast::Template;
 use pagecast::server::ForkState;
-use pagecast::template::MemFile;
+use pagecast::template::{MemFile, PageSource as _};
 use pagecast_testkit::sim_vmm::{Order, Read, Share};
 
 #[test]

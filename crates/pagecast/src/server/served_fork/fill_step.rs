@@ -62,6 +62,7 @@ impl FillStep {
                     uffd: &step.uffd,
                     pid: step.pid,
                     source: step.template.source(),
+                    mapping: step.template.mapping(),
                     zeros_are_known,
                     zeros,
                     room: &mut room,

@@ -5,7 +5,7 @@ use pagecast_uffd::{MappedRange, Outcome, Uffd};
 use super::presence;
 use crate::page::PageSize;
 use crate::session::{Content, Fill, Install};
-use crate::template::{Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
+use crate::template::{MappedPages, Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
 
 /// What a lane works with.
 pub(super) struct Lane<'a> {
@@ -13,6 +13,7 @@ pub(super) struct Lane<'a> {
     /// The VMM.
     pub(super) pid: i32,
     pub(super) source: &'a dyn PageSource,
+    pub(super) mapping: Option<&'a dyn MappedPages>,
     /// What is not known to be zeros is none.
     pub(super) zeros_are_known: bool,
     /// A huge page of zeros.
@@ -100,7 +101,8 @@ impl Lane<'_> {
         };
         // What other forks have touched is data, as a rule, and needs not be looked into for zeros either.
         if (fill.is_planned || self.zeros_are_known)
-            && let Some(range) = self.source.mapped(from, part.to.len())
+            && let Some(mapping) = self.mapping
+            && let Some(range) = mapping.resident_run(from, part.to.len())
         {
             return Ok(Bytes::Mapped(range));
         }
@@ -191,9 +193,10 @@ impl Lane<'_> {
             return (true, rest.pages);
         };
         let page = rest.page_size.len();
+        let zeros = self.source.zeros();
         let known = |index: usize| {
             let at = TemplateOffset::new(from.get() + index as u64 * page.get());
-            self.source.is_known_zero(at, page)
+            zeros.covers(at, page)
         };
         let first = known(0);
         (

@@ -296,7 +296,8 @@ impl ServedFork {
         };
         if install.page_size == PageSize::Small
             && self.template.zeros_are_known()
-            && let Some(bytes) = self.template.source().at_hand(from)
+            && let Some(mapping) = self.template.mapping()
+            && let Some(bytes) = mapping.resident_page(from)
         {
             let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
             // It was read as it was installed, so only now can be told what it is. If it is not the template's, or that cannot

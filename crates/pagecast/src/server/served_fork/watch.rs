@@ -77,7 +77,7 @@ impl Watch {
             // The kernel tells which page of those it manages, not where in it.
             for into in (0..page_size.bytes()).step_by(small.as_usize()) {
                 let at = TemplateOffset::new(at.get() + into);
-                if page_size == small || !template.source().is_known_zero(at, small.len()) {
+                if page_size == small || !template.zeros().covers(at, small.len()) {
                     subject.full |= !recording.push(at);
                 }
             }

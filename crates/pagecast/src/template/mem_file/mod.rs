@@ -27,10 +27,9 @@ use self::reliance::Reliance;
 pub use self::sidecar::SidecarError;
 use self::trust::Trust;
 use self::windows::Windows;
-use super::Run;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
-use super::source::{Page, PageSource, SourceError, TemplateOffset};
+use super::source::{MappedPages, Page, PageSource, SourceError, TemplateOffset};
 use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
@@ -275,11 +274,6 @@ impl MemFile {
         *self.holes.get_or_init(written)
     }
 
-    /// What is known of its zeros so far.
-    pub fn zeros(&self) -> &ZeroMap {
-        &self.zeros
-    }
-
     /// Makes sure that the path still leads to this file, unchanged. Forks that live do not care, since the file is held;
     /// a new one should get what is there now.
     ///
@@ -389,31 +383,6 @@ impl PageSource for MemFile {
         Ok(())
     }
 
-    fn mapped(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        // Without a lease, only what was read before it is checked is known to be the template's.
-        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
-        let range = mapped.range(at.get(), len)?;
-        (self.is_pinned() || (self.reliance.residency && range.is_resident())).then_some(range)
-    }
-
-    fn at_hand(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        let page = PageSize::Small.len();
-        if self.zeros.covers(at, page) {
-            return None;
-        }
-        let now = self.trust.holds_now()?;
-        if self.is_pinned() {
-            return self.mapped.as_ref()?.range(at.get(), page);
-        }
-        self.windows.as_ref()?.page(at, now)
-    }
-
-    fn let_go(&self) {
-        if let Some(windows) = &self.windows {
-            windows.let_go();
-        }
-    }
-
     fn check_unchanged(&self) -> Result<(), SourceError> {
         if self.trust.holds() {
             return Ok(());
@@ -434,16 +403,12 @@ impl PageSource for MemFile {
         self.look(if is_remote { Look::Cached } else { Look::Now }).map(drop)
     }
 
+    fn zeros(&self) -> &ZeroMap {
+        &self.zeros
+    }
+
     fn knows_all_zeros(&self) -> bool {
         self.kept_zeros().is_ok()
-    }
-
-    fn is_known_zero(&self, at: TemplateOffset, len: ByteLen) -> bool {
-        self.zeros.covers(at, len)
-    }
-
-    fn next_known_zeros(&self, from: TemplateOffset) -> Option<Run> {
-        self.zeros.next_run(from)
     }
 
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
@@ -476,6 +441,36 @@ impl PageSource for MemFile {
             at = TemplateOffset::new(last);
         }
         self.check_now()
+    }
+    fn mapping(self: Arc<Self>) -> Option<Arc<dyn MappedPages>> {
+        self.mapped.is_some().then_some(self as _)
+    }
+}
+
+impl MappedPages for MemFile {
+    fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
+        // Without a lease, only what was read before it is checked is known to be the template's.
+        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
+        let range = mapped.range(at.get(), len)?;
+        (self.is_pinned() || (self.reliance.residency && range.is_resident())).then_some(range)
+    }
+
+    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
+        let page = PageSize::Small.len();
+        if self.zeros.covers(at, page) {
+            return None;
+        }
+        let now = self.trust.holds_now()?;
+        if self.is_pinned() {
+            return self.mapped.as_ref()?.range(at.get(), page);
+        }
+        self.windows.as_ref()?.page(at, now)
+    }
+
+    fn release(&self) {
+        if let Some(windows) = &self.windows {
+            windows.let_go();
+        }
     }
 }
 
@@ -555,9 +550,9 @@ mod tests {
         let (_dir, mem_file) = mem_file();
         let mut buffer = [0; PAGE];
         assert_eq!(mem_file.try_read(page(1), &mut [0; 2 * PAGE]).unwrap(), Page::Zero);
-        assert!(!mem_file.is_known_zero(page(3), PageSize::Small.len()));
+        assert!(!mem_file.zeros().covers(page(3), PageSize::Small.len()));
         assert_eq!(mem_file.try_read(page(3), &mut buffer).unwrap(), Page::Zero);
-        assert!(mem_file.is_known_zero(page(3), PageSize::Small.len()));
+        assert!(mem_file.zeros().covers(page(3), PageSize::Small.len()));
         assert_eq!(
             mem_file.try_read(page(4), &mut buffer).unwrap(),
             Page::Bytes(&[9; PAGE])
@@ -588,7 +583,7 @@ mod tests {
         mem_file.find_zeros(page(0), mem_file.len()).unwrap();
         let all = ByteLen::new((extents * 15 + 1) * PageSize::SMALLEST);
         assert_eq!(mem_file.zeros().known_bytes(), all);
-        assert!(!mem_file.is_known_zero(page(8), PageSize::Small.len()));
+        assert!(!mem_file.zeros().covers(page(8), PageSize::Small.len()));
         if at_once == ByteLen::new(0) {
             return pagecast_testkit::skip::skip("a file system that tells of holes");
         }

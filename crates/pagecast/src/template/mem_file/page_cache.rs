@@ -45,7 +45,7 @@ impl Wanted {
         };
         let mut at = 0;
         while let Some(block) = block_of(file, at) {
-            if !file.is_known_zero(block.at, block.len) {
+            if !file.zeros.covers(block.at, block.len) {
                 this.add(block);
             }
             at += HUGE;

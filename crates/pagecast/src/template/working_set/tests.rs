@@ -118,7 +118,10 @@ fn where_there_are_too_many_pages_those_that_more_forks_touch_stay() {
 
 #[test]
 fn a_template_takes_only_a_working_set_of_its_own_length() {
-    let template = crate::Template::from_source(Empty(pages(10_000)));
+    let template = crate::Template::from_source(std::sync::Arc::new(Empty {
+        len: pages(10_000),
+        zeros: crate::template::ZeroMap::new(pages(10_000)),
+    }));
     let set = std::sync::Arc::new(WorkingSet::of(&recording([1])));
     template.set_working_set(Some(std::sync::Arc::clone(&set)));
     assert_eq!(template.working_set(), Some(set));
@@ -139,11 +142,14 @@ fn a_consecutive_set_touched_in_any_order_is_few_runs() {
 }
 
 /// A template that is never read.
-struct Empty(ByteLen);
+struct Empty {
+    len: ByteLen,
+    zeros: crate::template::ZeroMap,
+}
 
 impl crate::template::PageSource for Empty {
     fn len(&self) -> ByteLen {
-        self.0
+        self.len
     }
     fn try_read<'a>(
         &'a self,
@@ -159,11 +165,8 @@ impl crate::template::PageSource for Empty {
     fn check_unchanged(&self) -> Result<(), crate::template::SourceError> {
         Ok(())
     }
-    fn is_known_zero(&self, _: TemplateOffset, _: ByteLen) -> bool {
-        true
-    }
-    fn find_zeros(&self, _: TemplateOffset, _: ByteLen) -> Result<(), crate::template::SourceError> {
-        Ok(())
+    fn zeros(&self) -> &crate::template::ZeroMap {
+        &self.zeros
     }
 }
 

@@ -176,7 +176,7 @@ mod tests {
         let opened = MemFile::open(&path).unwrap();
         opened.kept_zeros().unwrap();
         for page in 0..PAGES {
-            assert_eq!(opened.is_known_zero(at(page), PageSize::Small.len()), page % 3 != 0);
+            assert_eq!(opened.zeros().covers(at(page), PageSize::Small.len()), page % 3 != 0);
         }
     }
 

@@ -51,6 +51,16 @@ impl ZeroMap {
         })
     }
 
+    /// All runs of small pages that are known to be zeros, in ascending order.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        let mut at = TemplateOffset::new(0);
+        std::iter::from_fn(move || {
+            let run = self.next_run(at)?;
+            at = TemplateOffset::new(run.at.get() + run.len.get());
+            Some(run)
+        })
+    }
+
     /// The next run of small pages at or after `from` that are known to be zeros.
     pub fn next_run(&self, from: TemplateOffset) -> Option<Run> {
         self.next_run_where(true, from)

@@ -4,8 +4,6 @@ use std::sync::Arc;
 
 use crate::page::PageSize;
 use crate::template::Run;
-#[cfg(target_os = "linux")]
-use crate::template::{PageSource, TemplateOffset};
 
 /// The shortest run that is given back, in pages: 64 KiB. Unregistering takes as long as answering a fault or two, and a
 /// shorter run saves few.
@@ -38,17 +36,6 @@ impl ZeroRuns {
             runs: runs.into(),
             shortest,
         }
-    }
-
-    /// Of all zeros that are known by now.
-    #[cfg(target_os = "linux")]
-    pub(in crate::template) fn known(source: &dyn PageSource) -> Self {
-        let mut at = TemplateOffset::new(0);
-        Self::of(std::iter::from_fn(|| {
-            let run = source.next_known_zeros(at)?;
-            at = TemplateOffset::new(run.at.get() + run.len.get());
-            Some(run)
-        }))
     }
 
     /// The run of this number, counted from the longest.

@@ -227,7 +227,7 @@ mod tests {
 
     use super::*;
     use crate::Template;
-    use crate::template::{Page, PageSource};
+    use crate::template::{Page, PageSource, ZeroMap};
 
     const STEPS: u64 = 4;
 
@@ -237,6 +237,7 @@ mod tests {
     /// A template that is looked at step by step: each says where and on which thread, then waits to be let go on.
     struct Stepped {
         steps: Mutex<(Sender<Step>, Receiver<bool>)>,
+        zeros: ZeroMap,
     }
 
     impl PageSource for Stepped {
@@ -252,8 +253,8 @@ mod tests {
         fn check_unchanged(&self) -> Result<(), SourceError> {
             Ok(())
         }
-        fn is_known_zero(&self, _: TemplateOffset, _: ByteLen) -> bool {
-            false
+        fn zeros(&self) -> &ZeroMap {
+            &self.zeros
         }
         fn find_zeros(&self, at: TemplateOffset, _: ByteLen) -> Result<(), SourceError> {
             let steps = self.steps.lock().unwrap();
@@ -272,9 +273,10 @@ mod tests {
     fn stepped() -> (Template, Receiver<Step>, Sender<bool>) {
         let (step, steps) = channel();
         let (go, gone) = channel();
-        let template = Template::from_source(Stepped {
+        let template = Template::from_source(Arc::new(Stepped {
             steps: Mutex::new((step, gone)),
-        });
+            zeros: ZeroMap::new(ByteLen::new(STEPS * STEP_BYTES)),
+        }));
         (template, steps, go)
     }
 
