@@ -187,7 +187,10 @@ pub(crate) fn row(template: &Template) -> Vec<Cell> {
         Cell::new(template.forks),
         Cell::new(memory(|memory| memory.pss)),
         Cell::new(memory(|memory| memory.unshared)),
-        Cell::new(harmless(&template.mem_path.to_string_lossy())),
+        Cell::new(match &template.mem_path {
+            Some(path) => harmless(&path.to_string_lossy()),
+            None => "-".to_owned(),
+        }),
     ]
 }
 
@@ -208,7 +211,9 @@ pub(crate) fn show(template: &Template, json: bool, output: Output) -> Result<()
     for warning in &template.warnings {
         facts.add("warning", harmless(warning));
     }
-    facts.add("mem-file", template.mem_path.display());
+    if let Some(path) = &template.mem_path {
+        facts.add("mem-file", path.display());
+    }
     if let Some(vmstate) = &template.vmstate_path {
         facts.add("vmstate", vmstate.display());
     }

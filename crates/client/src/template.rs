@@ -59,9 +59,9 @@ pub enum Protection {
 pub struct Template {
     /// Its name: `[a-z0-9][a-z0-9._-]{0,63}`.
     pub name: String,
-    /// The memory file.
-    #[cfg_attr(feature = "openapi", schema(value_type = String))]
-    pub mem_path: PathBuf,
+    /// The memory file; `null` if the template is no file.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, required = true))]
+    pub mem_path: Option<PathBuf>,
     /// The state file, if known.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, required = true))]
     pub vmstate_path: Option<PathBuf>,

@@ -10,6 +10,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) page_size: PageSize,
     /// Not known: neither the request that added the template nor the state file of the snapshot has it.
     pub(crate) page_size_is_guess: bool,
+    /// Whether the template is a file, which a VMM could map.
+    pub(crate) has_file: bool,
     /// The file system of the template, where it is not a local one.
     pub(crate) remote: Option<&'a str>,
     /// What is wanted that can only be had where faults come to us.
@@ -37,6 +39,9 @@ pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, Stri
         };
     }
     match wanted {
+        Backend::File if !facts.has_file => {
+            Err("`file` is for templates that are files, and this one is none; use `uffd` or `auto`".to_owned())
+        }
         Backend::File if huge => Err(
             "`file` cannot back a guest with 2 MiB pages: Firecracker maps the file, which has none; use `uffd` or `auto`"
                 .to_owned(),
@@ -48,6 +53,9 @@ pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, Stri
 
 /// What `auto` is, where either could be had.
 fn best(facts: Facts<'_>) -> (Backend, String) {
+    if !facts.has_file {
+        return (Backend::Uffd, "the template is no file that a VMM could map".to_owned());
+    }
     if facts.page_size != PageSize::Small {
         return (
             Backend::Uffd,
@@ -94,6 +102,7 @@ mod tests {
     const LOCAL: Facts<'_> = Facts {
         page_size: PageSize::Small,
         page_size_is_guess: false,
+        has_file: true,
         remote: None,
         needs_faults: None,
         of_socket: None,

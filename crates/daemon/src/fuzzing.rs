@@ -4,8 +4,8 @@ use pagecast_client::ApiError;
 use serde::de::DeserializeOwned;
 
 use crate::fork::SavedFork;
+use crate::local_file::SavedTemplate;
 use crate::run_dir::{decode, encode};
-use crate::template::SavedTemplate;
 
 /// Reads the body of a request.
 ///

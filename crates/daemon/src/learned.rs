@@ -11,25 +11,16 @@ use pagecast::template::{KeepError, KeptIdentity, MemFile, Recording, SidecarErr
 use tracing::{debug, info, warn};
 
 use crate::fork::Fork;
+use crate::local_file::LocalFile;
 use crate::template::Template;
 
 /// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
 pub(crate) fn take_up(template: &Arc<Template>) {
-    let path = template.file.path();
-    let set_path = WorkingSet::path_for(path);
-    let opened_as = template.file.opened_as();
-    match WorkingSet::load(&set_path, opened_as) {
-        Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
-        Err(error) => not_used(template, "working set", &set_path, &error),
+    if let Some(file) = &template.file {
+        take_up_beside(template, file);
     }
     if template.pages.zeros_are_known() {
-        // A link or permissions of ours may have come since, and have changed its ctime.
-        *zeros_kept(template) = Some(*opened_as);
-        keep_in_background(template);
         return;
-    }
-    if let Err(error) = template.file.kept_zeros() {
-        not_used(template, "map of zeros", &MemFile::zeros_path_for(path), error);
     }
     let searched = Arc::downgrade(template);
     template.pages.find_zeros_in_background(move |found| {
@@ -43,16 +34,35 @@ pub(crate) fn take_up(template: &Arc<Template>) {
     });
 }
 
+/// Takes up what is kept beside a memory file.
+fn take_up_beside(template: &Arc<Template>, file: &LocalFile) {
+    let opened_as = file.mem_file.opened_as();
+    let set_path = WorkingSet::path_for(file.path());
+    match WorkingSet::load(&set_path, opened_as) {
+        Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
+        Err(error) => not_used(template, "working set", &set_path, &error),
+    }
+    match file.mem_file.kept_zeros() {
+        Ok(()) => {
+            // A link or permissions of ours may have come since, and have changed its ctime.
+            *zeros_kept(file) = Some(*opened_as);
+            keep_in_background(template, file);
+        }
+        Err(error) => not_used(template, "map of zeros", &MemFile::zeros_path_for(file.path()), error),
+    }
+}
+
 /// Keeps the zeros of a template beside its memory file, for the file as it is now. Nothing is written where they are there
 /// already. Waits for the disk, and for a tick of the file system's clock if the file was linked just now.
 pub(crate) fn keep(template: &Template) {
-    let mut kept_as = zeros_kept(template);
-    let Ok(now) = template.file.state() else { return };
+    let Some(file) = &template.file else { return };
+    let mut kept_as = zeros_kept(file);
+    let Ok(now) = file.mem_file.state() else { return };
     let name = &template.name;
     if *kept_as == Some(*now.kept()) || !template.pages.zeros_are_known() {
         return;
     }
-    match template.file.keep_zeros() {
+    match file.mem_file.keep_zeros() {
         Ok(identity) => {
             *kept_as = Some(identity);
             debug!(template = %name, "its zeros are kept beside the memory file");
@@ -68,9 +78,9 @@ pub(crate) fn keep(template: &Template) {
 }
 
 /// The same on a thread of its own, unless there is nothing to do.
-fn keep_in_background(template: &Arc<Template>) {
-    let opened_as = template.file.opened_as();
-    if template.file.state().is_ok_and(|now| now.kept() == opened_as) {
+fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
+    let opened_as = file.mem_file.opened_as();
+    if file.mem_file.state().is_ok_and(|now| now.kept() == opened_as) {
         return;
     }
     let kept = Arc::downgrade(template);
@@ -86,9 +96,9 @@ fn keep_in_background(template: &Arc<Template>) {
     }
 }
 
-fn zeros_kept(template: &Template) -> MutexGuard<'_, Option<KeptIdentity>> {
+fn zeros_kept(file: &LocalFile) -> MutexGuard<'_, Option<KeptIdentity>> {
     // What is there is right, whatever becomes of who holds it.
-    template.zeros_kept.lock().unwrap_or_else(PoisonError::into_inner)
+    file.zeros_kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Learns from what a fork has touched, and keeps it. May wait for the disk.
@@ -117,8 +127,11 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     };
     let name = &template.name;
     // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
-    let kept = match (template.check(), template.file.state()) {
-        (Ok(()), Ok(now)) => set.save(&WorkingSet::path_for(template.file.path()), now.kept()),
+    let kept = match &template.file {
+        Some(file) if template.check().is_ok() => match file.mem_file.state() {
+            Ok(now) => set.save(&WorkingSet::path_for(file.path()), now.kept()),
+            Err(_) => Ok(()),
+        },
         _ => Ok(()),
     };
     let (size_bytes, recordings) = (set.size().get(), set.recordings());

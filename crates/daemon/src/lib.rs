@@ -37,6 +37,7 @@ pub mod fuzzing;
 mod inode;
 mod jailed;
 mod learned;
+mod local_file;
 pub mod logging;
 #[cfg(test)]
 mod mapper;

@@ -7,11 +7,14 @@ use pagecast_client::fork::ForkError;
 use pagecast_client::{Backend, ForkState};
 
 use super::backing::{Activity, Backing, Failure, Numbers};
+use crate::local_file::LocalFile;
 use crate::placement::{PlaceError, Placement};
 use crate::vmm_process::VmmProcess;
 
 /// A fork with `file`: its VMM maps the memory file and never speaks to us.
 pub(crate) struct FileFork {
+    /// The memory file of its template.
+    pub(crate) file: Arc<LocalFile>,
     /// A place of its own, where it was asked for.
     placement: Option<Placement>,
     /// That place was taken away: what is at its path by now is another fork's.
@@ -41,8 +44,9 @@ impl FileLife {
 
 impl FileFork {
     /// One whose VMM is known, or not yet.
-    pub(crate) fn new(placement: Option<Placement>, vmm: Option<Arc<VmmProcess>>) -> Self {
+    pub(crate) fn new(file: Arc<LocalFile>, placement: Option<Placement>, vmm: Option<Arc<VmmProcess>>) -> Self {
         Self {
+            file,
             placement,
             taken_away: Mutex::new(false),
             life: Mutex::new(FileLife {

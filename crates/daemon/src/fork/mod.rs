@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::backing::{Activity, Backing, Numbers};
 pub(crate) use self::file::FileFork;
 pub(crate) use self::uffd::UffdFork;
-use crate::inode::InodeId;
+use crate::local_file::Place;
 use crate::placement::Placement;
-use crate::template::{Place, Template};
+use crate::template::Template;
 use crate::vmm_process::{SavedVmm, VmmProcess};
 
 /// A fork, from making to deleting.
@@ -113,11 +113,6 @@ impl Fork {
     /// Adds what its backend knows to the answer of the API.
     pub(crate) fn describe(&self, shown: &mut pagecast_client::Fork) {
         self.backing().describe(shown);
-    }
-
-    /// The memory file of its template.
-    pub(crate) fn inode(&self) -> InodeId {
-        self.template.file.identity().inode().into()
     }
 
     /// The answer to whoever asked for it.

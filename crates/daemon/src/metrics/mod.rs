@@ -114,17 +114,17 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
     families.gauge(
         "pagecast_template_warm_bytes",
         "How much of it was brought into memory ahead of its forks, as last asked for.",
-        of_each(|template| template.warmth.told().map_or(0, |told| told.read_bytes)),
+        of_each(|template| template.warmth().map_or(0, |told| told.read_bytes)),
     );
     families.gauge(
         "pagecast_template_huge_bytes",
         "How much of that came in pages of 2 MiB.",
-        of_each(|template| template.warmth.told().map_or(0, |told| told.huge_bytes)),
+        of_each(|template| template.warmth().map_or(0, |told| told.huge_bytes)),
     );
     families.gauge(
         "pagecast_template_locked_bytes",
         "How much of it is locked in memory now.",
-        of_each(|template| template.warmth.told().map_or(0, |told| told.locked_bytes)),
+        of_each(|template| template.warmth().map_or(0, |told| told.locked_bytes)),
     );
     working_sets(families, templates);
 }

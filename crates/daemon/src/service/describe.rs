@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use pagecast_client::ApiError;
 use pagecast_client::fork::ForkMemory;
-use pagecast_client::template::{TemplateMemory, TemplateState, WorkingSet};
+use pagecast_client::template::{Protection, TemplateMemory, TemplateState, WorkingSet};
 
 use super::Service;
 use crate::fork::Fork;
+use crate::local_file::LocalFile;
 use crate::template::Template;
 
 impl Service {
@@ -22,24 +23,25 @@ impl Service {
             .into_iter()
             .filter(|fork| fork.template.name == template.name && !fork.state().is_end())
             .collect();
+        let file = template.file.as_deref();
         pagecast_client::Template {
             name: template.name.to_string(),
-            mem_path: template.spec.mem_path.clone(),
+            mem_path: file.map(|file| file.path().to_owned()),
             vmstate_path: template.spec.vmstate_path.clone(),
             state: match change {
                 Some(_) => TemplateState::Changed,
                 None => TemplateState::Ready,
             },
             changed: change.as_deref().map(str::to_owned),
-            warnings: template.ownership_change().into_iter().collect(),
+            warnings: file.and_then(LocalFile::ownership_change).into_iter().collect(),
             size_bytes: template.pages.len().get(),
             zero_bytes: template.pages.zeros().known_bytes().get(),
             page_size: template.spec.page_size,
-            protect: template.spec.protect,
+            protect: file.map_or(Protection::None, |file| file.protect),
             guard: template.guard(),
             forks: living.len() as u64,
             working_set: working_set(template),
-            warmth: template.warmth.told(),
+            warmth: template.warmth(),
             memory: if memory { measure(&living) } else { None },
         }
     }

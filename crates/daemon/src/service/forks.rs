@@ -66,7 +66,8 @@ impl Service {
         let facts = Facts {
             page_size,
             page_size_is_guess: wanted.page_size.is_none() && template.spec.page_size_is_guess,
-            remote: template.remote(),
+            has_file: template.file.is_some(),
+            remote: template.file.as_ref().and_then(|file| file.mem_file.remote()),
             needs_faults: match wanted.prefault {
                 _ if wanted.record => Some("a recording"),
                 Some(Prefault::All) => Some("a prefault of everything"),

@@ -15,6 +15,7 @@ use super::Service;
 use super::backends::KILL_TIMEOUT;
 use super::untracked::untracked_vmms;
 use crate::fork::Fork;
+use crate::local_file::LocalFile;
 use crate::own_thread::survive;
 use crate::placement::{How, Placement};
 use crate::template::Template;
@@ -38,8 +39,8 @@ impl Service {
     pub(super) fn act_on_leases(self: &Arc<Self>) {
         self.acts_on_leases.store(true, Ordering::SeqCst);
         for template in self.registry.templates() {
-            if template.is_lease_broken() {
-                self.lease_broken(&template.file);
+            if let Some(file) = template.file.as_ref().filter(|file| file.is_lease_broken()) {
+                self.lease_broken(&file.mem_file);
             }
         }
     }
@@ -53,7 +54,11 @@ impl Service {
         // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
         // there.
         let templates = self.registry.templates();
-        let Some(template) = templates.into_iter().find(|template| Arc::ptr_eq(&template.file, file)) else {
+        let is_of_it = |template: &Arc<Template>| {
+            let its = template.file.as_ref();
+            its.is_some_and(|its| Arc::ptr_eq(&its.mem_file, file))
+        };
+        let Some(template) = templates.into_iter().find(is_of_it) else {
             return;
         };
         // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
@@ -109,14 +114,18 @@ impl Service {
         // The page server ends the others.
         forks.retain(|fork| fork.file().is_some());
         // Each step is taken whatever becomes of those before it.
-        let killed = self.kill_mappers(template, &forks, how);
-        // Other templates may be of the same file.
-        survive(TASK, || self.look_before_own_change(&template.file));
-        // A VMM that has the path and opens it only now finds nothing there.
-        let removed = survive(TASK, || template.placement.as_ref().map(Placement::remove));
-        survive(TASK, || self.note_own_change(&template.file));
-        // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
-        survive(TASK, || template.warmth.end());
+        let file = template.file.as_deref();
+        let (mut killed, mut removed) = (Vec::new(), None);
+        if let Some(file) = file {
+            killed = self.kill_mappers(template, file, &forks, how);
+            // Other templates may be of the same file.
+            survive(TASK, || self.look_before_own_change(file.inode()));
+            // A VMM that has the path and opens it only now finds nothing there.
+            removed = survive(TASK, || file.placement.as_ref().map(Placement::remove)).flatten();
+            survive(TASK, || self.note_own_change(file.inode()));
+            // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
+            survive(TASK, || file.warmth.end());
+        }
         if let Some(timeout) = gently {
             survive(TASK, || self.server.vacate(&template.pages, how, timeout));
         }
@@ -124,12 +133,14 @@ impl Service {
         let left = survive(TASK, || self.await_deaths(template, killed)).unwrap_or_default();
         let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_TIMEOUT));
         // Somebody may have opened the file while it was there, and have mapped it since.
-        survive(TASK, || {
-            let late = kill_untracked(template, &places(template, &forks), &left);
-            self.await_deaths(template, late);
-        });
+        if let Some(file) = file {
+            survive(TASK, || {
+                let late = kill_untracked(template, file, &places(file, &forks), &left);
+                self.await_deaths(template, late);
+            });
+        }
         template.release_lease();
-        if let Some(Some(Err(error))) = removed {
+        if let Some(Err(error)) = removed {
             error!(template = %template.name, error = chain(&error), "cannot be taken away from forks that come too late");
         }
         if all_ended != Some(true) {
@@ -140,14 +151,20 @@ impl Service {
 
     /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
     /// never seen have ended.
-    fn kill_mappers(self: &Arc<Self>, template: &Arc<Template>, forks: &[Arc<Fork>], how: &str) -> Vec<Killed> {
+    fn kill_mappers(
+        self: &Arc<Self>,
+        template: &Template,
+        file: &LocalFile,
+        forks: &[Arc<Fork>],
+        how: &str,
+    ) -> Vec<Killed> {
         let error = ForkError {
             code: "template_changed".to_owned(),
             message: format!("the template has changed: {how}"),
         };
         for fork in forks {
-            if let Some(file) = fork.file() {
-                file.fail_when_dead(error.clone());
+            if let Some(fork) = fork.file() {
+                fork.fail_when_dead(error.clone());
             }
         }
         // Those that are known die first: nothing has to be looked for.
@@ -155,7 +172,7 @@ impl Service {
         survive(TASK, || self.find_vmms());
         let found = kill_vmms(forks, &killed);
         killed.extend(found);
-        let untracked = survive(TASK, || kill_untracked(template, &places(template, forks), &killed));
+        let untracked = survive(TASK, || kill_untracked(template, file, &places(file, forks), &killed));
         killed.extend(untracked.into_iter().flatten());
         for fork in forks.iter().filter(|fork| fork.vmm().is_none()) {
             self.file_fork_ended(fork, ForkState::Failed);
@@ -212,12 +229,12 @@ impl Service {
             }
             watched = true;
             survive("watch", || {
-                if let Some(how) = template.new_ownership_change() {
+                if let Some(how) = template.file.as_ref().and_then(|file| file.new_ownership_change()) {
                     warn!(event = "template_owner_changed", template = %template.name, how, "owner or mode of the template has been changed, as by `chown -R` of a folder with a hard link of it");
                 }
             });
             survive("watch", || {
-                let Err(error) = template.file.state() else { return };
+                let Err(error) = template.compare() else { return };
                 if !unguarded || error.may_pass() {
                     // A lease holds writers off, or this is no change: each read compares the file again.
                     debug!(template = %template.name, error = chain(&error), "the template cannot be compared now");
@@ -244,9 +261,9 @@ struct Killed {
 }
 
 /// Where these forks with `file` find the memory file.
-fn places<'a>(template: &'a Template, forks: &'a [Arc<Fork>]) -> Vec<&'a Placement> {
+fn places<'a>(file: &'a LocalFile, forks: &'a [Arc<Fork>]) -> Vec<&'a Placement> {
     let own = forks.iter().filter_map(|fork| fork.placement());
-    template.placement.iter().chain(own).collect()
+    file.placement.iter().chain(own).collect()
 }
 
 /// Kills the VMMs of these forks with `file` that are known, but those that were killed already.
@@ -270,8 +287,8 @@ fn kill_vmms(forks: &[Arc<Fork>], already: &[Killed]) -> Vec<Killed> {
 
 /// Kills who maps the file of a template by one of `places`, but those that were killed already. What cannot be looked at is not
 /// killed: it may be anybody.
-fn kill_untracked(template: &Template, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
-    let untracked = match untracked_vmms(template, places) {
+fn kill_untracked(template: &Template, file: &LocalFile, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
+    let untracked = match untracked_vmms(file, places) {
         Ok(untracked) => untracked,
         Err(error) => {
             error!(template = %template.name, %error, "cannot find out who maps the template, and may read wrong bytes");

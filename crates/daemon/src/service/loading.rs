@@ -9,6 +9,7 @@ use pagecast::template::{Loader, Locked, Run, Wanted};
 use pagecast_client::template::WarmthState;
 use tracing::{debug, info, warn};
 
+use crate::local_file::LocalFile;
 use crate::template::Template;
 use crate::warmth::Wish;
 
@@ -17,8 +18,8 @@ use crate::warmth::Wish;
 const ZEROS_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Fulfils a wish, as long as it is the last one. Waits for the disk.
-pub(super) fn fulfil(template: &Template, wish: &Wish) {
-    let done = read_all(template, wish);
+pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
+    let done = read_all(template, file, wish);
     let error = match &done {
         Ok(true) => None,
         // Somebody else wishes something else by now.
@@ -26,7 +27,7 @@ pub(super) fn fulfil(template: &Template, wish: &Wish) {
         Err(error) => Some(error.clone()),
     };
     let mut given_up = Vec::new();
-    let is_last = template.warmth.tell(wish, |locked, told| {
+    let is_last = file.warmth.tell(wish, |locked, told| {
         if error.is_some() {
             given_up = std::mem::take(locked);
             told.locked_bytes = 0;
@@ -34,12 +35,12 @@ pub(super) fn fulfil(template: &Template, wish: &Wish) {
         } else {
             told.state = WarmthState::Warm;
             // Said under this lock, as is that it is no more.
-            template.file.set_pinned(told.resident && wish.wanted.is_all_data());
+            file.mem_file.set_pinned(told.resident && wish.wanted.is_all_data());
         }
         told.error.clone_from(&error);
     });
     drop(given_up);
-    match (is_last, template.warmth.told(), error) {
+    match (is_last, file.warmth.told(), error) {
         (true, _, Some(error)) => {
             warn!(event = "template_not_warmed", template = %template.name, error, "cannot be brought into memory");
         }
@@ -56,22 +57,22 @@ pub(super) fn fulfil(template: &Template, wish: &Wish) {
 }
 
 /// `false` where the wish is not the last any more.
-fn read_all(template: &Template, wish: &Wish) -> Result<bool, String> {
+fn read_all(template: &Template, file: &LocalFile, wish: &Wish) -> Result<bool, String> {
     let without_zeros = wish.wanted.is_all_data().then(|| {
         template.pages.find_zeros(Instant::now() + ZEROS_TIMEOUT);
-        Wanted::data(&template.file)
+        Wanted::data(&file.mem_file)
     });
     let wanted = without_zeros.as_ref().unwrap_or(&wish.wanted);
     let bytes = wanted.size().get();
-    if !template.warmth.tell(wish, |_, told| told.wanted_bytes = bytes) {
+    if !file.warmth.tell(wish, |_, told| told.wanted_bytes = bytes) {
         return Ok(false);
     }
-    let mut loader = Loader::dropping(&template.file);
+    let mut loader = Loader::dropping(&file.mem_file);
     for &run in wanted.runs() {
         let huge = loader.load(run).map_err(|error| chain(&error))?;
-        let locked = wish.resident.then(|| Locked::new(&template.file, run)).transpose();
+        let locked = wish.resident.then(|| Locked::new(&file.mem_file, run)).transpose();
         let locked = locked.map_err(|error| chain(&error))?;
-        let goes_on = template.warmth.tell(wish, |all_locked, told| {
+        let goes_on = file.warmth.tell(wish, |all_locked, told| {
             told.read_bytes += run.len.get();
             told.huge_bytes += huge.get();
             if let Some(locked) = locked {
@@ -83,47 +84,47 @@ fn read_all(template: &Template, wish: &Wish) -> Result<bool, String> {
             return Ok(false);
         }
     }
-    template.file.state().map_err(|error| chain(&error))?;
+    file.mem_file.state().map_err(|error| chain(&error))?;
     Ok(true)
 }
 
 /// Has the working set of a template brought into the page cache, in first-touch order, ahead of a fork with `file` that is
 /// just being made. Waits for nothing: one thread does it, however many forks are made meanwhile, and what is there already
 /// costs it next to nothing.
-pub(super) fn read_ahead(template: &Arc<Template>) {
+pub(super) fn read_ahead(template: &Template, file: &Arc<LocalFile>) {
     let is_kept = || {
-        let told = template.warmth.told();
+        let told = file.warmth.told();
         told.is_some_and(|told| told.resident && told.state == WarmthState::Warm)
     };
     let Some(working_set) = template.pages.working_set() else {
         return;
     };
-    if is_kept() || template.warmth.reading_ahead.swap(true, Ordering::SeqCst) {
+    if is_kept() || file.warmth.reading_ahead.swap(true, Ordering::SeqCst) {
         return;
     }
-    let read = Arc::clone(template);
+    let (name, of) = (template.name.clone(), Arc::clone(file));
     let spawned = std::thread::Builder::new()
         .name("pagecast-ahead".to_owned())
         .spawn(move || {
-            let wanted = Wanted::working_set(&read.file, &working_set);
-            let done = load(&read, wanted.runs());
-            read.warmth.reading_ahead.store(false, Ordering::SeqCst);
+            let wanted = Wanted::working_set(&of.mem_file, &working_set);
+            let done = load(&of, wanted.runs());
+            of.warmth.reading_ahead.store(false, Ordering::SeqCst);
             match done {
-                Ok(()) => debug!(template = %read.name, bytes = wanted.size().get(), "working set read ahead of forks"),
+                Ok(()) => debug!(template = %name, bytes = wanted.size().get(), "working set read ahead of forks"),
                 // Whoever needs the bytes will say so too.
-                Err(error) => warn!(template = %read.name, error, "the working set cannot be read ahead of forks"),
+                Err(error) => warn!(template = %name, error, "the working set cannot be read ahead of forks"),
             }
         });
     if let Err(error) = spawned {
-        template.warmth.reading_ahead.store(false, Ordering::SeqCst);
+        file.warmth.reading_ahead.store(false, Ordering::SeqCst);
         warn!(template = %template.name, %error, "the working set is not read ahead of forks");
     }
 }
 
-fn load(template: &Template, runs: &[Run]) -> Result<(), String> {
-    let mut loader = Loader::new(&template.file);
+fn load(file: &LocalFile, runs: &[Run]) -> Result<(), String> {
+    let mut loader = Loader::new(&file.mem_file);
     for &run in runs {
-        if template.warmth.is_over() {
+        if file.warmth.is_over() {
             return Ok(());
         }
         loader.load(run).map_err(|error| chain(&error))?;
@@ -150,9 +151,9 @@ mod tests {
     const SIZE: u64 = 32 << 20;
     const PATIENCE: Duration = Duration::from_secs(40);
 
-    fn is_cached(template: &Template, at: u64) -> bool {
+    fn is_cached(file: &LocalFile, at: u64) -> bool {
         let mut page = [0; PAGE_LEN];
-        let read = template.file.try_read(TemplateOffset::new(at), &mut page);
+        let read = file.mem_file.try_read(TemplateOffset::new(at), &mut page);
         !matches!(read.unwrap(), Page::NotReady)
     }
 
@@ -164,10 +165,14 @@ mod tests {
             ..Settings::default()
         };
         let daemon = Daemon::start(settings.resolve().unwrap()).await.unwrap();
-        let file = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
+        let on_disk = TemplateFile::create(TemplateModel::of_data(SIZE, 1)).unwrap();
         let client = Client::new(daemon.control_socket());
-        client.add_template("t", &AddTemplate::new(file.path())).await.unwrap();
+        client
+            .add_template("t", &AddTemplate::new(on_disk.path()))
+            .await
+            .unwrap();
         let template = Arc::clone(&daemon.service().registry().templates()[0]);
+        let file = template.file.as_ref().unwrap();
         // Whoever looks for zeros reads.
         template.pages.find_zeros(Instant::now() + PATIENCE);
 
@@ -180,10 +185,10 @@ mod tests {
         template
             .pages
             .set_working_set(Some(Arc::new(WorkingSet::of(&recording))));
-        fdatasync(template.file.as_fd()).unwrap();
-        fadvise(template.file.as_fd(), 0, None, Advice::DontNeed).unwrap();
+        fdatasync(file.mem_file.as_fd()).unwrap();
+        fadvise(file.mem_file.as_fd(), 0, None, Advice::DontNeed).unwrap();
         // To ask for a page has the kernel read it, and what follows.
-        if is_cached(&template, SIZE - PAGE) {
+        if is_cached(file, SIZE - PAGE) {
             return skip("the file system of temporary files keeps its pages in memory");
         }
         let fork = |backend| CreateFork {
@@ -192,18 +197,18 @@ mod tests {
         };
         client.create_fork(&fork(Backend::Uffd)).await.unwrap();
         assert!(
-            !template.warmth.reading_ahead.load(Ordering::SeqCst),
+            !file.warmth.reading_ahead.load(Ordering::SeqCst),
             "it prefaults by itself"
         );
         client.create_fork(&fork(Backend::File)).await.unwrap();
         let until = Instant::now() + PATIENCE;
-        while template.warmth.reading_ahead.load(Ordering::SeqCst) {
+        while file.warmth.reading_ahead.load(Ordering::SeqCst) {
             assert!(Instant::now() < until, "it is still being read");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         for at in [SIZE / 4, SIZE / 2, 0] {
-            assert!(is_cached(&template, at), "{at} is not in the page cache");
+            assert!(is_cached(file, at), "{at} is not in the page cache");
         }
-        assert_eq!(template.warmth.told(), None, "nobody has asked for it");
+        assert_eq!(file.warmth.told(), None, "nobody has asked for it");
     }
 }

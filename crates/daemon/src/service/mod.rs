@@ -178,7 +178,9 @@ impl Drop for Service {
     /// Completes its forks, or kills their VMMs, while they can still be forgotten.
     fn drop(&mut self) {
         for template in self.registry.templates() {
-            template.warmth.end();
+            if let Some(file) = &template.file {
+                file.warmth.end();
+            }
         }
         if self.server.close(DROP_TIMEOUT).is_err() {
             let _ = self.server.kill(DROP_TIMEOUT);

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagecast::proc_files::path_in_maps;
-use pagecast::template::PageSource;
 use pagecast_client::ForkState;
 use pagecast_client::fork::ForkError;
 use tracing::{error, warn};
@@ -65,7 +64,7 @@ impl Service {
             .filter_map(|fork| Some((fork, waits(fork)?)))
             .filter(|(_, file)| file.deadline().is_some_and(|deadline| deadline <= now))
             .collect();
-        let holders = match vmm_process::holders(&overdue.iter().map(|(fork, _)| fork.inode()).collect()) {
+        let holders = match vmm_process::holders(&overdue.iter().map(|(_, file)| file.file.inode()).collect()) {
             Ok(holders) => holders,
             Err(error) => {
                 for (_, file) in &overdue {
@@ -75,7 +74,7 @@ impl Service {
             }
         };
         for (fork, file) in overdue {
-            let unreadable = holders.may_hold(fork.template.file.len().get()).next();
+            let unreadable = holders.may_hold(fork.template.pages.len().get()).next();
             if let Some(process) = unreadable {
                 warn!(
                     event = "vmm_unknown",
@@ -89,8 +88,8 @@ impl Service {
                 "no process has mapped its memory file within {:?}",
                 self.config.connect_deadline
             );
-            let mut found = holders.found.iter().filter(|holder| holder.file == fork.inode());
-            if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, &forks)) {
+            let mut found = holders.found.iter().filter(|holder| holder.file == file.file.inode());
+            if unreadable.is_some() || found.any(|holder| may_be_its_vmm(holder, fork, file, &forks)) {
                 file.note_candidate();
                 self.await_vmm(file);
             } else if file.give_up(ForkError {
@@ -114,7 +113,7 @@ fn waits(fork: &Fork) -> Option<&FileFork> {
 
 /// Whether a process that maps the template may be the VMM of this fork: it is not known as that of another, and has not
 /// opened the file by paths that only others were told. One in a mount namespace of its own has a path that nobody knows.
-fn may_be_its_vmm(holder: &Holder, fork: &Fork, forks: &[Arc<Fork>]) -> bool {
+fn may_be_its_vmm(holder: &Holder, fork: &Fork, file: &FileFork, forks: &[Arc<Fork>]) -> bool {
     let is_known = |fork: &Arc<Fork>| fork.vmm().is_some_and(|vmm| vmm.pid() == holder.pid);
     if forks.iter().any(is_known) {
         return false;
@@ -126,7 +125,7 @@ fn may_be_its_vmm(holder: &Holder, fork: &Fork, forks: &[Arc<Fork>]) -> bool {
         .iter()
         .filter(|other| other.template.name == template.name)
         .map(|other| told(other))
-        .chain([shown(&template.spec.mem_path), shown(&template.path_for_forks())])
+        .chain([shown(file.file.path()), shown(file.file.path_for_forks())])
         .filter(|path| *path != told(fork))
         .collect();
     holder.paths.iter().any(|path| !of_others.contains::<Path>(path))

@@ -17,8 +17,9 @@ use crate::error::StartError;
 use crate::exit_watch::ExitWatch;
 use crate::fork::SavedFork;
 use crate::learned;
+use crate::local_file::{LocalFile, Place, SavedTemplate};
 use crate::run_dir::{RunDir, Saved};
-use crate::template::{Place, SavedTemplate, Template, TemplateName};
+use crate::template::{Template, TemplateName};
 use crate::validity::Forks;
 
 impl Service {
@@ -136,15 +137,15 @@ impl Service {
 
     pub(super) fn find_template(self: &Arc<Self>, name: &str, saved: &SavedTemplate) -> Result<Arc<Template>, String> {
         let parsed: TemplateName = name.parse()?;
-        let file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
-        let file = Arc::new(file);
+        let mem_file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
+        let mem_file = Arc::new(mem_file);
         // A link that was about to be made explains another ctime.
         let is_explained = matches!(saved.place, Some(Place::Planned(_)));
-        let mut changed = match file.state() {
+        let mut changed = match mem_file.state() {
             Ok(now) => saved.identity.written(&now, is_explained),
             Err(error) => Some(chain(&error)),
         };
-        let lease = match self.lease(&parsed, &file) {
+        let lease = match self.lease(&parsed, &mem_file) {
             Ok(lease) => lease,
             Err(error) => {
                 changed.get_or_insert(error.message);
@@ -153,38 +154,45 @@ impl Service {
         };
         let ownership = match saved.ownership {
             Some(ownership) => ownership,
-            None => self.ownership(&file).map_err(|error| error.message)?,
+            None => self.ownership(&mem_file).map_err(|error| error.message)?,
         };
         let placement = match (&saved.place, &changed) {
             // Forks live that were told this path. And an immutable file could be neither taken away nor linked again.
-            (Some(Place::Done(placement)), None) if placement.holds(file.as_fd()) => Some(placement.clone()),
+            (Some(Place::Done(placement)), None) if placement.holds(mem_file.as_fd()) => Some(placement.clone()),
             (place, changed) => {
                 remove_place(name, place.as_ref());
                 match changed {
                     Some(_) => None,
                     None => self
-                        .place_template(&parsed, &saved.spec, &file, ownership, saved.protection, saved.resident)
+                        .place_template(
+                            &parsed,
+                            &saved.spec,
+                            &mem_file,
+                            ownership,
+                            saved.protection,
+                            saved.resident,
+                        )
                         .map_err(|error| error.message)?,
                 }
             }
         };
-        let template = Template::new(
-            parsed,
-            saved.spec.clone(),
-            file,
+        let file = Arc::new(LocalFile::new(
+            mem_file,
+            saved.spec.protect,
             ownership,
             saved.protection,
             placement,
             lease,
-        );
+        ));
+        if changed.is_none() {
+            let _ = file.mem_file.accept_own_change();
+        }
+        let template = Template::of_file(parsed, saved.spec.spec.clone(), file);
         if let Some(how) = changed {
             template.validity.invalidate(&how, Forks::Left);
             warn!(event = "template_changed", template = %template.name, how, "the template has changed while no daemon ran");
-        } else {
-            let _ = template.file.accept_own_change();
-            if let Err(error) = template.save(&self.run_dir, Some(saved.resident)) {
-                warn!(template = name, %error, "cannot be kept in the run dir as it is now");
-            }
+        } else if let Err(error) = template.save(&self.run_dir, Some(saved.resident)) {
+            warn!(template = name, %error, "cannot be kept in the run dir as it is now");
         }
         Ok(Arc::new(template))
     }

@@ -17,13 +17,15 @@ use super::Service;
 use super::refusal::{abridged, internal, refuse};
 use super::registry::Name;
 use super::untracked::untracked_vmms;
+use crate::inode::InodeId;
 use crate::learned;
+use crate::local_file::{FileSpec, LocalFile, Place, SavedTemplate, Spec, Was};
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
 use crate::placement::{Placement, Plan, Prefer};
 use crate::protection::{self, Applied};
 use crate::run_dir::Saved;
-use crate::template::{Place, SavedTemplate, Spec, Template, TemplateName, Was};
+use crate::template::{Template, TemplateName};
 use crate::vmstate;
 
 impl Service {
@@ -47,24 +49,25 @@ impl Service {
         taken.add(Arc::clone(&template));
         drop(protecting);
         // Before it could be found.
-        if template.is_lease_broken() {
-            self.lease_broken(&template.file);
+        let file = template.file.as_deref();
+        if let Some(file) = file.filter(|file| file.is_lease_broken()) {
+            self.lease_broken(&file.mem_file);
         }
         learned::take_up(&template);
         info!(
             event = "template_added",
             template = %template.name,
-            mem_path = %template.spec.mem_path.display(),
-            size_bytes = template.file.len().get(),
+            mem_path = file.map(|file| display(file.path().display())),
+            size_bytes = template.pages.len().get(),
             guard = ?template.guard(),
-            placed = ?template.placement.as_ref().map(Placement::how),
+            placed = ?file.and_then(|file| file.placement.as_ref()).map(Placement::how),
             "template added"
         );
         Ok((template, true))
     }
 
     /// Checks what was asked for.
-    fn spec(&self, add: AddTemplate) -> Result<Spec, ApiError> {
+    fn spec(&self, add: AddTemplate) -> Result<FileSpec, ApiError> {
         absolute("mem_path", &add.mem_path)?;
         if let Some(bytes) = add.page_size {
             check_page_size(bytes)?;
@@ -96,11 +99,13 @@ impl Service {
         {
             warn!(vmstate = ?add.vmstate_path, said, asked, "the snapshot has pages of another size than the template is added with");
         }
-        Ok(Spec {
+        Ok(FileSpec {
+            spec: Spec {
+                vmstate_path: add.vmstate_path,
+                page_size: add.page_size.or(said).unwrap_or(PageSize::SMALLEST),
+                page_size_is_guess: add.page_size.is_none() && said.is_none(),
+            },
             mem_path: add.mem_path,
-            vmstate_path: add.vmstate_path,
-            page_size: add.page_size.or(said).unwrap_or(PageSize::SMALLEST),
-            page_size_is_guess: add.page_size.is_none() && said.is_none(),
             protect: add.protect.unwrap_or(self.config.protect),
         })
     }
@@ -110,40 +115,49 @@ impl Service {
     fn open_template(
         self: &Arc<Self>,
         name: TemplateName,
-        spec: Spec,
+        wanted: FileSpec,
     ) -> Result<(Template, Option<MutexGuard<'_, ()>>), ApiError> {
-        let file = Arc::new(MemFile::open(&spec.mem_path).map_err(|error| invalid(&error))?);
-        if !spec.page_size().is_aligned(file.len().get()) {
+        let mem_file = Arc::new(MemFile::open(&wanted.mem_path).map_err(|error| invalid(&error))?);
+        if !wanted.spec.page_size().is_aligned(mem_file.len().get()) {
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!(
                     "mem_path: {} has {} bytes, which is no multiple of the page size of {} bytes",
-                    spec.mem_path.display(),
-                    file.len(),
-                    spec.page_size
+                    wanted.mem_path.display(),
+                    mem_file.len(),
+                    wanted.spec.page_size
                 ),
             ));
         }
-        let lease = self.lease(&name, &file)?;
-        self.look_before_own_change(&file);
-        let may_change = spec.protect != Protection::None || protection::is_left(file.as_fd());
+        let lease = self.lease(&name, &mem_file)?;
+        let inode = mem_file.identity().inode().into();
+        self.look_before_own_change(inode);
+        let may_change = wanted.protect != Protection::None || protection::is_left(mem_file.as_fd());
         let protecting = may_change.then(|| self.protecting());
-        let ownership = self.ownership(&file)?;
-        let protection = self.plan_protection(&spec, &file)?;
-        let placement = self.place_template(&name, &spec, &file, ownership, protection, false)?;
-        let template = Template::new(name, spec, file, ownership, protection, placement, lease);
+        let ownership = self.ownership(&mem_file)?;
+        let protection = self.plan_protection(&wanted, &mem_file)?;
+        let placement = self.place_template(&name, &wanted, &mem_file, ownership, protection, false)?;
+        let file = Arc::new(LocalFile::new(
+            mem_file,
+            wanted.protect,
+            ownership,
+            protection,
+            placement,
+            lease,
+        ));
+        let template = Template::of_file(name, wanted.spec, Arc::clone(&file));
         // After the link was made, which the immutable flag refuses.
-        if let Err(error) = protection.enforce(template.file.as_fd()) {
-            undo(&template, self.protects_too(&template.protection).as_deref());
+        if let Err(error) = protection.enforce(file.mem_file.as_fd()) {
+            undo(&template, &file, self.protects_too(&protection).as_ref());
             self.forget_template(&template.name);
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!("protect: {}", chain(&error)),
             ));
         }
-        self.note_own_change(&template.file);
+        self.note_own_change(inode);
         // In no list yet. Its own links were made under its lease, or a moment ago.
-        if template.file.accept_own_change().is_ok() {
+        if file.mem_file.accept_own_change().is_ok() {
             self.save_template(&template);
         }
         Ok((template, protecting))
@@ -151,9 +165,10 @@ impl Service {
 
     /// Owner and mode of a memory file, before any template of it was protected.
     pub(super) fn ownership(&self, file: &MemFile) -> Result<Ownership, ApiError> {
-        let mut templates = self.registry.templates().into_iter();
-        let other = templates.find(|template| template.file.identity().inode() == file.identity().inode());
-        match other {
+        let inode = file.identity().inode().into();
+        let templates = self.registry.templates().into_iter();
+        let mut files = templates.filter_map(|template| template.file.clone());
+        match files.find(|other| other.inode() == inode) {
             Some(other) => Ok(other.ownership()),
             None => Ownership::of(file.as_fd()).map_err(|errno| internal("look at the memory file", &errno)),
         }
@@ -166,7 +181,7 @@ impl Service {
     }
 
     /// Looks at what protecting a file will change.
-    fn plan_protection(&self, spec: &Spec, file: &MemFile) -> Result<Applied, ApiError> {
+    fn plan_protection(&self, spec: &FileSpec, file: &MemFile) -> Result<Applied, ApiError> {
         let invalid = |why: &dyn Display| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {why}"));
         let planned = Applied::plan(file.as_fd(), spec.protect).map_err(|error| invalid(&chain(&error)))?;
         match self.protects_too(&planned) {
@@ -177,19 +192,21 @@ impl Service {
                 Ok(planned)
             }
             Some(_) if spec.protect == Protection::None => Ok(planned.nothing()),
-            Some(other) => planned.beside(&other.protection).ok_or_else(|| {
+            Some((other, file)) => planned.beside(&file.protection).ok_or_else(|| {
                 invalid(&format_args!(
-                    "the file is that of template {} too, which is protected in another way; ask for the same",
-                    other.name
+                    "the file is that of template {other} too, which is protected in another way; ask for the same"
                 ))
             }),
         }
     }
 
-    /// A template that protects the same file.
-    fn protects_too(&self, protection: &Applied) -> Option<Arc<Template>> {
-        let mut templates = self.registry.templates().into_iter();
-        templates.find(|template| template.protection.is_shared_with(protection))
+    /// A template that protects the same file, and that file as it has it.
+    fn protects_too(&self, protection: &Applied) -> Option<(TemplateName, Arc<LocalFile>)> {
+        self.registry.templates().into_iter().find_map(|template| {
+            let file = template.file.clone()?;
+            let is_shared = file.protection.is_shared_with(protection);
+            is_shared.then(|| (template.name.clone(), file))
+        })
     }
 
     /// The lease that guards a template, where its file system has leases and we may have one.
@@ -224,7 +241,7 @@ impl Service {
     pub(super) fn place_template(
         &self,
         name: &TemplateName,
-        spec: &Spec,
+        spec: &FileSpec,
         file: &MemFile,
         ownership: Ownership,
         protection: Applied,
@@ -273,9 +290,9 @@ impl Service {
 
     /// Before the daemon links this file, takes a link away, or changes its permissions, which could hide a write: looks at
     /// it, and ends the forks of its templates if it was written.
-    pub(super) fn look_before_own_change(self: &Arc<Self>, file: &MemFile) {
-        for template in self.templates_of(file) {
-            if let Err(error) = template.file.state()
+    pub(super) fn look_before_own_change(self: &Arc<Self>, inode: InodeId) {
+        for (template, file) in self.templates_of(inode) {
+            if let Err(error) = file.mem_file.state()
                 && !error.may_pass()
             {
                 self.begin_withdrawal(&template, &chain(&error), None);
@@ -284,22 +301,21 @@ impl Service {
     }
 
     /// After that: the ctime that the file has by now is ours, and what is kept in the run dir of its templates says so.
-    pub(super) fn note_own_change(&self, file: &MemFile) {
-        for template in self.templates_of(file) {
+    pub(super) fn note_own_change(&self, inode: InodeId) {
+        for (template, file) in self.templates_of(inode) {
             // What has changed is told where it is looked for.
-            if template.file.accept_own_change().is_ok() && template.validity.change().is_none() {
+            if file.mem_file.accept_own_change().is_ok() && template.validity.change().is_none() {
                 self.save_template(&template);
             }
         }
     }
 
     /// The templates of this file whose forks are not being ended.
-    fn templates_of(&self, file: &MemFile) -> Vec<Arc<Template>> {
-        let mut templates = self.registry.templates();
-        templates.retain(|template| {
-            !template.validity.is_withdrawn() && template.file.identity().inode() == file.identity().inode()
-        });
-        templates
+    fn templates_of(&self, inode: InodeId) -> Vec<(Arc<Template>, Arc<LocalFile>)> {
+        let templates = self.registry.templates().into_iter();
+        let valid = templates.filter(|template| !template.validity.is_withdrawn());
+        let with_file = valid.filter_map(|template| template.file.clone().map(|file| (template, file)));
+        with_file.filter(|(_, file)| file.inode() == inode).collect()
     }
 
     /// Keeps in the run dir what a template is now.
@@ -335,46 +351,21 @@ impl Service {
             .filter_map(|fork| fork.vmm())
             .map(|vmm| vmm.pid())
             .collect();
-        let place: Vec<_> = template.placement.iter().collect();
-        let untracked = untracked_vmms(&template, &place).map_err(|error| {
-            refuse(
-                ErrorCode::TemplateInUse,
-                format_args!("cannot find out who maps {name}: {error}"),
-            )
-        })?;
-        let untold: Vec<String> = untracked
-            .vmms
-            .iter()
-            .filter(|vmm| !pids.contains(&vmm.pid()))
-            .map(|vmm| format!("pid {}", vmm.pid()))
-            .collect();
-        if !untold.is_empty() {
-            return Err(refuse(
-                ErrorCode::TemplateInUse,
-                format_args!(
-                    "forks of {name} live whose pid was not told: {}; end them first",
-                    abridged(&untold)
-                ),
-            ));
+        let file = template.file.as_deref();
+        if let Some(file) = file {
+            check_unmapped(name, file, &pids)?;
         }
-        let unknown = untracked.unknown.iter().filter(|(pid, _)| !pids.contains(pid));
-        let unknown: Vec<String> = unknown.map(|(pid, why)| format!("pid {pid} ({why})")).collect();
-        if !unknown.is_empty() {
-            return Err(refuse(
-                ErrorCode::TemplateInUse,
-                format_args!(
-                    "processes that cannot be looked at may map {name}: {}; end them, or run pagecast with CAP_SYS_PTRACE",
-                    abridged(&unknown)
-                ),
-            ));
-        }
-        let protecting = (!template.protection.is_nothing()).then(|| self.protecting());
+        let protecting = file
+            .filter(|file| !file.protection.is_nothing())
+            .map(|_| self.protecting());
         let taken = self.registry.remove_template(&template)?;
-        template.end_warmth();
-        self.look_before_own_change(&template.file);
-        undo(&template, self.protects_too(&template.protection).as_deref());
-        drop(protecting);
-        self.note_own_change(&template.file);
+        if let Some(file) = file {
+            file.end_warmth();
+            self.look_before_own_change(file.inode());
+            undo(&template, file, self.protects_too(&file.protection).as_ref());
+            drop(protecting);
+            self.note_own_change(file.inode());
+        }
         if let Err(error) = template.forget(&self.run_dir) {
             warn!(template = name, %error, "cannot be forgotten in the run dir");
         }
@@ -384,21 +375,59 @@ impl Service {
     }
 }
 
+/// Refuses to give up a file that VMMs map, or may map, whose pids are not among these.
+fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<(), ApiError> {
+    let place: Vec<_> = file.placement.iter().collect();
+    let untracked = untracked_vmms(file, &place).map_err(|error| {
+        refuse(
+            ErrorCode::TemplateInUse,
+            format_args!("cannot find out who maps {name}: {error}"),
+        )
+    })?;
+    let untold: Vec<String> = untracked
+        .vmms
+        .iter()
+        .filter(|vmm| !pids.contains(&vmm.pid()))
+        .map(|vmm| format!("pid {}", vmm.pid()))
+        .collect();
+    if !untold.is_empty() {
+        return Err(refuse(
+            ErrorCode::TemplateInUse,
+            format_args!(
+                "forks of {name} live whose pid was not told: {}; end them first",
+                abridged(&untold)
+            ),
+        ));
+    }
+    let unknown = untracked.unknown.iter().filter(|(pid, _)| !pids.contains(pid));
+    let unknown: Vec<String> = unknown.map(|(pid, why)| format!("pid {pid} ({why})")).collect();
+    if !unknown.is_empty() {
+        return Err(refuse(
+            ErrorCode::TemplateInUse,
+            format_args!(
+                "processes that cannot be looked at may map {name}: {}; end them, or run pagecast with CAP_SYS_PTRACE",
+                abridged(&unknown)
+            ),
+        ));
+    }
+    Ok(())
+}
+
 /// Undoes what was done to the file of a template, but for what `other` protects too.
-fn undo(template: &Template, other: Option<&Template>) {
-    let protection = &template.protection;
+fn undo(template: &Template, file: &LocalFile, other: Option<&(TemplateName, Arc<LocalFile>)>) {
+    let protection = &file.protection;
     // The immutable flag first: it refuses to let the link go.
     let undone = match other {
         Some(_) if !protection.holds_links() => Ok(()),
-        _ => protection.undo(template.file.as_fd()).map(drop),
+        _ => protection.undo(file.mem_file.as_fd()).map(drop),
     };
-    let removed = template.placement.as_ref().map(Placement::remove);
-    let enforced = other.map(|other| (other, other.protection.enforce(other.file.as_fd())));
+    let removed = file.placement.as_ref().map(Placement::remove);
+    let enforced = other.map(|(other, file)| (other, file.protection.enforce(file.mem_file.as_fd())));
     // While nobody can write the file: it is found as it is now when it is added again.
-    if template.validity.change().is_none() && template.file.accept_own_change().is_ok() {
+    if template.validity.change().is_none() && file.mem_file.accept_own_change().is_ok() {
         learned::keep(template);
     }
-    template.release_lease();
+    file.release_lease();
     if let Err(error) = undone {
         warn!(template = %template.name, error = chain(&error), "its protection cannot be undone");
     }
@@ -406,7 +435,7 @@ fn undo(template: &Template, other: Option<&Template>) {
         warn_not_taken_away(&template.name, &error);
     }
     if let Some((other, Err(error))) = enforced {
-        warn!(template = %other.name, error = chain(&error), "it is not protected any more");
+        warn!(template = %other, error = chain(&error), "it is not protected any more");
     }
 }
 
@@ -421,14 +450,15 @@ fn warn_not_taken_away(name: &TemplateName, error: &dyn std::error::Error) {
 }
 
 /// The template that is there, where it is the one that was asked for.
-fn same(there: &Arc<Template>, wanted: &Spec) -> Result<Arc<Template>, ApiError> {
-    if there.spec != *wanted {
+fn same(there: &Arc<Template>, wanted: &FileSpec) -> Result<Arc<Template>, ApiError> {
+    if !there.is_asked_for(wanted) {
+        let of = there.file.as_ref().map(|file| format!(" ({})", file.path().display()));
         return Err(refuse(
             ErrorCode::TemplateExists,
             format_args!(
-                "a template named {} exists, and is another ({}): remove it first, or choose another name",
+                "a template named {} exists, and is another{}: remove it first, or choose another name",
                 there.name,
-                there.spec.mem_path.display()
+                of.unwrap_or_default()
             ),
         ));
     }

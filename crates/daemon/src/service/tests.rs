@@ -7,10 +7,12 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use pagecast::template::{Page, PageSource, SourceError, TemplateOffset, ZeroMap};
 use pagecast_client::template::Guard;
 use pagecast_client::{AddTemplate, Backend, CreateFork, ErrorCode, ForkState};
 use pagecast_testkit::skip::{Need, skip};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use pagecast_uffd::ByteLen;
 use rustix::fs::OFlags;
 use rustix::thread::CapabilitySet;
 use tempfile::TempDir;
@@ -20,10 +22,11 @@ use super::Service;
 use super::untracked::untracked_vmms;
 use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
+use crate::local_file::{LocalFile, SavedTemplate, Spec};
 use crate::mapper::Mapper;
 use crate::placement::{How, Plan, Prefer, Removal};
 use crate::run_dir::{RunDir, Saved};
-use crate::template::{SavedTemplate, Template};
+use crate::template::Template;
 use crate::vmm_process::{self, VmmProcess};
 use crate::{Config, Settings};
 
@@ -115,6 +118,10 @@ impl Rig {
         let saved = self.service().run_dir().saved_values::<SavedFork>(Saved::Fork);
         saved.unwrap().into_iter().map(|(id, _)| id).collect()
     }
+}
+
+fn file_of(template: &Template) -> &Arc<LocalFile> {
+    template.file.as_ref().unwrap()
 }
 
 fn config(folder: &TempDir) -> Config {
@@ -215,7 +222,7 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
     rig.service().remove_template("t").unwrap();
     rig.add_template();
     // It was broken before it was given up, and its thread comes to tell only now.
-    rig.service().lease_broken(&removed.file);
+    rig.service().lease_broken(&file_of(&removed).mem_file);
     assert!(rig.service().take_withdrawals().is_empty());
     let there = rig.template();
     assert!(!there.validity.is_withdrawn() && there.validity.change().is_none());
@@ -243,10 +250,12 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
             let (name, saved) = saved.remove(0);
             service.find_template(&name, &saved.unwrap()).unwrap()
         };
-        let holders = Arc::strong_count(&template.file);
+        let holders = Arc::strong_count(&file_of(&template).mem_file);
         break_lease(&file);
         // Its thread holds the file until it has told, and then nobody may have begun yet.
-        eventually("the break is told", || Arc::strong_count(&template.file) < holders);
+        eventually("the break is told", || {
+            Arc::strong_count(&file_of(&template).mem_file) < holders
+        });
         for withdrawal in service.take_withdrawals() {
             withdrawal.join().unwrap();
         }
@@ -303,12 +312,12 @@ fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
     let Some(rig) = Rig::leased() else { return };
     let vmm = Vmm::of_fork(&rig, "f");
     let template = rig.template();
-    let asking = template.warmth.asking.lock().unwrap();
+    let asking = file_of(&template).warmth.asking.lock().unwrap();
     break_lease(&rig.file);
     let in_time = vmm.is_dead_in_time();
     eventually("the writer is let in", || template.guard() == Guard::Watch);
     drop(asking);
-    assert!(in_time && template.warmth.is_over());
+    assert!(in_time && file_of(&template).warmth.is_over());
 }
 
 /// Nobody has told of it, and in `/proc` its path is gone with the mount.
@@ -319,7 +328,7 @@ fn who_maps_the_file_by_a_mount_that_forks_were_told_of_dies_before_the_writer_i
     if !rig.is_leased() {
         return;
     }
-    let placement = rig.template().placement.clone();
+    let placement = file_of(&rig.template()).placement.clone();
     if !placement.is_some_and(|placement| matches!(placement.how(), How::BindMount { .. })) {
         return skip("needs another file system at /dev/shm, and CAP_SYS_ADMIN to mount");
     }
@@ -342,14 +351,14 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
         (elsewhere.path(), Prefer::Link),
     ] {
         let at = folder.canonicalize().unwrap().join("place");
-        let file = template.file.as_fd();
+        let file = file_of(&template).mem_file.as_fd();
         let placed = Plan::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
         let Ok(placement) = placed else {
             return skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
         };
         let mapper = Mapper::of_file(&at);
         let found = || -> Vec<_> {
-            let untracked = untracked_vmms(&template, &[&placement]);
+            let untracked = untracked_vmms(file_of(&template), &[&placement]);
             untracked.unwrap().vmms.iter().map(VmmProcess::pid).collect()
         };
         assert_eq!(found(), [mapper.pid()]);
@@ -367,24 +376,24 @@ fn exists(path: &Path) -> bool {
 fn a_withdrawal_that_panics_ends_its_forks_all_the_same() {
     let Some(rig) = Rig::leased() else { return };
     let template = rig.template();
-    let mapper = Mapper::of_file(&template.path_for_forks());
+    let mapper = Mapper::of_file(file_of(&template).path_for_forks());
     let file = rig.fork_as("file", Backend::File, |wanted| wanted.pid = Some(mapper.pid()));
     let uffd = rig.fork("uffd", Backend::Uffd);
     let vmm = VmmProcess::open(mapper.pid()).unwrap();
-    vmm_process::tests::panic_about(template.file.identity().inode().into());
+    vmm_process::tests::panic_about(file_of(&template).inode());
     break_lease(&rig.file);
     assert!(vmm.wait_exited(PATIENCE));
     for fork in [&file, &uffd] {
         eventually("it has failed", || fork.state() == ForkState::Failed);
     }
-    eventually("the writer goes on", || !template.is_lease_broken());
+    eventually("the writer goes on", || !file_of(&template).is_lease_broken());
 }
 
 #[test]
 fn forks_that_are_overdue_are_ended_after_a_panic() {
     let rig = Rig::start();
     let fork = rig.fork("f", Backend::File);
-    let file = fork.template.file.identity().inode().into();
+    let file = file_of(&fork.template).inode();
     vmm_process::tests::panic_about(file);
     fork.file().unwrap().set_deadline(Some(Instant::now()));
     // The daemon's own task sleeps until the deadline that the fork had before.
@@ -421,4 +430,68 @@ fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     assert_eq!(refused.code, ErrorCode::TemplateInUse);
     assert!(refused.message.contains("cannot be looked at"), "{}", refused.message);
     drop(mapper);
+}
+
+/// Pages that are in no file: zeros.
+struct NoFile(ZeroMap);
+
+impl PageSource for NoFile {
+    fn len(&self) -> ByteLen {
+        ByteLen::new(1 << 20)
+    }
+
+    fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+        Ok(Page::Zero)
+    }
+
+    fn read(&self, _: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
+        buffer.fill(0);
+        Ok(())
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn zeros(&self) -> &ZeroMap {
+        &self.0
+    }
+}
+
+#[test]
+fn a_template_without_a_file_is_served_with_uffd_and_has_nothing_that_only_a_file_has() {
+    let rig = Rig::start();
+    let spec = Spec {
+        vmstate_path: None,
+        page_size: 4096,
+        page_size_is_guess: false,
+    };
+    let source = Arc::new(NoFile(ZeroMap::new(ByteLen::new(1 << 20))));
+    let template = Arc::new(Template::new("n".parse().unwrap(), spec, source, None));
+    rig.service().registry.restore_template(Arc::clone(&template));
+
+    let shown = rig.service().show_template("n").unwrap();
+    assert_eq!((shown.mem_path, shown.size_bytes), (None, 1 << 20));
+    let wanted = |backend| CreateFork {
+        id: Some("f".to_owned()),
+        backend: Some(backend),
+        ..CreateFork::of("n")
+    };
+    let refused = rig.service().create_fork(&wanted(Backend::File)).err().unwrap();
+    assert_eq!(refused.code, ErrorCode::BackendUnavailable, "{refused}");
+    let fork = rig.service().create_fork(&wanted(Backend::Auto)).unwrap();
+    assert_eq!(fork.backend(), Backend::Uffd, "{}", fork.reason);
+    let refused = rig.service().warm_template("n", false).err().unwrap();
+    assert_eq!(refused.code, ErrorCode::TemplateInvalid, "{refused}");
+    let refused = rig.service().add_template("n", AddTemplate::new(rig.file.path()));
+    assert_eq!(refused.err().unwrap().code, ErrorCode::TemplateExists);
+
+    rig.service().keep_all();
+    rig.service().begin_withdrawal(&template, "it is withdrawn", None);
+    for withdrawal in rig.service().take_withdrawals() {
+        withdrawal.join().unwrap();
+    }
+    assert_eq!(fork.state(), ForkState::Failed);
+    rig.service().remove_template("n").unwrap();
+    assert_eq!(rig.service().registry.templates().len(), 1);
 }

@@ -8,10 +8,9 @@ use std::path::{Path, PathBuf};
 
 use pagecast::server::chain;
 
-use crate::inode::InodeId;
 use crate::jailed;
+use crate::local_file::LocalFile;
 use crate::placement::{How, Placement};
-use crate::template::Template;
 use crate::vmm_process::{self, VmmError, VmmProcess};
 
 /// Processes whose pid was not told.
@@ -28,11 +27,11 @@ pub(super) struct UntrackedVmms {
 /// # Errors
 ///
 /// There is no `/proc`.
-pub(super) fn untracked_vmms(template: &Template, places: &[&Placement]) -> io::Result<UntrackedVmms> {
-    let file = InodeId::from(template.file.identity().inode());
-    let holders = vmm_process::holders(&BTreeSet::from([file]))?;
+pub(super) fn untracked_vmms(file: &LocalFile, places: &[&Placement]) -> io::Result<UntrackedVmms> {
+    let inode = file.inode();
+    let holders = vmm_process::holders(&BTreeSet::from([inode]))?;
     let mut untracked = UntrackedVmms::default();
-    for process in holders.may_hold(template.file.identity().size()) {
+    for process in holders.may_hold(file.mem_file.identity().size()) {
         untracked.unknown.push((process.pid, process.why.to_string()));
     }
     let is_fork = |pid, paths: &[PathBuf]| {
@@ -42,7 +41,7 @@ pub(super) fn untracked_vmms(template: &Template, places: &[&Placement]) -> io::
     };
     for holder in holders.found.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
         // Looked at again, now that it cannot be another process any more.
-        let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(file), vmm));
+        let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(inode), vmm));
         match looked {
             Ok((Ok(paths), vmm)) if is_fork(vmm.pid(), &paths) => untracked.vmms.push(vmm),
             Ok((Ok(_), _)) | Err(VmmError::NoProcess { .. }) => {}

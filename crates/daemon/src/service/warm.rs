@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::refusal::{internal, refuse};
 use super::templates::check;
 use super::{Service, loading};
+use crate::local_file::LocalFile;
 use crate::template::Template;
 
 /// How long zeros are looked for where a template would not fit into memory without knowing them.
@@ -27,26 +28,27 @@ impl Service {
         self.check_open()?;
         let template = self.registry.template(name)?;
         check(&template)?;
-        let asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = file_of(&template)?;
+        let asking = file.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
         // Once it is locked, it is there; and one that is being read is not begun anew.
-        let is_so = template.warmth.told().is_some_and(|told| {
+        let is_so = file.warmth.told().is_some_and(|told| {
             told.resident == resident
                 && (told.state == WarmthState::Warming || (resident && told.state == WarmthState::Warm))
         });
         if !is_so {
-            let wanted = self::wanted(&template, resident).or_else(|_| {
+            let wanted = self::wanted(&template, file, resident).or_else(|_| {
                 // All that is not zeros may be much less than all that is not known to be.
                 template.pages.find_zeros(Instant::now() + SEARCH_TIMEOUT);
-                self::wanted(&template, resident)
+                self::wanted(&template, file, resident)
             })?;
-            if template.warmth.is_over() {
+            if file.warmth.is_over() {
                 return Err(refuse(
                     ErrorCode::TemplateNotFound,
                     format_args!("no template is named {name:?}"),
                 ));
             }
             self.keep_resident(&template, resident)?;
-            begin(&template, wanted, resident)?;
+            begin(&template, file, wanted, resident)?;
             info!(
                 event = "template_warming",
                 template = name,
@@ -61,9 +63,10 @@ impl Service {
     /// Stops bringing a template into memory, or keeping it there.
     pub(crate) fn cool_template(&self, name: &str) -> Result<(), ApiError> {
         let template = self.registry.template(name)?;
-        let _asking = template.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        template.warmth.cool();
-        if template.warmth.is_over() {
+        let file = file_of(&template)?;
+        let _asking = file.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        file.warmth.cool();
+        if file.warmth.is_over() {
             return Ok(());
         }
         let kept = self.keep_resident(&template, false);
@@ -84,32 +87,49 @@ impl Service {
 
 /// Goes on with what an earlier daemon was asked for: the template stays in memory.
 pub(super) fn warm_again(template: &Arc<Template>) {
-    if let Err(error) = wanted(template, true).and_then(|wanted| begin(template, wanted, true)) {
+    let begun = file_of(template).and_then(|file| {
+        let wanted = wanted(template, file, true)?;
+        begin(template, file, wanted, true)
+    });
+    if let Err(error) = begun {
         warn!(event = "template_not_warmed", template = %template.name, error = error.message, "cannot be kept in memory any more");
     }
 }
 
+/// The file of a template, which is what can be brought into memory.
+fn file_of(template: &Template) -> Result<&Arc<LocalFile>, ApiError> {
+    template.file.as_ref().ok_or_else(|| {
+        refuse(
+            ErrorCode::TemplateInvalid,
+            format_args!(
+                "template {} is no file that could be brought into memory",
+                template.name
+            ),
+        )
+    })
+}
+
 /// What is to be brought into memory; refused where that is too much.
-fn wanted(template: &Template, resident: bool) -> Result<Wanted, ApiError> {
+fn wanted(template: &Template, file: &LocalFile, resident: bool) -> Result<Wanted, ApiError> {
     let wanted = match template.pages.working_set() {
-        Some(working_set) if !resident => Wanted::working_set(&template.file, &working_set),
-        _ => Wanted::data(&template.file),
+        Some(working_set) if !resident => Wanted::working_set(&file.mem_file, &working_set),
+        _ => Wanted::data(&file.mem_file),
     };
-    check_room(template, wanted.size().get(), resident)?;
+    check_room(template, file, wanted.size().get(), resident)?;
     Ok(wanted)
 }
 
 /// Begins to bring it in, on a thread of its own.
-fn begin(template: &Arc<Template>, wanted: Wanted, resident: bool) -> Result<(), ApiError> {
-    let Some(wish) = template.warmth.wish(wanted, resident) else {
+fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, resident: bool) -> Result<(), ApiError> {
+    let Some(wish) = file.warmth.wish(wanted, resident) else {
         return Ok(());
     };
-    let warmed = Arc::clone(template);
+    let (warmed, of) = (Arc::clone(template), Arc::clone(file));
     let spawned = std::thread::Builder::new()
         .name("pagecast-warm".to_owned())
-        .spawn(move || loading::fulfil(&warmed, &wish));
+        .spawn(move || loading::fulfil(&warmed, &of, &wish));
     spawned.map(drop).map_err(|error| {
-        template.warmth.cool();
+        file.warmth.cool();
         internal("bring the template into memory", &error)
     })
 }
@@ -117,8 +137,8 @@ fn begin(template: &Arc<Template>, wanted: Wanted, resident: bool) -> Result<(),
 /// Refuses what the memory of the host, or of a cgroup of ours, which is charged for what we read, cannot hold. What is to
 /// stay has to fit into what is available. What the kernel may give up again has to fit at all, else it would drive itself
 /// out.
-fn check_room(template: &Template, wanted: u64, resident: bool) -> Result<(), ApiError> {
-    let told = template.warmth.told();
+fn check_room(template: &Template, file: &LocalFile, wanted: u64, resident: bool) -> Result<(), ApiError> {
+    let told = file.warmth.told();
     // It is let go first.
     let locked = told.map_or(0, |told| told.locked_bytes);
     let check = |room: Option<u64>, place: &str| {

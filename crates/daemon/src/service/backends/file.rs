@@ -13,11 +13,12 @@ use tracing::{info, warn};
 use super::{KILL_TIMEOUT, Lifecycle, Order, find_vmm, socket_field};
 use crate::fork::{BackedBy, Backing as _, FileFork, Fork, SavedFork, mem_backend};
 use crate::jailed;
+use crate::local_file::{LocalFile, Place};
 use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
 use crate::run_dir::Saved;
 use crate::service::refusal::{internal, refuse};
 use crate::service::{Service, loading};
-use crate::template::{Place, Template};
+
 use crate::vmm_process::{self, VmmProcess};
 
 /// Refuses fields that only `uffd` has.
@@ -35,6 +36,10 @@ fn check_fields(order: &Order<'_>) -> Result<(), String> {
 
 pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>, ApiError> {
     check_fields(&order).map_err(|why| refuse(ErrorCode::InvalidField, why))?;
+    let file = order.template.file.clone().ok_or_else(|| {
+        let why = format_args!("template {} is no file", order.template.name);
+        refuse(ErrorCode::BackendUnavailable, why)
+    })?;
     let Order {
         id,
         template,
@@ -43,8 +48,8 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     } = order;
     // A restart that finds it as it is now has nothing to explain.
     service.save_template(&template);
-    loading::read_ahead(&template);
-    let reason = with_warmth(reason, &template);
+    loading::read_ahead(&template, &file);
+    let reason = with_warmth(reason, &file);
     let vmm = wanted.pid.map(VmmProcess::open).transpose();
     let vmm = vmm
         .map_err(|error| refuse(ErrorCode::InvalidField, format_args!("pid: {}", chain(&error))))?
@@ -53,21 +58,21 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
         template: template.name.to_string(),
         backend: Backend::File,
         reason: reason.clone(),
-        mem_backend: mem_backend(BackendType::File, &template.path_for_forks()),
+        mem_backend: mem_backend(BackendType::File, file.path_for_forks()),
         vmm: None,
         place: None,
     };
     let placement = match &wanted.path {
         Some(path) => {
             let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
-            let plan = Plan::new(template.file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
+            let plan = Plan::new(file.mem_file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
             // Kept before it is done, so that it can be undone whatever happens.
             saved.place = Some(Place::Planned(plan.clone()));
             let kept = service.run_dir.save(Saved::Fork, id.as_str(), &saved);
             kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
-            service.look_before_own_change(&template.file);
-            let placed = plan.carry_out(template.file.as_fd(), Prefer::Mount);
-            service.note_own_change(&template.file);
+            service.look_before_own_change(file.inode());
+            let placed = plan.carry_out(file.mem_file.as_fd(), Prefer::Mount);
+            service.note_own_change(file.inode());
             Some(placed.map_err(|error| {
                 let _ = service.run_dir.forget(Saved::Fork, id.as_str());
                 refused(error)
@@ -84,30 +89,31 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     }
     let path = placement
         .as_ref()
-        .map_or_else(|| template.path_for_forks(), |placement| placement.path().to_owned());
+        .map_or_else(|| file.path_for_forks(), Placement::path);
     Ok(Arc::new(Fork {
         id,
         template,
         reason,
-        mem_backend: mem_backend(BackendType::File, &path),
-        backed_by: BackedBy::File(FileFork::new(placement, vmm)),
+        mem_backend: mem_backend(BackendType::File, path),
+        backed_by: BackedBy::File(FileFork::new(Arc::clone(&file), placement, vmm)),
     }))
 }
 
 /// Finds VMMs whose pid was not told: those that map the file by the path that was made for their fork alone, in a jail too.
 pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
-    let waits = |file: &FileFork| file.placement().is_some() && file.state() == ForkState::Waiting;
-    let waiting: Vec<_> = forks.iter().filter(|fork| fork.file().is_some_and(waits)).collect();
+    let waits = |file: &&FileFork| file.placement().is_some() && file.state() == ForkState::Waiting;
+    let waiting = forks.iter().filter_map(|fork| Some((fork, fork.file().filter(waits)?)));
+    let waiting: Vec<_> = waiting.collect();
     if waiting.is_empty() {
         return;
     }
     // All processes are looked at once, however many forks wait.
-    let holders = match vmm_process::holders(&waiting.iter().map(|fork| fork.inode()).collect()) {
+    let holders = match vmm_process::holders(&waiting.iter().map(|(_, file)| file.file.inode()).collect()) {
         Ok(holders) => holders,
         Err(error) => return warn!(%error, "cannot find out who maps a template"),
     };
-    for fork in waiting {
-        let Some(file) = fork.file() else { continue };
+    for (fork, file) in waiting {
+        let inode = file.file.inode();
         let is_it = |pid, paths: &[PathBuf]| {
             let place = file.placement().map(Placement::path);
             place.is_some_and(|place| paths.iter().any(|path| jailed::is_at(pid, path, place)))
@@ -115,11 +121,11 @@ pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
         let vmm = holders
             .found
             .iter()
-            .filter(|holder| holder.file == fork.inode() && is_it(holder.pid, &holder.paths))
+            .filter(|holder| holder.file == inode && is_it(holder.pid, &holder.paths))
             .filter_map(|holder| VmmProcess::open(holder.pid).ok())
             // Looked at again, now that it cannot be another process any more.
             .find(|vmm| {
-                let paths = vmm.mapped_paths(fork.inode());
+                let paths = vmm.mapped_paths(inode);
                 paths.is_ok_and(|paths| is_it(vmm.pid(), &paths))
             });
         if let Some(vmm) = vmm.map(Arc::new)
@@ -140,7 +146,9 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
         forget_place(service, id, &saved);
         return info!(event = "fork_ended", fork = id, state = %ForkState::Exited, "ended");
     }
-    let (Ok(id), Ok(template)) = (id.parse(), service.registry.template(&saved.template)) else {
+    let template = service.registry.template(&saved.template).ok();
+    let with_file = template.and_then(|template| Some((template.file.clone()?, template)));
+    let (Ok(id), Some((file, template))) = (id.parse(), with_file) else {
         forget_place(service, id, &saved);
         return warn!(
             event = "fork_lost",
@@ -159,7 +167,7 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
         template,
         reason: saved.reason,
         mem_backend: saved.mem_backend,
-        backed_by: BackedBy::File(FileFork::new(placement, vmm)),
+        backed_by: BackedBy::File(FileFork::new(file, placement, vmm)),
     });
     service.registry.restore_fork(Arc::clone(&fork));
     service.start(&fork);
@@ -169,12 +177,13 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
 /// Takes away the memory file of a fork that is no more, and forgets the fork.
 fn forget_place(service: &Arc<Service>, id: &str, saved: &SavedFork) {
     let template = service.registry.template(&saved.template).ok();
-    if let Some(template) = &template {
-        service.look_before_own_change(&template.file);
+    let inode = template.and_then(|template| Some(template.file.as_ref()?.inode()));
+    if let Some(inode) = inode {
+        service.look_before_own_change(inode);
     }
     let removed = saved.place.as_ref().map(Place::remove);
-    if let Some(template) = &template {
-        service.note_own_change(&template.file);
+    if let Some(inode) = inode {
+        service.note_own_change(inode);
     }
     service.forget_saved_as(id);
     if let Some(Err(error)) = removed {
@@ -243,7 +252,7 @@ impl Lifecycle for FileFork {
 
     fn release(&self, service: &Arc<Service>, fork: &Fork) {
         // Another thread may be doing that, if it has just ended.
-        if let Err(error) = take_place_away(service, self, fork) {
+        if let Err(error) = take_place_away(service, self) {
             warn_place_stays(fork, &error);
         }
     }
@@ -261,7 +270,7 @@ impl Service {
 
     /// Cleans up after a fork with `file`, which has just ended.
     pub(in crate::service) fn file_fork_is_over(self: &Arc<Self>, fork: &Arc<Fork>, file: &FileFork) {
-        let removed = take_place_away(self, file, fork);
+        let removed = take_place_away(self, file);
         self.ended(fork);
         if let Err(error) = removed {
             warn_place_stays(fork, &error);
@@ -270,10 +279,10 @@ impl Service {
 }
 
 /// Removes the path of the memory file that was made for this fork, if there is one. Does nothing the second time.
-fn take_place_away(service: &Arc<Service>, file: &FileFork, fork: &Fork) -> Result<(), PlaceError> {
-    service.look_before_own_change(&fork.template.file);
-    let removed = file.take_place_away();
-    service.note_own_change(&fork.template.file);
+fn take_place_away(service: &Arc<Service>, fork: &FileFork) -> Result<(), PlaceError> {
+    service.look_before_own_change(fork.file.inode());
+    let removed = fork.take_place_away();
+    service.note_own_change(fork.file.inode());
     removed
 }
 
@@ -282,8 +291,8 @@ fn warn_place_stays(fork: &Fork, error: &PlaceError) {
 }
 
 /// Says beside the reason for `file` what was done ahead of the fork.
-fn with_warmth(reason: String, template: &Template) -> String {
-    match template.warmth.told() {
+fn with_warmth(reason: String, file: &LocalFile) -> String {
+    match file.warmth.told() {
         Some(told) if told.state == WarmthState::Warm => {
             let stays = if told.resident { ", where it stays" } else { "" };
             let (read, huge) = (told.read_bytes, told.huge_bytes);

@@ -8,42 +8,34 @@ use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
 
 use super::*;
 use crate::fork::{BackedBy, FileFork, mem_backend};
+use crate::local_file::{LocalFile, Spec};
 use crate::ownership::Ownership;
 use crate::protection::Applied;
-use crate::template::Spec;
 use crate::validity::Forks;
 
 fn template(name: &str) -> Arc<Template> {
     let file = TemplateFile::create(TemplateModel::of_data(4096, 1)).unwrap();
     let spec = Spec {
-        mem_path: file.path().to_owned(),
         vmstate_path: None,
         page_size: 4096,
         page_size_is_guess: false,
-        protect: Protection::None,
     };
-    let file = Arc::new(MemFile::open(file.path()).unwrap());
-    let ownership = Ownership::of(file.as_fd()).unwrap();
-    let protection = Applied::plan(file.as_fd(), Protection::None).unwrap();
-    Arc::new(Template::new(
-        name.parse().unwrap(),
-        spec,
-        file,
-        ownership,
-        protection,
-        None,
-        None,
-    ))
+    let mem_file = Arc::new(MemFile::open(file.path()).unwrap());
+    let ownership = Ownership::of(mem_file.as_fd()).unwrap();
+    let protection = Applied::plan(mem_file.as_fd(), Protection::None).unwrap();
+    let file = LocalFile::new(mem_file, Protection::None, ownership, protection, None, None);
+    Arc::new(Template::of_file(name.parse().unwrap(), spec, Arc::new(file)))
 }
 
 /// A fork with `file` that waits for its VMM.
 fn fork(taken: &TakenId<'_>) -> Arc<Fork> {
+    let file = taken.template.file.clone().unwrap();
     Arc::new(Fork {
         id: taken.id.clone(),
         template: Arc::clone(&taken.template),
         reason: String::new(),
-        mem_backend: mem_backend(BackendType::File, &taken.template.path_for_forks()),
-        backed_by: BackedBy::File(FileFork::new(None, None)),
+        mem_backend: mem_backend(BackendType::File, file.path_for_forks()),
+        backed_by: BackedBy::File(FileFork::new(Arc::clone(&file), None, None)),
     })
 }
 
