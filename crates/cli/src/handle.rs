@@ -163,7 +163,7 @@ fn take_up_kept(
             reporter.report(&Line::KeptNotUsed { what, error });
         }
     };
-    match WorkingSet::load(&WorkingSet::path_for(mem_file.path()), mem_file.opened_as()) {
+    match WorkingSet::load(&WorkingSet::path_for(mem_file.path()), &mem_file.content()) {
         Ok(set) => template.set_working_set(Some(Arc::new(set))),
         Err(error) => not_used("working set", &error),
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
 use pagecast::server::chain;
-use pagecast::template::{KeepError, KeptIdentity, MemFile, Recording, SidecarError, WorkingSet};
+use pagecast::template::{ContentIdentity, KeepError, MemFile, Recording, SidecarError, WorkingSet};
 use tracing::{debug, info, warn};
 
 use crate::fork::Fork;
@@ -36,16 +36,16 @@ pub(crate) fn take_up(template: &Arc<Template>) {
 
 /// Takes up what is kept beside a memory file.
 fn take_up_beside(template: &Arc<Template>, file: &LocalFile) {
-    let opened_as = file.mem_file.opened_as();
+    let content = file.mem_file.content();
     let set_path = WorkingSet::path_for(file.path());
-    match WorkingSet::load(&set_path, opened_as) {
+    match WorkingSet::load(&set_path, &content) {
         Ok(set) => template.pages.set_working_set(Some(Arc::new(set))),
         Err(error) => not_used(template, "working set", &set_path, &error),
     }
     match file.mem_file.kept_zeros() {
         Ok(()) => {
             // A link or permissions of ours may have come since, and have changed its ctime.
-            *zeros_kept(file) = Some(*opened_as);
+            *zeros_kept(file) = Some(content);
             keep_in_background(template, file);
         }
         Err(error) => not_used(template, "map of zeros", &MemFile::zeros_path_for(file.path()), error),
@@ -59,7 +59,7 @@ pub(crate) fn keep(template: &Template) {
     let mut kept_as = zeros_kept(file);
     let Ok(now) = file.mem_file.state() else { return };
     let name = &template.name;
-    if *kept_as == Some(*now.kept()) || !template.pages.zeros_are_known() {
+    if *kept_as == Some(now.content()) || !template.pages.zeros_are_known() {
         return;
     }
     match file.mem_file.keep_zeros() {
@@ -79,8 +79,8 @@ pub(crate) fn keep(template: &Template) {
 
 /// The same on a thread of its own, unless there is nothing to do.
 fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
-    let opened_as = file.mem_file.opened_as();
-    if file.mem_file.state().is_ok_and(|now| now.kept() == opened_as) {
+    let content = file.mem_file.content();
+    if file.mem_file.state().is_ok_and(|now| now.content() == content) {
         return;
     }
     let kept = Arc::downgrade(template);
@@ -96,7 +96,7 @@ fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
     }
 }
 
-fn zeros_kept(file: &LocalFile) -> MutexGuard<'_, Option<KeptIdentity>> {
+fn zeros_kept(file: &LocalFile) -> MutexGuard<'_, Option<ContentIdentity>> {
     // What is there is right, whatever becomes of who holds it.
     file.zeros_kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -129,7 +129,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
     let kept = match &template.file {
         Some(file) if template.check().is_ok() => match file.mem_file.state() {
-            Ok(now) => set.save(&WorkingSet::path_for(file.path()), now.kept()),
+            Ok(now) => set.save(&WorkingSet::path_for(file.path()), &now.content()),
             Err(_) => Ok(()),
         },
         _ => Ok(()),

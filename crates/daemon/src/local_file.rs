@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecast::PageSize;
-use pagecast::template::{FileState, Identity, KeptIdentity, Lease, MemFile};
+use pagecast::template::{ContentIdentity, FileState, Identity, Lease, MemFile};
 use pagecast_client::template::{Guard, Protection};
 use serde::{Deserialize, Serialize};
 
@@ -64,8 +64,8 @@ pub(crate) struct LocalFile {
     pub(crate) placement: Option<Placement>,
     /// How far it is in memory ahead of its forks.
     pub(crate) warmth: Warmth,
-    /// What the file was when its zeros were kept beside it; `None` if they are not. Held while they are.
-    pub(crate) zeros_kept: Mutex<Option<KeptIdentity>>,
+    /// The content that its zeros were kept for beside it; `None` if they are not. Held while they are.
+    pub(crate) zeros_kept: Mutex<Option<ContentIdentity>>,
     /// Owner and mode when it was added, as far as that did not change them.
     ownership: Ownership,
     /// In what they differ, as it was told last.

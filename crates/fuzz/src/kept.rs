@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use pagecast::PageSize;
-use pagecast::template::{KeptIdentity, MemFile, PageSource as _, Recording, TemplateOffset, WorkingSet};
+use pagecast::template::{ContentIdentity, MemFile, PageSource as _, Recording, TemplateOffset, WorkingSet};
 use pagecast_uffd::ByteLen;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
@@ -23,7 +23,7 @@ const TAG: std::ops::Range<usize> = 8..12;
 struct Fixture {
     _folder: TempDir,
     mem_file: PathBuf,
-    identity: KeptIdentity,
+    identity: ContentIdentity,
     head: Vec<u8>,
 }
 
@@ -44,7 +44,7 @@ impl Fixture {
         let page = [1; PageSize::Small.as_usize()];
         let bytes: Vec<u8> = (0..PAGES).flat_map(|_| page).collect();
         fs::write(&mem_file, bytes).expect("it can be written");
-        let identity = *MemFile::open(&mem_file).expect("it can be opened").opened_as();
+        let identity = MemFile::open(&mem_file).expect("it can be opened").content();
         let mut recording = Recording::new(ByteLen::new(len));
         recording.push(TemplateOffset::new(0));
         let path = WorkingSet::path_for(&mem_file);

@@ -66,7 +66,7 @@ fn a_working_set_beside_the_template_is_given_ahead() {
     for at in (0..SIZE).step_by(4096) {
         touched.push(TemplateOffset::new(at));
     }
-    let identity = KeptIdentity::of(File::open(template.path()).unwrap()).unwrap();
+    let identity = KeptIdentity::of(File::open(template.path()).unwrap()).unwrap().into();
     let path = WorkingSet::path_for(template.path());
     WorkingSet::of(&touched).save(&path, &identity).unwrap();
     let mut handle = Handle::start(folder.path(), template.path());

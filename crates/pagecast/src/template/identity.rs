@@ -271,8 +271,8 @@ impl FileState {
         &self.kept.file
     }
 
-    /// The identity that what is kept of the file is bound to.
-    pub fn kept(&self) -> &KeptIdentity {
+    /// The identity, with the ctime.
+    pub(super) fn kept(&self) -> &KeptIdentity {
         &self.kept
     }
 

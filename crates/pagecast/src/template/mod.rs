@@ -3,6 +3,8 @@
 //! A [`Template`] hands out the pages of a [`PageSource`]. On Linux, `MemFile` is one: the memory file that a paused
 //! microVM leaves behind.
 
+#[cfg(target_os = "linux")]
+mod content;
 #[cfg(unix)]
 mod identity;
 mod live_source;
@@ -23,6 +25,8 @@ use std::time::Instant;
 
 use pagecast_uffd::ByteLen;
 
+#[cfg(target_os = "linux")]
+pub use content::ContentIdentity;
 #[cfg(unix)]
 pub use identity::Identity;
 #[cfg(target_os = "linux")]

@@ -27,6 +27,7 @@ use self::reliance::Reliance;
 pub use self::sidecar::SidecarError;
 use self::trust::Trust;
 use self::windows::Windows;
+use super::content::ContentIdentity;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
 use super::source::{MappedPages, Page, PageSource, SourceError, TemplateOffset};
@@ -188,8 +189,13 @@ impl MemFile {
         self.opened_as.identity()
     }
 
-    /// What it was when it was opened: what was kept of it then is of this.
-    pub fn opened_as(&self) -> &KeptIdentity {
+    /// The content that it had when it was opened: what was kept of it then is of this.
+    pub fn content(&self) -> ContentIdentity {
+        (*self.opened_as()).into()
+    }
+
+    /// What it was when it was opened.
+    pub(super) fn opened_as(&self) -> &KeptIdentity {
         self.opened_as.kept()
     }
 

@@ -5,11 +5,11 @@
 //! | 8 | `pagecast` |
 //! | 4 | what it is: [`Kind::tag`] |
 //! | 4 | version of the format: 2 |
-//! | 72 | the mem-file: device, inode, size in bytes, then mtime, ctime and birth time in seconds and nanoseconds each |
+//! | 72 | the [`ContentIdentity`]: device, inode, size in bytes, then mtime, ctime and birth time in seconds and nanoseconds each |
 //! | any | the body |
 //! | 32 | SHA-256 of all that is before it |
 //!
-//! All numbers are little-endian.
+//! All numbers are little-endian. Version 2 is of mem-files only: an image has a digest instead, and takes another version.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -20,11 +20,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
-use crate::template::KeptIdentity;
+use crate::template::ContentIdentity;
+use crate::template::content::Says;
 
 const MAGIC: &[u8; 8] = b"pagecast";
 const VERSION: u32 = 2;
-pub(in crate::template) const HEAD: usize = MAGIC.len() + 4 + 4 + KeptIdentity::BYTES;
+pub(in crate::template) const HEAD: usize = MAGIC.len() + 4 + 4 + ContentIdentity::BYTES;
 const CHECKSUM: usize = 32;
 
 /// Permission bits of others than the owner that let them change a file.
@@ -84,16 +85,6 @@ pub(in crate::template) struct Kind {
     pub(in crate::template) says: Says,
 }
 
-/// What a file beside a mem-file says of it, and so what the mem-file may have gone through since.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::template) enum Says {
-    /// What its bytes are: where that is wrong, guests get wrong bytes. So another ctime makes it stale.
-    Bytes,
-    /// Which pages are worth having early: where that is wrong, it costs time and no byte. So it outlives what changes the ctime
-    /// alone: a link, a `chmod`, a `chown` of the folder.
-    Advice,
-}
-
 impl Kind {
     /// Where it is kept for the mem-file at this path.
     pub(in crate::template) fn path(&self, mem_file: &Path) -> PathBuf {
@@ -103,7 +94,7 @@ impl Kind {
     }
 
     /// A file with this body.
-    pub(in crate::template) fn encode(&self, identity: &KeptIdentity, body: &[u8]) -> Vec<u8> {
+    pub(in crate::template) fn encode(&self, identity: &ContentIdentity, body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&self.tag);
@@ -118,7 +109,7 @@ impl Kind {
     /// The body of a file, if it is whole and of this mem-file.
     pub(in crate::template) fn decode<'a>(
         &self,
-        identity: &KeptIdentity,
+        identity: &ContentIdentity,
         bytes: &'a [u8],
     ) -> Result<&'a [u8], SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
@@ -141,12 +132,8 @@ impl Kind {
         }
         let (head, body) = content.split_at_checked(HEAD).ok_or(damaged("it is cut off"))?;
         let (_, of) = head.split_last_chunk().ok_or(damaged("it is cut off"))?;
-        let of = KeptIdentity::from_le_bytes(of);
-        let difference = match self.says {
-            Says::Bytes => of.difference(identity),
-            Says::Advice => of.difference_but_ctime(identity),
-        };
-        match difference {
+        let of = ContentIdentity::from_le_bytes(of);
+        match of.difference(identity, self.says) {
             Some(how) => Err(SidecarError::Stale { how }),
             None => Ok(body),
         }
@@ -156,7 +143,7 @@ impl Kind {
     pub(in crate::template) fn write(
         &self,
         path: &Path,
-        identity: &KeptIdentity,
+        identity: &ContentIdentity,
         body: &[u8],
     ) -> Result<(), SidecarError> {
         let cannot = |source| SidecarError::Io { what: "write", source };
@@ -226,6 +213,7 @@ mod tests {
     use pagecast_testkit::skip::{Need, skip};
 
     use super::*;
+    use crate::template::KeptIdentity;
 
     const KIND: Kind = Kind {
         tag: *b"TEST",
@@ -233,12 +221,16 @@ mod tests {
         says: Says::Bytes,
     };
 
+    fn identity_of(path: impl AsRef<Path>) -> ContentIdentity {
+        KeptIdentity::of(File::open(path).unwrap()).unwrap().into()
+    }
+
     /// A folder with a mem-file, and its identity.
-    fn mem_file() -> (tempfile::TempDir, PathBuf, KeptIdentity) {
+    fn mem_file() -> (tempfile::TempDir, PathBuf, ContentIdentity) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, [1; 4096]).unwrap();
-        let identity = KeptIdentity::of(File::open(&path).unwrap()).unwrap();
+        let identity = identity_of(&path);
         (dir, KIND.path(&path), identity)
     }
 
@@ -265,7 +257,7 @@ mod tests {
         KIND.write(&path, &identity, b"body").unwrap();
         let mut bytes = read(&path, 4, None).unwrap();
         std::fs::write(dir.path().join("other"), [1; 4096]).unwrap();
-        let other = KeptIdentity::of(File::open(dir.path().join("other")).unwrap()).unwrap();
+        let other = identity_of(dir.path().join("other"));
         assert!(matches!(KIND.decode(&other, &bytes), Err(SidecarError::Stale { .. })));
         bytes[12] = 1;
         assert!(matches!(
@@ -283,7 +275,7 @@ mod tests {
         while std::fs::metadata(&mem_path).unwrap().ctime_nsec() == changed {
             std::fs::set_permissions(&mem_path, std::fs::Permissions::from_mode(0o600)).unwrap();
         }
-        let now = KeptIdentity::of(File::open(&mem_path).unwrap()).unwrap();
+        let now = identity_of(&mem_path);
         let advice = Kind {
             says: Says::Advice,
             ..KIND
@@ -294,7 +286,7 @@ mod tests {
         assert_eq!(advice.decode(&now, &bytes).unwrap(), b"body");
 
         std::fs::write(&mem_path, [2; 4096]).unwrap();
-        let written = KeptIdentity::of(File::open(&mem_path).unwrap()).unwrap();
+        let written = identity_of(&mem_path);
         assert!(matches!(
             advice.decode(&written, &bytes),
             Err(SidecarError::Stale { .. })

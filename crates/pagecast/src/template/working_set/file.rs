@@ -11,13 +11,12 @@
 
 use std::path::{Path, PathBuf};
 
-use pagecast_uffd::ByteLen;
-
 use super::{Entry, MOST_WEIGHT, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::mem_file::sidecar::{self, Kind, Says};
-use crate::template::{KeptIdentity, Recording, SidecarError};
+use crate::template::content::Says;
+use crate::template::mem_file::sidecar::{self, Kind};
+use crate::template::{ContentIdentity, Recording, SidecarError};
 
 const KIND: Kind = Kind {
     tag: *b"WSET",
@@ -40,23 +39,23 @@ impl WorkingSet {
         KIND.path(mem_file)
     }
 
-    /// Reads what was kept of the mem-file that is `identity`, whatever its ctime was then. Nothing but a hint, but one that
+    /// Reads what was kept of a template with this `content`, whatever the ctime of its mem-file was then. Nothing but a hint, but one that
     /// costs memory: so nobody else than the user we are, or root, may have written it.
     ///
     /// # Errors
     ///
     /// [`SidecarError`]; then there is nothing to prefault, and nothing else to worry about.
-    pub fn load(path: &Path, identity: &KeptIdentity) -> Result<Self, SidecarError> {
-        Self::parse(&sidecar::read(path, MOST_BODY, None)?, identity)
+    pub fn load(path: &Path, content: &ContentIdentity) -> Result<Self, SidecarError> {
+        Self::parse(&sidecar::read(path, MOST_BODY, None)?, content)
     }
 
-    /// Keeps it for the mem-file that is `identity`, so that either it or what was there before is found, but never a part.
+    /// Keeps it for templates with this `content`, so that either it or what was there before is found, but never a part.
     ///
     /// # Errors
     ///
     /// [`SidecarError::Io`].
-    pub fn save(&self, path: &Path, identity: &KeptIdentity) -> Result<(), SidecarError> {
-        KIND.write(path, identity, &self.body())
+    pub fn save(&self, path: &Path, content: &ContentIdentity) -> Result<(), SidecarError> {
+        KIND.write(path, content, &self.body())
     }
 
     /// Reads the bytes of such a file, whoever wrote them.
@@ -64,9 +63,9 @@ impl WorkingSet {
     /// # Errors
     ///
     /// [`SidecarError`], but never for the file system's reasons.
-    pub fn parse(bytes: &[u8], identity: &KeptIdentity) -> Result<Self, SidecarError> {
+    pub fn parse(bytes: &[u8], content: &ContentIdentity) -> Result<Self, SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
-        let body = KIND.decode(identity, bytes)?;
+        let body = KIND.decode(content, bytes)?;
         let (recordings, pages) = body
             .split_first_chunk::<COUNTS>()
             .ok_or(damaged("it has no number of recordings"))?;
@@ -81,8 +80,10 @@ impl WorkingSet {
             });
         }
         let entries: Vec<Entry> = pages.iter().copied().map(entry).collect();
-        let template = identity.size() / PageSize::SMALLEST;
-        let sound = |entry: &Entry| u64::from(entry.page) < template && (1..=MOST_WEIGHT).contains(&entry.weight);
+        let template = content.template_len();
+        let sound = |entry: &Entry| {
+            u64::from(entry.page) < template.get() / PageSize::SMALLEST && (1..=MOST_WEIGHT).contains(&entry.weight)
+        };
         if !entries.iter().all(sound) {
             return Err(damaged("it has a page that cannot be"));
         }
@@ -97,7 +98,6 @@ impl WorkingSet {
         {
             return Err(damaged("it has a page twice"));
         }
-        let template = ByteLen::new(identity.size());
         Ok(Self::from_entries(template, u32::from_le_bytes(*recordings), entries))
     }
 
@@ -124,18 +124,19 @@ fn entry(bytes: [u8; ENTRY]) -> Entry {
 
 #[cfg(test)]
 mod tests {
+    use pagecast_uffd::ByteLen;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::template::TemplateOffset;
+    use crate::template::{KeptIdentity, TemplateOffset};
 
     const PAGES: u32 = 300;
 
     /// The identity of a mem-file of [`PAGES`] pages.
-    fn identity() -> KeptIdentity {
+    fn identity() -> ContentIdentity {
         let file = tempfile::tempfile().unwrap();
         file.set_len(u64::from(PAGES) * PageSize::SMALLEST).unwrap();
-        KeptIdentity::of(&file).unwrap()
+        KeptIdentity::of(&file).unwrap().into()
     }
 
     fn recording(pages: &[u32]) -> Recording {
@@ -147,8 +148,8 @@ mod tests {
     }
 
     /// A file with these entries, however unsound.
-    fn file_of(identity: &KeptIdentity, entries: &[Entry]) -> Vec<u8> {
-        let template = ByteLen::new(identity.size());
+    fn file_of(identity: &ContentIdentity, entries: &[Entry]) -> Vec<u8> {
+        let template = identity.template_len();
         let set = WorkingSet {
             template,
             recordings: 1,

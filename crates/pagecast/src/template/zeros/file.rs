@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::page::PageSize;
-use crate::template::mem_file::sidecar::{self, Kind, Says};
-use crate::template::{KeptIdentity, MemFile, PageSource, SidecarError, SourceError};
+use crate::template::content::Says;
+use crate::template::mem_file::sidecar::{self, Kind};
+use crate::template::{ContentIdentity, KeptIdentity, MemFile, PageSource, SidecarError, SourceError};
 
 const KIND: Kind = Kind {
     tag: *b"ZERO",
@@ -60,7 +61,7 @@ impl MemFile {
     /// # Errors
     ///
     /// [`KeepError`]; then they are found anew next time.
-    pub fn keep_zeros(&self) -> Result<KeptIdentity, KeepError> {
+    pub fn keep_zeros(&self) -> Result<ContentIdentity, KeepError> {
         // A page that was read within the tick of the last write may have been written within it once more.
         if !is_old(self.opened_as(), self.opened()) {
             return Err(KeepError::TooFresh);
@@ -75,8 +76,9 @@ impl MemFile {
             return Err(KeepError::NotLeased);
         }
         self.check_path()?;
-        KIND.write(&Self::zeros_path_for(self.path()), &identity, &self.zeros.to_le_bytes())?;
-        Ok(identity)
+        let content = identity.into();
+        KIND.write(&Self::zeros_path_for(self.path()), &content, &self.zeros.to_le_bytes())?;
+        Ok(content)
     }
 
     /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
@@ -88,7 +90,7 @@ impl MemFile {
             return Err(SidecarError::Missing);
         }
         let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
-        let body = KIND.decode(self.opened_as(), &bytes)?;
+        let body = KIND.decode(&self.content(), &bytes)?;
         if self.zeros.set_le_bytes(body, pages) {
             Ok(())
         } else {
@@ -270,7 +272,7 @@ mod tests {
         let mut past_the_end = [0; 16];
         past_the_end[15] = 0x80;
         for body in [&[0xff; 8][..], &past_the_end] {
-            KIND.write(&zeros, opened.opened_as(), body).unwrap();
+            KIND.write(&zeros, &opened.content(), body).unwrap();
             let opened = MemFile::open(&path).unwrap();
             assert!(matches!(opened.kept_zeros(), Err(SidecarError::Damaged { .. })));
             assert_eq!(opened.zeros().known_bytes(), ByteLen::ZERO);
