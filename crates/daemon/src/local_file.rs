@@ -133,7 +133,7 @@ impl LocalFile {
                 mem_path: self.path().to_owned(),
                 protect: self.protect,
             },
-            identity: Was::State(state),
+            identity: SavedIdentity::State(state),
             ownership: Some(self.ownership),
             protection: self.protection,
             place: self.placement.clone().map(Place::Done),
@@ -207,7 +207,7 @@ impl LocalFile {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedTemplate {
     pub(crate) spec: FileSpec,
-    pub(crate) identity: Was,
+    pub(crate) identity: SavedIdentity,
     /// Owner and mode of the file; `None` where an earlier version has kept it.
     #[serde(default)]
     pub(crate) ownership: Option<Ownership>,
@@ -221,13 +221,13 @@ pub(crate) struct SavedTemplate {
 /// What a memory file was when it was kept in the run dir.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(crate) enum Was {
+pub(crate) enum SavedIdentity {
     State(FileState),
     /// Kept by an older version, which did not look at the ctime.
     Identity(Identity),
 }
 
-impl Was {
+impl SavedIdentity {
     /// In what the file was written since, if it is `now`. `is_explained` if something is known that explains another ctime.
     pub(crate) fn written(&self, now: &FileState, is_explained: bool) -> Option<String> {
         match self {

@@ -19,7 +19,7 @@ use super::registry::Name;
 use super::untracked::untracked_vmms;
 use crate::inode::InodeId;
 use crate::learned;
-use crate::local_file::{FileSpec, LocalFile, Place, SavedTemplate, Spec, Was};
+use crate::local_file::{FileSpec, LocalFile, Place, SavedIdentity, SavedTemplate, Spec};
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
 use crate::placement::{Placement, Plan, Prefer};
@@ -249,7 +249,7 @@ impl Service {
     ) -> Result<Option<Placement>, ApiError> {
         let mut saved = SavedTemplate {
             spec: spec.clone(),
-            identity: Was::State(file.state().map_err(|error| internal("look at the template", &error))?),
+            identity: SavedIdentity::State(file.state().map_err(|error| internal("look at the template", &error))?),
             ownership: Some(ownership),
             protection,
             place: None,
@@ -277,7 +277,7 @@ impl Service {
         };
         saved.place = placement.clone().map(Place::Done);
         if let Ok(state) = file.accept_own_change() {
-            saved.identity = Was::State(state);
+            saved.identity = SavedIdentity::State(state);
         }
         if let Err(error) = save(&saved) {
             if let Some(placement) = &placement {

@@ -90,7 +90,7 @@ fn a_template_overwritten_on_a_file_server_gives_its_forks_no_wrong_byte() {
     assert!(matches!(mem_file.check_unchanged(), Err(SourceError::Changed { .. })));
 }
 
-/// What `template/reliance.rs` says of them.
+/// What `template/mem_file/guarantees.rs` says of them.
 #[test]
 fn a_lease_holds_off_writers_and_holes_are_right_on_each_file_system_that_is_relied_upon() {
     let kinds = ["ext4", "xfs", "btrfs"];

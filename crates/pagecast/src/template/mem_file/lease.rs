@@ -111,14 +111,14 @@ impl MemFile {
         if self.has_sure_leases() {
             self.unwritten
                 .store(state.kept() == self.opened_as(), Ordering::Release);
-            self.trust.grant();
+            self.lease_trust.grant();
         }
         Ok(lease)
     }
 
     /// Whether a lease on it holds off every writer.
     pub(in crate::template) fn has_sure_leases(&self) -> bool {
-        self.reliance.leases
+        self.guarantees.leases
     }
 
     /// Whether nobody can have written it since it was opened: there is a lease on it that nobody has broken, on a file
@@ -143,7 +143,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.mem_file.trust.revoke();
+        self.mem_file.lease_trust.revoke();
         self.mem_file.unwritten.store(false, Ordering::Release);
         // It may be gone: taken away, or never taken.
         let _ = lease::release(self.mem_file.as_fd());
@@ -194,7 +194,7 @@ fn watch(mem_file: &MemFile, breaks: &LeaseBreaks, stop: &OwnedFd, on_break: imp
             breaks.clear();
             // Anybody may send a SIGIO.
             if !lease::is_held(mem_file.as_fd()).is_ok_and(|held| held) {
-                mem_file.trust.revoke();
+                mem_file.lease_trust.revoke();
                 on_break();
                 return;
             }

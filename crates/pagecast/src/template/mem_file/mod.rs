@@ -1,10 +1,10 @@
 //! The memory file of a paused microVM, on a local file system.
 
+mod guarantees;
 mod lease;
+mod lease_trust;
 mod page_cache;
-mod reliance;
 pub(super) mod sidecar;
-mod trust;
 mod windows;
 
 use std::fs::File;
@@ -21,11 +21,11 @@ use pagecast_uffd::{ByteLen, MappedFile, MappedRange, dirty};
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
+use self::guarantees::Guarantees;
 pub use self::lease::{Lease, LeaseError};
+use self::lease_trust::LeaseTrust;
 pub use self::page_cache::{Loader, LockError, Locked, Wanted};
-use self::reliance::Reliance;
 pub use self::sidecar::SidecarError;
-use self::trust::Trust;
 use self::windows::Windows;
 use super::content::ContentIdentity;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
@@ -56,7 +56,7 @@ const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 pub struct MemFile {
     path: PathBuf,
     file: File,
-    reliance: Reliance,
+    guarantees: Guarantees,
     /// What it was when it was opened.
     opened_as: FileState,
     /// What it was when it was last found to be unchanged. Its links and permissions may come and go.
@@ -73,13 +73,13 @@ pub struct MemFile {
     pub(super) leased: AtomicBool,
     /// That lease holds off every writer, and the file was not touched between its opening and the lease.
     pub(super) unwritten: AtomicBool,
-    /// The lease stands for the file being unchanged.
-    trust: Trust,
+    /// The lease vouches for the file being unchanged.
+    lease_trust: LeaseTrust,
     /// All of it, for runs of pages and for what is locked in memory.
     pub(super) mapped: Option<Arc<MappedFile>>,
     /// All of it but zeros is locked in memory.
     pinned: AtomicBool,
-    /// Else these parts of it are known to be there.
+    /// Otherwise, these parts of it are known to be there.
     windows: Option<Windows>,
 }
 
@@ -115,7 +115,7 @@ impl MemFile {
                 },
             });
         }
-        let reliance = Reliance::of(&file).map_err(cannot_open)?;
+        let guarantees = Guarantees::of(&file).map_err(cannot_open)?;
         // Before any byte or hole is looked at.
         let opened_as = FileState::of(&file, Look::Now).map_err(cannot_open)?;
         let size = opened_as.identity().size();
@@ -127,7 +127,7 @@ impl MemFile {
         }
         let zeros = ZeroMap::new(ByteLen::new(size));
         let holes = OnceLock::new();
-        if !reliance.holes {
+        if !guarantees.holes {
             let _ = holes.set(false);
         } else if is_written_out(&file) {
             let _ = holes.set(true);
@@ -136,14 +136,14 @@ impl MemFile {
         // Some file systems have no mappings, and then runs of pages are read as single ones are.
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
         // They ask what is in the page cache.
-        let windows = reliance
+        let windows = guarantees
             .residency
             .then(|| Windows::new(file.as_fd(), ByteLen::new(size)))
             .flatten();
         let mem_file = Self {
             path: path.to_owned(),
             file,
-            reliance,
+            guarantees,
             opened_as,
             seen: Mutex::new(opened_as),
             seen_ctime: AtomicI64::new(opened_as.ctime()),
@@ -153,7 +153,7 @@ impl MemFile {
             opened: SystemTime::now(),
             leased: AtomicBool::new(false),
             unwritten: AtomicBool::new(false),
-            trust: Trust::new(),
+            lease_trust: LeaseTrust::new(),
             mapped,
             pinned: AtomicBool::new(false),
             windows,
@@ -227,7 +227,7 @@ impl MemFile {
 
     /// The name of its file system, if its pages come from elsewhere.
     pub fn remote(&self) -> Option<&'static str> {
-        self.reliance.remote
+        self.guarantees.remote
     }
 
     fn look(&self, look: Look) -> Result<FileState, SourceError> {
@@ -267,7 +267,7 @@ impl MemFile {
 
     /// Makes sure that it is unchanged, after bytes of it were read that somebody is to get.
     fn check_now(&self) -> Result<(), SourceError> {
-        if self.trust.holds() {
+        if self.lease_trust.holds() {
             return Ok(());
         }
         self.look(Look::Now).map(drop)
@@ -348,7 +348,7 @@ impl PageSource for MemFile {
         if self.zeros.covers(at, len) {
             return Ok(Page::Zero);
         }
-        if self.reliance.remote.is_some() {
+        if self.guarantees.remote.is_some() {
             return Ok(Page::NotReady);
         }
         let read = rustix::io::preadv2(
@@ -383,17 +383,17 @@ impl PageSource for MemFile {
             }
         })?;
         // Here, on a thread that may wait for the server.
-        if self.reliance.remote.is_some() {
+        if self.guarantees.remote.is_some() {
             self.check_now()?;
         }
         Ok(())
     }
 
     fn check_unchanged(&self) -> Result<(), SourceError> {
-        if self.trust.holds() {
+        if self.lease_trust.holds() {
             return Ok(());
         }
-        let is_remote = self.reliance.remote.is_some();
+        let is_remote = self.guarantees.remote.is_some();
         let (identity, ctime) = if is_remote {
             let now = self.look_at_file(Look::Cached)?;
             (*now.identity(), now.ctime())
@@ -456,9 +456,9 @@ impl PageSource for MemFile {
 impl MappedPages for MemFile {
     fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
         // Without a lease, only what was read before it is checked is known to be the template's.
-        let mapped = self.mapped.as_ref().filter(|_| self.trust.holds())?;
+        let mapped = self.mapped.as_ref().filter(|_| self.lease_trust.holds())?;
         let range = mapped.range(at.get(), len)?;
-        (self.is_pinned() || (self.reliance.residency && range.is_resident())).then_some(range)
+        (self.is_pinned() || (self.guarantees.residency && range.is_resident())).then_some(range)
     }
 
     fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
@@ -466,7 +466,7 @@ impl MappedPages for MemFile {
         if self.zeros.covers(at, page) {
             return None;
         }
-        let now = self.trust.holds_now()?;
+        let now = self.lease_trust.holds_now()?;
         if self.is_pinned() {
             return self.mapped.as_ref()?.range(at.get(), page);
         }
@@ -475,7 +475,7 @@ impl MappedPages for MemFile {
 
     fn release(&self) {
         if let Some(windows) = &self.windows {
-            windows.let_go();
+            windows.close_all();
         }
     }
 }

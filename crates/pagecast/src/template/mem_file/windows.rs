@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pagecast_uffd::{ByteLen, MappedFile, MappedRange};
 
-use super::trust::CoarseTime;
+use super::lease_trust::CoarseTime;
 use crate::page::PageSize;
 use crate::template::TemplateOffset;
 
@@ -23,23 +23,22 @@ const MOST_OPEN: usize = 64;
 /// one copy waits for the disk.
 const ROUND: u64 = 10_000;
 
-/// The windows of one mem-file. Shared by all threads without a lock: a window that is opened while others are closed is
-/// one more or less for a moment.
+/// The windows of one mem-file. Shared by all threads without a lock: the count of open windows may be one off for a moment.
 #[derive(Debug)]
 pub(super) struct Windows {
     /// All of the file. A mapping of their own, so that closing them lets go of nothing else.
     file: MappedFile,
-    /// When this round has begun, as [`CoarseTime::micros`].
+    /// The beginning of this round, as [`CoarseTime::micros`].
     begun: AtomicU64,
     opened: AtomicUsize,
-    /// A bit a window: a fault came there in this round.
+    /// A bit for each window: a fault came there in this round.
     touched: Box<[AtomicU64]>,
-    /// A bit a window: it was in the page cache in this round.
+    /// A bit for each window: it was in the page cache in this round.
     open: Box<[AtomicU64]>,
 }
 
 impl Windows {
-    /// None of `file`, which has so many bytes, is open. `None` where it cannot be mapped.
+    /// Creates the windows of `file` (`len` bytes), all closed. `None` if the file cannot be mapped.
     pub(super) fn new(file: BorrowedFd<'_>, len: ByteLen) -> Option<Self> {
         let file = MappedFile::new(file, 0, len).ok()?;
         // A touch would map 2 MiB, where the page cache has such pages. Without them the kernel says that it has none.
@@ -59,7 +58,7 @@ impl Windows {
         })
     }
 
-    /// The small page at `at`, where it may be copied straight from the file. Called for each fault.
+    /// The small page at `at`. `None` if its window is closed. Called for each fault.
     pub(super) fn page(&self, at: TemplateOffset, now: CoarseTime) -> Option<MappedRange<'_>> {
         let is_open = self.is_open(at, now);
         is_open
@@ -109,8 +108,8 @@ impl Windows {
         }
     }
 
-    /// Closes all of them, where any is open.
-    pub(super) fn let_go(&self) {
+    /// Closes all windows, if any is open.
+    pub(super) fn close_all(&self) {
         if self.opened.load(Ordering::Relaxed) > 0 {
             self.close();
         }
@@ -187,7 +186,7 @@ mod tests {
         let later = CoarseTime::from_micros(2 * ROUND);
         assert!(windows.page(offset(most, 0), later).is_none());
         assert!(windows.page(offset(most, 0), later).is_some());
-        windows.let_go();
+        windows.close_all();
         assert!(windows.page(offset(most, 0), later).is_none());
     }
 

@@ -1,6 +1,6 @@
-//! What can be relied upon for a mem-file. That depends on its file system, and on what this process may do with the file.
+//! What the kernel guarantees for a mem-file. That depends on its file system, and on what this process may do with the file.
 //!
-//! Each fast path is taken only where it is known to be right. Elsewhere a slower way is taken that is right everywhere.
+//! Each fast path is taken only if it is known to be right. Otherwise a slower way is taken that is right everywhere.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -34,11 +34,11 @@ const REMOTE: [(i64, &str); 8] = [
 /// The owner of files that belong to nobody in this user namespace, where nothing else is set (`fs.overflowuid`).
 const OVERFLOW_USER: u32 = 65_534;
 
-/// What can be relied upon for one mem-file.
+/// What the kernel guarantees for one mem-file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Reliance {
-    /// Nobody writes the file while a read lease on it is held. Else a lease holds up some writers, and the file has to be
-    /// looked at all the same.
+pub(super) struct Guarantees {
+    /// Nobody writes the file while a read lease on it is held. Otherwise a lease holds up some writers only, and the file is
+    /// compared all the same.
     pub(super) leases: bool,
     /// `SEEK_HOLE` and `SEEK_DATA` are right, once nothing of the file is dirty. Else all of it is read to find zeros.
     pub(super) holes: bool,
@@ -49,7 +49,7 @@ pub(super) struct Reliance {
     pub(super) remote: Option<&'static str>,
 }
 
-impl Reliance {
+impl Guarantees {
     /// Looks at the file system of `file`, and at who owns the file.
     ///
     /// # Errors
@@ -97,22 +97,22 @@ mod tests {
         std::fs::write(&path, [1; 4096]).unwrap();
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
         let file = File::open(&path).unwrap();
-        assert!(Reliance::of(&file).unwrap().residency);
+        assert!(Guarantees::of(&file).unwrap().residency);
         if std::os::unix::fs::chown(&path, Some(12_345), None).is_err() {
             return skip((Need::Root, "to give a file away"));
         }
         // A process that may override permissions may write it.
-        assert!(Reliance::of(&file).unwrap().residency);
+        assert!(Guarantees::of(&file).unwrap().residency);
         let mut sets = rustix::thread::capabilities(None).unwrap();
         sets.effective.remove(rustix::thread::CapabilitySet::DAC_OVERRIDE);
         sets.effective.remove(rustix::thread::CapabilitySet::FOWNER);
         rustix::thread::set_capabilities(None, sets).unwrap();
-        assert!(!Reliance::of(&file).unwrap().residency);
+        assert!(!Guarantees::of(&file).unwrap().residency);
     }
 
     #[test]
-    fn what_is_in_proc_is_not_relied_upon() {
-        let reliance = Reliance::of(&File::open("/proc/self/status").unwrap()).unwrap();
-        assert!(!reliance.leases && !reliance.holes);
+    fn nothing_is_guaranteed_for_what_is_in_proc() {
+        let guarantees = Guarantees::of(&File::open("/proc/self/status").unwrap()).unwrap();
+        assert!(!guarantees.leases && !guarantees.holes);
     }
 }

@@ -1,4 +1,4 @@
-//! Whether a lease stands for a mem-file being unchanged, so that it needs not be looked at for each fault.
+//! Whether a lease vouches for a mem-file being unchanged, so that it need not be compared for each fault.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,13 +18,13 @@ const AFTER_GAP: Duration = Duration::from_secs(2);
 /// Looking is noted no more often than this, so that threads do not fight for it.
 const NOTED: Duration = Duration::from_millis(10);
 
-/// Relies on a lease for as long as it is held and its thread would have told us if it were not.
+/// Trust in a lease, for as long as it is held and its thread would have told us if it were not.
 ///
 /// While a lease is held nobody can write the file, and for [`SHORTEST_BREAK`] after somebody wants to. The thread that the
 /// kernel tells of that revokes the trust, within microseconds as a rule. It could be late only where the whole process
 /// is stopped, and then whoever asks has not asked for a while.
 #[derive(Debug)]
-pub(super) struct Trust {
+pub(super) struct LeaseTrust {
     granted: AtomicBool,
     epoch: Duration,
     /// Microseconds since `epoch`.
@@ -32,7 +32,7 @@ pub(super) struct Trust {
     not_before: AtomicU64,
 }
 
-impl Trust {
+impl LeaseTrust {
     pub(super) fn new() -> Self {
         Self {
             granted: AtomicBool::new(false),
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn nothing_is_trusted_without_a_lease_or_after_it() {
-        let trust = Trust::new();
+        let trust = LeaseTrust::new();
         assert!(!trust.holds());
         trust.grant();
         let expected = break_time().is_some_and(|time| time >= SHORTEST_BREAK);
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn after_a_gap_the_file_is_looked_at_for_a_while() {
-        let trust = Trust::new();
+        let trust = LeaseTrust::new();
         let at = |seconds: u64| trust.holds_at(seconds * 1_000_000);
         // Asked every other second.
         assert!([1, 3, 5, 7].into_iter().all(at));
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn two_threads_that_ask_at_once_after_a_gap_both_look() {
-        let trust = Trust::new();
+        let trust = LeaseTrust::new();
         assert!(!trust.holds_at(60_000_000));
         assert!(!trust.holds_at(60_000_001));
     }
