@@ -21,7 +21,7 @@ use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
 use super::listener::Listener;
-use super::record::ForkRecord;
+use super::record::{ForkRecord, Requested};
 use super::registry::Registry;
 use super::served_fork::ServedFork;
 use super::workers::Workers;
@@ -72,19 +72,19 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Starts the acceptor thread.
+    /// Starts the acceptor thread, which reads `inbox`.
     pub(super) fn start(
+        inbox: Arc<Inbox<Request>>,
         registry: Arc<Registry>,
         workers: Arc<Workers>,
         disposal: Arc<Disposal>,
         deadlines: Deadlines,
-    ) -> std::io::Result<(Arc<Inbox<Request>>, std::thread::JoinHandle<()>)> {
-        let inbox = Arc::new(Inbox::new()?);
+    ) -> std::io::Result<std::thread::JoinHandle<()>> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &*inbox, EventData::new_u64(INBOX), EventFlags::IN)?;
         let acceptor = Self {
             epoll,
-            inbox: Arc::clone(&inbox),
+            inbox,
             registry,
             workers,
             disposal,
@@ -94,10 +94,9 @@ impl Acceptor {
             next_serial: 0,
             stopping: false,
         };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("pagecast-accept".to_owned())
-            .spawn(move || acceptor.run())?;
-        Ok((inbox, thread))
+            .spawn(move || acceptor.run())
     }
 
     fn run(mut self) {
@@ -169,7 +168,7 @@ impl Acceptor {
                         operation: "watch a socket",
                         errno: errno.into(),
                     };
-                    self.registry.end(&record, ForkState::Failed, Some(reason));
+                    self.registry.end(&record, ForkState::Failed, Some(Arc::new(reason)));
                 }
             }
         }
@@ -181,10 +180,10 @@ impl Acceptor {
         }
         // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
         if record.state() == ForkState::Waiting {
-            let reason = match record.take_doom() {
-                // There is nobody to kill.
-                None | Some(FailReason::Killed) => FailReason::Closed,
-                Some(reason) => reason,
+            let reason = match record.requested() {
+                // There is no VMM to kill.
+                Requested::Kill(reason) if !matches!(*reason, FailReason::Killed) => reason,
+                _ => Arc::new(FailReason::Closed),
             };
             self.registry.end(record, ForkState::Failed, Some(reason));
         }
@@ -196,7 +195,8 @@ impl Acceptor {
         }
         for slot in self.slots(|entry| matches!(entry, Entry::Listener(_))) {
             if let Some(record) = self.remove_listener(slot) {
-                self.registry.end(&record, ForkState::Failed, Some(FailReason::Closed));
+                let reason = Arc::new(FailReason::Closed);
+                self.registry.end(&record, ForkState::Failed, Some(reason));
             }
         }
     }
@@ -371,7 +371,7 @@ impl Acceptor {
             }
             Err(refusal) => {
                 self.disposal.drop_later(handshaking);
-                let reason = FailReason::Refused(refusal);
+                let reason = Arc::new(FailReason::Refused(refusal));
                 registry.end(&record, ForkState::Failed, Some(reason));
             }
         }
@@ -454,7 +454,7 @@ impl Acceptor {
             return;
         }
         if let Some(record) = self.remove_listener(slot) {
-            let reason = record.not_connected(self.deadlines.connect);
+            let reason = Arc::new(record.not_connected(self.deadlines.connect));
             self.registry.end(&record, ForkState::Failed, Some(reason));
         }
     }

@@ -6,12 +6,11 @@ use std::sync::{Arc, mpsc};
 use super::crew::Crew;
 use super::inbox::Inbox;
 use super::served_fork::FillStep;
-use super::worker::Message;
+use super::worker::{Message, Slot};
 
 /// A step of filling a fork, and what ends it early.
 pub(super) struct Job {
-    pub(super) slot: usize,
-    pub(super) serial: u64,
+    pub(super) slot: Slot,
     pub(super) step: FillStep,
     pub(super) interrupt: Arc<AtomicBool>,
 }
@@ -38,14 +37,9 @@ impl Filler {
             // The worker has made this thread, and may be raised.
             crate::priority::reset();
             for job in received {
-                let Job {
-                    slot,
-                    serial,
-                    step,
-                    interrupt,
-                } = job;
+                let Job { slot, step, interrupt } = job;
                 let filled = step.carry_out(&crew.take_free(), &zeros, || interrupt.load(Ordering::Relaxed));
-                inbox.send(Message::Filled { slot, serial, filled });
+                inbox.send(Message::Filled { slot, filled });
             }
         });
         spawned.ok().map(|_| Self { jobs })

@@ -6,9 +6,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
+use super::acceptor::Request;
 use super::failure::{FailReason, Refusal};
 use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Plan, PrefaultCounts};
+use super::inbox::Inbox;
 use super::latency::LatencyRecorder;
+use super::worker::{Message, Slot};
 use crate::session::Region;
 use crate::template::Template;
 
@@ -33,29 +36,41 @@ struct Life {
     state: ForkState,
     pid: Option<i32>,
     reason: Option<Arc<FailReason>>,
-    /// Who wants it complete; nobody where it is only served.
+    /// The thread that has the fork. It is told when something else is requested.
+    holder: Holder,
+    /// Who requests its completion.
     askers: Vec<Asker>,
-    /// Why its VMM has to be killed.
-    doom: Option<FailReason>,
+    /// Why its VMM is to be killed, once that is requested. Final.
+    kill: Option<Arc<FailReason>>,
     /// Connections that were refused and did not end it, by the code of the reason.
     refusals: BTreeMap<&'static str, u64>,
     last_refusal: Option<Arc<Refusal>>,
 }
 
-/// Who wants a fork complete.
+/// The thread that has a fork.
+#[derive(Debug)]
+enum Holder {
+    /// The fork waits for its VMM.
+    Acceptor(Arc<Inbox<Request>>),
+    /// The fork is on its way to a worker, which looks at what is requested when it comes; or has ended.
+    Nobody,
+    Worker(Arc<Inbox<Message>>, Slot),
+}
+
+/// Who requests the completion of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asker {
-    /// Somebody who asked for just this fork, and does not wait.
+    /// A caller who asks for this fork alone, and does not wait.
     Request,
-    /// Somebody who has to take its template away.
+    /// A caller who takes its template away.
     Vacator,
-    /// A thread that closes the server, and wants it no longer once it has lost patience.
+    /// A thread that closes the server. It takes its request back once its patience is over.
     Closer(ThreadId),
 }
 
 /// What is to be done with a fork.
 #[derive(Debug)]
-pub(super) enum Wish {
+pub(super) enum Requested {
     /// Answer its faults.
     Serve,
     /// Complete it, and answer its faults meanwhile.
@@ -63,12 +78,31 @@ pub(super) enum Wish {
         /// As fast as can be, because somebody waits.
         at_once: bool,
     },
-    /// Kill its VMM. Whoever is told of this has to do it: nobody else is.
-    Kill(FailReason),
+    /// Kill its VMM.
+    Kill(Arc<FailReason>),
+}
+
+impl Life {
+    fn requested(&self) -> Requested {
+        match &self.kill {
+            Some(reason) => Requested::Kill(Arc::clone(reason)),
+            None if self.askers.is_empty() => Requested::Serve,
+            None => Requested::Complete {
+                at_once: self.askers.iter().any(|asker| *asker != Asker::Request),
+            },
+        }
+    }
 }
 
 impl ForkRecord {
-    pub(super) fn new(id: ForkId, template: Template, plan: Plan, anonymous: bool) -> Self {
+    /// A fork that waits for its VMM, with the acceptor whose inbox this is.
+    pub(super) fn new(
+        id: ForkId,
+        template: Template,
+        plan: Plan,
+        anonymous: bool,
+        acceptor: Arc<Inbox<Request>>,
+    ) -> Self {
         Self {
             id,
             template,
@@ -80,8 +114,9 @@ impl ForkRecord {
                 state: ForkState::Waiting,
                 pid: None,
                 reason: None,
+                holder: Holder::Acceptor(acceptor),
                 askers: Vec::new(),
-                doom: None,
+                kill: None,
                 refusals: BTreeMap::new(),
                 last_refusal: None,
             }),
@@ -140,9 +175,22 @@ impl ForkRecord {
         }
     }
 
+    /// Its VMM has shaken hands: the fork is on its way to a worker.
     pub(super) fn set_serving(&self) {
-        self.life().state = ForkState::Serving;
+        let mut life = self.life();
+        life.state = ForkState::Serving;
+        life.holder = Holder::Nobody;
+        drop(life);
         self.changed.notify_all();
+    }
+
+    /// The fork has come to its worker, which is told of each request from now on. It has to look at [`requested`](Self::requested)
+    /// after this, for those from before.
+    pub(super) fn set_worker(&self, inbox: Arc<Inbox<Message>>, slot: Slot) {
+        let mut life = self.life();
+        if !life.state.is_end() {
+            life.holder = Holder::Worker(inbox, slot);
+        }
     }
 
     /// Ends it. `false` where it had ended before, which stays as it was.
@@ -155,59 +203,75 @@ impl ForkRecord {
         if reason.is_some() {
             life.reason = reason;
         }
+        // Nothing is requested of it any more, and no inbox is held that may hold this.
         life.askers.clear();
-        life.doom = None;
+        life.kill = None;
+        life.holder = Holder::Nobody;
         drop(life);
         self.changed.notify_all();
         true
     }
 
     /// What is to be done with it now.
-    pub(super) fn wish(&self) -> Wish {
-        let mut life = self.life();
-        match life.doom.take() {
-            Some(reason) => Wish::Kill(reason),
-            None if life.askers.is_empty() => Wish::Serve,
-            None => Wish::Complete {
-                at_once: life.askers.iter().any(|asker| *asker != Asker::Request),
-            },
+    pub(super) fn requested(&self) -> Requested {
+        self.life().requested()
+    }
+
+    /// Tells the thread that has the fork that something else is requested. Under the lock that the request was made under: the
+    /// fork cannot change hands in between, so no request is lost.
+    fn tell_holder(self: &Arc<Self>, life: &Life) {
+        match &life.holder {
+            Holder::Acceptor(inbox) => inbox.send(Request::Close(Arc::clone(self))),
+            Holder::Worker(inbox, slot) => inbox.send(Message::Requested(*slot)),
+            Holder::Nobody => {}
         }
     }
 
-    /// Wants its VMM killed. `false` where it has ended.
-    pub(super) fn doom(&self, reason: FailReason) -> bool {
+    /// Requests that its VMM is killed, or that it ends if it has none. Returns `false` if it has ended.
+    pub(super) fn request_kill(self: &Arc<Self>, reason: FailReason) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
             return false;
         }
-        life.doom.get_or_insert(reason);
+        if life.kill.is_none() {
+            life.kill = Some(Arc::new(reason));
+            self.tell_holder(&life);
+        }
         true
     }
 
-    /// Why it has to end though no VMM has connected, once.
-    pub(super) fn take_doom(&self) -> Option<FailReason> {
-        self.life().doom.take()
+    /// Requests that it ends if it waits for its VMM.
+    pub(super) fn request_close(self: &Arc<Self>) {
+        let life = self.life();
+        if life.state == ForkState::Waiting {
+            self.tell_holder(&life);
+        }
     }
 
-    /// Whether somebody wants it complete, and it is not yet.
+    /// Whether its completion is requested, and it is not complete yet.
     pub(super) fn is_completing(&self) -> bool {
         !self.life().askers.is_empty()
     }
 
-    /// Wants it complete, where it is served. Its state.
-    pub(super) fn ask_completion(&self, asker: Asker) -> ForkState {
+    /// Requests its completion, if it is served. Returns its state.
+    pub(super) fn request_completion(self: &Arc<Self>, asker: Asker) -> ForkState {
         let mut life = self.life();
         if life.state == ForkState::Serving && !life.askers.contains(&asker) {
             life.askers.push(asker);
             // Of an earlier try.
             life.reason = None;
+            self.tell_holder(&life);
         }
         life.state
     }
 
-    /// Wants that no longer; others may.
-    pub(super) fn withdraw_completion(&self, asker: Asker) {
-        self.life().askers.retain(|other| *other != asker);
+    /// Takes the request of `asker` back. Those of others stay.
+    pub(super) fn withdraw_completion(self: &Arc<Self>, asker: Asker) {
+        let mut life = self.life();
+        if let Some(at) = life.askers.iter().position(|other| *other == asker) {
+            life.askers.swap_remove(at);
+            self.tell_holder(&life);
+        }
     }
 
     /// It could not be completed and is served as before.
@@ -375,6 +439,7 @@ mod tests {
             )))),
             Plan::default(),
             false,
+            Arc::new(Inbox::new().unwrap()),
         );
         assert!(record.end(ForkState::Failed, Some(Arc::new(FailReason::Killed))));
         assert!(!record.end(ForkState::Exited, None));

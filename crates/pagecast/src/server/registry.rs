@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::acceptor::Request;
 use super::error::Error;
 use super::failure::FailReason;
 use super::fork::{ForkEvent, ForkId, ForkState, Plan};
+use super::inbox::Inbox;
 use super::record::ForkRecord;
 use super::served_fork::Watched;
 use crate::template::Template;
@@ -19,14 +21,17 @@ pub(super) struct Registry {
     forks: Mutex<BTreeMap<ForkId, Arc<ForkRecord>>>,
     failures: Mutex<BTreeMap<&'static str, u64>>,
     observer: Observer,
+    /// Of the thread that new forks are with.
+    acceptor: Arc<Inbox<Request>>,
 }
 
 impl Registry {
-    pub(super) fn new(observer: Observer) -> Self {
+    pub(super) fn new(observer: Observer, acceptor: Arc<Inbox<Request>>) -> Self {
         Self {
             forks: Mutex::default(),
             failures: Mutex::default(),
             observer,
+            acceptor,
         }
     }
 
@@ -46,7 +51,7 @@ impl Registry {
         match self.forks().entry(id.clone()) {
             Entry::Occupied(_) => Err(Error::ForkExists(id)),
             Entry::Vacant(vacant) => {
-                let record = ForkRecord::new(id, template, plan, anonymous);
+                let record = ForkRecord::new(id, template, plan, anonymous, Arc::clone(&self.acceptor));
                 Ok(Arc::clone(vacant.insert(Arc::new(record))))
             }
         }
@@ -85,8 +90,7 @@ impl Registry {
     }
 
     /// Ends a fork and tells everybody, once.
-    pub(super) fn end(&self, record: &Arc<ForkRecord>, state: ForkState, reason: Option<FailReason>) {
-        let reason = reason.map(Arc::new);
+    pub(super) fn end(&self, record: &Arc<ForkRecord>, state: ForkState, reason: Option<Arc<FailReason>>) {
         let code = reason.as_ref().map(|reason| reason.code());
         // Held from before anybody can see that it has failed: who has seen it finds it counted.
         let mut failures = self.lock_failures();

@@ -19,7 +19,6 @@ use super::memory;
 use super::record::{Asker, ForkRecord};
 use super::registry::{Observer, Registry};
 use super::socket_file::SocketFile;
-use super::worker::Message;
 use super::workers::{WorkerOptions, Workers};
 use crate::priority;
 use crate::template::{SourceError, Template};
@@ -122,7 +121,8 @@ impl Builder {
             what: "start the server's threads",
             source,
         };
-        let registry = Arc::new(Registry::new(self.observer));
+        let acceptor = Arc::new(Inbox::new().map_err(failed)?);
+        let registry = Arc::new(Registry::new(self.observer, Arc::clone(&acceptor)));
         let crew = Arc::new(Crew::new(self.fill_threads.map(|threads| threads.get() - 1)));
         let options = WorkerOptions {
             fault_deadline: self.deadlines.fault,
@@ -133,7 +133,8 @@ impl Builder {
         let disposal = Disposal::start().map_err(failed)?;
         let (workers, threads) = Workers::start(self.workers, &registry, &crew, &disposal, options).map_err(failed)?;
         let workers = Arc::new(workers);
-        let (acceptor, thread) = Acceptor::start(
+        let thread = Acceptor::start(
+            Arc::clone(&acceptor),
             Arc::clone(&registry),
             Arc::clone(&workers),
             Arc::clone(&disposal),
@@ -299,9 +300,8 @@ impl Server {
         if record.state() == ForkState::Serving && !record.is_completing() {
             memory::check_room(forks)?;
         }
-        let state = record.ask_completion(Asker::Request);
+        let state = record.request_completion(Asker::Request);
         drop(admission);
-        self.workers.tell(|| Message::Review);
         Ok(state)
     }
 
@@ -315,10 +315,9 @@ impl Server {
         let fitting = memory::fitting(&completing, &wanted, until);
         let asked_before = completing.iter().filter(|fork| fork.template.is_same(template));
         for fork in asked_before.chain(&fitting) {
-            fork.ask_completion(Asker::Vacator);
+            fork.request_completion(Asker::Vacator);
         }
         drop(admission);
-        self.workers.tell(|| Message::Review);
         fitting.len() == wanted.len()
     }
 
@@ -329,19 +328,13 @@ impl Server {
     ///
     /// [`Error::ForkNotFound`].
     pub fn kill_fork(&self, id: &ForkId) -> Result<(), Error> {
-        self.kill_record(&self.record(id)?);
+        self.record(id)?.request_kill(FailReason::Killed);
         Ok(())
     }
 
     /// As [`kill_fork`](Self::kill_fork), but of just this fork: another that has got its name since lives on.
     pub fn kill_this(&self, fork: &Fork) {
-        self.kill_record(&fork.record);
-    }
-
-    fn kill_record(&self, record: &Arc<ForkRecord>) {
-        if self.doom(record, FailReason::Killed) {
-            self.workers.tell(|| Message::Review);
-        }
+        fork.record.request_kill(FailReason::Killed);
     }
 
     /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
@@ -354,9 +347,7 @@ impl Server {
         template.withdraw(how);
         let forks = self.forks_of(template);
         let changed = || FailReason::Template(SourceError::Changed { how: how.to_owned() });
-        let concerned = forks.iter().filter(|fork| self.doom(fork, changed())).count();
-        self.workers.tell(|| Message::Review);
-        concerned
+        forks.iter().filter(|fork| fork.request_kill(changed())).count()
     }
 
     /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and nothing reads it, but no longer than
@@ -409,7 +400,7 @@ impl Server {
 
     fn unregister_record(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
         if record.state() == ForkState::Waiting {
-            self.acceptor.send(Request::Close(Arc::clone(record)));
+            record.request_close();
             // The acceptor ends it, or is just about to find that its VMM has connected.
             let patience = Instant::now() + self.deadlines.handshake;
             record.wait_state(patience, |state| state != ForkState::Waiting);
@@ -457,9 +448,8 @@ impl Server {
         let forks = self.serving();
         let asker = Asker::Closer(std::thread::current().id());
         for fork in &forks {
-            fork.ask_completion(asker);
+            fork.request_completion(asker);
         }
-        self.workers.tell(|| Message::Review);
         for fork in &forks {
             fork.wait_completed(asker, until);
         }
@@ -467,7 +457,6 @@ impl Server {
             for fork in &forks {
                 fork.withdraw_completion(asker);
             }
-            self.workers.tell(|| Message::Review);
             return Err(error);
         }
         self.stop();
@@ -486,9 +475,8 @@ impl Server {
         self.stop_accepting();
         let forks = self.serving();
         for fork in &forks {
-            self.doom(fork, FailReason::Killed);
+            fork.request_kill(FailReason::Killed);
         }
-        self.workers.tell(|| Message::Review);
         let until = Instant::now() + patience;
         for fork in &forks {
             fork.wait_state(until, ForkState::is_end);
@@ -520,16 +508,6 @@ impl Server {
         forks
     }
 
-    /// Wants a fork to end with this reason, and tells the acceptor where it may be there; the workers have to be told
-    /// after that. `false` where it has ended.
-    fn doom(&self, record: &Arc<ForkRecord>, reason: FailReason) -> bool {
-        let doomed = record.doom(reason);
-        if doomed && record.state() == ForkState::Waiting {
-            self.acceptor.send(Request::Close(Arc::clone(record)));
-        }
-        doomed
-    }
-
     fn serving(&self) -> Vec<Arc<ForkRecord>> {
         let mut forks = self.registry.all();
         forks.retain(|record| record.state() == ForkState::Serving);
@@ -559,7 +537,7 @@ impl Server {
     fn stop(&self) {
         let mut life = self.life();
         if let Life::Closing(workers) = std::mem::replace(&mut *life, Life::Closed) {
-            self.workers.tell(|| Message::Stop);
+            self.workers.stop();
             for worker in workers {
                 let _ = worker.join();
             }

@@ -20,7 +20,7 @@ use super::filler::{Filler, Job};
 use super::fork::{ForkEvent, ForkState};
 use super::inbox::Inbox;
 use super::quiet::Quiet;
-use super::record::Wish;
+use super::record::Requested;
 use super::registry::Registry;
 use super::served_fork::{End, Filled, ReadToken, Scratch, ServedFork};
 use super::transparent;
@@ -34,6 +34,13 @@ const EPOLL_EVENTS: usize = 64;
 /// How often to look after a killed VMM whose end cannot be watched.
 const UNWATCHED_PAUSE: Duration = Duration::from_millis(10);
 
+/// The place of a fork in its worker. Another fork may get the index later, but never the serial number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub(super) index: usize,
+    pub(super) serial: u64,
+}
+
 /// What others ask of a worker.
 pub(super) enum Message {
     /// Serve this fork from now on.
@@ -41,11 +48,11 @@ pub(super) enum Message {
     /// The template's bytes, read elsewhere.
     Bytes { token: ReadToken, bytes: ReadResult },
     /// The kernel fills zeros of this fork in pages of 4 KiB.
-    KernelFillsSmall { slot: usize, serial: u64 },
+    KernelFillsSmall(Slot),
     /// A step of filling this fork, carried out elsewhere, is over.
-    Filled { slot: usize, serial: u64, filled: Filled },
-    /// What is wanted of forks has changed: look at each of them.
-    Review,
+    Filled { slot: Slot, filled: Filled },
+    /// Something else is requested of this fork.
+    Requested(Slot),
     /// Stop as soon as there is no fork left.
     Stop,
 }
@@ -102,7 +109,7 @@ impl Token {
 struct Served {
     fork: ServedFork,
     /// Why its VMM was killed. Its userfaultfd stays open until the VMM is dead: closed earlier, it could run on with zeros.
-    killed: Option<FailReason>,
+    killed: Option<Arc<FailReason>>,
     /// The kernel would not tell us of its end, so it has to be looked at again and again. It is killed, so not for long.
     unwatched: bool,
     /// It is in [`Worker::restless`].
@@ -349,13 +356,13 @@ impl Worker {
     }
 
     /// Kills a VMM: its faults cannot be answered, and it must not go on without.
-    fn kill(&mut self, slot: usize, reason: FailReason) {
+    fn kill(&mut self, slot: usize, reason: impl Into<Arc<FailReason>>) {
         let Some(served) = self.forks.get_mut(slot) else { return };
         // Not being allowed to was ruled out in the handshake; already dead is fine.
         let _ = served.fork.peer.pidfd.kill();
         // What it still reports is of no use, and would wake us again and again.
         let _ = epoll::delete(&self.epoll, &served.fork.uffd);
-        served.killed = Some(reason);
+        served.killed = Some(reason.into());
     }
 
     fn check_process(&mut self, slot: usize) {
@@ -379,7 +386,7 @@ impl Worker {
     }
 
     /// Lets go of a fork, first of everything it holds, then says so.
-    fn finish(&mut self, slot: usize, state: ForkState, reason: Option<FailReason>) {
+    fn finish(&mut self, slot: usize, state: ForkState, reason: Option<Arc<FailReason>>) {
         let Some(Served { mut fork, .. }) = self.forks.try_remove(slot) else {
             return;
         };
@@ -405,27 +412,27 @@ impl Worker {
             match message {
                 Message::Adopt(fork) => self.adopt(*fork),
                 Message::Bytes { token, bytes } => {
-                    if self.is_still(token.slot, token.serial) {
-                        self.step(token.slot, |fork, scratch| fork.on_bytes(token, bytes, scratch));
+                    if self.has(token.slot) {
+                        self.step(token.slot.index, |fork, scratch| fork.on_bytes(token, bytes, scratch));
                     }
                 }
-                Message::Filled { slot, serial, filled } => {
+                Message::Filled { slot, filled } => {
                     self.filler_is_busy = false;
-                    if self.is_still(slot, serial) {
-                        self.step(slot, |fork, scratch| fork.on_filled(filled, scratch));
+                    if self.has(slot) {
+                        self.step(slot.index, |fork, scratch| fork.on_filled(filled, scratch));
                     }
                 }
-                Message::KernelFillsSmall { slot, serial } => {
-                    if self.is_still(slot, serial) {
-                        self.step(slot, |fork, _| {
+                Message::KernelFillsSmall(slot) => {
+                    if self.has(slot) {
+                        self.step(slot.index, |fork, _| {
                             fork.kernel_fills_small();
                             Ok(())
                         });
                     }
                 }
-                Message::Review => {
-                    for slot in self.slots() {
-                        self.review(slot);
+                Message::Requested(slot) => {
+                    if self.has(slot) {
+                        self.do_requested(slot.index);
                     }
                 }
                 Message::Stop => self.stopping = true,
@@ -433,9 +440,11 @@ impl Worker {
         }
     }
 
-    /// Whether this place is still that of this fork, and not another's.
-    fn is_still(&self, slot: usize, serial: u64) -> bool {
-        self.forks.get(slot).is_some_and(|served| served.fork.serial == serial)
+    /// Whether the fork of this slot is still here.
+    fn has(&self, slot: Slot) -> bool {
+        self.forks
+            .get(slot.index)
+            .is_some_and(|served| served.fork.slot() == slot)
     }
 
     /// Has the kernel asked how it would fill zeros of a fork. Where there is no thread for that, they are installed by us.
@@ -443,7 +452,7 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
-        let (serial, pid, memory) = (fork.serial, fork.peer.pid, fork.small_memory());
+        let (slot, pid, memory) = (fork.slot(), fork.peer.pid, fork.small_memory());
         if memory.is_empty() {
             return;
         }
@@ -452,35 +461,31 @@ impl Worker {
             .name("pagecast-thp".to_owned())
             .spawn(move || {
                 if !transparent::may_be_made(pid, &memory) {
-                    inbox.send(Message::KernelFillsSmall { slot, serial });
+                    inbox.send(Message::KernelFillsSmall(slot));
                 }
             });
     }
 
-    /// Does with a fork what is wanted of it.
-    fn review(&mut self, slot: usize) {
+    /// Does with a fork what is requested now.
+    fn do_requested(&mut self, slot: usize) {
         let Some(served) = self.forks.get(slot).filter(|served| served.killed.is_none()) else {
             return;
         };
-        match served.fork.record.wish() {
-            Wish::Serve => self.step(slot, |fork, _| {
+        match served.fork.record.requested() {
+            Requested::Serve => self.step(slot, |fork, _| {
                 fork.abandon_completion();
                 Ok(())
             }),
-            Wish::Complete { at_once } => self.step(slot, |fork, _| {
+            Requested::Complete { at_once } => self.step(slot, |fork, _| {
                 fork.begin_completion(at_once);
                 Ok(())
             }),
-            Wish::Kill(reason) => self.kill(slot, reason),
+            Requested::Kill(reason) => self.kill(slot, reason),
         }
     }
 
-    fn slots(&self) -> Vec<usize> {
-        self.forks.iter().map(|(slot, _)| slot).collect()
-    }
-
     fn adopt(&mut self, mut fork: ServedFork) {
-        fork.slot = self.forks.vacant_key();
+        fork.index = self.forks.vacant_key();
         let slot = self.forks.insert(Served {
             fork,
             killed: None,
@@ -490,6 +495,7 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
+        let address = fork.slot();
         // Asked here and not by the acceptor, because it takes a lock of the VMM's memory, as all that a worker does.
         let refused = match fork.write_protected() {
             Ok(None) => None,
@@ -501,7 +507,7 @@ impl Worker {
         };
         if refused.is_some() {
             // It got no page, and lives on as any VMM that is refused.
-            return self.finish(slot, ForkState::Failed, refused);
+            return self.finish(slot, ForkState::Failed, refused.map(Arc::new));
         }
         // Told of each new event once: all are read whenever there is one, and the kernel need not look again.
         let on_new_events = EventFlags::IN | EventFlags::ET;
@@ -542,8 +548,9 @@ impl Worker {
             Ok(())
         });
         self.ask_how_kernel_fills(slot);
-        // Whatever was wanted of it before it came here.
-        self.review(slot);
+        record.set_worker(Arc::clone(&self.inbox), address);
+        // What was requested before it came here.
+        self.do_requested(slot);
     }
 
     /// One bounded step of one completion: faults come first, and the next look at them is never far.
@@ -583,7 +590,7 @@ impl Worker {
 
     /// Has the filler carry out the next step of a fork.
     fn fill_elsewhere(&mut self, slot: usize) {
-        let Some(serial) = self.forks.get(slot).map(|served| served.fork.serial) else {
+        let Some(address) = self.forks.get(slot).map(|served| served.fork.slot()) else {
             return;
         };
         let mut begun = None;
@@ -595,8 +602,7 @@ impl Worker {
             return;
         };
         let job = Job {
-            slot,
-            serial,
+            slot: address,
             step,
             interrupt,
         };

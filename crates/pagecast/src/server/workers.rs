@@ -68,10 +68,10 @@ impl Workers {
         worker.inbox.send(Message::Adopt(Box::new(fork)));
     }
 
-    /// Tells all of them.
-    pub(super) fn tell(&self, message: impl Fn() -> Message) {
+    /// Has all of them stop once they have no fork.
+    pub(super) fn stop(&self) {
         for worker in &self.all {
-            worker.inbox.send(message());
+            worker.inbox.send(Message::Stop);
         }
     }
 }

@@ -21,6 +21,7 @@ use pagecast_uffd::{Drained, Errno, EventBuffer, HostAddr, HostRange, Outcome, P
 use super::crew::Crew;
 use super::failure::FailReason;
 use super::record::ForkRecord;
+use super::worker::Slot;
 use crate::page::PageSize;
 use crate::session::{After, Content, Fill, Install, Noted, Session, Step, Violation};
 use crate::template::{Page, ReadResult, SourceError, Template};
@@ -130,10 +131,9 @@ pub(super) struct ServedFork {
     pub(super) socket: Option<OwnedFd>,
     session: Session,
     template: Template,
-    /// Tells this fork from others that had the same place in their worker.
-    pub(super) serial: u64,
-    /// Its place in its worker.
-    pub(super) slot: usize,
+    serial: u64,
+    /// The index of its slot.
+    pub(super) index: usize,
     eagerness: Eagerness,
     /// The last turn ended before all events were read. The worker is told of new ones only.
     unread: bool,
@@ -178,7 +178,7 @@ impl ServedFork {
             socket: Some(socket),
             session,
             serial,
-            slot: 0,
+            index: 0,
             eagerness: Eagerness::default(),
             unread: false,
             reads: Reads::default(),
@@ -195,6 +195,14 @@ impl ServedFork {
             watched: None,
             unregistered: false,
             given_up: None,
+        }
+    }
+
+    /// Its place in its worker.
+    pub(super) fn slot(&self) -> Slot {
+        Slot {
+            index: self.index,
+            serial: self.serial,
         }
     }
 

@@ -8,15 +8,14 @@ use slab::Slab;
 use super::pause::Pause;
 use super::{Deliver, End, Scratch, ServedFork};
 use crate::server::failure::FailReason;
+use crate::server::worker::Slot;
 use crate::session::{Content, PageRef, Step};
 use crate::template::{ReadFor, ReadResult, SourceError, TemplateOffset, leading_zero_pages};
 
 /// Which read of which fork of a worker some bytes are for. Places are used again, numbers are not.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::server) struct ReadToken {
-    /// The place of the fork in its worker, and its serial number.
-    pub(in crate::server) slot: usize,
-    pub(in crate::server) serial: u64,
+    pub(in crate::server) slot: Slot,
     /// The place of the read in the fork, and its number.
     place: usize,
     number: u64,
@@ -148,8 +147,7 @@ impl ServedFork {
     ) {
         let (place, number) = self.reads.insert(awaited, failed, true);
         let token = ReadToken {
-            slot: self.slot,
-            serial: self.serial,
+            slot: self.slot(),
             place,
             number,
         };
