@@ -121,7 +121,7 @@ async fn eventful(rig: &Rig) {
 
     let killed = rig.reader("killed", 10).await;
     let service = Arc::clone(rig.daemon.service());
-    service.server().kill_fork(&"killed".parse().unwrap()).unwrap();
+    service.server().fork(&"killed".parse().unwrap()).unwrap().kill();
     killed.wait().unwrap();
     rig.wait("killed", ServedState::Failed);
 }

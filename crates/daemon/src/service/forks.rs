@@ -94,7 +94,7 @@ impl Service {
     /// Begins to complete a fork.
     pub(crate) fn complete_fork(&self, id: &str) -> Result<(), ApiError> {
         let fork = self.registry.fork(id)?;
-        backends::of(&fork).complete(self, &fork)
+        backends::of(&fork).complete(&fork)
     }
 
     /// Deletes a fork; with `kill`, its VMM is killed first.
@@ -104,7 +104,7 @@ impl Service {
         if kill {
             self.kill_vmm(&fork)?;
         }
-        backends::of(&fork).close(self, &fork)?;
+        backends::of(&fork).close(&fork)?;
         // Somebody else may have deleted it and made another of this id.
         let Some(told) = self.registry.remove_fork(&fork) else {
             return Ok(());

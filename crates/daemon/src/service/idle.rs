@@ -26,7 +26,7 @@ impl Service {
             let served = survive("idle", || {
                 let forks = self.served();
                 for fork in look(&mut seen, &forks, after, Instant::now()) {
-                    self.complete_idle_fork(&fork);
+                    complete_idle_fork(&fork);
                 }
                 !forks.is_empty()
             });
@@ -44,12 +44,12 @@ impl Service {
         forks.retain(|fork| fork.activity().is_some());
         forks
     }
+}
 
-    fn complete_idle_fork(&self, fork: &Fork) {
-        match backends::of(fork).complete(self, fork) {
-            Ok(()) => info!(event = "fork_idle", fork = %fork.id, "has no faults any more, is being completed"),
-            Err(error) => warn!(fork = %fork.id, error = error.message, "idle, and cannot be completed now"),
-        }
+fn complete_idle_fork(fork: &Fork) {
+    match backends::of(fork).complete(fork) {
+        Ok(()) => info!(event = "fork_idle", fork = %fork.id, "has no faults any more, is being completed"),
+        Err(error) => warn!(fork = %fork.id, error = error.message, "idle, and cannot be completed now"),
     }
 }
 

@@ -26,7 +26,6 @@ pub(super) fn internal(what: &str, error: &dyn Error) -> ApiError {
 pub(super) fn server_refuses(error: &ServerError) -> ApiError {
     let code = match error {
         ServerError::ForkExists(_) => ErrorCode::ForkExists,
-        ServerError::ForkNotFound(_) => ErrorCode::ForkNotFound,
         ServerError::ForkInUse(_) => ErrorCode::ForkInUse,
         ServerError::ForkWaiting(_) => ErrorCode::ForkWaiting,
         ServerError::ForkEnded { .. } => ErrorCode::ForkEnded,

@@ -14,9 +14,11 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
+use super::deadlines::Deadlines;
 use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
-use super::fork::{Deadlines, ForkEvent, ForkState};
+use super::fork_event::ForkEvent;
+use super::fork_status::ForkState;
 use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;

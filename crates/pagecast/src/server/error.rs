@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::fork::{ForkId, ForkState, InvalidForkId};
+use super::fork_id::{ForkId, InvalidForkId};
+use super::fork_status::ForkState;
 use crate::template::SourceError;
 
 /// Why a call of the server failed.
@@ -27,9 +28,6 @@ pub enum Error {
     /// The prefix of names leaves no room for a number.
     #[error("the prefix of fork names is too long")]
     Prefix(#[source] InvalidForkId),
-    /// No fork of this name exists.
-    #[error("no fork is named {0}")]
-    ForkNotFound(ForkId),
     /// The fork's VMM lives, and would hang without the server.
     #[error("the VMM of fork {0} lives and needs the server: complete it or kill it first")]
     ForkInUse(ForkId),

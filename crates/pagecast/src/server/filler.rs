@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
-use super::crew::Crew;
+use super::fill_pool::FillPool;
 use super::inbox::Inbox;
 use super::served_fork::FillStep;
 use super::worker::{Message, Slot};
@@ -28,7 +28,7 @@ impl Filler {
     pub(super) fn start(
         index: usize,
         inbox: Arc<Inbox<Message>>,
-        crew: Arc<Crew>,
+        fill_pool: Arc<FillPool>,
         zeros: Arc<Vec<u8>>,
     ) -> Option<Self> {
         let (jobs, received) = mpsc::channel::<Job>();
@@ -38,7 +38,7 @@ impl Filler {
             crate::priority::reset();
             for job in received {
                 let Job { slot, step, interrupt } = job;
-                let filled = step.carry_out(&crew.take_free(), &zeros, || interrupt.load(Ordering::Relaxed));
+                let filled = step.carry_out(&fill_pool.take_free(), &zeros, || interrupt.load(Ordering::Relaxed));
                 inbox.send(Message::Filled { slot, filled });
             }
         });

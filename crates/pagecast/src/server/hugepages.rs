@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::failure::Refusal;
-use super::fork::ForkState;
+use super::fork_status::ForkState;
 use super::memory::{SPARE_PART, host_available};
 use super::record::ForkRecord;
 use super::registry::Registry;

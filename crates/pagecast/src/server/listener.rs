@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fork::{ForkId, Plan};
+use super::fork_id::ForkId;
+use super::fork_options::ForkOptions;
 use super::record::ForkRecord;
 use super::registry::Registry;
 use super::socket_file::SocketFile;
@@ -36,7 +37,7 @@ pub(super) enum Serves {
     /// Any number of forks of a template, named with the prefix and a number.
     Any {
         template: Template,
-        plan: Plan,
+        options: ForkOptions,
         prefix: String,
         next: u64,
     },
@@ -95,13 +96,13 @@ impl Listener {
             Serves::One { record, .. } => Some(Arc::clone(record)),
             Serves::Any {
                 template,
-                plan,
+                options,
                 prefix,
                 next,
             } => loop {
                 *next += 1;
                 let id: ForkId = format!("{prefix}-{next}").parse().ok()?;
-                if let Ok(record) = registry.insert(id, template.clone(), *plan, true) {
+                if let Ok(record) = registry.insert(id, template, options, true) {
                     return Some(record);
                 }
             },

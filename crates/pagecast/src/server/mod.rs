@@ -7,28 +7,38 @@
 //! | --- | --- |
 //! | acceptor | listens, accepts, shakes hands, keeps deadlines |
 //! | workers | answer faults; a fork belongs to one of them for life |
-//! | crew | helps workers to fill forks, when cores are free |
+//! | fill pool | helps workers to fill forks, when cores are free |
 //! | readers | read what is not in memory; each template has one for as long as it lives, and a few more while needed |
 
+mod deadlines;
 mod error;
 mod failure;
-mod fork;
+mod fork_event;
+mod fork_id;
+mod fork_options;
+mod fork_status;
 mod latency;
 
 #[cfg(target_os = "linux")]
 mod acceptor;
 #[cfg(target_os = "linux")]
-mod crew;
+mod admission;
+#[cfg(target_os = "linux")]
+mod builder;
 #[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
+mod fill_pool;
+#[cfg(target_os = "linux")]
 mod filler;
 #[cfg(target_os = "linux")]
-mod handle;
+mod fork;
 #[cfg(target_os = "linux")]
 mod handshaking;
 #[cfg(target_os = "linux")]
 mod hugepages;
+#[cfg(target_os = "linux")]
+mod idle_timer;
 #[cfg(target_os = "linux")]
 mod inbox;
 #[cfg(target_os = "linux")]
@@ -36,33 +46,38 @@ mod listener;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(target_os = "linux")]
-mod quiet;
+mod page_server;
 #[cfg(target_os = "linux")]
 mod record;
 #[cfg(target_os = "linux")]
 mod registry;
-#[cfg(target_os = "linux")]
-mod run;
-#[cfg(not(target_os = "linux"))]
-#[path = "unsupported.rs"]
-mod run;
 #[cfg(target_os = "linux")]
 mod served_fork;
 #[cfg(target_os = "linux")]
 mod socket_file;
 #[cfg(target_os = "linux")]
 mod transparent;
+#[cfg(not(target_os = "linux"))]
+mod unsupported;
 #[cfg(target_os = "linux")]
 mod worker;
 #[cfg(target_os = "linux")]
 mod workers;
 
 pub use crate::session::Violation;
+#[cfg(target_os = "linux")]
+pub use builder::Builder;
+pub use deadlines::Deadlines;
 pub use error::{CloseError, Error, NotEnoughMemory};
 pub use failure::{FailReason, Refusal, chain};
-pub use fork::{
-    Deadlines, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId, Prefault,
-    PrefaultCounts,
-};
+#[cfg(target_os = "linux")]
+pub use fork::Fork;
+pub use fork_event::ForkEvent;
+pub use fork_id::{ForkId, InvalidForkId};
+pub use fork_options::{ForkOptions, Prefault};
+pub use fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCounts};
 pub use latency::{Latency, LatencyHistogram};
-pub use run::{Builder, Fork, Server};
+#[cfg(target_os = "linux")]
+pub use page_server::Server;
+#[cfg(not(target_os = "linux"))]
+pub use unsupported::{Builder, Fork, Server};

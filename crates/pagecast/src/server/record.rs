@@ -1,14 +1,18 @@
 //! What the server keeps of a fork, shared by everyone who has to do with it.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::acceptor::Request;
+use super::error::Error;
 use super::failure::{FailReason, Refusal};
-use super::fork::{FaultCounts, ForkId, ForkState, ForkStats, ForkStatus, Plan, PrefaultCounts};
+use super::fork_id::ForkId;
+use super::fork_options::{ForkOptions, Plan};
+use super::fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCounts};
 use super::inbox::Inbox;
 use super::latency::LatencyRecorder;
 use super::worker::{Message, Slot};
@@ -20,6 +24,8 @@ use crate::template::Template;
 pub(super) struct ForkRecord {
     pub(super) id: ForkId,
     pub(super) template: Template,
+    /// Where its VMM is to connect.
+    pub(super) socket_path: PathBuf,
     /// What it is to be given ahead of its faults, and whether they are recorded.
     pub(super) plan: Plan,
     /// Nobody holds a handle on it: forget it once it has ended.
@@ -98,15 +104,16 @@ impl ForkRecord {
     /// A fork that waits for its VMM, with the acceptor whose inbox this is.
     pub(super) fn new(
         id: ForkId,
-        template: Template,
-        plan: Plan,
+        template: &Template,
+        options: &ForkOptions,
         anonymous: bool,
         acceptor: Arc<Inbox<Request>>,
     ) -> Self {
         Self {
             id,
-            template,
-            plan,
+            template: template.clone(),
+            socket_path: options.socket_path.clone(),
+            plan: options.plan,
             anonymous,
             counters: Counters::new(),
             regions: OnceLock::new(),
@@ -251,6 +258,20 @@ impl ForkRecord {
     /// Whether its completion is requested, and it is not complete yet.
     pub(super) fn is_completing(&self) -> bool {
         !self.life().askers.is_empty()
+    }
+
+    /// Whether a fork in this state can be complete one day.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkWaiting`] and [`Error::ForkEnded`].
+    pub(super) fn may_be_completed(&self, state: ForkState) -> Result<(), Error> {
+        let id = self.id.clone();
+        match state {
+            ForkState::Serving | ForkState::Complete => Ok(()),
+            ForkState::Waiting => Err(Error::ForkWaiting(id)),
+            ForkState::Exited | ForkState::Failed => Err(Error::ForkEnded { id, state }),
+        }
     }
 
     /// Requests its completion, if it is served. Returns its state.
@@ -434,10 +455,10 @@ mod tests {
         }
         let record = ForkRecord::new(
             "a".parse().unwrap(),
-            Template::from_source(Arc::new(Nothing(crate::template::ZeroMap::new(
+            &Template::from_source(Arc::new(Nothing(crate::template::ZeroMap::new(
                 pagecast_uffd::ByteLen::ZERO,
             )))),
-            Plan::default(),
+            &ForkOptions::new("s"),
             false,
             Arc::new(Inbox::new().unwrap()),
         );

@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::acceptor::Request;
 use super::error::Error;
 use super::failure::FailReason;
-use super::fork::{ForkEvent, ForkId, ForkState, Plan};
+use super::fork_event::ForkEvent;
+use super::fork_id::ForkId;
+use super::fork_options::ForkOptions;
+use super::fork_status::ForkState;
 use super::inbox::Inbox;
 use super::record::ForkRecord;
 use super::served_fork::Watched;
@@ -23,6 +26,8 @@ pub(super) struct Registry {
     observer: Observer,
     /// Of the thread that new forks are with.
     acceptor: Arc<Inbox<Request>>,
+    /// Held between finding memory for a completion and requesting it, so that no two are given the same memory.
+    pub(super) admission: Mutex<()>,
 }
 
 impl Registry {
@@ -32,6 +37,7 @@ impl Registry {
             failures: Mutex::default(),
             observer,
             acceptor,
+            admission: Mutex::new(()),
         }
     }
 
@@ -44,14 +50,14 @@ impl Registry {
     pub(super) fn insert(
         &self,
         id: ForkId,
-        template: Template,
-        plan: Plan,
+        template: &Template,
+        options: &ForkOptions,
         anonymous: bool,
     ) -> Result<Arc<ForkRecord>, Error> {
         match self.forks().entry(id.clone()) {
             Entry::Occupied(_) => Err(Error::ForkExists(id)),
             Entry::Vacant(vacant) => {
-                let record = ForkRecord::new(id, template, plan, anonymous, Arc::clone(&self.acceptor));
+                let record = ForkRecord::new(id, template, options, anonymous, Arc::clone(&self.acceptor));
                 Ok(Arc::clone(vacant.insert(Arc::new(record))))
             }
         }
@@ -63,6 +69,13 @@ impl Registry {
 
     pub(super) fn all(&self) -> Vec<Arc<ForkRecord>> {
         self.forks().values().cloned().collect()
+    }
+
+    /// The forks that are served.
+    pub(super) fn serving(&self) -> Vec<Arc<ForkRecord>> {
+        let mut forks = self.all();
+        forks.retain(|record| record.state() == ForkState::Serving);
+        forks
     }
 
     /// Forgets this fork, and not another that has the name by now.

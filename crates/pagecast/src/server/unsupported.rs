@@ -5,8 +5,12 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::Path;
 use std::time::Duration;
 
+use super::deadlines::Deadlines;
 use super::error::{CloseError, Error};
-use super::fork::{Deadlines, ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus};
+use super::fork_event::ForkEvent;
+use super::fork_id::ForkId;
+use super::fork_options::ForkOptions;
+use super::fork_status::{ForkState, ForkStatus};
 use super::latency::LatencyHistogram;
 use crate::template::Template;
 
@@ -88,29 +92,6 @@ impl Server {
     }
 
     /// There is no server to ask.
-    ///
-    /// # Errors
-    ///
-    /// None: it cannot be called.
-    pub fn complete(&self, _id: &ForkId) -> Result<(), Error> {
-        match *self {}
-    }
-
-    /// There is no server to ask.
-    ///
-    /// # Errors
-    ///
-    /// None: it cannot be called.
-    pub fn kill_fork(&self, _id: &ForkId) -> Result<(), Error> {
-        match *self {}
-    }
-
-    /// There is no server to ask.
-    pub fn kill_this(&self, _fork: &Fork) {
-        match *self {}
-    }
-
-    /// There is no server to ask.
     pub fn withdraw(&self, _template: &Template, _how: &str) -> usize {
         match *self {}
     }
@@ -126,30 +107,12 @@ impl Server {
     }
 
     /// There is no server to ask.
-    ///
-    /// # Errors
-    ///
-    /// None: it cannot be called.
-    pub fn unregister(&self, _id: &ForkId) -> Result<(), Error> {
+    pub fn fork(&self, _id: &ForkId) -> Option<Fork> {
         match *self {}
     }
 
     /// There is no server to ask.
-    ///
-    /// # Errors
-    ///
-    /// None: it cannot be called.
-    pub fn unregister_this(&self, _fork: &Fork) -> Result<(), Error> {
-        match *self {}
-    }
-
-    /// There is no server to ask.
-    pub fn fork(&self, _id: &ForkId) -> Option<ForkStatus> {
-        match *self {}
-    }
-
-    /// There is no server to ask.
-    pub fn forks(&self) -> Vec<ForkStatus> {
+    pub fn forks(&self) -> Vec<Fork> {
         match *self {}
     }
 
@@ -214,6 +177,29 @@ impl Fork {
 
     /// There is no fork to ask.
     pub fn install_latency(&self) -> LatencyHistogram {
+        match *self {}
+    }
+
+    /// There is no fork to complete.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn complete(&self) -> Result<(), Error> {
+        match *self {}
+    }
+
+    /// There is no fork to kill.
+    pub fn kill(&self) {
+        match *self {}
+    }
+
+    /// There is no fork to forget.
+    ///
+    /// # Errors
+    ///
+    /// None: it cannot be called.
+    pub fn forget(&self) -> Result<(), Error> {
         match *self {}
     }
 }

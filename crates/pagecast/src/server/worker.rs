@@ -13,13 +13,14 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
-use super::crew::Crew;
 use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
+use super::fill_pool::FillPool;
 use super::filler::{Filler, Job};
-use super::fork::{ForkEvent, ForkState};
+use super::fork_event::ForkEvent;
+use super::fork_status::ForkState;
+use super::idle_timer::IdleTimer;
 use super::inbox::Inbox;
-use super::quiet::Quiet;
 use super::record::Requested;
 use super::registry::Registry;
 use super::served_fork::{End, Filled, ReadToken, Scratch, ServedFork};
@@ -75,7 +76,7 @@ impl Drop for WorkerHandle {
 #[derive(Clone, Copy)]
 enum Token {
     Inbox,
-    Quiet,
+    IdleTimer,
     Uffd(usize),
     Process(usize),
     Socket(usize),
@@ -85,7 +86,7 @@ impl Token {
     fn encode(self) -> EventData {
         EventData::new_u64(match self {
             Self::Inbox => 0,
-            Self::Quiet => 4,
+            Self::IdleTimer => 4,
             Self::Uffd(slot) => (slot as u64) << 2 | 1,
             Self::Process(slot) => (slot as u64) << 2 | 2,
             Self::Socket(slot) => (slot as u64) << 2 | 3,
@@ -99,7 +100,7 @@ impl Token {
             1 => Self::Uffd(slot),
             2 => Self::Process(slot),
             3 => Self::Socket(slot),
-            _ if slot == 1 => Self::Quiet,
+            _ if slot == 1 => Self::IdleTimer,
             _ => Self::Inbox,
         }
     }
@@ -158,7 +159,7 @@ pub(super) struct Worker {
     /// How long to look for faults without sleeping after there was one.
     busy_poll: Duration,
     busy_until: Option<Instant>,
-    quiet: Quiet,
+    idle_timer: IdleTimer,
     may_be_raised: bool,
     stopping: bool,
 }
@@ -168,7 +169,7 @@ impl Worker {
     pub(super) fn start(
         index: usize,
         registry: Arc<Registry>,
-        crew: Arc<Crew>,
+        fill_pool: Arc<FillPool>,
         disposal: Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
@@ -176,15 +177,15 @@ impl Worker {
         let forks = Arc::new(AtomicUsize::new(0));
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
-        let quiet = Quiet::new()?;
-        epoll::add(&epoll, &quiet, Token::Quiet.encode(), EventFlags::IN)?;
+        let idle_timer = IdleTimer::new()?;
+        epoll::add(&epoll, &idle_timer, Token::IdleTimer.encode(), EventFlags::IN)?;
         let deliver = {
             let inbox = Arc::clone(&inbox);
             Arc::new(move |token, bytes| inbox.send(Message::Bytes { token, bytes }))
         };
         let scratch = Scratch::new(
             deliver,
-            crew,
+            fill_pool,
             Arc::clone(&epoll),
             options.fault_deadline,
             options.completion_rate,
@@ -204,7 +205,7 @@ impl Worker {
             filler_is_busy: false,
             busy_poll: options.busy_poll,
             busy_until: None,
-            quiet,
+            idle_timer,
             may_be_raised: options.may_be_raised,
             stopping: false,
         };
@@ -249,12 +250,12 @@ impl Worker {
                 match Token::decode(data) {
                     // Last, because a fork that comes may take the place of one that goes in this very round.
                     Token::Inbox => mail = true,
-                    Token::Quiet => self.look_if_quiet(),
+                    Token::IdleTimer => self.end_idle_period(),
                     // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
                     Token::Uffd(slot) => {
                         self.step(slot, |fork, scratch| fork.serve(alone, scratch));
-                        self.quiet.stir();
+                        self.idle_timer.note_fault();
                         if !self.busy_poll.is_zero() {
                             self.busy_until = Some(Instant::now() + self.busy_poll);
                         }
@@ -270,9 +271,9 @@ impl Worker {
         }
     }
 
-    /// Where no fault has come for a while, lets go of what is mapped for faults.
-    fn look_if_quiet(&mut self) {
-        if self.quiet.look() {
+    /// Lets go of what is mapped for faults if none has come for a while.
+    fn end_idle_period(&mut self) {
+        if self.idle_timer.end_period() {
             for (_, served) in &self.forks {
                 served.fork.record.template.release_mapped();
             }
@@ -581,7 +582,7 @@ impl Worker {
             Filler::start(
                 self.index,
                 Arc::clone(&self.inbox),
-                Arc::clone(&scratch.crew),
+                Arc::clone(&scratch.fill_pool),
                 Arc::clone(&scratch.zeros),
             )
         };
@@ -610,8 +611,8 @@ impl Worker {
             Ok(()) => self.filler_is_busy = true,
             // It has panicked, which was told.
             Err(Job { step, .. }) => {
-                let crew = Arc::clone(&self.scratch.crew);
-                let result = step.carry_out(&crew.take_free(), &self.scratch.zeros, || false);
+                let fill_pool = Arc::clone(&self.scratch.fill_pool);
+                let result = step.carry_out(&fill_pool.take_free(), &self.scratch.zeros, || false);
                 self.step(slot, |fork, scratch| fork.on_filled(result, scratch));
             }
         }

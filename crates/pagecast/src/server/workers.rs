@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::crew::Crew;
 use super::disposal::Disposal;
+use super::fill_pool::FillPool;
 use super::registry::Registry;
 use super::served_fork::ServedFork;
 use super::worker::{Message, Worker, WorkerHandle};
@@ -40,7 +40,7 @@ impl Workers {
     pub(super) fn start(
         asked: Option<usize>,
         registry: &Arc<Registry>,
-        crew: &Arc<Crew>,
+        fill_pool: &Arc<FillPool>,
         disposal: &Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
@@ -48,7 +48,7 @@ impl Workers {
         let (count, shared) = counts(asked, processors, options.may_be_raised);
         let started = (0..count).map(|index| {
             let disposal = Arc::clone(disposal);
-            Worker::start(index, Arc::clone(registry), Arc::clone(crew), disposal, options)
+            Worker::start(index, Arc::clone(registry), Arc::clone(fill_pool), disposal, options)
         });
         let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Self {

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use pagecast::Template;
-use pagecast::server::{CloseError, Deadlines, Error, ForkEvent, ForkId, ForkState, NotEnoughMemory};
+use pagecast::server::{CloseError, Deadlines, Error, ForkEvent, ForkState, NotEnoughMemory};
 use pagecast_testkit::PageSize;
 use pagecast_testkit::cgroup::Cgroup;
 use pagecast_testkit::hugepages::HugePages;
@@ -22,10 +22,6 @@ use crate::scripted_source::{Access, Script};
 
 const SIZE: u64 = 8 << 20;
 
-fn id(name: &str) -> ForkId {
-    name.parse().unwrap()
-}
-
 fn not_enough(result: Result<(), Error>) -> NotEnoughMemory {
     match result {
         Err(Error::NotEnoughMemory(missing)) => missing,
@@ -40,19 +36,19 @@ fn a_fork_completed_while_it_faults_lives_on_and_the_others_are_served() {
     let (staying_fork, staying) = fixture.fork("staying");
     let reads = [&going, &staying].map(|vmm| vmm.start(read_everything(1)).unwrap());
     eventually("faults", || going_fork.status().stats.faults.demand > 0);
-    fixture.server.complete(going_fork.id()).unwrap();
+    going_fork.complete().unwrap();
     // Again, while it is at it or done already.
-    fixture.server.complete(going_fork.id()).unwrap();
+    going_fork.complete().unwrap();
     let status = going_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(status.reason.is_none(), "{status:?}");
-    fixture.server.complete(going_fork.id()).unwrap();
+    going_fork.complete().unwrap();
     reads.into_iter().for_each(assert_right);
     assert_lives_on(&going);
     assert_lives_on(&staying);
     assert_eq!(staying_fork.status().state, ForkState::Serving);
     // It no longer needs the server, so it can be forgotten; and the server goes on.
-    fixture.server.unregister(going_fork.id()).unwrap();
+    going_fork.forget().unwrap();
     let (_, late) = fixture.fork("late");
     assert_reads_right(&late, Read::default());
     fixture.server.close(PATIENCE).unwrap();
@@ -71,7 +67,7 @@ fn a_fork_completed_while_it_gives_memory_back_leaves_no_thread_behind() {
         })
         .unwrap();
     eventually("removals", || fork.status().stats.faults.removed > 100);
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(!race.is_done(), "nothing raced with the completion");
@@ -88,7 +84,7 @@ fn a_completion_that_nobody_waits_for_keeps_its_rate() {
     let fixture = Fixture::with(SIZE, |builder| builder.completion_rate(rate));
     let (fork, vmm) = fixture.fork("slow");
     let began = Instant::now();
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     assert_reads_right(&vmm, read_range(500, 520));
     assert_eq!(fork.wait(PATIENCE, ForkState::is_end).state, ForkState::Complete);
     let took = began.elapsed();
@@ -102,7 +98,7 @@ fn a_close_does_not_wait_for_a_completion_that_is_held_to_its_rate() {
     // A byte a second: the pause after its first step is longer than anybody waits.
     let fixture = Fixture::with(SIZE, |builder| builder.completion_rate(Some(NonZeroU64::MIN)));
     let (fork, vmm) = fixture.fork("a");
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     eventually("its first step", || fork.status().stats.installed_bytes > 0);
     assert_eq!(fork.status().state, ForkState::Serving, "held to its rate");
     fixture.server.close(PATIENCE).unwrap();
@@ -113,11 +109,8 @@ fn a_close_does_not_wait_for_a_completion_that_is_held_to_its_rate() {
 #[test]
 fn what_cannot_be_completed_says_why() {
     let fixture = Fixture::new();
-    let unknown = fixture.server.complete(&id("nobody"));
-    assert!(matches!(unknown, Err(Error::ForkNotFound(_))), "{unknown:?}");
-
     let waiting = fixture.register("waiting");
-    let refused = fixture.server.complete(waiting.id());
+    let refused = waiting.complete();
     assert!(matches!(refused, Err(Error::ForkWaiting(_))), "{refused:?}");
     assert_eq!(waiting.status().state, ForkState::Waiting);
 
@@ -126,10 +119,10 @@ fn what_cannot_be_completed_says_why() {
         if state == ForkState::Exited {
             vmm.kill().unwrap();
         } else {
-            fixture.server.kill_fork(fork.id()).unwrap();
+            fork.kill();
         }
         fork.wait(PATIENCE, ForkState::is_end);
-        let ended = fixture.server.complete(fork.id());
+        let ended = fork.complete();
         assert!(
             matches!(&ended, Err(Error::ForkEnded { state: ended, .. }) if *ended == state),
             "{ended:?}"
@@ -148,7 +141,7 @@ fn many_completions_at_once_beside_a_close_are_all_done() {
             .collect();
         std::thread::scope(|scope| {
             for (fork, _) in &forks {
-                scope.spawn(|| fixture.server.complete(fork.id()).unwrap());
+                scope.spawn(|| fork.complete().unwrap());
             }
             scope.spawn(|| fixture.server.close(PATIENCE).unwrap());
         });
@@ -164,7 +157,7 @@ fn many_completions_at_once_beside_a_close_are_all_done() {
 fn a_close_that_loses_patience_does_not_take_back_what_was_asked_of_one_fork() {
     let (fixture, script, asked_fork, asked) = half_stuck();
     let (other_fork, other) = fixture.fork("other");
-    fixture.server.complete(asked_fork.id()).unwrap();
+    asked_fork.complete().unwrap();
     let closed = fixture.server.close(Duration::from_millis(300));
     assert!(matches!(closed, Err(CloseError::NotComplete { .. })), "{closed:?}");
     script.open_gate();
@@ -178,7 +171,7 @@ fn a_close_that_loses_patience_does_not_take_back_what_was_asked_of_one_fork() {
         (ForkState::Serving, true),
         "{status:?}"
     );
-    fixture.server.complete(other_fork.id()).unwrap();
+    other_fork.complete().unwrap();
     let status = other_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_lives_on(&asked);
@@ -222,7 +215,7 @@ fn a_completion_that_is_given_up_says_so_and_can_be_repeated() {
     });
     let (fork, vmm) = fixture.fork("a");
     for _ in 0..2 {
-        fixture.server.complete(fork.id()).unwrap();
+        fork.complete().unwrap();
         let (id, reason) = events.recv_timeout(PATIENCE).unwrap();
         assert_eq!((id.as_str(), reason.code()), ("a", "read_deadline"));
         let status = fork.status();
@@ -231,7 +224,7 @@ fn a_completion_that_is_given_up_says_so_and_can_be_repeated() {
     }
     assert_reads_right(&vmm, read_range(0, 1024));
     script.open_gate();
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert!(status.reason.is_none(), "{status:?}");
@@ -258,7 +251,7 @@ fn a_vmm_that_registers_its_memory_again_is_served_on_with_a_reason_of_its_own()
     let refused = (0..100).find_map(|number| {
         let (fork, vmm) = fixture.fork(&format!("fork-{number}"));
         let registers = vmm.start(RegisterAgain).unwrap();
-        fixture.server.complete(fork.id()).unwrap();
+        fork.complete().unwrap();
         let reason = events.recv_timeout(PATIENCE).unwrap();
         vmm.run(EndRaces).unwrap();
         registers.join_within(PATIENCE).unwrap();
@@ -289,7 +282,7 @@ fn a_completion_that_finds_no_memory_tells_of_no_time_that_nobody_waited() {
         page_size: PageSize::Huge,
         ..connect
     });
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     eventually("the completion reads", || script.reads() > 0);
     // The reservation gives the old size back.
     std::fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
@@ -308,11 +301,11 @@ fn a_completion_that_would_exhaust_the_host_is_refused_and_others_are_not() {
     let (big_fork, big) = big_fork(&fixture, &too_big());
     let (small_fork, small) = fixture.fork("small");
     let started = Instant::now();
-    let missing = not_enough(fixture.server.complete(big_fork.id()));
+    let missing = not_enough(big_fork.complete());
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     assert_eq!((missing.forks, &*missing.place), (1, "on this host"));
     assert!(missing.needed > missing.available, "{missing:?}");
-    fixture.server.complete(small_fork.id()).unwrap();
+    small_fork.complete().unwrap();
     let status = small_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_lives_on(&small);
@@ -334,15 +327,15 @@ fn room_that_one_completion_needs_is_not_given_to_another() {
     // Each needs 4 MiB more at most.
     let room = (7 << 20) * 16 / 15;
     cgroup.limit(cgroup.used().unwrap() + room).unwrap();
-    fixture.server.complete(first_fork.id()).unwrap();
-    let missing = not_enough(fixture.server.complete(second_fork.id()));
+    first_fork.complete().unwrap();
+    let missing = not_enough(second_fork.complete());
     assert_eq!((missing.forks, missing.needed), (2, 8 << 20), "{missing:?}");
     assert!(missing.place.contains(cgroup.path().to_str().unwrap()), "{missing:?}");
     script.open_gate();
     let status = first_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     cgroup.limit(64 << 20).unwrap();
-    fixture.server.complete(second_fork.id()).unwrap();
+    second_fork.complete().unwrap();
     let status = second_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_lives_on(&first);
@@ -367,7 +360,7 @@ fn zeros_are_looked_for_where_memory_is_short_without_them() {
     let (fork, vmm) = fixture.fork("a");
     cgroup.take(vmm.pid()).unwrap();
     cgroup.limit(5 << 20).unwrap();
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_reads_right(&vmm, Read::default());
@@ -379,8 +372,8 @@ fn a_killed_fork_is_dead_and_nobody_else_notices() {
     let (going_fork, going) = fixture.fork("going");
     let (staying_fork, staying) = fixture.fork("staying");
     let reads = [&going, &staying].map(|vmm| vmm.start(read_everything(1)).unwrap());
-    fixture.server.kill_fork(going_fork.id()).unwrap();
-    fixture.server.kill_fork(going_fork.id()).unwrap();
+    going_fork.kill();
+    going_fork.kill();
     let status = going_fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(failed_with(&status), "killed");
     assert_eq!(going.wait().unwrap().signal(), Some(9));
@@ -388,11 +381,11 @@ fn a_killed_fork_is_dead_and_nobody_else_notices() {
     assert!(killed.join_within(PATIENCE).is_err());
     assert_right(right);
     assert_eq!(staying_fork.status().state, ForkState::Serving);
-    // It has ended, so there is nothing to do; it can be forgotten, and then there is nobody to kill.
-    fixture.server.kill_fork(going_fork.id()).unwrap();
-    fixture.server.unregister(going_fork.id()).unwrap();
-    let unknown = fixture.server.kill_fork(going_fork.id());
-    assert!(matches!(unknown, Err(Error::ForkNotFound(_))), "{unknown:?}");
+    // It has ended, so there is nothing to do, nor once it is forgotten.
+    going_fork.kill();
+    going_fork.forget().unwrap();
+    assert!(fixture.server.fork(going_fork.id()).is_none());
+    going_fork.kill();
     assert_eq!(fixture.server.failures().get("killed"), Some(&1));
 }
 
@@ -406,7 +399,7 @@ fn killing_a_fork_without_a_vmm_closes_it() {
     let _connection = peer.start(begun).unwrap();
     eventually("somebody connects", || held_uffds() == 1);
     for fork in [&waiting, &shaking_hands] {
-        fixture.server.kill_fork(fork.id()).unwrap();
+        fork.kill();
         let status = fork.wait(PATIENCE, ForkState::is_end);
         assert_eq!(failed_with(&status), "closed");
         eventually("its socket is gone", || !fork.socket_path().exists());
@@ -426,11 +419,11 @@ fn a_fork_killed_at_any_moment_ends() {
         if round % 2 == 0 {
             connected.join_within(PATIENCE).unwrap();
             fork.wait(PATIENCE, |state| state != ForkState::Waiting);
-            fixture.server.complete(fork.id()).unwrap();
+            fork.complete().unwrap();
         }
         // Not to wait for anything, but to be anywhere in it.
         std::thread::sleep(Duration::from_micros(random.u64(0..3000)));
-        fixture.server.kill_fork(fork.id()).unwrap();
+        fork.kill();
         let status = fork.wait(PATIENCE, ForkState::is_end);
         match status.state {
             ForkState::Complete => assert_reads_right(&vmm, Read::default()),
@@ -452,7 +445,7 @@ fn a_fork_killed_while_the_server_closes_does_not_hold_it_up() {
     std::thread::scope(|scope| {
         let close = scope.spawn(|| fixture.server.close(PATIENCE));
         eventually("the close has come to what is stuck", || script.reads() > 0);
-        fixture.server.kill_fork(stuck_fork.id()).unwrap();
+        stuck_fork.kill();
         close.join().unwrap().unwrap();
     });
     assert_eq!(failed_with(&stuck_fork.status()), "killed");

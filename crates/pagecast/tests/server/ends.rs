@@ -78,9 +78,9 @@ fn leaves_nothing_when(end: impl FnOnce(&SimVmm)) {
     assert_open(&before);
     eventually("its socket is gone", || !fork.socket_path().exists());
     assert!(fixture.server.failures().is_empty());
-    let known: Vec<_> = fixture.server.forks().into_iter().map(|status| status.state).collect();
+    let known: Vec<_> = fixture.server.forks().iter().map(|fork| fork.status().state).collect();
     assert_eq!(known, [ForkState::Exited], "known until it is unregistered");
-    fixture.server.unregister(fork.id()).unwrap();
+    fork.forget().unwrap();
     assert_eq!(fork.status().stats, ended.stats, "its numbers stay");
 }
 
@@ -245,7 +245,7 @@ fn of_many_that_want_one_socket_at_once_one_gets_it_and_keeps_it() {
         check_reads_right(&vmm);
         vmm.kill().unwrap();
         wait_ended(winner, ForkState::Exited);
-        fixture.server.unregister(winner.id()).unwrap();
+        winner.forget().unwrap();
     }
     assert!(fixture.server.failures().is_empty());
 }
@@ -290,13 +290,13 @@ fn a_fork_that_waits_can_be_forgotten() {
     let fixture = small(|builder| builder);
     let before = open_fds();
     let fork = fixture.register("fork");
-    fixture.server.unregister(fork.id()).unwrap();
+    fork.forget().unwrap();
     assert_eq!(failed_with(&fork.status()), "closed");
     eventually("its socket is gone", || !fork.socket_path().exists());
     assert_open(&before);
     assert!(fixture.server.forks().is_empty());
-    let again = fixture.server.unregister(fork.id());
-    assert!(matches!(again, Err(Error::ForkNotFound(_))), "{again:?}");
+    assert!(fixture.server.fork(fork.id()).is_none());
+    fork.forget().expect("forgetting twice is nothing");
     // Its name and its socket are free.
     let fork = fixture.register("fork");
     let vmm = connect(&fixture, &fork);
@@ -316,7 +316,7 @@ fn a_fork_in_its_handshake_can_be_forgotten() {
     let peers = known_peers();
     let connection = vmm.start(RawHandshake::silent(fork.socket_path())).unwrap();
     eventually("it is taken in", || known_peers() > peers);
-    fixture.server.unregister(fork.id()).unwrap();
+    fork.forget().unwrap();
     assert_eq!(failed_with(&fork.status()), "closed");
     assert!(connection.join().unwrap().closed_after_us.is_some());
 }
@@ -325,12 +325,12 @@ fn a_fork_in_its_handshake_can_be_forgotten() {
 fn a_fork_that_is_served_cannot_be_forgotten_before_its_end() {
     let fixture = small(|builder| builder);
     let (fork, vmm) = fixture.fork("fork");
-    let refused = fixture.server.unregister(fork.id());
+    let refused = fork.forget();
     assert!(matches!(refused, Err(Error::ForkInUse(_))), "{refused:?}");
     check_reads_right(&vmm);
     vmm.kill().unwrap();
     wait_ended(&fork, ForkState::Exited);
-    fixture.server.unregister(fork.id()).unwrap();
+    fork.forget().unwrap();
     assert!(fixture.server.forks().is_empty());
     assert_eq!(fork.status().state, ForkState::Exited, "whoever holds it still knows");
 }
@@ -343,7 +343,7 @@ fn a_fork_that_failed_can_be_forgotten_and_its_failure_still_counts() {
     vmm.run(RawHandshake::new(fork.socket_path(), "no", &[FdKind::Uffd]))
         .unwrap();
     wait_ended(&fork, ForkState::Failed);
-    fixture.server.unregister(fork.id()).unwrap();
+    fork.forget().unwrap();
     assert_eq!(fixture.server.failures().get("message_framing"), Some(&1));
 }
 
@@ -377,10 +377,10 @@ fn a_fork_whose_vmm_connects_while_it_is_forgotten_is_served() {
     let vmm = connect(&fixture, &fork);
     let forgotten = std::thread::scope(|scope| {
         let (tell, told) = mpsc::channel();
-        let (server, fork) = (&fixture.server, &fork);
+        let fork = &fork;
         let forgetting = scope.spawn(move || {
             tell.send(rustix::thread::gettid().as_raw_nonzero()).unwrap();
-            server.unregister(fork.id())
+            fork.forget()
         });
         let stat = format!("/proc/self/task/{}/stat", told.recv_timeout(PATIENCE).unwrap());
         // It has asked the acceptor by then, and waits for what it does.
@@ -410,7 +410,7 @@ fn a_fork_that_is_forgotten_while_it_is_registered_leaves_no_socket() {
         let name = format!("fork-{round}");
         let fork = std::thread::scope(|scope| {
             let forgetting = scope.spawn(|| {
-                let known = || !matches!(fixture.server.unregister(&id(&name)), Err(Error::ForkNotFound(_)));
+                let known = || fixture.server.fork(&id(&name)).map(|fork| fork.forget()).is_some();
                 eventually("it is known", known);
             });
             let fork = fixture.register(&name);
@@ -437,7 +437,7 @@ fn a_closed_server_takes_no_forks_and_keeps_none_waiting() {
     let late = fixture.server.listen(&id("late"), &fixture.template, &options);
     assert!(matches!(late, Err(Error::Closed)), "{late:?}");
     assert!(!fixture.folder.path().join("late").exists());
-    fixture.server.unregister(waiting.id()).unwrap();
+    waiting.forget().unwrap();
     fixture.server.close(PATIENCE).expect("closing twice is nothing");
 }
 
@@ -493,7 +493,7 @@ fn any_number_of_vmms_on_one_socket_are_served_each_for_itself() {
     };
     let forks = || -> Vec<_> {
         let all = fixture.server.forks().into_iter();
-        all.map(|status| (status.id.to_string(), status.state)).collect()
+        all.map(|fork| (fork.id().to_string(), fork.status().state)).collect()
     };
     let serving = |name: &str| (name.to_owned(), ForkState::Serving);
 

@@ -75,7 +75,7 @@ fn a_completion_goes_on_where_a_read_fails_for_a_while() {
     });
     let (fork, vmm) = fixture.fork("a");
     script.failing_checks.store(5, Ordering::SeqCst);
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_reads_right(&vmm, Read::default());
@@ -174,7 +174,7 @@ fn a_completion_needs_no_thread_that_is_not_there_already() {
     });
     let (fork, vmm) = fixture.fork("a");
     let Some(cgroup) = without_threads() else { return };
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_reads_right(&vmm, Read::default());

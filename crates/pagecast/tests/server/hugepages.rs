@@ -190,7 +190,7 @@ fn a_fork_that_our_own_cgroup_has_no_hugepages_for_is_refused_and_the_reason_nam
     assert_reads_right(&vmm, read_everything(1));
     assert_eq!(cgroup.used().unwrap(), PAGES * HUGE, "charged to the server");
     assert_refused(&fixture, "second");
-    let status = fixture.server.fork(&"second".parse().unwrap()).unwrap();
+    let status = fixture.server.fork(&"second".parse().unwrap()).unwrap().status();
     let reason = pagecast::server::chain(&**status.reason.as_ref().unwrap());
     assert!(reason.contains(cgroup.path().to_str().unwrap()), "{reason}");
     assert_eq!(fork.status().state, ForkState::Serving);
@@ -218,7 +218,7 @@ fn a_page_that_no_hugepage_is_left_for_is_not_taken_for_one_that_is_there() {
     let reading = vmm.start(read_everything(1)).unwrap();
     eventually("it waits for memory", || fork.status().stats.faults.demand > 2);
     // It is refused: what is left would be zeros.
-    let completed = fixture.server.complete(fork.id());
+    let completed = fork.complete();
     assert!(matches!(completed, Err(Error::NotEnoughMemory(_))), "{completed:?}");
     // Long enough for it to fault again and again, were its pages taken for present.
     let window = Duration::from_millis(500);
@@ -253,7 +253,7 @@ fn a_completion_that_finds_no_hugepage_is_given_up_and_leaves_no_zeros() {
         .unwrap();
     fork.wait(PATIENCE, |state| state == ForkState::Serving);
     // There is room when it is asked for, and none any more when the pages are there.
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     eventually("it reads", || script.reads() > 0);
     cgroup.limit(2).unwrap();
     script.open_gate();
@@ -263,7 +263,7 @@ fn a_completion_that_finds_no_hugepage_is_given_up_and_leaves_no_zeros() {
     assert_eq!(status.reason.unwrap().code(), "out_of_memory");
     cgroup.limit(PAGES).unwrap();
     assert_reads_right(&vmm, read_everything(1));
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_reads_right(&vmm, read_everything(2));

@@ -94,8 +94,8 @@ fn threads_but_fillers() -> usize {
 
 /// Forgets a fork as soon as the server agrees that its VMM is dead.
 fn forget(server: &Server, id: &str) {
-    let id = id.parse().unwrap();
-    eventually("the fork can be forgotten", || server.unregister(&id).is_ok());
+    let fork = server.fork(&id.parse().unwrap()).unwrap();
+    eventually("the fork can be forgotten", || fork.forget().is_ok());
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_fork_that_is_being_filled_holds_up_no_other_of_its_worker_not_even_when_it_
     let (fixture, script) = Fixture::scripted(script, |builder| builder.workers(1));
     let (filled_fork, filled) = fixture.fork("filled");
     let (_, other) = fixture.fork("other");
-    fixture.server.complete(filled_fork.id()).unwrap();
+    filled_fork.complete().unwrap();
     eventually("a step that does not end", || script.holds() == 1);
     assert_right(other.start(read_range(0, 700)).unwrap());
     filled.kill().unwrap();

@@ -198,7 +198,7 @@ fn a_template_is_written_only_after_its_forks_have_ended() {
         return;
     };
     let (done_fork, done) = fixture.fork("complete");
-    fixture.server.complete(done_fork.id()).unwrap();
+    done_fork.complete().unwrap();
     done_fork.wait(PATIENCE, ForkState::is_end);
     let (fork, vmm) = fixture.fork("a");
     let read = vmm

@@ -330,8 +330,8 @@ type End = fn(&Fixture, &Fork);
 #[test]
 fn a_fork_is_forgotten_closed_or_withdrawn_while_several_shake_hands() {
     let ends: [(&str, End); 4] = [
-        ("closed", |fixture, fork| fixture.server.unregister(fork.id()).unwrap()),
-        ("closed", |fixture, fork| fixture.server.kill_fork(fork.id()).unwrap()),
+        ("closed", |_, fork| fork.forget().unwrap()),
+        ("closed", |_, fork| fork.kill()),
         ("template_changed", |fixture, _| {
             assert_eq!(fixture.server.withdraw(&fixture.template, "written"), 1);
         }),
@@ -376,7 +376,7 @@ fn a_folder_that_somebody_has_locked_holds_up_no_handshake_and_no_stop() {
     let folder = std::fs::File::open(fixture.folder.path()).unwrap();
     rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let vmm = assert_served(&fixture, &fork);
-    fixture.server.unregister(waiting.id()).unwrap();
+    waiting.forget().unwrap();
     eventually("its socket is gone", || !waiting.socket_path().exists());
     assert_served(&fixture, &fixture.register("later"));
     fixture.server.close(PATIENCE).unwrap();

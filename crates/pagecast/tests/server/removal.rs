@@ -207,7 +207,7 @@ fn retries_are_paced(completing: bool) {
         };
         if completing {
             // What is left is installed beside, and retried too.
-            fixture.server.complete(fork.id()).unwrap();
+            fork.complete().unwrap();
         }
         let started = Instant::now();
         let used = cpu_time_of(|| {

@@ -73,12 +73,12 @@ fn a_fork_is_known_by_its_name_with_the_size_of_its_memory() {
     let fixture = Fixture::new();
     let fork = fixture.register("waiting");
     assert_eq!(
-        fixture.server.fork(fork.id()).unwrap().memory_bytes,
+        fixture.server.fork(fork.id()).unwrap().status().memory_bytes,
         0,
         "before the handshake"
     );
     let (fork, _vmm) = fixture.fork("serving");
-    let status = fixture.server.fork(fork.id()).unwrap();
+    let status = fixture.server.fork(fork.id()).unwrap().status();
     assert_eq!((status.state, status.memory_bytes), (ForkState::Serving, 8 << 20));
     assert!(fixture.server.fork(&"nobody".parse().unwrap()).is_none());
 }

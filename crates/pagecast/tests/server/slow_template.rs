@@ -311,7 +311,7 @@ fn a_demand_fault_waits_for_no_fill_of_another_fork() {
         })
         .collect();
     for (fork, _) in &fillers {
-        fixture.server.complete(fork.id()).unwrap();
+        fork.complete().unwrap();
     }
     let (_, vmm) = fixture.fork("demand");
     // As many fills as ever are at a time.

@@ -75,7 +75,7 @@ fn assert_killed_when(change: impl FnOnce(&Fixture)) {
             .server
             .forks()
             .iter()
-            .filter(|fork| fork.id.as_str() == "late")
+            .filter(|fork| fork.id().as_str() == "late")
             .count(),
         0
     );

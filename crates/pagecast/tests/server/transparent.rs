@@ -70,7 +70,7 @@ fn zeros_cost_pages(setting: &str, change: impl FnOnce(Connect) -> Connect) {
     // What is done before the first fault is answered is done.
     assert_reads_right(&vmm, read_range(0, 1));
     assert_zeros_cost_pages(&vmm, [1600, 2200]);
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     let status = fork.wait(PATIENCE, ForkState::is_end);
     assert_eq!(status.state, ForkState::Complete, "{status:?}");
     assert_zeros_cost_pages(&vmm, [1700, 3000]);

@@ -49,7 +49,7 @@ fn all_forks_of_a_withdrawn_template_end_and_those_of_others_are_served() {
     let _connection = peer.start(begun).unwrap();
     eventually("somebody connects", || held_uffds() == 1);
     let (done_fork, done) = fixture.fork("complete");
-    fixture.server.complete(done_fork.id()).unwrap();
+    done_fork.complete().unwrap();
     done_fork.wait(PATIENCE, ForkState::is_end);
     let (idle_fork, idle) = fixture.fork("idle");
     let (busy_fork, busy) = fixture.fork("busy");
@@ -155,7 +155,7 @@ fn a_search_for_zeros_ends_when_its_template_is_withdrawn() {
     let vmm = SimVmm::spawn().unwrap();
     vmm.run(Connect::new(fork.socket_path(), &big)).unwrap();
     fork.wait(PATIENCE, |state| state == ForkState::Serving);
-    let refused = fixture.server.complete(fork.id());
+    let refused = fork.complete();
     assert!(matches!(refused, Err(Error::NotEnoughMemory(_))), "{refused:?}");
     assert_eq!(fixture.server.withdraw(&template, HOW), 1);
     assert!(!fixture.server.wait_withdrawn(&template, Duration::from_millis(100)));
@@ -232,7 +232,7 @@ fn nobody_waits_for_forks_that_were_refused() {
 #[test]
 fn a_template_can_be_withdrawn_while_its_forks_are_completed() {
     let (fixture, script, fork, vmm) = crate::fixture::half_stuck();
-    fixture.server.complete(fork.id()).unwrap();
+    fork.complete().unwrap();
     eventually("the completion has come to what is stuck", || script.reads() > 0);
     assert_eq!(fixture.server.withdraw(&fixture.template, HOW), 1);
     assert_withdrawn(&fork);

@@ -217,7 +217,7 @@ impl Lifecycle for FileFork {
 
     fn note_vmm(&self, _service: &Service, _fork: &Fork) {}
 
-    fn complete(&self, _service: &Service, fork: &Fork) -> Result<(), ApiError> {
+    fn complete(&self, fork: &Fork) -> Result<(), ApiError> {
         Err(refuse(
             ErrorCode::NotCompletable,
             format_args!(
@@ -237,7 +237,7 @@ impl Lifecycle for FileFork {
         Ok(died)
     }
 
-    fn close(&self, _service: &Service, fork: &Fork) -> Result<(), ApiError> {
+    fn close(&self, fork: &Fork) -> Result<(), ApiError> {
         if self.state() == ForkState::Serving {
             return Err(refuse(
                 ErrorCode::ForkInUse,

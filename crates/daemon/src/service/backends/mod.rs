@@ -37,13 +37,13 @@ pub(super) trait Lifecycle {
     fn note_vmm(&self, service: &Service, fork: &Fork);
 
     /// Begins to complete the fork.
-    fn complete(&self, service: &Service, fork: &Fork) -> Result<(), ApiError>;
+    fn complete(&self, fork: &Fork) -> Result<(), ApiError>;
 
     /// Kills the VMM, unless none is known or it has exited. Returns `false` if it does not die in time.
     fn kill(&self, service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError>;
 
     /// Makes the fork one that can be deleted. Refused while its VMM lives and needs it.
-    fn close(&self, service: &Service, fork: &Fork) -> Result<(), ApiError>;
+    fn close(&self, fork: &Fork) -> Result<(), ApiError>;
 
     /// Gives back what the fork held, which is in the registry no more. Its id may be another fork's by now.
     fn release(&self, service: &Arc<Service>, fork: &Fork);

@@ -132,16 +132,13 @@ impl Lifecycle for UffdFork {
         }
     }
 
-    fn complete(&self, service: &Service, fork: &Fork) -> Result<(), ApiError> {
-        service
-            .server
-            .complete(&fork.id)
-            .map_err(|error| server_refuses(&error))
+    fn complete(&self, _fork: &Fork) -> Result<(), ApiError> {
+        self.served.complete().map_err(|error| server_refuses(&error))
     }
 
-    fn kill(&self, service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError> {
+    fn kill(&self, _service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError> {
         if fork.state() != ForkState::Complete {
-            service.server.kill_this(&self.served);
+            self.served.kill();
             return Ok(self.served.wait(KILL_TIMEOUT, ServedState::is_end).state.is_end());
         }
         // The page server has let it go.
@@ -150,14 +147,13 @@ impl Lifecycle for UffdFork {
         Ok(vmm.wait_exited(KILL_TIMEOUT))
     }
 
-    fn close(&self, service: &Service, _fork: &Fork) -> Result<(), ApiError> {
+    fn close(&self, _fork: &Fork) -> Result<(), ApiError> {
         // One that waits for its VMM is closed by this.
-        let closed = service.server.unregister_this(&self.served);
-        closed.map_err(|error| server_refuses(&error))
+        self.served.forget().map_err(|error| server_refuses(&error))
     }
 
-    fn release(&self, service: &Arc<Service>, fork: &Fork) {
-        if let Err(error) = service.server.unregister_this(&self.served) {
+    fn release(&self, _service: &Arc<Service>, fork: &Fork) {
+        if let Err(error) = self.served.forget() {
             warn!(fork = %fork.id, %error, "cannot be forgotten");
         }
     }

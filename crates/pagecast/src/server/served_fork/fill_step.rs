@@ -8,7 +8,7 @@ use std::time::Instant;
 use pagecast_uffd::Uffd;
 
 use super::lane::{Done, Lane};
-use crate::server::crew::Helpers;
+use crate::server::fill_pool::FillThreads;
 use crate::session::{Fill, Install};
 use crate::template::Template;
 
@@ -46,7 +46,7 @@ impl FillStep {
     /// `is_interrupted` becomes true.
     pub(in crate::server) fn carry_out(
         self,
-        helpers: &Helpers<'_>,
+        helpers: &FillThreads<'_>,
         zeros: &[u8],
         is_interrupted: impl Fn() -> bool + Sync,
     ) -> Filled {

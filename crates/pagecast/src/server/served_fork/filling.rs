@@ -16,7 +16,7 @@ use super::watch::Watch;
 use super::{Awaited, End, Scratch, ServedFork, kernel};
 use crate::page::PageSize;
 use crate::server::failure::FailReason;
-use crate::server::fork::{Plan, Prefault};
+use crate::server::fork_options::{Plan, Prefault};
 use crate::session::{After, Fill};
 use crate::template::{PrefaultPlan, Recording, SourceError};
 
@@ -78,8 +78,8 @@ impl ServedFork {
     /// be; no more are read before it is over, on whatever threads it is. So no page is installed ahead whose removal has been
     /// read.
     pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
-        let crew = Arc::clone(&scratch.crew);
-        let helpers = crew.take_free();
+        let fill_pool = Arc::clone(&scratch.fill_pool);
+        let helpers = fill_pool.take_free();
         let Some(step) = self.next_fill_step(helpers.count(), scratch)? else {
             return Ok(());
         };
@@ -93,7 +93,7 @@ impl ServedFork {
         &mut self,
         scratch: &mut Scratch,
     ) -> Result<Option<(FillStep, Arc<AtomicBool>)>, End> {
-        let helpers = scratch.crew.take_free().count();
+        let helpers = scratch.fill_pool.take_free().count();
         let step = self.next_fill_step(helpers, scratch)?;
         Ok(step.map(|step| {
             let interrupt = Arc::new(AtomicBool::new(false));

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::{Drained, Errno, EventBuffer, HostAddr, HostRange, Outcome, Peer, Uffd};
 
-use super::crew::Crew;
 use super::failure::FailReason;
+use super::fill_pool::FillPool;
 use super::record::ForkRecord;
 use super::worker::Slot;
 use crate::page::PageSize;
@@ -52,7 +52,7 @@ pub(super) struct Scratch {
     pub(super) zeros: Arc<Vec<u8>>,
     /// What the worker waits with: readable while there is something to look at.
     epoll: Arc<OwnedFd>,
-    pub(super) crew: Arc<Crew>,
+    pub(super) fill_pool: Arc<FillPool>,
     deliver: Deliver,
     /// When the clock was looked at last. On the fault path this stands for now, where nothing worth a look came between.
     looked_at: Instant,
@@ -65,7 +65,7 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn new(
         deliver: Deliver,
-        crew: Arc<Crew>,
+        fill_pool: Arc<FillPool>,
         epoll: Arc<OwnedFd>,
         fault_deadline: Duration,
         completion_rate: Option<NonZeroU64>,
@@ -75,7 +75,7 @@ impl Scratch {
             bytes: vec![0; PageSize::Huge.as_usize()],
             zeros: Arc::new(vec![0; PageSize::Huge.as_usize()]),
             epoll,
-            crew,
+            fill_pool,
             deliver,
             looked_at: Instant::now(),
             fault_deadline,

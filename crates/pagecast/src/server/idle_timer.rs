@@ -7,19 +7,19 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// How long, to within twice that.
-const WHILE: Duration = Duration::from_millis(100);
+/// Time without a fault that counts as idle. Noticed after one to two such periods.
+const PERIOD: Duration = Duration::from_millis(100);
 
 /// A timer that runs while faults come, and once more after the last one.
-pub(super) struct Quiet {
-    /// Readable when it is time to look.
+pub(super) struct IdleTimer {
+    /// Readable at the end of a period.
     timer: OwnedFd,
     is_running: bool,
-    /// There was a fault since it was looked at last.
-    is_stirred: bool,
+    /// There was a fault in this period.
+    had_fault: bool,
 }
 
-impl Quiet {
+impl IdleTimer {
     pub(super) fn new() -> std::io::Result<Self> {
         Ok(Self {
             timer: timerfd_create(
@@ -27,35 +27,35 @@ impl Quiet {
                 TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
             )?,
             is_running: false,
-            is_stirred: false,
+            had_fault: false,
         })
     }
 
-    /// There was a fault.
-    pub(super) fn stir(&mut self) {
-        self.is_stirred = true;
+    /// Notes a fault.
+    pub(super) fn note_fault(&mut self) {
+        self.had_fault = true;
         if !self.is_running {
             self.run();
         }
     }
 
-    /// The timer is readable: whether there was no fault for a while.
-    pub(super) fn look(&mut self) -> bool {
-        let was_stirred = std::mem::take(&mut self.is_stirred);
+    /// Ends a period, when the timer is readable. Returns whether there was no fault in it.
+    pub(super) fn end_period(&mut self) -> bool {
+        let had_fault = std::mem::take(&mut self.had_fault);
         self.is_running = false;
-        if was_stirred {
+        if had_fault {
             self.run();
         } else {
             self.set(Duration::ZERO);
         }
-        !was_stirred
+        !had_fault
     }
 
     fn run(&mut self) {
-        self.is_running = self.set(WHILE);
+        self.is_running = self.set(PERIOD);
     }
 
-    /// Has it be readable once, after so long; with zero, never. Whatever it had to say before is forgotten.
+    /// Sets the timer to be readable once, after `after`; never, if that is zero. It is not readable before.
     fn set(&self, after: Duration) -> bool {
         let once = Itimerspec {
             it_interval: Timespec::default(),
@@ -65,7 +65,7 @@ impl Quiet {
     }
 }
 
-impl AsFd for Quiet {
+impl AsFd for IdleTimer {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
@@ -77,25 +77,25 @@ mod tests {
 
     use super::*;
 
-    /// Whether it becomes readable within so long.
-    fn is_due(quiet: &Quiet, within: Duration) -> bool {
-        let mut ready = [PollFd::new(quiet, PollFlags::IN)];
+    /// Whether the timer becomes readable within `within`.
+    fn is_due(idle: &IdleTimer, within: Duration) -> bool {
+        let mut ready = [PollFd::new(idle, PollFlags::IN)];
         poll(&mut ready, Some(&Timespec::try_from(within).unwrap())).unwrap() > 0
     }
 
     #[test]
-    fn it_is_quiet_once_after_the_last_fault() {
+    fn it_is_idle_once_after_the_last_fault() {
         let long = Duration::from_secs(30);
-        let mut quiet = Quiet::new().unwrap();
-        assert!(!is_due(&quiet, 2 * WHILE), "nothing has happened yet");
+        let mut idle = IdleTimer::new().unwrap();
+        assert!(!is_due(&idle, 2 * PERIOD), "nothing has happened yet");
         for _ in 0..2 {
-            quiet.stir();
-            quiet.stir();
-            assert!(is_due(&quiet, long));
-            assert!(!quiet.look(), "there was a fault");
-            assert!(is_due(&quiet, long));
-            assert!(quiet.look());
-            assert!(!is_due(&quiet, 2 * WHILE), "said once");
+            idle.note_fault();
+            idle.note_fault();
+            assert!(is_due(&idle, long));
+            assert!(!idle.end_period(), "there was a fault");
+            assert!(is_due(&idle, long));
+            assert!(idle.end_period());
+            assert!(!is_due(&idle, 2 * PERIOD), "said once");
         }
     }
 }

@@ -7,24 +7,24 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use procfs::{FromRead, LoadAverage};
 use rayon::ThreadPool;
 
-/// How many threads a server has for this at most, where nobody said: a bulk copy is bound by memory before it is by cores.
+/// The most threads of a pool whose size was not set: a bulk copy is bound by memory before it is by cores.
 const MOST: usize = 3;
 
-/// One for all workers of a server. Its threads sleep while there is nothing to do.
-pub(super) struct Crew {
-    /// None where there are no threads, as on a machine of one core.
-    pool: Option<ThreadPool>,
+/// The threads that all workers of a server fill forks with. They sleep while there is nothing to do.
+pub(super) struct FillPool {
+    /// `None` if there are no threads, as on a machine of one core.
+    threads: Option<ThreadPool>,
     cores: usize,
-    /// All of its threads are there to be used, whatever else runs on this host.
+    /// All threads are used, whatever else runs on this host.
     always: bool,
-    /// How many of its threads somebody has taken.
+    /// How many threads are taken.
     busy: AtomicUsize,
-    /// Says how many threads are running on this host.
+    /// `/proc/loadavg`, which says how many threads are running on this host.
     load: Option<File>,
 }
 
-impl Crew {
-    /// So many threads that are always used, or some that are used while cores are free.
+impl FillPool {
+    /// A pool of `always` threads that are always used; or, for `None`, of some that are used while cores are free.
     pub(super) fn new(always: Option<usize>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = always.unwrap_or((cores - 1).min(MOST));
@@ -36,7 +36,7 @@ impl Crew {
         };
         Self {
             // Without these threads all goes on, on one core for each fork.
-            pool: (threads > 0).then(pool).and_then(Result::ok),
+            threads: (threads > 0).then(pool).and_then(Result::ok),
             cores,
             always: always.is_some(),
             busy: AtomicUsize::new(0),
@@ -44,16 +44,16 @@ impl Crew {
         }
     }
 
-    /// Takes as many of its threads as there are cores that nobody uses, for nobody else to count on.
-    pub(super) fn take_free(&self) -> Helpers<'_> {
-        Helpers {
-            crew: self,
+    /// Takes as many threads as there are unused cores. No other caller gets them meanwhile.
+    pub(super) fn take_free(&self) -> FillThreads<'_> {
+        FillThreads {
+            pool: self,
             count: self.reserve(),
         }
     }
 
     fn reserve(&self) -> usize {
-        let threads = self.pool.as_ref().map_or(0, ThreadPool::current_num_threads);
+        let threads = self.threads.as_ref().map_or(0, ThreadPool::current_num_threads);
         // Asked first, because it costs nothing.
         if self.busy.load(Ordering::Relaxed) >= threads {
             return 0;
@@ -73,21 +73,21 @@ impl Crew {
     }
 }
 
-/// Threads of the crew that are one's own until this is dropped.
-pub(super) struct Helpers<'a> {
-    crew: &'a Crew,
+/// Threads of the pool that are taken until this is dropped.
+pub(super) struct FillThreads<'a> {
+    pool: &'a FillPool,
     count: usize,
 }
 
-impl Helpers<'_> {
-    /// How many, beside this one.
+impl FillThreads<'_> {
+    /// How many threads, beside the calling one.
     pub(super) fn count(&self) -> usize {
         self.count
     }
 
-    /// Does all that is to be done, the first here and the others on these threads, and returns when all is done.
+    /// Carries out all of `work`, the first on the calling thread and the others on these, and returns when all is done.
     pub(super) fn run<T: Send>(&self, mut work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
-        let Some(pool) = self.crew.pool.as_ref().filter(|_| work.len() > 1) else {
+        let Some(pool) = self.pool.threads.as_ref().filter(|_| work.len() > 1) else {
             return work.into_iter().map(|work| work()).collect();
         };
         let others = work.split_off(1);
@@ -102,13 +102,13 @@ impl Helpers<'_> {
     }
 }
 
-impl Drop for Helpers<'_> {
+impl Drop for FillThreads<'_> {
     fn drop(&mut self) {
-        self.crew.busy.fetch_sub(self.count, Ordering::Relaxed);
+        self.pool.busy.fetch_sub(self.count, Ordering::Relaxed);
     }
 }
 
-/// How many threads are running or want to, this one too.
+/// How many threads of this host are running or runnable, the calling one included.
 fn running(load: &File) -> Option<usize> {
     // Held open and read from its beginning: opening it takes longer than all the rest.
     let mut buffer = [0; 128];
@@ -123,13 +123,13 @@ mod tests {
 
     #[test]
     fn all_is_done_and_comes_back_in_order() {
-        let crew = Crew::new(None);
+        let pool = FillPool::new(None);
         let numbers = |numbers: std::ops::Range<i32>| numbers.map(|number| move || number).collect::<Vec<_>>();
         for count in 0..5 {
             let all: Vec<i32> = (0..count).collect();
-            assert_eq!(crew.take_free().run(numbers(0..count)), all);
+            assert_eq!(pool.take_free().run(numbers(0..count)), all);
         }
-        assert_eq!(crew.busy.load(Ordering::Relaxed), 0);
+        assert_eq!(pool.busy.load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -139,18 +139,18 @@ mod tests {
 
     #[test]
     fn no_more_threads_are_free_than_cores_beside_this_one() {
-        let crew = Crew::new(None);
-        assert!(crew.take_free().count() < crew.cores);
+        let pool = FillPool::new(None);
+        assert!(pool.take_free().count() < pool.cores);
     }
 
     /// Who counts on a thread that is another's waits for as long as that one takes.
     #[test]
     fn a_thread_is_taken_by_one_at_a_time() {
-        let crew = Crew::new(Some(2));
-        let first = crew.take_free();
-        let second = crew.take_free();
+        let pool = FillPool::new(Some(2));
+        let first = pool.take_free();
+        let second = pool.take_free();
         assert_eq!((first.count(), second.count()), (2, 0));
         drop(first);
-        assert_eq!(crew.take_free().count(), 2);
+        assert_eq!(pool.take_free().count(), 2);
     }
 }

@@ -1,0 +1,59 @@
+//! Which completions are begun: those that the memory suffices for.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::error::{Error, NotEnoughMemory};
+use super::fork_status::ForkState;
+use super::memory;
+use super::record::{Asker, ForkRecord};
+use super::registry::Registry;
+use crate::template::Template;
+
+/// How long completing one fork looks for zeros if memory is short without them.
+pub(super) const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
+
+impl Registry {
+    /// Requests the completion of one fork. Zeros of the templates are looked for first, for a bounded time, if the memory
+    /// does not suffice by what is known of them.
+    pub(super) fn complete(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
+        let mut forks = Vec::new();
+        let state = self.complete_if_fitting(record, &mut forks).or_else(|_| {
+            memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
+            self.complete_if_fitting(record, &mut forks)
+        })?;
+        record.may_be_completed(state)
+    }
+
+    /// Requests the completion of a fork if it is served, and if there is memory for it and the others that are being
+    /// completed: `forks` becomes all of them. Returns the fork's state, which tells whether the completion was requested.
+    fn complete_if_fitting(
+        &self,
+        record: &Arc<ForkRecord>,
+        forks: &mut Vec<Arc<ForkRecord>>,
+    ) -> Result<ForkState, NotEnoughMemory> {
+        // It guards no data, so a panic under it leaves nothing behind.
+        let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        *forks = self.serving();
+        forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.is_completing());
+        if record.state() == ForkState::Serving && !record.is_completing() {
+            memory::check_room(forks)?;
+        }
+        Ok(record.request_completion(Asker::Request))
+    }
+
+    /// Requests, for a caller who takes the template away, the completion of as many of its forks as there is memory for, and
+    /// time to find that out. Returns whether those are all that are served.
+    pub(super) fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
+        let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let (completing, mut wanted): (Vec<_>, Vec<_>) =
+            self.serving().into_iter().partition(|fork| fork.is_completing());
+        wanted.retain(|fork| fork.template.is_same(template));
+        let fitting = memory::fitting(&completing, &wanted, until);
+        let asked_before = completing.iter().filter(|fork| fork.template.is_same(template));
+        for fork in asked_before.chain(&fitting) {
+            fork.request_completion(Asker::Vacator);
+        }
+        fitting.len() == wanted.len()
+    }
+}

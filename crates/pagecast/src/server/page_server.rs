@@ -1,0 +1,352 @@
+//! The server as its owner sees it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::acceptor::Request;
+use super::admission::ZEROS_PATIENCE;
+use super::builder::Builder;
+use super::disposal::Disposal;
+use super::error::{CloseError, Error};
+use super::failure::FailReason;
+use super::fork::Fork;
+use super::fork_id::ForkId;
+use super::fork_options::ForkOptions;
+use super::fork_status::ForkState;
+use super::inbox::Inbox;
+use super::listener::{Listener, Serves};
+use super::memory;
+use super::record::{Asker, ForkRecord};
+use super::registry::Registry;
+use super::socket_file::SocketFile;
+use super::workers::Workers;
+use crate::template::{SourceError, Template};
+
+/// How long dropping a server waits for its forks to complete before their VMMs are killed.
+const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long to wait for socket files to be removed. It takes longer only if somebody holds up their folder.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A page server.
+///
+/// Dropping it closes it; forks that cannot be completed within half a minute have their VMMs killed, since a VMM without
+/// its server freezes at its next fault. Call [`close`](Self::close) to decide for yourself.
+pub struct Server {
+    registry: Arc<Registry>,
+    workers: Arc<Workers>,
+    acceptor: Arc<Inbox<Request>>,
+    disposal: Arc<Disposal>,
+    /// How long a fork waits for its VMM.
+    connect_deadline: Duration,
+    life: Mutex<Life>,
+}
+
+enum Life {
+    Open(Threads),
+    /// Takes no new forks; some of the old ones are still served.
+    Closing(Vec<JoinHandle<()>>),
+    Closed,
+}
+
+/// The threads of a server.
+pub(super) struct Threads {
+    pub(super) acceptor: JoinHandle<()>,
+    pub(super) workers: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(super) fn new(
+        registry: Arc<Registry>,
+        workers: Arc<Workers>,
+        acceptor: Arc<Inbox<Request>>,
+        disposal: Arc<Disposal>,
+        connect_deadline: Duration,
+        threads: Threads,
+    ) -> Self {
+        Self {
+            registry,
+            workers,
+            acceptor,
+            disposal,
+            connect_deadline,
+            life: Mutex::new(Life::Open(threads)),
+        }
+    }
+
+    /// A server to be.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// Registers a fork of `template`: from now on its VMM can connect to the socket that `options` name. The first that
+    /// sends a file descriptor is its VMM, and the socket is gone then; connections that send none are refused
+    /// ([`ForkEvent::Refused`]).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkExists`], [`Error::Template`] where it has changed or was [withdrawn](Self::withdraw), the socket's errors, [`Error::Closed`].
+    pub fn register(&self, id: ForkId, template: &Template, options: &ForkOptions) -> Result<Fork, Error> {
+        let life = self.life();
+        if !matches!(*life, Life::Open(_)) {
+            return Err(Error::Closed);
+        }
+        let record = self.registry.insert(id, template, options, false)?;
+        // Checked only now: a template that is withdrawn is marked first, and then all its forks are looked for.
+        let bound = template
+            .check()
+            .map_err(Error::Template)
+            .and_then(|()| start_reader(template))
+            .and_then(|()| self.bind(options));
+        let socket = match bound {
+            Ok(socket) => socket,
+            Err(error) => {
+                // It was to be seen for a moment, and whoever saw it may wait for its end.
+                record.end(ForkState::Failed, None);
+                self.registry.remove(&record);
+                return Err(error);
+            }
+        };
+        let serves = Serves::One {
+            record: Arc::clone(&record),
+            deadline: Instant::now() + self.connect_deadline,
+        };
+        let listener = Listener::new(socket, expected_user(options), serves);
+        self.acceptor.send(Request::Listen(listener));
+        drop(life);
+        Ok(self.handle(record))
+    }
+
+    /// Serves any number of VMMs that connect to the socket that `options` name, each a fork of `template` of its own, named
+    /// `prefix-1`, `prefix-2` and so on, from when it sends a file descriptor. They are forgotten when they end; the [observer](Builder::observer) hears of
+    /// them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Prefix`] where it leaves no room for a number; [`Error::Template`] where it has changed; the socket's errors;
+    /// [`Error::Closed`].
+    pub fn listen(&self, prefix: &ForkId, template: &Template, options: &ForkOptions) -> Result<(), Error> {
+        let longest = format!("{prefix}-{}", u64::MAX);
+        longest.parse::<ForkId>().map_err(Error::Prefix)?;
+        let life = self.life();
+        if !matches!(*life, Life::Open(_)) {
+            return Err(Error::Closed);
+        }
+        template.check().map_err(Error::Template)?;
+        start_reader(template)?;
+        let socket = self.bind(options)?;
+        let serves = Serves::Any {
+            template: template.clone(),
+            options: options.clone(),
+            prefix: prefix.to_string(),
+            next: 0,
+        };
+        let listener = Listener::new(socket, expected_user(options), serves);
+        self.acceptor.send(Request::Listen(listener));
+        Ok(())
+    }
+
+    /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
+    /// wait for their VMM end as failed; those that are served are killed; the reason of each is that the template has
+    /// changed, `how` says in what way. Nobody can fork it any more, here or with another server. What is complete or has
+    /// ended is left alone, and so are the forks of all other templates.
+    ///
+    /// For a template that is about to be written; wait for [`wait_withdrawn`](Self::wait_withdrawn) before it is.
+    pub fn withdraw(&self, template: &Template, how: &str) -> usize {
+        template.withdraw(how);
+        let forks = self.forks_of(template);
+        let changed = || FailReason::Template(SourceError::Changed { how: how.to_owned() });
+        forks.iter().filter(|fork| fork.request_kill(changed())).count()
+    }
+
+    /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and nothing reads it, but no longer than
+    /// `patience`. After `true`, this server neither reads nor installs a byte of it ever again. `false` where something
+    /// still may: a VMM that cannot die, a read that hangs.
+    pub fn wait_withdrawn(&self, template: &Template, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let forks = self.forks_of(template);
+        forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
+    }
+
+    /// Takes a template away from its forks as gently as there is time for: completes those that can be completed within
+    /// half of `patience`, so that their VMMs live on, and [withdraws](Self::withdraw) it from the rest, within the other
+    /// half. `true` once nothing reads it any more, as [`wait_withdrawn`](Self::wait_withdrawn) says.
+    ///
+    /// Meanwhile the template has to be what it was: this is for when somebody *wants* to write it, and is held up by a
+    /// lease ([`MemFile::lease`](crate::template::MemFile::lease)).
+    pub fn vacate(&self, template: &Template, how: &str, patience: Duration) -> bool {
+        let until = Instant::now() + patience / 2;
+        if !self.registry.complete_fitting(template, until) && Instant::now() < until {
+            template.find_zeros(until.min(Instant::now() + ZEROS_PATIENCE));
+            self.registry.complete_fitting(template, until);
+        }
+        // Those that were not asked are withdrawn from.
+        for fork in self.forks_of(template) {
+            fork.wait_completed(Asker::Vacator, until);
+        }
+        self.withdraw(template, how);
+        self.wait_withdrawn(template, patience / 2)
+    }
+
+    /// The fork of this name; `None` if there is none.
+    pub fn fork(&self, id: &ForkId) -> Option<Fork> {
+        self.registry.get(id).map(|record| self.handle(record))
+    }
+
+    /// All forks, by name.
+    pub fn forks(&self) -> Vec<Fork> {
+        let forks = self.registry.all().into_iter();
+        forks.map(|record| self.handle(record)).collect()
+    }
+
+    /// How many forks have failed since the start, by the [code](super::FailReason::code) of the reason.
+    pub fn failures(&self) -> BTreeMap<&'static str, u64> {
+        self.registry.failures()
+    }
+
+    /// Closes the server without hurting a VM: takes no new forks, completes all that are served (installs what is left
+    /// of their memory, then unregisters it), and stops its threads. Closing a closed server does nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError::NotEnoughMemory`] where that would drive the host out of memory: everything goes on as before.
+    /// [`CloseError::NotComplete`] where it took longer than `patience`: no new forks are taken, the old ones are served.
+    pub fn close(&self, patience: Duration) -> Result<(), CloseError> {
+        if self.is_closed() {
+            return Ok(());
+        }
+        let until = Instant::now() + patience;
+        let forks = self.registry.serving();
+        if memory::check_room(&forks).is_err() {
+            memory::find_zeros(&forks, until);
+            memory::check_room(&forks)?;
+        }
+        self.stop_accepting();
+        let forks = self.registry.serving();
+        let asker = Asker::Closer(std::thread::current().id());
+        for fork in &forks {
+            fork.request_completion(asker);
+        }
+        for fork in &forks {
+            fork.wait_completed(asker, until);
+        }
+        if let Err(error) = all_ended(&forks) {
+            for fork in &forks {
+                fork.withdraw_completion(asker);
+            }
+            return Err(error);
+        }
+        self.stop();
+        Ok(())
+    }
+
+    /// Kills the VMMs of all forks and closes the server. Also while another thread waits for it to close.
+    ///
+    /// # Errors
+    ///
+    /// [`CloseError::NotComplete`] where some have not died within `patience`.
+    pub fn kill(&self, patience: Duration) -> Result<(), CloseError> {
+        if self.is_closed() {
+            return Ok(());
+        }
+        self.stop_accepting();
+        let forks = self.registry.serving();
+        for fork in &forks {
+            fork.request_kill(FailReason::Killed);
+        }
+        let until = Instant::now() + patience;
+        for fork in &forks {
+            fork.wait_state(until, ForkState::is_end);
+        }
+        all_ended(&forks)?;
+        self.stop();
+        Ok(())
+    }
+
+    /// Makes a socket. One of an earlier fork that is just being removed at its path is waited for.
+    fn bind(&self, options: &ForkOptions) -> Result<SocketFile, Error> {
+        let path = &options.socket_path;
+        self.disposal.wait_removed(path, Instant::now() + REMOVAL_PATIENCE);
+        SocketFile::bind(path, options.user, options.group)
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        // A panic under this lock leaves a state that is true all the same.
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forks_of(&self, template: &Template) -> Vec<Arc<ForkRecord>> {
+        let mut forks = self.registry.all();
+        forks.retain(|record| record.template.is_same(template));
+        forks
+    }
+
+    fn handle(&self, record: Arc<ForkRecord>) -> Fork {
+        Fork::new(record, &self.registry)
+    }
+
+    fn is_closed(&self) -> bool {
+        matches!(*self.life(), Life::Closed)
+    }
+
+    fn stop_accepting(&self) {
+        let mut life = self.life();
+        match std::mem::replace(&mut *life, Life::Closed) {
+            Life::Open(threads) => {
+                self.acceptor.send(Request::Stop);
+                // It never waits for anybody, so it comes to this at once.
+                let _ = threads.acceptor.join();
+                // This process may end next, and nobody else removes them.
+                self.disposal.wait_all_removed(Instant::now() + REMOVAL_PATIENCE);
+                *life = Life::Closing(threads.workers);
+            }
+            other => *life = other,
+        }
+    }
+
+    /// Stops the workers, which have no fork any more.
+    fn stop(&self) {
+        let mut life = self.life();
+        if let Life::Closing(workers) = std::mem::replace(&mut *life, Life::Closed) {
+            self.workers.stop();
+            for worker in workers {
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.close(DROP_PATIENCE).is_err() {
+            // Whom this does not reach either (a process that cannot die) keeps its worker, and so its userfaultfd.
+            let _ = self.kill(DROP_PATIENCE);
+        }
+    }
+}
+
+fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
+    let left: Vec<ForkId> = forks
+        .iter()
+        .filter(|fork| !fork.state().is_end())
+        .map(|fork| fork.id.clone())
+        .collect();
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(CloseError::NotComplete { forks: left })
+}
+
+/// Makes sure, while nothing depends on it, that cold pages of a template can be read.
+fn start_reader(template: &Template) -> Result<(), Error> {
+    template.start_reader().map_err(|source| Error::System {
+        what: "start a thread that reads the template",
+        source,
+    })
+}
+
+fn expected_user(options: &ForkOptions) -> u32 {
+    options.user.unwrap_or_else(|| rustix::process::geteuid().as_raw())
+}
