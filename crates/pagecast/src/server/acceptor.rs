@@ -18,14 +18,14 @@ use super::deadlines::Deadlines;
 use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
 use super::fork_event::ForkEvent;
+use super::fork_record::{ForkRecord, Requested};
 use super::fork_status::ForkState;
 use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
 use super::listener::Listener;
-use super::record::{ForkRecord, Requested};
 use super::registry::Registry;
-use super::served_fork::ServedFork;
+use super::served_fork::NewFork;
 use super::workers::Workers;
 use crate::session::Session;
 
@@ -69,7 +69,6 @@ pub(super) struct Acceptor {
     entries: Slab<Entry>,
     /// Nobody is accepted until then.
     paused: Option<Instant>,
-    next_serial: u64,
     stopping: bool,
 }
 
@@ -93,7 +92,6 @@ impl Acceptor {
             deadlines,
             entries: Slab::new(),
             paused: None,
-            next_serial: 0,
             stopping: false,
         };
         std::thread::Builder::new()
@@ -380,7 +378,7 @@ impl Acceptor {
     }
 
     /// Gives a fork to a worker.
-    fn hand_over(&mut self, record: Arc<ForkRecord>, handshaken: Handshaken) {
+    fn hand_over(&self, record: Arc<ForkRecord>, handshaken: Handshaken) {
         let Handshaken {
             socket,
             peer,
@@ -391,10 +389,14 @@ impl Acceptor {
         // Set here only, once a fork.
         let _ = record.regions.set(regions);
         record.set_serving();
-        self.next_serial += 1;
         let session = Session::new(layout.into_regions());
-        let fork = ServedFork::new(record, uffd, peer, socket, session, self.next_serial);
-        self.workers.adopt(fork);
+        self.workers.adopt(NewFork {
+            record,
+            uffd,
+            peer,
+            socket,
+            session,
+        });
     }
 
     /// Counts and reports a connection that was refused, and whose fork waits on.

@@ -4,9 +4,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::{Error, NotEnoughMemory};
+use super::fork_record::{Asker, ForkRecord};
 use super::fork_status::ForkState;
 use super::memory;
-use super::record::{Asker, ForkRecord};
 use super::registry::Registry;
 use crate::template::Template;
 

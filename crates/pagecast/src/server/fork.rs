@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use super::error::Error;
 use super::failure::FailReason;
 use super::fork_id::ForkId;
+use super::fork_record::ForkRecord;
 use super::fork_status::{ForkState, ForkStatus};
 use super::latency::LatencyHistogram;
-use super::record::ForkRecord;
 use super::registry::Registry;
 
 /// How long forgetting a fork that waits for its VMM waits for the thread that listens for that VMM.

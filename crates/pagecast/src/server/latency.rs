@@ -108,7 +108,7 @@ mod recorder {
     use histogram::{AtomicHistogram32, Histogram};
 
     use super::{LatencyHistogram, POWER, config};
-    use crate::server::record::Counter;
+    use crate::server::counters::Counter;
 
     /// The same while it is counted: by one thread, for any to read. Takes 2.3 KiB.
     #[derive(Debug)]

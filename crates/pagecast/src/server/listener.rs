@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::fork_id::ForkId;
 use super::fork_options::ForkOptions;
-use super::record::ForkRecord;
+use super::fork_record::ForkRecord;
 use super::registry::Registry;
 use super::socket_file::SocketFile;
 use crate::template::Template;

@@ -7,8 +7,8 @@ use std::time::Instant;
 use procfs::Current;
 
 use super::error::NotEnoughMemory;
+use super::fork_record::ForkRecord;
 use super::hugepages::HugeRoom;
-use super::record::ForkRecord;
 use crate::cgroup::MemoryCgroup;
 use crate::page::PageSize;
 use crate::session::Region;

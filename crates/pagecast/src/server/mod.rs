@@ -26,13 +26,15 @@ mod admission;
 #[cfg(target_os = "linux")]
 mod builder;
 #[cfg(target_os = "linux")]
+mod counters;
+#[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
 mod fill_pool;
 #[cfg(target_os = "linux")]
-mod filler;
-#[cfg(target_os = "linux")]
 mod fork;
+#[cfg(target_os = "linux")]
+mod fork_record;
 #[cfg(target_os = "linux")]
 mod handshaking;
 #[cfg(target_os = "linux")]
@@ -47,8 +49,6 @@ mod listener;
 mod memory;
 #[cfg(target_os = "linux")]
 mod page_server;
-#[cfg(target_os = "linux")]
-mod record;
 #[cfg(target_os = "linux")]
 mod registry;
 #[cfg(target_os = "linux")]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::acceptor::Request;
@@ -10,10 +11,10 @@ use super::failure::FailReason;
 use super::fork_event::ForkEvent;
 use super::fork_id::ForkId;
 use super::fork_options::ForkOptions;
+use super::fork_record::ForkRecord;
 use super::fork_status::ForkState;
 use super::inbox::Inbox;
-use super::record::ForkRecord;
-use super::served_fork::Watched;
+use super::served_fork::Shown;
 use crate::template::Template;
 
 /// Told of every turn in the life of every fork, on the thread where it happens: it must not block.
@@ -22,6 +23,8 @@ pub(super) type Observer = Box<dyn Fn(ForkEvent) + Send + Sync>;
 /// The forks by name.
 pub(super) struct Registry {
     forks: Mutex<BTreeMap<ForkId, Arc<ForkRecord>>>,
+    /// The serial number of the next fork.
+    serials: AtomicU64,
     failures: Mutex<BTreeMap<&'static str, u64>>,
     observer: Observer,
     /// Of the thread that new forks are with.
@@ -34,6 +37,7 @@ impl Registry {
     pub(super) fn new(observer: Observer, acceptor: Arc<Inbox<Request>>) -> Self {
         Self {
             forks: Mutex::default(),
+            serials: AtomicU64::new(1),
             failures: Mutex::default(),
             observer,
             acceptor,
@@ -57,7 +61,8 @@ impl Registry {
         match self.forks().entry(id.clone()) {
             Entry::Occupied(_) => Err(Error::ForkExists(id)),
             Entry::Vacant(vacant) => {
-                let record = ForkRecord::new(id, template, options, anonymous, Arc::clone(&self.acceptor));
+                let serial = self.serials.fetch_add(1, Ordering::Relaxed);
+                let record = ForkRecord::new(id, serial, template, options, anonymous, Arc::clone(&self.acceptor));
                 Ok(Arc::clone(vacant.insert(Arc::new(record))))
             }
         }
@@ -91,12 +96,12 @@ impl Registry {
     }
 
     /// Tells what a fork's first faults have shown.
-    pub(super) fn report(&self, record: &ForkRecord, watched: Watched) {
+    pub(super) fn report(&self, record: &ForkRecord, shown: Shown) {
         let id = || record.id.clone();
-        if let Some(recording) = watched.recording.map(Arc::new) {
+        if let Some(recording) = shown.recording.map(Arc::new) {
             self.observe(ForkEvent::Recorded { id: id(), recording });
         }
-        if let Some(tally) = watched.tally {
+        if let Some(tally) = shown.tally {
             record.template.note_prefault(tally);
             self.observe(ForkEvent::Prefaulted { id: id(), tally });
         }

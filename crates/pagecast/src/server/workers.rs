@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::disposal::Disposal;
 use super::fill_pool::FillPool;
 use super::registry::Registry;
-use super::served_fork::ServedFork;
+use super::served_fork::NewFork;
 use super::worker::{Message, Worker, WorkerHandle};
 
 /// The most workers there are where nobody said.
@@ -59,7 +59,7 @@ impl Workers {
     }
 
     /// Gives a fork to one of them, for life. Called by one thread only.
-    pub(super) fn adopt(&self, fork: ServedFork) {
+    pub(super) fn adopt(&self, fork: NewFork) {
         let forks = |worker: &WorkerHandle| worker.forks.load(Ordering::Relaxed);
         let Some(worker) = place(&self.all, self.shared, forks) else {
             return;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use pagecast_uffd::{ByteLen, Outcome};
 
-use super::page_states::PageStates;
 use super::region::{RegionIndex, RegionMap};
 use super::step::{After, Install};
+use super::tracked_region::TrackedRegion;
 use crate::page::{PageIndex, PageSize};
 use crate::template::{PrefaultPlan, Run, TemplateOffset};
 
@@ -88,9 +88,18 @@ pub(super) struct Filling {
     rest: Option<RestCursor>,
     /// Everything is wanted, without letting go of it.
     all: bool,
-    completing: bool,
+    completion: Option<Completion>,
     /// What is absent and not registered is filled by the kernel with zeros of 4 KiB, not with larger pages.
     kernel_fills_small: bool,
+}
+
+/// A completion that was begun and not given up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Completion {
+    /// As fast as can be, because somebody waits.
+    pub(crate) at_once: bool,
+    /// All regions are unregistered. What is left is to be sure that no thread of the VMM waits for us.
+    pub(crate) is_unregistered: bool,
 }
 
 /// How far a plan has been handed out.
@@ -156,21 +165,32 @@ impl Filling {
     pub(super) fn stop_prefault(&mut self) {
         self.working_set = None;
         self.all = false;
-        if !self.completing {
+        if self.completion.is_none() {
             self.rest = None;
         }
     }
 
-    pub(super) fn begin_completion(&mut self) {
-        if !self.completing {
-            self.completing = true;
-            self.rest = Some(RestCursor::START);
+    pub(super) fn begin_completion(&mut self, at_once: bool) {
+        if let Some(completion) = &mut self.completion {
+            completion.at_once = at_once;
+            return;
+        }
+        self.completion = Some(Completion {
+            at_once,
+            is_unregistered: false,
+        });
+        self.rest = Some(RestCursor::START);
+    }
+
+    pub(super) fn set_unregistered(&mut self) {
+        if let Some(completion) = &mut self.completion {
+            completion.is_unregistered = true;
         }
     }
 
     /// A prefault goes on.
     pub(super) fn abandon_completion(&mut self) {
-        self.completing = false;
+        self.completion = None;
         if !self.all {
             self.rest = None;
         }
@@ -181,8 +201,8 @@ impl Filling {
         self.kernel_fills_small = true;
     }
 
-    pub(super) fn is_completing(&self) -> bool {
-        self.completing
+    pub(super) fn completion(&self) -> Option<Completion> {
+        self.completion
     }
 
     /// Whether [`next`](Self::next) may have something.
@@ -191,9 +211,9 @@ impl Filling {
     }
 
     /// The next piece, once. `None` where everything that is wanted has been handed out.
-    pub(super) fn next(&mut self, regions: &RegionMap, states: &[PageStates]) -> Option<Fill> {
+    pub(super) fn next(&mut self, regions: &RegionMap<TrackedRegion>) -> Option<Fill> {
         let fill = |index: RegionIndex, first: PageIndex, end: usize, is_planned, skips_zeros| {
-            let region = regions.get(index)?;
+            let region = &regions.get(index)?.region;
             Some(Fill {
                 region: index,
                 first,
@@ -213,18 +233,18 @@ impl Filling {
             };
             for (index, first, pages) in regions.pages_of_template(run.at, run.len) {
                 let end = first.get() + pages;
-                let absent = states.get(index.get())?.next_absent(first, 1);
+                let absent = regions.get(index)?.states.next_absent(first, 1);
                 if absent.is_some_and(|(absent, _)| absent.get() < end) {
                     return fill(index, first, end, true, false);
                 }
             }
         }
         while let Some(cursor) = &mut self.rest {
-            let Some(region) = regions.get(cursor.region) else {
+            let Some(TrackedRegion { region, states }) = regions.get(cursor.region) else {
                 self.rest = None;
                 break;
             };
-            let Some((first, _)) = states.get(cursor.region.get())?.next_absent(cursor.page, 1) else {
+            let Some((first, _)) = states.next_absent(cursor.page, 1) else {
                 *cursor = RestCursor {
                     region: cursor.region.next(),
                     page: PageIndex::new(0),
@@ -236,7 +256,8 @@ impl Filling {
             cursor.page = PageIndex::new(end);
             // hugetlbfs has one size of pages, whether the kernel or the server fills them.
             let fills_small = self.kernel_fills_small || region.page_size() == PageSize::Huge;
-            return fill(cursor.region, first, end, false, self.completing && fills_small);
+            let skips_zeros = self.completion.is_some() && fills_small;
+            return fill(cursor.region, first, end, false, skips_zeros);
         }
         None
     }

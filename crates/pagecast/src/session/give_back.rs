@@ -2,9 +2,9 @@
 
 use pagecast_uffd::HostRange;
 
-use super::page_states::PageStates;
 use super::region::RegionMap;
 use super::step::PageRef;
+use super::tracked_region::TrackedRegion;
 use crate::page::{PageIndex, PageSize};
 use crate::template::ZeroRuns;
 
@@ -45,7 +45,7 @@ impl GiveBack {
     /// The next range, once. What of a piece is installed or removed by now is left out, and so is everything before or
     /// between: one range a piece, the first that is still long enough. None where a fault waits for its answer, and none on
     /// hugetlbfs: there a page that the kernel cannot fill kills the VMM, and one that we cannot copy does not.
-    pub(super) fn next(&mut self, regions: &RegionMap, states: &[PageStates]) -> Option<ZeroRange> {
+    pub(super) fn next(&mut self, regions: &RegionMap<TrackedRegion>) -> Option<ZeroRange> {
         while let Some(run) = self.runs.get(self.next) {
             let Some((index, page, pages)) = regions.pages_of_template(run.at, run.len).nth(self.pieces) else {
                 self.next += 1;
@@ -53,7 +53,7 @@ impl GiveBack {
                 continue;
             };
             self.pieces += 1;
-            let (Some(region), Some(states)) = (regions.get(index), states.get(index.get())) else {
+            let Some(TrackedRegion { region, states }) = regions.get(index) else {
                 continue;
             };
             if region.page_size() != PageSize::Small {

@@ -15,6 +15,7 @@ mod give_back;
 mod page_states;
 mod region;
 mod step;
+mod tracked_region;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,14 +24,15 @@ use pagecast_uffd::{Event, FaultFlags, HostRange, Outcome, PageFault};
 
 use crate::page::PageIndex;
 use crate::template::{PrefaultPlan, ZeroRuns};
-pub(crate) use filling::Fill;
 use filling::Filling;
+pub(crate) use filling::{Completion, Fill};
 use give_back::GiveBack;
 pub(crate) use give_back::ZeroRange;
 use page_states::{PageState, PageStates};
 pub(crate) use region::{Region, RegionIndex, RegionMap};
 pub use step::Violation;
 pub(crate) use step::{After, Content, Install, Noted, PageRef, Step};
+use tracked_region::TrackedRegion;
 
 /// How often in a row the same page may fault though it is installed before we call it lost. Threads that fault at once
 /// make a few; no VMM has this many.
@@ -39,15 +41,11 @@ const MOST_REPEATS: u32 = 4096;
 /// One fork's regions, the state of each page, and the faults that wait for an answer.
 #[derive(Debug)]
 pub(crate) struct Session {
-    regions: RegionMap,
-    /// One an entry of `regions`, in the same order.
-    states: Box<[PageStates]>,
+    regions: RegionMap<TrackedRegion>,
     /// Faults to answer next.
     ready: VecDeque<PageRef>,
     /// Faults the kernel would not let us answer yet.
     parked: Vec<PageRef>,
-    /// Faults that wait for the template's bytes; their number only, since the driver holds the rest.
-    awaiting_bytes: usize,
     /// The page that last faulted though installed, and how often in a row.
     repeated: Option<(PageRef, u32)>,
     filling: Filling,
@@ -57,16 +55,10 @@ pub(crate) struct Session {
 impl Session {
     /// The session of a fork with these regions, none of whose pages is there yet.
     pub(crate) fn new(regions: RegionMap) -> Self {
-        let states = regions
-            .iter()
-            .map(|(_, region)| PageStates::new(region.pages()))
-            .collect();
         Self {
-            regions,
-            states,
+            regions: regions.into_each(),
             ready: VecDeque::new(),
             parked: Vec::new(),
-            awaiting_bytes: 0,
             repeated: None,
             filling: Filling::default(),
             give_back: GiveBack::default(),
@@ -74,8 +66,13 @@ impl Session {
     }
 
     /// Its regions.
-    pub(crate) fn regions(&self) -> &RegionMap {
-        &self.regions
+    pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().map(|(_, tracked)| &tracked.region)
+    }
+
+    /// The first page of the first region, as memory of the VMM; `None` if there is no region.
+    pub(crate) fn first_page(&self) -> Option<HostRange> {
+        self.regions.first_page()
     }
 
     /// Takes note of an event: queues a fault, applies a removal.
@@ -103,7 +100,7 @@ impl Session {
         }
         let (region, page) = self.regions.find(address).ok_or(Violation::FaultOutside { address })?;
         let at = PageRef { region, page };
-        let (Some(region), Some(states)) = (self.regions.get(region), self.states.get(region.get())) else {
+        let Some(TrackedRegion { region, states }) = self.regions.get(region) else {
             return Err(Violation::FaultOutside { address });
         };
         if states.is_waiting(page) {
@@ -118,7 +115,7 @@ impl Session {
 
     fn on_remove(&mut self, range: HostRange) -> usize {
         let mut removed = 0;
-        for ((_, region), states) in self.regions.iter().zip(&mut self.states) {
+        for TrackedRegion { region, states } in self.regions.iter_mut() {
             if let Some((first, count)) = region.pages_within(range) {
                 states.set_removed(first, count);
                 removed += count;
@@ -134,28 +131,35 @@ impl Session {
     /// [`Violation::PageLost`].
     pub(crate) fn next_step(&mut self) -> Result<Option<Step>, Violation> {
         while let Some(at) = self.ready.pop_front() {
-            let Some(states) = self.states.get(at.region.get()) else {
+            let Some(TrackedRegion { region, states }) = self.regions.get(at.region) else {
                 continue;
             };
             // What answers the fault that waits already wakes whoever made this one, too.
             if states.is_waiting(at.page) {
                 continue;
             }
-            return Ok(match states.get(at.page) {
-                PageState::Absent | PageState::Removed => self.demand(at).map(Step::Install),
+            let content = match states.get(at.page) {
+                PageState::Absent => Content::Template(region.offset_of(at.page)),
+                PageState::Removed => Content::Zeros,
                 PageState::Installed => {
-                    let range = self.range(at);
-                    self.count_repeat(at)?;
-                    range.map(Step::Wake)
+                    let range = region.range_of(at.page, 1);
+                    self.count_repeat(at, range)?;
+                    return Ok(Some(Step::Wake(range)));
                 }
-            });
+            };
+            return Ok(Some(Step::Install(Install {
+                at,
+                pages: 1,
+                to: region.range_of(at.page, 1),
+                page_size: region.page_size(),
+                content,
+            })));
         }
         Ok(None)
     }
 
     /// The template's bytes for this install are not there yet: it waits for [`bytes_ready`](Self::bytes_ready).
     pub(crate) fn await_bytes(&mut self, install: &Install) {
-        self.awaiting_bytes += 1;
         self.set_waiting(install.at);
     }
 
@@ -166,7 +170,6 @@ impl Session {
     ///
     /// [`Violation::PageLost`].
     pub(crate) fn bytes_ready(&mut self, at: PageRef) -> Result<Option<Step>, Violation> {
-        self.awaiting_bytes = self.awaiting_bytes.saturating_sub(1);
         self.clear_waiting(at);
         self.ready.push_front(at);
         self.next_step()
@@ -228,9 +231,14 @@ impl Session {
         self.filling.stop_prefault();
     }
 
-    /// Begins to complete the fork. Idempotent.
-    pub(crate) fn begin_completion(&mut self) {
-        self.filling.begin_completion();
+    /// Begins to complete the fork; once it is begun, changes only whether it is done `at_once`.
+    pub(crate) fn begin_completion(&mut self, at_once: bool) {
+        self.filling.begin_completion(at_once);
+    }
+
+    /// All regions were unregistered, to complete the fork.
+    pub(crate) fn set_unregistered(&mut self) {
+        self.filling.set_unregistered();
     }
 
     /// Gives the completion up; the fork is served as before. What was installed stays.
@@ -238,9 +246,9 @@ impl Session {
         self.filling.abandon_completion();
     }
 
-    /// Whether a completion was begun and not given up.
-    pub(crate) fn is_completing(&self) -> bool {
-        self.filling.is_completing()
+    /// The completion that was begun and not given up.
+    pub(crate) fn completion(&self) -> Option<Completion> {
+        self.filling.completion()
     }
 
     /// Whether there is something left for [`next_fill`](Self::next_fill) or [`next_give_back`](Self::next_give_back).
@@ -252,12 +260,12 @@ impl Session {
     /// where everything has been handed out; once that is carried out too, and a completion was wanted, the regions can be
     /// unregistered.
     pub(crate) fn next_fill(&mut self) -> Option<Fill> {
-        self.filling.next(&self.regions, &self.states)
+        self.filling.next(&self.regions)
     }
 
     /// What of this piece is still to be installed, in ascending order. Nothing once it has come to its end.
     pub(crate) fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
-        let (Some(region), Some(states)) = (self.regions.get(fill.region), self.states.get(fill.region.get())) else {
+        let Some(TrackedRegion { region, states }) = self.regions.get(fill.region) else {
             return Vec::new();
         };
         let mut parts = Vec::new();
@@ -307,7 +315,7 @@ impl Session {
         if !self.ready.is_empty() {
             return None;
         }
-        self.give_back.next(&self.regions, &self.states)
+        self.give_back.next(&self.regions)
     }
 
     /// It was unregistered.
@@ -322,13 +330,7 @@ impl Session {
     }
 
     fn states_mut(&mut self, region: RegionIndex) -> Option<&mut PageStates> {
-        self.states.get_mut(region.get())
-    }
-
-    fn state(&self, at: PageRef) -> PageState {
-        self.states
-            .get(at.region.get())
-            .map_or(PageState::Installed, |states| states.get(at.page))
+        self.regions.get_mut(region).map(|tracked| &mut tracked.states)
     }
 
     fn set_installed(&mut self, at: PageRef, pages: usize) {
@@ -354,35 +356,17 @@ impl Session {
         }
     }
 
-    fn range(&self, at: PageRef) -> Option<HostRange> {
-        self.regions.get(at.region).map(|region| region.range_of(at.page, 1))
-    }
-
-    fn demand(&self, at: PageRef) -> Option<Install> {
-        let region = self.regions.get(at.region)?;
-        let content = match self.state(at) {
-            PageState::Removed => Content::Zeros,
-            PageState::Absent | PageState::Installed => Content::Template(region.offset_of(at.page)),
-        };
-        Some(Install {
-            at,
-            pages: 1,
-            to: region.range_of(at.page, 1),
-            page_size: region.page_size(),
-            content,
-        })
-    }
-
-    fn count_repeat(&mut self, at: PageRef) -> Result<(), Violation> {
+    /// Counts the wakes of one page in a row, which is at `range`.
+    fn count_repeat(&mut self, at: PageRef, range: HostRange) -> Result<(), Violation> {
         let times = match self.repeated {
             Some((page, times)) if page == at => times + 1,
             _ => 1,
         };
         self.repeated = Some((at, times));
-        match self.range(at) {
-            Some(range) if times > MOST_REPEATS => Err(Violation::PageLost { address: range.start() }),
-            _ => Ok(()),
+        if times > MOST_REPEATS {
+            return Err(Violation::PageLost { address: range.start() });
         }
+        Ok(())
     }
 }
 

@@ -99,6 +99,12 @@ fn to_usize(count: u64) -> usize {
     usize::try_from(count).unwrap_or(usize::MAX)
 }
 
+impl AsRef<Region> for Region {
+    fn as_ref(&self) -> &Region {
+        self
+    }
+}
+
 /// The number of a region within its fork, in the order of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionIndex(usize);
@@ -109,18 +115,13 @@ impl RegionIndex {
     pub(crate) const fn next(self) -> Self {
         Self(self.0 + 1)
     }
-
-    /// For a table that has one entry a region, in the same order.
-    pub(crate) const fn get(self) -> usize {
-        self.0
-    }
 }
 
-/// All regions of a fork, found by address.
+/// All regions of a fork, found by address. `R` is a region, with what else is known of it.
 #[derive(Debug)]
-pub struct RegionMap {
+pub struct RegionMap<R = Region> {
     /// By address; they do not overlap.
-    sorted: Box<[Region]>,
+    sorted: Box<[R]>,
 }
 
 impl RegionMap {
@@ -131,18 +132,33 @@ impl RegionMap {
             sorted: regions.into_boxed_slice(),
         }
     }
+}
+
+impl<R: AsRef<Region>> RegionMap<R> {
+    /// The same regions, each as a `T`.
+    pub(crate) fn into_each<T: From<R>>(self) -> RegionMap<T> {
+        RegionMap {
+            sorted: self.sorted.into_iter().map(T::from).collect(),
+        }
+    }
 
     /// The region and page that hold `addr`.
     pub fn find(&self, addr: HostAddr) -> Option<(RegionIndex, PageIndex)> {
-        let after = self.sorted.partition_point(|region| region.memory.start() <= addr);
+        let after = self
+            .sorted
+            .partition_point(|region| region.as_ref().memory.start() <= addr);
         let index = after.checked_sub(1)?;
-        let page = self.sorted.get(index)?.page_at(addr)?;
+        let page = self.sorted.get(index)?.as_ref().page_at(addr)?;
         Some((RegionIndex(index), page))
     }
 
     /// The region of this number, if there is one.
-    pub fn get(&self, index: RegionIndex) -> Option<&Region> {
+    pub fn get(&self, index: RegionIndex) -> Option<&R> {
         self.sorted.get(index.0)
+    }
+
+    pub(crate) fn get_mut(&mut self, index: RegionIndex) -> Option<&mut R> {
+        self.sorted.get_mut(index.0)
     }
 
     /// The pages that hold any of `len` bytes of the template from `at` on: of each region that has some, the first and how
@@ -154,6 +170,7 @@ impl RegionMap {
     ) -> impl Iterator<Item = (RegionIndex, PageIndex, usize)> {
         let end = at.get().saturating_add(len.get());
         self.iter().filter_map(move |(index, region)| {
+            let region = region.as_ref();
             let offset = region.offset.get();
             let from = at.get().max(offset);
             let to = end.min(offset + region.memory.len().get());
@@ -168,15 +185,20 @@ impl RegionMap {
 
     /// The first page of the first region, as memory of the VMM; `None` where there is no region.
     pub(crate) fn first_page(&self) -> Option<HostRange> {
-        self.sorted.first().map(|region| region.range_of(PageIndex::new(0), 1))
+        let first = self.sorted.first()?.as_ref();
+        Some(first.range_of(PageIndex::new(0), 1))
     }
 
     /// All regions, by address.
-    pub fn iter(&self) -> impl Iterator<Item = (RegionIndex, &Region)> {
+    pub fn iter(&self) -> impl Iterator<Item = (RegionIndex, &R)> {
         self.sorted
             .iter()
             .enumerate()
             .map(|(index, region)| (RegionIndex(index), region))
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut R> {
+        self.sorted.iter_mut()
     }
 }
 

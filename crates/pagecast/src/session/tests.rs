@@ -46,7 +46,16 @@ fn page_of(address: HostAddr) -> usize {
 
 /// How many faults have been read and not answered yet.
 fn unanswered(session: &Session) -> usize {
-    session.ready.len() + session.parked.len() + session.awaiting_bytes
+    let waiting = |tracked: &TrackedRegion| {
+        let pages = (0..tracked.region.pages()).map(PageIndex::new);
+        pages.filter(|page| tracked.states.is_waiting(*page)).count()
+    };
+    session.ready.len()
+        + session
+            .regions
+            .iter()
+            .map(|(_, tracked)| waiting(tracked))
+            .sum::<usize>()
 }
 
 fn regions() -> RegionMap {
@@ -365,7 +374,7 @@ impl Driver {
                     self.carry_out(step, false);
                 }
             }
-            Act::Complete => self.session.begin_completion(),
+            Act::Complete => self.session.begin_completion(false),
             // Not once it is all but complete.
             Act::Abandon if self.kernel.registered.contains(&true) => {
                 self.session.abandon_completion();
@@ -423,7 +432,7 @@ impl Driver {
         }
         self.fills.extend(self.session.next_fill());
         if self.fills.is_empty() {
-            if self.session.is_completing() {
+            if self.session.completion().is_some() {
                 self.kernel.unregister(0, PAGES);
             }
             return;
@@ -512,7 +521,7 @@ proptest! {
         }
         driver.settle();
         if completes {
-            driver.session.begin_completion();
+            driver.session.begin_completion(false);
             for _ in 0..100 {
                 driver.fill(0);
             }
@@ -623,7 +632,7 @@ fn a_thread_hit_by_signals_does_not_fill_our_queues() {
 #[test]
 fn a_run_that_spans_two_mappings_is_filled_page_by_page() {
     let mut session = Session::new(regions());
-    session.begin_completion();
+    session.begin_completion(false);
     let mut fill = session.next_fill().unwrap();
     let [whole] = *session.fill_parts(&fill) else {
         panic!("several parts");
@@ -662,7 +671,7 @@ fn a_working_set_is_filled_in_first_touch_order_and_what_is_there_is_left_out() 
     // The working set, then the rest of each region.
     assert_eq!(order, [(20, 1), (3, 2), (0, 3), (5, 5), (10, 10), (22, 2)]);
     assert_eq!(driver.kernel.memory, [Memory::Template; PAGES]);
-    assert!(!driver.session.is_completing());
+    assert!(driver.session.completion().is_none());
 }
 
 #[test]

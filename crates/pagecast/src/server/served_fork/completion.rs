@@ -6,44 +6,46 @@ use pagecast_uffd::{Errno, Outcome};
 
 use super::{End, Scratch, ServedFork};
 use crate::server::failure::FailReason;
+use crate::server::fork_event::ForkEvent;
+use crate::session::Completion;
 
 impl ServedFork {
     /// From now on installs everything that is left, whenever `fill` gets a turn: at the rate that is set, or `at_once`.
     pub(in crate::server) fn begin_completion(&mut self, at_once: bool) {
-        self.session.begin_completion();
+        self.session.begin_completion(at_once);
         // What is installed from now on does not fault, whether or not it would have been touched.
-        if let Some(watched) = self.end_watch() {
-            self.watched = Some(watched);
-        }
-        self.at_once = at_once;
+        self.end_first_faults();
         if at_once {
-            // It may be one for the rate, and long where that is low.
-            self.fill_pause = None;
+            // It may be one for the rate, and long if that is low.
+            self.fill.end_pause();
         }
     }
 
-    /// Nobody wants it complete any more: serves the fork as before, where it is not all but complete.
+    /// Its completion is not requested any more: serves the fork as before, unless it is all but complete.
     pub(in crate::server) fn abandon_completion(&mut self) {
-        if self.session.is_completing() && !self.unregistered {
+        if self
+            .session
+            .completion()
+            .is_some_and(|completion| !completion.is_unregistered)
+        {
             self.stop_completing();
         }
     }
 
+    /// The fork cannot be completed, and is served as before.
     pub(super) fn give_up_completion(&mut self, reason: FailReason) {
         let reason = Arc::new(reason);
-        self.given_up = Some(Arc::clone(&reason));
         self.stop_completing();
-        self.record.give_up_completion(reason);
+        self.record.give_up_completion(Arc::clone(&reason));
+        self.context.registry.observe(ForkEvent::NotCompleted {
+            id: self.record.id.clone(),
+            reason,
+        });
     }
 
     fn stop_completing(&mut self) {
         self.session.abandon_completion();
         self.drop_fills();
-    }
-
-    /// Why a completion has just been given up, once.
-    pub(in crate::server) fn take_given_up(&mut self) -> Option<Arc<FailReason>> {
-        self.given_up.take()
     }
 
     /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
@@ -52,30 +54,29 @@ impl ServedFork {
     /// thread waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
     /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at
     /// a place where nothing is registered, tells when it is over.
-    pub(super) fn unregister(&mut self, scratch: &mut Scratch) -> Result<(), End> {
-        if !self.unregistered {
-            let mut regions = self.session.regions().iter();
-            let refused = regions.find_map(|(_, region)| self.uffd.unregister(region.memory()).err());
+    pub(super) fn unregister(&mut self, completion: Completion, scratch: &mut Scratch) -> Result<(), End> {
+        if !completion.is_unregistered {
+            let mut regions = self.session.regions();
+            let refused = regions.find_map(|region| self.uffd.unregister(region.memory()).err());
             drop(regions);
             if let Some(errno) = refused {
                 return self.on_refused_unregister(errno);
             }
-            self.unregistered = true;
-            self.fill_retry = None;
+            self.session.set_unregistered();
+            self.fill.end_retry();
         }
         self.serve(false, scratch)?;
-        let Some(first_page) = self.session.regions().first_page() else {
+        let Some(first_page) = self.session.first_page() else {
             return Err(End::Complete);
         };
         match self.uffd.zeropage(first_page) {
             Outcome::NotRegistered => Err(End::Complete),
             Outcome::Retry { .. } => {
-                self.pause_filling();
+                self.fill.pause_for_retry();
                 Ok(())
             }
             Outcome::PeerGone => Err(End::PeerGone),
             _ => {
-                self.unregistered = false;
                 self.give_up_completion(FailReason::RegisteredAgain);
                 Ok(())
             }
@@ -86,11 +87,11 @@ impl ServedFork {
     /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
     /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
     fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
-        let first_page = self.session.regions().first_page();
+        let first_page = self.session.first_page();
         match first_page.map(|page| self.uffd.continue_range(page)) {
             Some(Outcome::PeerGone) => Err(End::PeerGone),
             Some(Outcome::Retry { .. }) => {
-                self.pause_filling();
+                self.fill.pause_for_retry();
                 Ok(())
             }
             _ => {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use pagecast_uffd::Uffd;
 
-use super::lane::{Done, Lane};
+use super::installer::{Done, Installer};
 use crate::server::fill_pool::FillThreads;
 use crate::session::{Fill, Install};
 use crate::template::Template;
@@ -28,8 +28,8 @@ pub(in crate::server) struct FillStep {
     pub(super) parts: Vec<Vec<Install>>,
     /// The bytes of the only fill, where they were read elsewhere.
     pub(super) bytes: Option<Arc<Vec<u8>>>,
-    /// Which plan of the fork it belongs to.
-    pub(super) plan: u64,
+    /// Of the [`FillDriver`](super::FillDriver).
+    pub(super) generation: u64,
 }
 
 /// What came of a step.
@@ -38,27 +38,27 @@ pub(in crate::server) struct Filled {
     pub(super) done: Vec<(Fill, Vec<Done>)>,
     /// What was not come to.
     pub(super) left: Vec<Fill>,
-    pub(super) plan: u64,
+    pub(super) generation: u64,
 }
 
 impl FillStep {
-    /// Installs some of the fills, on this thread and those that help: all of them, or up to the fill in which
+    /// Installs some of the fills, on this thread and `others`: all of them, or up to the fill in which
     /// `is_interrupted` becomes true.
     pub(in crate::server) fn carry_out(
         self,
-        helpers: &FillThreads<'_>,
+        others: &FillThreads<'_>,
         zeros: &[u8],
         is_interrupted: impl Fn() -> bool + Sync,
     ) -> Filled {
         let begun = Instant::now();
-        let lanes = 1 + helpers.count();
+        let threads = 1 + others.count();
         let zeros_are_known = self.template.zeros_are_known();
         let ended = AtomicBool::new(false);
         let (step, ended, is_interrupted) = (&self, &ended, &is_interrupted);
-        let work = (0..lanes).map(|number| {
+        let work = (0..threads).map(|number| {
             move || {
                 let mut room = ROOM.take();
-                let mut lane = Lane {
+                let mut installer = Installer {
                     uffd: &step.uffd,
                     pid: step.pid,
                     source: step.template.source(),
@@ -69,9 +69,9 @@ impl FillStep {
                 };
                 let mut all_done = Vec::new();
                 let pieces = step.fills.iter().zip(&step.parts).enumerate();
-                for (index, (fill, parts)) in pieces.skip(number).step_by(lanes) {
-                    let done = lane.carry_out(fill, parts, step.bytes.as_deref().map(Vec::as_slice));
-                    // What follows would get no further either. And a demand fault goes first; one lane looks for all.
+                for (index, (fill, parts)) in pieces.skip(number).step_by(threads) {
+                    let done = installer.carry_out(fill, parts, step.bytes.as_deref().map(Vec::as_slice));
+                    // What follows would get no further either. And a demand fault goes first; one thread looks for all.
                     let is_stuck = done.last().is_some_and(Done::is_stuck);
                     all_done.push((index, done));
                     if is_stuck || (number == 0 && is_interrupted()) {
@@ -85,7 +85,7 @@ impl FillStep {
                 all_done
             }
         });
-        let mut all_done: Vec<_> = helpers.run(work.collect()).into_iter().flatten().collect();
+        let mut all_done: Vec<_> = others.run(work.collect()).into_iter().flatten().collect();
         // What was not come to is next.
         all_done.sort_unstable_by_key(|(index, _)| *index);
         let mut all_done = all_done.into_iter().peekable();
@@ -93,7 +93,7 @@ impl FillStep {
             begun,
             done: Vec::new(),
             left: Vec::new(),
-            plan: self.plan,
+            generation: self.generation,
         };
         for (index, fill) in self.fills.into_iter().enumerate() {
             match all_done.next_if(|(done, _)| *done == index) {

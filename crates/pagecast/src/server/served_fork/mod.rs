@@ -1,37 +1,39 @@
 //! One fork being served: carries out what its session decides.
 
+mod backoff;
 mod completion;
-mod eagerness;
+mod fill_driver;
 mod fill_step;
 mod filling;
-mod lane;
-mod pause;
+mod first_faults;
+mod installer;
+mod look_again;
 mod presence;
 mod reads;
-mod watch;
+mod scratch;
 
-use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use pagecast_uffd::{Drained, Errno, EventBuffer, HostAddr, HostRange, Outcome, Peer, Uffd};
+use pagecast_uffd::{Drained, Errno, HostAddr, HostRange, Outcome, Peer, Uffd};
 
 use super::failure::FailReason;
-use super::fill_pool::FillPool;
-use super::record::ForkRecord;
-use super::worker::Slot;
+use super::fork_record::ForkRecord;
+use super::worker::{Slot, WorkerContext};
 use crate::page::PageSize;
-use crate::session::{After, Content, Fill, Install, Noted, Session, Step, Violation};
-use crate::template::{Page, ReadResult, SourceError, Template};
-use eagerness::Eagerness;
+use crate::session::{After, Content, Install, Noted, Session, Step, Violation};
+use crate::template::{Page, SourceError, Template};
+use backoff::Backoff;
+use fill_driver::FillDriver;
 pub(super) use fill_step::{FillStep, Filled};
-use pause::Pause;
+use first_faults::FirstFaults;
+pub(super) use first_faults::Shown;
+use look_again::LookAgain;
 pub(super) use reads::ReadToken;
 use reads::{Awaited, Failed, Reads};
-use watch::Watch;
-pub(super) use watch::Watched;
+pub(super) use scratch::Scratch;
+use scratch::room;
 
 /// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a
 /// page be installed while a removal is unread, so stopping early is safe.
@@ -39,50 +41,6 @@ const READS_PER_TURN: usize = 8;
 
 /// How often more a fork that is served alone is looked at in one turn.
 const LOOKS_PER_TURN: usize = 8;
-
-/// Where bytes go that were read elsewhere. Called on reading threads.
-pub(super) type Deliver = Arc<dyn Fn(ReadToken, ReadResult) + Send + Sync>;
-
-/// What the forks of one worker share: room to work in.
-pub(super) struct Scratch {
-    events: EventBuffer,
-    /// The largest page or fill.
-    bytes: Vec<u8>,
-    /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
-    pub(super) zeros: Arc<Vec<u8>>,
-    /// What the worker waits with: readable while there is something to look at.
-    epoll: Arc<OwnedFd>,
-    pub(super) fill_pool: Arc<FillPool>,
-    deliver: Deliver,
-    /// When the clock was looked at last. On the fault path this stands for now, where nothing worth a look came between.
-    looked_at: Instant,
-    /// How long a fault may wait for the template or for memory.
-    pub(super) fault_deadline: Duration,
-    /// Bytes a second.
-    completion_rate: Option<NonZeroU64>,
-}
-
-impl Scratch {
-    pub(super) fn new(
-        deliver: Deliver,
-        fill_pool: Arc<FillPool>,
-        epoll: Arc<OwnedFd>,
-        fault_deadline: Duration,
-        completion_rate: Option<NonZeroU64>,
-    ) -> Self {
-        Self {
-            events: EventBuffer::new(),
-            bytes: vec![0; PageSize::Huge.as_usize()],
-            zeros: Arc::new(vec![0; PageSize::Huge.as_usize()]),
-            epoll,
-            fill_pool,
-            deliver,
-            looked_at: Instant::now(),
-            fault_deadline,
-            completion_rate,
-        }
-    }
-}
 
 /// Why serving a fork ends.
 pub(super) enum End {
@@ -116,93 +74,70 @@ struct Tried {
 
 /// Faults that the kernel would not let us answer.
 struct Retry {
-    pause: Pause,
+    backoff: Backoff,
     since: Instant,
     /// It was for lack of memory, which must not last.
     out_of_memory: bool,
 }
 
-/// A fork whose VMM has shaken hands: the one owner of its userfaultfd.
+/// A fork whose VMM has shaken hands, on its way to a worker.
+pub(super) struct NewFork {
+    pub(super) record: Arc<ForkRecord>,
+    pub(super) uffd: Uffd,
+    pub(super) peer: Peer,
+    pub(super) socket: OwnedFd,
+    pub(super) session: Session,
+}
+
+/// A fork that a worker serves: the one owner of its userfaultfd.
 pub(super) struct ServedFork {
     pub(super) record: Arc<ForkRecord>,
     pub(super) uffd: Arc<Uffd>,
     pub(super) peer: Peer,
     /// The handshake socket, while the VMM keeps it open.
     pub(super) socket: Option<OwnedFd>,
+    /// Its place in its worker.
+    pub(super) slot: Slot,
+    context: Arc<WorkerContext>,
     session: Session,
     template: Template,
-    serial: u64,
-    /// The index of its slot.
-    pub(super) index: usize,
-    eagerness: Eagerness,
+    look_again: LookAgain,
     /// The last turn ended before all events were read. The worker is told of new ones only.
     unread: bool,
     reads: Reads,
     retry: Option<Retry>,
-    /// Fills that were begun and not ended, for lack of room or because their mapping was split.
-    fills: Vec<Fill>,
-    /// The fill that waits for its bytes.
-    reading: Option<Fill>,
-    /// A fill whose bytes have come, and they.
-    bytes_of_fill: Option<(Fill, Arc<Vec<u8>>)>,
-    /// How often what was begun was dropped: fills from before that are not carried on with.
-    fill_plan: u64,
-    /// A step of filling is carried out elsewhere, and this tells it to stop. No event is read meanwhile.
-    filled_elsewhere: Option<Arc<AtomicBool>>,
-    fill_pause: Option<Instant>,
-    /// The kernel would not let fills go on, nor the fork be unregistered.
-    fill_retry: Option<Pause>,
-    /// Somebody waits for its completion.
-    at_once: bool,
-    watch: Watch,
-    watched: Option<Watched>,
-    /// All regions are unregistered; what is left is to be sure that nobody waits for us.
-    unregistered: bool,
-    given_up: Option<Arc<FailReason>>,
+    fill: FillDriver,
+    first_faults: FirstFaults,
 }
 
 impl ServedFork {
-    pub(super) fn new(
-        record: Arc<ForkRecord>,
-        uffd: Uffd,
-        peer: Peer,
-        socket: OwnedFd,
-        session: Session,
-        serial: u64,
-    ) -> Self {
+    /// The fork in the slot of this index.
+    pub(super) fn new(fork: NewFork, index: usize, context: Arc<WorkerContext>) -> Self {
+        let NewFork {
+            record,
+            uffd,
+            peer,
+            socket,
+            session,
+        } = fork;
         Self {
+            slot: Slot {
+                index,
+                serial: record.serial,
+            },
             template: record.template.clone(),
             record,
             uffd: Arc::new(uffd),
             peer,
             socket: Some(socket),
+            context,
             session,
-            serial,
-            index: 0,
-            eagerness: Eagerness::default(),
+            look_again: LookAgain::default(),
             unread: false,
             reads: Reads::default(),
             retry: None,
-            fills: Vec::new(),
-            reading: None,
-            bytes_of_fill: None,
-            fill_plan: 0,
-            filled_elsewhere: None,
-            fill_pause: None,
-            fill_retry: None,
-            at_once: false,
-            watch: Watch::default(),
-            watched: None,
-            unregistered: false,
-            given_up: None,
-        }
-    }
-
-    /// Its place in its worker.
-    pub(super) fn slot(&self) -> Slot {
-        Slot {
-            index: self.index,
-            serial: self.serial,
+            fill: FillDriver::default(),
+            first_faults: FirstFaults::default(),
         }
     }
 
@@ -225,9 +160,8 @@ impl ServedFork {
     /// Reads what has happened and answers it; with `alone`, looks a few times more whether there is already something new,
     /// where that was worth it before: no other fork waits meanwhile.
     pub(super) fn serve(&mut self, alone: bool, scratch: &mut Scratch) -> Result<(), End> {
-        if let Some(stop) = &self.filled_elsewhere {
-            // A demand fault goes first: the step ends with the fill that it is at.
-            stop.store(true, Ordering::Relaxed);
+        // No event is read while a step is carried out elsewhere. A demand fault goes first, so the step ends soon.
+        if self.fill.interrupt() {
             self.unread = true;
             return Ok(());
         }
@@ -235,13 +169,13 @@ impl ServedFork {
         self.answer(scratch, read_at)?;
         for _ in 0..LOOKS_PER_TURN {
             // What is read last is not known to be all, but the worker is told of whatever comes from now on.
-            if !alone || !self.eagerness.is_worth_a_look() {
+            if !alone || !self.look_again.is_worth_it() {
                 break;
             }
             let before = self.record.counters.demand.get();
             let read_at = self.take_events(scratch)?;
             let found = self.record.counters.demand.get() != before;
-            self.eagerness.note(found);
+            self.look_again.note(found);
             if !found {
                 break;
             }
@@ -259,13 +193,13 @@ impl ServedFork {
                 .uffd
                 .read_events(&mut scratch.events)
                 .map_err(|errno| kernel("read events", errno))?;
-            scratch.looked_at = Instant::now();
-            first_read.get_or_insert(scratch.looked_at);
+            scratch.read_clock_at = Instant::now();
+            first_read.get_or_insert(scratch.read_clock_at);
             for event in scratch.events.drain() {
                 match self.session.on_event(&event)? {
                     Noted::Fault { offset, page_size } => {
                         self.record.counters.demand.add(1);
-                        self.watch
+                        self.first_faults
                             .note(offset, page_size, &self.template, &self.record.counters);
                     }
                     Noted::SameFault => self.record.counters.demand.add(1),
@@ -299,7 +233,7 @@ impl ServedFork {
         failed: Option<Box<Failed>>,
     ) -> Result<(), End> {
         let Content::Template(from) = install.content else {
-            let tried = self.install_zeros(install, &scratch.zeros);
+            let tried = self.install_zeros(install);
             return self.finish(install, tried, since, scratch);
         };
         if install.page_size == PageSize::Small
@@ -311,7 +245,7 @@ impl ServedFork {
             // It was read as it was installed, so only now can be told what it is. If it is not the template's, or that cannot
             // be told, its VMM does not live to use it.
             self.template.source().check_unchanged().map_err(End::template)?;
-            let tried = self.copied(install.to, outcome, scratch.looked_at);
+            let tried = self.copied(install.to, outcome, scratch.read_clock_at);
             return self.finish(install, tried, since, scratch);
         }
         let buffer = room(&mut scratch.bytes, install.bytes());
@@ -324,7 +258,7 @@ impl ServedFork {
         };
         let tried = match found {
             Ok(Some(Page::Bytes(bytes))) => self.copy(install, bytes),
-            Ok(Some(_)) => self.install_zeros(install, &scratch.zeros),
+            Ok(Some(_)) => self.install_zeros(install),
             not_ready_or_failed => {
                 self.session.await_bytes(install);
                 if failed.is_none() {
@@ -334,7 +268,7 @@ impl ServedFork {
                 if let Err(error) = not_ready_or_failed {
                     return self.read_failed(awaited, failed, error);
                 }
-                self.read_later(awaited, from, install.bytes(), failed, &scratch.deliver);
+                self.read_later(awaited, from, install.bytes(), failed);
                 return Ok(());
             }
         };
@@ -359,13 +293,13 @@ impl ServedFork {
         Tried { outcome, begun }
     }
 
-    fn install_zeros(&self, install: &Install, zeros: &[u8]) -> Tried {
+    fn install_zeros(&self, install: &Install) -> Tried {
         let begun = Instant::now();
         let outcome = match install.page_size {
             PageSize::Small => self.uffd.zeropage(install.to),
             // hugetlbfs has no zero page to share.
             PageSize::Huge => {
-                let outcome = self.uffd.copy(install.to.start(), zeros);
+                let outcome = self.uffd.copy(install.to.start(), &self.context.zeros);
                 presence::settle(outcome, install.page_size, install.to, self.peer.pid)
             }
         };
@@ -381,7 +315,7 @@ impl ServedFork {
         let counters = &self.record.counters;
         if outcome == Outcome::Installed {
             let now = Instant::now();
-            scratch.looked_at = now;
+            scratch.read_clock_at = now;
             counters.fault_latency.record(now.duration_since(since));
             counters.install_latency.record(now.duration_since(begun));
         }
@@ -390,9 +324,9 @@ impl ServedFork {
             After::Wake(range) => self.wake(range),
             After::Parked => {
                 counters.retried.add(1);
-                self.park(since, false, scratch.fault_deadline)
+                self.park(since, false)
             }
-            After::OutOfMemory => self.park(since, true, scratch.fault_deadline),
+            After::OutOfMemory => self.park(since, true),
             After::PeerGone => Err(End::PeerGone),
             After::Failed(errno) => Err(kernel("install a page", errno)),
         }
@@ -403,18 +337,19 @@ impl ServedFork {
     }
 
     /// Plans the next try of what is parked: soon at first, then ever less often.
-    fn park(&mut self, since: Instant, out_of_memory: bool, deadline: Duration) -> Result<(), End> {
+    fn park(&mut self, since: Instant, out_of_memory: bool) -> Result<(), End> {
+        let deadline = self.context.fault_deadline;
         let now = Instant::now();
         let retry = self.retry.get_or_insert(Retry {
-            pause: Pause::first(now),
+            backoff: Backoff::first(now),
             since,
             out_of_memory: false,
         });
-        retry.pause.lengthen(now);
+        retry.backoff.lengthen(now);
         if !out_of_memory {
-            retry.pause.shorten(now);
+            retry.backoff.shorten(now);
         } else if !retry.out_of_memory {
-            retry.pause.wait_for_memory();
+            retry.backoff.wait_for_memory();
             retry.out_of_memory = true;
             retry.since = since;
         }
@@ -425,55 +360,49 @@ impl ServedFork {
     }
 
     /// When this fork wants a turn though nothing happens.
-    pub(super) fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
-        let reads = self.reads.next_turn(fault_deadline);
-        let may_read = self.filled_elsewhere.is_none();
+    pub(super) fn next_turn(&self) -> Option<Instant> {
+        let reads = self.reads.next_turn(self.context.fault_deadline);
+        let may_read = !self.fill.is_elsewhere();
         let retry = self
             .retry
             .as_ref()
             .filter(|_| may_read)
-            .map(|retry| retry.pause.until());
+            .map(|retry| retry.backoff.until());
         let unread = (self.unread && may_read).then(Instant::now);
-        let watch = self.watch.next_look();
+        let first_faults = self.first_faults.next_look();
         reads
             .into_iter()
             .chain(retry)
-            .chain(self.fill_pause)
-            .chain(watch)
+            .chain(self.fill.paused_until())
+            .chain(first_faults)
             .chain(unread)
             .min()
     }
 
-    /// What its first faults have shown, once.
-    pub(super) fn take_watched(&mut self) -> Option<Watched> {
-        self.watched.take()
-    }
-
-    /// The same, where it ends before that was over.
-    pub(super) fn end_watch(&mut self) -> Option<Watched> {
-        let mut watched = self.watch.end(&self.record.counters)?;
-        if let Some(recording) = &mut watched.recording {
-            recording.cut_short();
+    /// Ends the window in which its first faults are noted, if it is not over, and reports what they have shown.
+    pub(super) fn end_first_faults(&mut self) {
+        if let Some(mut shown) = self.first_faults.end(&self.record.counters) {
+            if let Some(recording) = &mut shown.recording {
+                recording.cut_short();
+            }
+            self.context.registry.report(&self.record, shown);
         }
-        Some(watched)
     }
 
     /// Does what is due by now.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
-        if let Some(watched) = self.watch.look(now, &self.record.counters) {
-            self.watched = Some(watched);
+        if let Some(shown) = self.first_faults.look(now, &self.record.counters) {
+            self.context.registry.report(&self.record, shown);
         }
         self.look_after_reads(now, scratch)?;
-        if self.fill_pause.is_some_and(|until| until <= now) {
-            self.fill_pause = None;
-        }
-        if self.filled_elsewhere.is_some() {
+        self.fill.on_timer(now);
+        if self.fill.is_elsewhere() {
             return Ok(());
         }
         if self.unread {
             self.serve(false, scratch)?;
         }
-        if let Some(retry) = self.retry.as_ref().filter(|retry| retry.pause.until() <= now) {
+        if let Some(retry) = self.retry.as_ref().filter(|retry| retry.backoff.until() <= now) {
             let since = retry.since;
             self.session.release_parked();
             // Whatever is parked was parked because something happened: hear of it first.
@@ -489,13 +418,4 @@ impl ServedFork {
 
 fn kernel(operation: &'static str, errno: Errno) -> End {
     End::Failed(FailReason::Kernel { operation, errno })
-}
-
-/// The first `length` bytes of `bytes`, which grows to hold them where it must (it is as long as the largest page, so
-/// it never does on the fault path).
-fn room(bytes: &mut Vec<u8>, length: usize) -> &mut [u8] {
-    if bytes.len() < length {
-        bytes.resize(length, 0);
-    }
-    bytes.get_mut(..length).unwrap_or_default()
 }

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 
-use super::pause::Pause;
-use super::{Deliver, End, Scratch, ServedFork};
+use super::backoff::Backoff;
+use super::{End, Scratch, ServedFork};
 use crate::server::failure::FailReason;
-use crate::server::worker::Slot;
+use crate::server::worker::{Message, Slot};
 use crate::session::{Content, PageRef, Step};
 use crate::template::{ReadFor, ReadResult, SourceError, TemplateOffset, leading_zero_pages};
 
@@ -37,7 +37,7 @@ pub(super) struct Failed {
     tries: u32,
     last: SourceError,
     /// Before the next try.
-    pause: Pause,
+    backoff: Backoff,
 }
 
 impl Failed {
@@ -48,12 +48,12 @@ impl Failed {
                 since: now,
                 tries: 1,
                 last: error,
-                pause: Pause::first_read(now),
+                backoff: Backoff::first_read(now),
             };
         };
         failed.tries = failed.tries.saturating_add(1);
         failed.last = error;
-        failed.pause.lengthen(now);
+        failed.backoff.lengthen(now);
         failed
     }
 
@@ -82,7 +82,7 @@ impl Read {
     fn next_turn(&self, deadline: Duration) -> Instant {
         let overdue = self.since + deadline;
         match &self.failed {
-            Some(failed) if !self.is_asked => overdue.min(failed.pause.until()),
+            Some(failed) if !self.is_asked => overdue.min(failed.backoff.until()),
             _ => overdue,
         }
     }
@@ -95,7 +95,7 @@ pub(super) struct Reads {
     /// How many there have been.
     count: u64,
     /// A thread for them could not be had.
-    short_of_threads: Option<Pause>,
+    short_of_threads: Option<Backoff>,
 }
 
 impl Reads {
@@ -126,7 +126,7 @@ impl Reads {
     /// When something is due: a deadline, a next try.
     pub(super) fn next_turn(&self, deadline: Duration) -> Option<Instant> {
         let reads = self.all.iter().map(|(_, read)| read.next_turn(deadline));
-        reads.chain(self.short_of_threads.map(|pause| pause.until())).min()
+        reads.chain(self.short_of_threads.map(|backoff| backoff.until())).min()
     }
 
     /// What is read for a fill is not wanted any more.
@@ -143,11 +143,10 @@ impl ServedFork {
         from: TemplateOffset,
         length: usize,
         failed: Option<Box<Failed>>,
-        deliver: &Deliver,
     ) {
         let (place, number) = self.reads.insert(awaited, failed, true);
         let token = ReadToken {
-            slot: self.slot(),
+            slot: self.slot,
             place,
             number,
         };
@@ -155,12 +154,11 @@ impl ServedFork {
             Awaited::Fault(_) => ReadFor::Demand,
             Awaited::Fill => ReadFor::Fill,
         };
-        let deliver = Arc::clone(deliver);
-        let has_threads = self
-            .template
-            .read_later(from, length, read_for, move |bytes| deliver(token, bytes));
+        let inbox = Arc::clone(&self.context.inbox);
+        let deliver = move |bytes| inbox.send(Message::Bytes { token, bytes });
+        let has_threads = self.template.read_later(from, length, read_for, deliver);
         if !has_threads {
-            let first = || Pause::first_read(Instant::now());
+            let first = || Backoff::first_read(Instant::now());
             self.reads.short_of_threads.get_or_insert_with(first);
         }
     }
@@ -206,7 +204,7 @@ impl ServedFork {
         let at = match read.awaited {
             Awaited::Fault(at) => at,
             Awaited::Fill => {
-                self.on_fill_bytes(bytes);
+                self.fill.bytes_ready(bytes);
                 return Ok(());
             }
         };
@@ -217,7 +215,7 @@ impl ServedFork {
                 let zeros =
                     matches!(install.content, Content::Zeros) || leading_zero_pages(&bytes, install.page_size).0;
                 let tried = if zeros {
-                    self.install_zeros(&install, &scratch.zeros)
+                    self.install_zeros(&install)
                 } else {
                     self.copy(&install, &bytes)
                 };
@@ -228,7 +226,7 @@ impl ServedFork {
 
     /// Ends what has waited for too long, and tries again what is due.
     pub(super) fn look_after_reads(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
-        let deadline = scratch.fault_deadline;
+        let deadline = self.context.fault_deadline;
         while let Some(read) = self.reads.take_if(|read| read.since + deadline <= now) {
             let reason = match read.failed {
                 Some(failed) => failed.reason(now),
@@ -244,15 +242,15 @@ impl ServedFork {
         while let Some(read) = self.reads.take_if(|read| read.next_turn(deadline) <= now) {
             self.try_again(read, scratch)?;
         }
-        if let Some(mut pause) = self
+        if let Some(mut backoff) = self
             .reads
             .short_of_threads
             .take()
             .filter(|_| !self.reads.all.is_empty())
-            && (now < pause.until() || !self.template.start_wanted_readers())
+            && (now < backoff.until() || !self.template.start_wanted_readers())
         {
-            pause.lengthen(now);
-            self.reads.short_of_threads = Some(pause);
+            backoff.lengthen(now);
+            self.reads.short_of_threads = Some(backoff);
         }
         Ok(())
     }
@@ -261,8 +259,8 @@ impl ServedFork {
         let at = match read.awaited {
             Awaited::Fault(at) => at,
             Awaited::Fill => {
-                if let Some((from, length)) = self.reading.as_ref().map(|fill| (fill.from, fill.bytes())) {
-                    self.read_later(Awaited::Fill, from, length, read.failed, &scratch.deliver);
+                if let Some((from, length)) = self.fill.waiting_for_bytes().map(|fill| (fill.from, fill.bytes())) {
+                    self.read_later(Awaited::Fill, from, length, read.failed);
                 }
                 return Ok(());
             }

@@ -17,13 +17,13 @@ const LONGEST_READ: Duration = Duration::from_millis(500);
 
 /// A pause that is as long as the tries before were in vain. Made anew once one gets on.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pause {
+pub(super) struct Backoff {
     until: Instant,
     length: Duration,
     longest: Duration,
 }
 
-impl Pause {
+impl Backoff {
     /// After the first try.
     pub(super) fn first(now: Instant) -> Self {
         Self {
@@ -74,17 +74,17 @@ mod tests {
     #[test]
     fn a_pause_grows_until_there_are_a_hundred_a_second() {
         let begun = Instant::now();
-        let mut pause = Pause::first(begun);
+        let mut backoff = Backoff::first(begun);
         // Others of the same turn.
-        pause.lengthen(begun);
-        assert_eq!(pause.until() - begun, FIRST);
+        backoff.lengthen(begun);
+        assert_eq!(backoff.until() - begun, FIRST);
         let mut now = begun;
         let mut tries = 0;
         while now < begun + Duration::from_secs(1) {
-            let before = pause.until();
+            let before = backoff.until();
             now = before;
-            pause.lengthen(now);
-            assert!(pause.until() - now <= LONGEST);
+            backoff.lengthen(now);
+            assert!(backoff.until() - now <= LONGEST);
             tries += 1;
         }
         assert!((100..=120).contains(&tries), "{tries} tries in a second");
@@ -93,18 +93,18 @@ mod tests {
     #[test]
     fn a_pause_for_memory_grows_further_and_is_short_again_where_something_else_is_waited_for() {
         let mut now = Instant::now();
-        let mut pause = Pause::first(now);
-        pause.wait_for_memory();
+        let mut backoff = Backoff::first(now);
+        backoff.wait_for_memory();
         for _ in 0..20 {
-            now = pause.until();
-            pause.lengthen(now);
+            now = backoff.until();
+            backoff.lengthen(now);
         }
-        assert_eq!(pause.until() - now, LONGEST_MEMORY);
-        pause.shorten(now);
-        assert_eq!(pause.until() - now, LONGEST);
+        assert_eq!(backoff.until() - now, LONGEST_MEMORY);
+        backoff.shorten(now);
+        assert_eq!(backoff.until() - now, LONGEST);
         // Only for as long as that is waited for.
-        now = pause.until();
-        pause.lengthen(now);
-        assert_eq!(pause.until() - now, 2 * LONGEST);
+        now = backoff.until();
+        backoff.lengthen(now);
+        assert_eq!(backoff.until() - now, 2 * LONGEST);
     }
 }

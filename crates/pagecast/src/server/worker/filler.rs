@@ -3,10 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
-use super::fill_pool::FillPool;
-use super::inbox::Inbox;
-use super::served_fork::FillStep;
-use super::worker::{Message, Slot};
+use super::context::WorkerContext;
+use super::message::{Message, Slot};
+use crate::server::served_fork::FillStep;
 
 /// A step of filling a fork, and what ends it early.
 pub(super) struct Job {
@@ -24,28 +23,24 @@ pub(super) struct Filler {
 }
 
 impl Filler {
-    /// Starts the thread. `None` where it cannot be had.
-    pub(super) fn start(
-        index: usize,
-        inbox: Arc<Inbox<Message>>,
-        fill_pool: Arc<FillPool>,
-        zeros: Arc<Vec<u8>>,
-    ) -> Option<Self> {
+    /// Starts the thread. `None` if there can be none.
+    pub(super) fn start(index: usize, context: Arc<WorkerContext>) -> Option<Self> {
         let (jobs, received) = mpsc::channel::<Job>();
         let thread = std::thread::Builder::new().name(format!("pagecast-{index}-fill"));
         let spawned = thread.spawn(move || {
             // The worker has made this thread, and may be raised.
             crate::priority::reset();
-            for job in received {
-                let Job { slot, step, interrupt } = job;
-                let filled = step.carry_out(&fill_pool.take_free(), &zeros, || interrupt.load(Ordering::Relaxed));
-                inbox.send(Message::Filled { slot, filled });
+            for Job { slot, step, interrupt } in received {
+                let threads = context.fill_pool.take_free();
+                let filled = step.carry_out(&threads, &context.zeros, || interrupt.load(Ordering::Relaxed));
+                drop(threads);
+                context.inbox.send(Message::Filled { slot, filled });
             }
         });
         spawned.ok().map(|_| Self { jobs })
     }
 
-    /// Hands a step over; gives it back where the thread is gone.
+    /// Hands a step over; gives it back if the thread is gone.
     pub(super) fn fill(&self, job: Job) -> Result<(), Job> {
         self.jobs.send(job).map_err(|refused| refused.0)
     }

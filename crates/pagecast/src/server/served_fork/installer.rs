@@ -7,14 +7,14 @@ use crate::page::PageSize;
 use crate::session::{Content, Fill, Install};
 use crate::template::{MappedPages, Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
 
-/// What a lane works with.
-pub(super) struct Lane<'a> {
+/// Installs fills on one thread.
+pub(super) struct Installer<'a> {
     pub(super) uffd: &'a Uffd,
     /// The VMM.
     pub(super) pid: i32,
     pub(super) source: &'a dyn PageSource,
     pub(super) mapping: Option<&'a dyn MappedPages>,
-    /// What is not known to be zeros is none.
+    /// The zero map is complete: a page that is not in it holds data.
     pub(super) zeros_are_known: bool,
     /// A huge page of zeros.
     pub(super) zeros: &'a [u8],
@@ -62,7 +62,7 @@ enum Bytes<'a> {
     Mapped(MappedRange<'a>),
 }
 
-impl Lane<'_> {
+impl Installer<'_> {
     /// Installs the parts of `fill` in order, up to the first that cannot be: with `bytes`, which are those of the whole
     /// fill, else with what the source has ready.
     pub(super) fn carry_out(&mut self, fill: &Fill, parts: &[Install], bytes: Option<&[u8]>) -> Vec<Done> {
@@ -106,7 +106,7 @@ impl Lane<'_> {
         {
             return Ok(Bytes::Mapped(range));
         }
-        let page = self.source.try_read(from, super::room(room, part.bytes()));
+        let page = self.source.try_read(from, super::scratch::room(room, part.bytes()));
         match page.map_err(Done::Unreadable)? {
             Page::NotReady => Err(Done::NotReady),
             Page::Zero => Ok(Bytes::Zero),

@@ -2,19 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::acceptor::Request;
+use super::counters::Counters;
 use super::error::Error;
 use super::failure::{FailReason, Refusal};
 use super::fork_id::ForkId;
 use super::fork_options::{ForkOptions, Plan};
-use super::fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCounts};
+use super::fork_status::{ForkState, ForkStatus};
 use super::inbox::Inbox;
-use super::latency::LatencyRecorder;
 use super::worker::{Message, Slot};
 use crate::session::Region;
 use crate::template::Template;
@@ -23,6 +22,8 @@ use crate::template::Template;
 #[derive(Debug)]
 pub(super) struct ForkRecord {
     pub(super) id: ForkId,
+    /// Tells this fork from others that have had its name, or its place in a worker.
+    pub(super) serial: u64,
     pub(super) template: Template,
     /// Where its VMM is to connect.
     pub(super) socket_path: PathBuf,
@@ -104,6 +105,7 @@ impl ForkRecord {
     /// A fork that waits for its VMM, with the acceptor whose inbox this is.
     pub(super) fn new(
         id: ForkId,
+        serial: u64,
         template: &Template,
         options: &ForkOptions,
         anonymous: bool,
@@ -111,6 +113,7 @@ impl ForkRecord {
     ) -> Self {
         Self {
             id,
+            serial,
             template: template.clone(),
             socket_path: options.socket_path.clone(),
             plan: options.plan,
@@ -343,84 +346,6 @@ impl ForkRecord {
     }
 }
 
-/// A number that one thread counts up and any thread reads.
-#[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    /// A load and a store instead of a locked addition: there is only one writer.
-    pub(super) fn add(&self, count: u64) {
-        self.0
-            .store(self.0.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// What happens to a fork's pages, counted.
-#[derive(Debug)]
-pub(super) struct Counters {
-    pub(super) demand: Counter,
-    pub(super) zero: Counter,
-    pub(super) removed: Counter,
-    pub(super) prefaulted: Counter,
-    pub(super) retried: Counter,
-    pub(super) slow: Counter,
-    pub(super) installed_bytes: Counter,
-    /// Zeros that the kernel fills in by itself.
-    pub(super) given_back_bytes: Counter,
-    pub(super) late: Counter,
-    pub(super) missed: Counter,
-    pub(super) held_out_used: Counter,
-    /// From reading a fault to its page being in place.
-    pub(super) fault_latency: LatencyRecorder,
-    /// What the kernel took for putting a page in place that somebody waited for.
-    pub(super) install_latency: LatencyRecorder,
-}
-
-impl Counters {
-    fn new() -> Self {
-        Self {
-            demand: Counter::default(),
-            zero: Counter::default(),
-            removed: Counter::default(),
-            prefaulted: Counter::default(),
-            retried: Counter::default(),
-            slow: Counter::default(),
-            installed_bytes: Counter::default(),
-            given_back_bytes: Counter::default(),
-            late: Counter::default(),
-            missed: Counter::default(),
-            held_out_used: Counter::default(),
-            fault_latency: LatencyRecorder::new(),
-            install_latency: LatencyRecorder::new(),
-        }
-    }
-
-    fn stats(&self) -> ForkStats {
-        ForkStats {
-            faults: FaultCounts {
-                demand: self.demand.get(),
-                zero: self.zero.get(),
-                removed: self.removed.get(),
-                prefaulted: self.prefaulted.get(),
-                retried: self.retried.get(),
-                slow: self.slow.get(),
-            },
-            fault_latency_us: self.fault_latency.load().summary(),
-            installed_bytes: self.installed_bytes.get(),
-            given_back_bytes: self.given_back_bytes.get(),
-            prefault: PrefaultCounts {
-                late: self.late.get(),
-                missed: self.missed.get(),
-                held_out_used: self.held_out_used.get(),
-            },
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,6 +380,7 @@ mod tests {
         }
         let record = ForkRecord::new(
             "a".parse().unwrap(),
+            1,
             &Template::from_source(Arc::new(Nothing(crate::template::ZeroMap::new(
                 pagecast_uffd::ByteLen::ZERO,
             )))),

@@ -1,25 +1,25 @@
 //! Whether to look for the next fault of a fork before sleeping.
 
-/// A look that finds nothing costs half of what one saves that finds a fault: it is worth it where one in three does.
+/// A look that finds nothing costs half of what a look saves that finds a fault: looking is worth it if one in three does.
 const FOUND: u8 = 2;
 const MOST: u8 = 8;
 
-/// Where it is not, one in so many is tried all the same.
+/// One look in so many is taken even if it is not worth it.
 const PROBE: u8 = 32;
 
-/// What looking for a fault right after one was answered has come to lately.
+/// How often a look for the next fault, right after one was answered, has found one lately.
 ///
 /// Where the kernel lets a vCPU run as soon as its page is there, on the core of the worker, its next fault is there when the
 /// worker runs again, and reading it at once saves an `epoll_wait`. Where the vCPU runs on another core, it never is.
 #[derive(Debug, Default)]
-pub(super) struct Eagerness {
+pub(super) struct LookAgain {
     score: u8,
     since_probe: u8,
 }
 
-impl Eagerness {
+impl LookAgain {
     /// Whether to look.
-    pub(super) fn is_worth_a_look(&mut self) -> bool {
+    pub(super) fn is_worth_it(&mut self) -> bool {
         if self.score > 0 {
             return true;
         }
@@ -43,12 +43,12 @@ mod tests {
 
     /// How many of 320 looks are taken where every `n`th finds something.
     fn looks(n: usize) -> usize {
-        let mut eagerness = Eagerness::default();
+        let mut look_again = LookAgain::default();
         let mut looks = 0;
         for _ in 0..320 {
-            if eagerness.is_worth_a_look() {
+            if look_again.is_worth_it() {
                 looks += 1;
-                eagerness.note(looks % n == 0);
+                look_again.note(looks % n == 0);
             }
         }
         looks

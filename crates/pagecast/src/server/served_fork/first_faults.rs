@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::page::PageSize;
-use crate::server::record::Counters;
+use crate::server::counters::Counters;
 use crate::template::{Planned, PrefaultPlan, PrefaultTally, Recording, Template, TemplateOffset};
 
 /// How often it is looked whether faults still come.
@@ -15,15 +15,15 @@ const LONGEST: Duration = Duration::from_secs(20);
 /// The faults have settled once fewer than this part of all came since the last look.
 const SETTLED: u64 = 100;
 
-/// The window in which a fork is watched: from its first fault until the faults settle, for a bounded time and a bounded
+/// The window in which faults are noted: from the first fault until the faults settle, for a bounded time and a bounded
 /// number of pages.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    subject: Option<Box<Subject>>,
+pub(super) struct FirstFaults {
+    window: Option<Box<Window>>,
 }
 
 #[derive(Debug)]
-struct Subject {
+struct Window {
     recording: Option<Recording>,
     plan: Option<Arc<PrefaultPlan>>,
     /// The first fault, and when to look next.
@@ -35,18 +35,18 @@ struct Subject {
 
 /// What a window has shown.
 #[derive(Debug)]
-pub(in crate::server) struct Watched {
+pub(in crate::server) struct Shown {
     pub(in crate::server) recording: Option<Recording>,
     pub(in crate::server) tally: Option<PrefaultTally>,
 }
 
-impl Watch {
-    /// Watches where there is something to learn.
+impl FirstFaults {
+    /// Notes first faults if there is something to learn from them.
     pub(super) fn new(recording: Option<Recording>, plan: Option<Arc<PrefaultPlan>>) -> Self {
         let wanted = recording.is_some() || plan.is_some();
         Self {
-            subject: wanted.then(|| {
-                Box::new(Subject {
+            window: wanted.then(|| {
+                Box::new(Window {
                     recording,
                     plan,
                     times: None,
@@ -60,25 +60,25 @@ impl Watch {
 
     /// Notes the fault of a page of `template`.
     pub(super) fn note(&mut self, at: TemplateOffset, page_size: PageSize, template: &Template, counters: &Counters) {
-        let Some(subject) = &mut self.subject else { return };
-        if subject.times.is_none() {
+        let Some(window) = &mut self.window else { return };
+        if window.times.is_none() {
             let now = Instant::now();
-            subject.times = Some((now, now + LOOK));
+            window.times = Some((now, now + LOOK));
         }
-        subject.noted += 1;
-        match subject.plan.as_ref().map(|plan| plan.planned(at)) {
+        window.noted += 1;
+        match window.plan.as_ref().map(|plan| plan.planned(at)) {
             None => {}
             Some(Planned::No) => counters.missed.add(1),
             Some(Planned::Ahead) => counters.late.add(1),
             Some(Planned::HeldOut) => counters.held_out_used.add(1),
         }
-        if let Some(recording) = &mut subject.recording {
+        if let Some(recording) = &mut window.recording {
             let small = PageSize::Small;
             // The kernel tells which page of those it manages, not where in it.
             for into in (0..page_size.bytes()).step_by(small.as_usize()) {
                 let at = TemplateOffset::new(at.get() + into);
                 if page_size == small || !template.zeros().covers(at, small.len()) {
-                    subject.full |= !recording.push(at);
+                    window.full |= !recording.push(at);
                 }
             }
         }
@@ -86,23 +86,23 @@ impl Watch {
 
     /// When to look whether it is over.
     pub(super) fn next_look(&self) -> Option<Instant> {
-        let subject = self.subject.as_ref()?;
-        let (_, look) = subject.times?;
+        let window = self.window.as_ref()?;
+        let (_, look) = window.times?;
         // Full: at once.
-        Some(if subject.full { Instant::now() } else { look })
+        Some(if window.full { Instant::now() } else { look })
     }
 
     /// Ends the window where it is over.
-    pub(super) fn look(&mut self, now: Instant, counters: &Counters) -> Option<Watched> {
-        let subject = self.subject.as_mut()?;
-        let (first, look) = subject.times.as_mut()?;
-        if *look > now && !subject.full {
+    pub(super) fn look(&mut self, now: Instant, counters: &Counters) -> Option<Shown> {
+        let window = self.window.as_mut()?;
+        let (first, look) = window.times.as_mut()?;
+        if *look > now && !window.full {
             return None;
         }
-        let fresh = subject.noted - subject.noted_before;
-        let settled = fresh * SETTLED < subject.noted;
-        if !settled && !subject.full && now.duration_since(*first) < LONGEST {
-            subject.noted_before = subject.noted;
+        let fresh = window.noted - window.noted_before;
+        let settled = fresh * SETTLED < window.noted;
+        if !settled && !window.full && now.duration_since(*first) < LONGEST {
+            window.noted_before = window.noted;
             *look = now + LOOK;
             return None;
         }
@@ -110,12 +110,12 @@ impl Watch {
     }
 
     /// Ends the window: what it has shown, if it ever began.
-    pub(super) fn end(&mut self, counters: &Counters) -> Option<Watched> {
-        let subject = *self.subject.take()?;
-        subject.times?;
-        Some(Watched {
-            recording: subject.recording,
-            tally: subject.plan.map(|plan| PrefaultTally {
+    pub(super) fn end(&mut self, counters: &Counters) -> Option<Shown> {
+        let window = *self.window.take()?;
+        window.times?;
+        Some(Shown {
+            recording: window.recording,
+            tally: window.plan.map(|plan| PrefaultTally {
                 planned: plan.pages(),
                 held_out: plan.held_out(),
                 held_out_used: counters.held_out_used.get(),

@@ -1,14 +1,20 @@
 //! A thread that answers the faults of its forks.
 
+mod context;
+mod filler;
+mod filling;
+mod message;
+mod needs_turn;
+mod token;
+
 use std::cell::OnceCell;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pagecast_uffd::Errno;
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::{self, EventFlags};
 use rustix::event::{PollFd, PollFlags};
 use rustix::time::Timespec;
 use slab::Slab;
@@ -16,47 +22,27 @@ use slab::Slab;
 use super::disposal::Disposal;
 use super::failure::{FailReason, Refusal};
 use super::fill_pool::FillPool;
-use super::filler::{Filler, Job};
 use super::fork_event::ForkEvent;
+use super::fork_record::Requested;
 use super::fork_status::ForkState;
 use super::idle_timer::IdleTimer;
 use super::inbox::Inbox;
-use super::record::Requested;
 use super::registry::Registry;
-use super::served_fork::{End, Filled, ReadToken, Scratch, ServedFork};
+use super::served_fork::{End, NewFork, Scratch, ServedFork};
 use super::transparent;
 use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
-use crate::template::ReadResult;
+pub(super) use context::WorkerContext;
+use filler::Filler;
+pub(super) use message::{Message, Slot};
+use needs_turn::NeedsTurn;
+use token::Token;
 
 /// How many epoll events are taken at once.
 const EPOLL_EVENTS: usize = 64;
 
 /// How often to look after a killed VMM whose end cannot be watched.
 const UNWATCHED_PAUSE: Duration = Duration::from_millis(10);
-
-/// The place of a fork in its worker. Another fork may get the index later, but never the serial number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
-    pub(super) index: usize,
-    pub(super) serial: u64,
-}
-
-/// What others ask of a worker.
-pub(super) enum Message {
-    /// Serve this fork from now on.
-    Adopt(Box<ServedFork>),
-    /// The template's bytes, read elsewhere.
-    Bytes { token: ReadToken, bytes: ReadResult },
-    /// The kernel fills zeros of this fork in pages of 4 KiB.
-    KernelFillsSmall(Slot),
-    /// A step of filling this fork, carried out elsewhere, is over.
-    Filled { slot: Slot, filled: Filled },
-    /// Something else is requested of this fork.
-    Requested(Slot),
-    /// Stop as soon as there is no fork left.
-    Stop,
-}
 
 /// A worker, seen from outside.
 pub(super) struct WorkerHandle {
@@ -72,40 +58,6 @@ impl Drop for WorkerHandle {
     }
 }
 
-/// Which file descriptor of which fork an epoll event is about.
-#[derive(Clone, Copy)]
-enum Token {
-    Inbox,
-    IdleTimer,
-    Uffd(usize),
-    Process(usize),
-    Socket(usize),
-}
-
-impl Token {
-    fn encode(self) -> EventData {
-        EventData::new_u64(match self {
-            Self::Inbox => 0,
-            Self::IdleTimer => 4,
-            Self::Uffd(slot) => (slot as u64) << 2 | 1,
-            Self::Process(slot) => (slot as u64) << 2 | 2,
-            Self::Socket(slot) => (slot as u64) << 2 | 3,
-        })
-    }
-
-    fn decode(data: EventData) -> Self {
-        let data = data.u64();
-        let slot = usize::try_from(data >> 2).unwrap_or(usize::MAX);
-        match data & 3 {
-            1 => Self::Uffd(slot),
-            2 => Self::Process(slot),
-            3 => Self::Socket(slot),
-            _ if slot == 1 => Self::IdleTimer,
-            _ => Self::Inbox,
-        }
-    }
-}
-
 /// A fork and whether its VMM has been killed.
 struct Served {
     fork: ServedFork,
@@ -113,8 +65,6 @@ struct Served {
     killed: Option<Arc<FailReason>>,
     /// The kernel would not tell us of its end, so it has to be looked at again and again. It is killed, so not for long.
     unwatched: bool,
-    /// It is in [`Worker::restless`].
-    restless: bool,
 }
 
 impl Served {
@@ -122,36 +72,27 @@ impl Served {
         self.killed.is_none() && self.fork.wants_to_fill()
     }
 
-    fn is_restless(&self, fault_deadline: Duration) -> bool {
-        self.wants_to_fill() || self.next_turn(fault_deadline).is_some()
+    fn needs_turn(&self) -> bool {
+        self.wants_to_fill() || self.next_turn().is_some()
     }
 
-    /// When it wants a turn though nothing happens.
-    fn next_turn(&self, fault_deadline: Duration) -> Option<Instant> {
+    /// When it needs a turn though nothing happens.
+    fn next_turn(&self) -> Option<Instant> {
         if self.unwatched {
             return Some(Instant::now() + UNWATCHED_PAUSE);
         }
-        self.killed
-            .is_none()
-            .then(|| self.fork.next_turn(fault_deadline))
-            .flatten()
+        self.killed.is_none().then(|| self.fork.next_turn()).flatten()
     }
 }
 
 pub(super) struct Worker {
     index: usize,
-    epoll: Arc<OwnedFd>,
-    inbox: Arc<Inbox<Message>>,
-    registry: Arc<Registry>,
+    context: Arc<WorkerContext>,
     disposal: Arc<Disposal>,
     count: Arc<AtomicUsize>,
     forks: Slab<Served>,
     scratch: Scratch,
-    /// Forks that want a turn though nothing happens: a retry, a read, a fill is outstanding. Mostly none, and then a fault
-    /// costs the same however many forks there are.
-    restless: Vec<usize>,
-    /// Where the next round of fills begins, so that all get their turn.
-    next_to_fill: usize,
+    needs_turn: NeedsTurn,
     /// What fills forks while there are others to be served. Started when it is needed first.
     filler: OnceCell<Option<Filler>>,
     /// It carries out a step.
@@ -173,34 +114,20 @@ impl Worker {
         disposal: Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
-        let inbox = Arc::new(Inbox::new()?);
+        let context = WorkerContext::new(registry, fill_pool, options.fault_deadline, options.completion_rate)?;
+        let inbox = Arc::clone(&context.inbox);
         let forks = Arc::new(AtomicUsize::new(0));
-        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
-        epoll::add(&epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
+        epoll::add(&context.epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
         let idle_timer = IdleTimer::new()?;
-        epoll::add(&epoll, &idle_timer, Token::IdleTimer.encode(), EventFlags::IN)?;
-        let deliver = {
-            let inbox = Arc::clone(&inbox);
-            Arc::new(move |token, bytes| inbox.send(Message::Bytes { token, bytes }))
-        };
-        let scratch = Scratch::new(
-            deliver,
-            fill_pool,
-            Arc::clone(&epoll),
-            options.fault_deadline,
-            options.completion_rate,
-        );
+        epoll::add(&context.epoll, &idle_timer, Token::IdleTimer.encode(), EventFlags::IN)?;
         let worker = Self {
             index,
-            epoll,
-            registry,
+            context: Arc::new(context),
             disposal,
             count: Arc::clone(&forks),
             forks: Slab::new(),
-            inbox: Arc::clone(&inbox),
-            scratch,
-            restless: Vec::new(),
-            next_to_fill: 0,
+            scratch: Scratch::new(),
+            needs_turn: NeedsTurn::default(),
             filler: OnceCell::new(),
             filler_is_busy: false,
             busy_poll: options.busy_poll,
@@ -228,12 +155,12 @@ impl Worker {
             if let Some(pause) = timeout.as_ref().filter(|_| !is_busy) {
                 // `epoll_wait` rounds up to milliseconds, and a retry may be due in 50 us. (`epoll_pwait2` needs Linux 5.11,
                 // which is more than Firecracker does.)
-                let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
+                let mut ready = [PollFd::new(&self.context.epoll, PollFlags::IN)];
                 // Whatever comes of it, what is ready is looked at.
                 let _ = rustix::event::poll(&mut ready, Some(pause));
             }
             let timeout = timeout.map(|_| Timespec::default());
-            let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
+            let events = match epoll::wait(&self.context.epoll, &mut buffer, timeout.as_ref()) {
                 Ok((events, _)) => &*events,
                 // Only EINTR is possible for an epoll of our own.
                 Err(_) => continue,
@@ -267,7 +194,7 @@ impl Worker {
             if mail {
                 self.read_mail();
             }
-            self.serve_restless();
+            self.give_turns();
         }
     }
 
@@ -288,68 +215,47 @@ impl Worker {
 
     /// How long to sleep at most; `None` for as long as nothing happens.
     fn timeout(&self) -> Option<Timespec> {
-        let deadline = self.scratch.fault_deadline;
-        let restless = || self.restless.iter().filter_map(|slot| self.forks.get(*slot));
-        if !self.filler_is_busy && restless().any(Served::wants_to_fill) {
+        let waiting = || self.needs_turn.slots().filter_map(|slot| self.forks.get(slot));
+        if !self.filler_is_busy && waiting().any(Served::wants_to_fill) {
             return Some(Timespec::default());
         }
-        let next = restless().filter_map(|served| served.next_turn(deadline)).min()?;
+        let next = waiting().filter_map(Served::next_turn).min()?;
         let left = next.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
     }
 
-    /// Notes that a fork may want a turn though nothing happens.
-    fn note_restless(&mut self, slot: usize) {
-        let deadline = self.scratch.fault_deadline;
-        if let Some(served) = self.forks.get_mut(slot)
-            && !served.restless
-            && served.is_restless(deadline)
-        {
-            served.restless = true;
-            self.restless.push(slot);
+    /// Notes a fork if it needs a turn though nothing happens.
+    fn note_needs_turn(&mut self, slot: usize) {
+        if !self.needs_turn.contains(slot) && self.forks.get(slot).is_some_and(Served::needs_turn) {
+            self.needs_turn.insert(slot);
         }
     }
 
-    /// Gives those that want it a turn.
-    fn serve_restless(&mut self) {
-        if self.restless.is_empty() {
+    /// Gives a turn to the forks that need one.
+    fn give_turns(&mut self) {
+        if self.needs_turn.is_empty() {
             return;
         }
         let now = Instant::now();
-        for slot in self.restless.clone() {
+        for slot in self.needs_turn.slots().collect::<Vec<_>>() {
             self.step(slot, |fork, scratch| fork.on_timer(now, scratch));
             if self.forks.get(slot).is_some_and(|served| served.unwatched) {
                 self.check_process(slot);
             }
         }
         self.fill_one();
-        let deadline = self.scratch.fault_deadline;
-        let forks = &mut self.forks;
-        self.restless.retain(|slot| {
-            forks.get_mut(*slot).is_some_and(|served| {
-                served.restless = served.is_restless(deadline);
-                served.restless
-            })
-        });
+        let forks = &self.forks;
+        self.needs_turn
+            .retain(|slot| forks.get(slot).is_some_and(Served::needs_turn));
     }
 
-    /// Lets a fork do something, and ends it where that is what came of it.
+    /// Lets a fork do something, and ends it if that is what came of it.
     fn step(&mut self, slot: usize, act: impl FnOnce(&mut ServedFork, &mut Scratch) -> Result<(), End>) {
         let Some(served) = self.forks.get_mut(slot).filter(|served| served.killed.is_none()) else {
             return;
         };
-        let result = act(&mut served.fork, &mut self.scratch);
-        if let Some(reason) = served.fork.take_given_up() {
-            self.registry.observe(ForkEvent::NotCompleted {
-                id: served.fork.record.id.clone(),
-                reason,
-            });
-        }
-        if let Some(watched) = served.fork.take_watched() {
-            self.registry.report(&served.fork.record, watched);
-        }
-        match result {
-            Ok(()) => self.note_restless(slot),
+        match act(&mut served.fork, &mut self.scratch) {
+            Ok(()) => self.note_needs_turn(slot),
             Err(End::PeerGone) => self.finish(slot, ForkState::Exited, None),
             Err(End::Complete) => self.finish(slot, ForkState::Complete, None),
             Err(End::Failed(reason)) => self.kill(slot, reason),
@@ -362,7 +268,7 @@ impl Worker {
         // Not being allowed to was ruled out in the handshake; already dead is fine.
         let _ = served.fork.peer.pidfd.kill();
         // What it still reports is of no use, and would wake us again and again.
-        let _ = epoll::delete(&self.epoll, &served.fork.uffd);
+        let _ = epoll::delete(&self.context.epoll, &served.fork.uffd);
         served.killed = Some(reason.into());
     }
 
@@ -380,7 +286,7 @@ impl Worker {
     /// The VMM has closed its end. Firecracker before 1.12 does so at once, so this alone is no end; the process is.
     fn drop_socket(&mut self, slot: usize) {
         if let Some(socket) = self.forks.get_mut(slot).and_then(|served| served.fork.socket.take()) {
-            let _ = epoll::delete(&self.epoll, &socket);
+            let _ = epoll::delete(&self.context.epoll, &socket);
             // What the VMM has sent and nobody has read is closed with it.
             self.disposal.drop_later(socket);
         }
@@ -392,24 +298,21 @@ impl Worker {
             return;
         };
         // A userfaultfd stays in the epoll set for as long as the VMM has its copy, so closing ours is not enough.
-        let _ = epoll::delete(&self.epoll, &fork.uffd);
+        let _ = epoll::delete(&self.context.epoll, &fork.uffd);
         let record = Arc::clone(&fork.record);
-        if let Some(watched) = fork.end_watch() {
-            self.registry.report(&record, watched);
-        }
+        fork.end_first_faults();
         if let Some(socket) = fork.socket.take() {
-            let _ = epoll::delete(&self.epoll, &socket);
+            let _ = epoll::delete(&self.context.epoll, &socket);
             self.disposal.drop_later(socket);
         }
         drop(fork);
         record.template.release_mapped();
         self.count.fetch_sub(1, Ordering::Relaxed);
-        self.registry.end(&record, state, reason);
+        self.context.registry.end(&record, state, reason);
     }
 
     fn read_mail(&mut self) {
-        let inbox = Arc::clone(&self.inbox);
-        for message in inbox.take() {
+        for message in self.context.inbox.take() {
             match message {
                 Message::Adopt(fork) => self.adopt(*fork),
                 Message::Bytes { token, bytes } => {
@@ -445,7 +348,7 @@ impl Worker {
     fn has(&self, slot: Slot) -> bool {
         self.forks
             .get(slot.index)
-            .is_some_and(|served| served.fork.slot() == slot)
+            .is_some_and(|served| served.fork.slot == slot)
     }
 
     /// Has the kernel asked how it would fill zeros of a fork. Where there is no thread for that, they are installed by us.
@@ -453,11 +356,11 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
-        let (slot, pid, memory) = (fork.slot(), fork.peer.pid, fork.small_memory());
+        let (slot, pid, memory) = (fork.slot, fork.peer.pid, fork.small_memory());
         if memory.is_empty() {
             return;
         }
-        let inbox = Arc::clone(&self.inbox);
+        let inbox = Arc::clone(&self.context.inbox);
         let _ = std::thread::Builder::new()
             .name("pagecast-thp".to_owned())
             .spawn(move || {
@@ -485,18 +388,16 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, mut fork: ServedFork) {
-        fork.index = self.forks.vacant_key();
-        let slot = self.forks.insert(Served {
-            fork,
+    fn adopt(&mut self, fork: NewFork) {
+        let slot = self.forks.vacant_key();
+        self.forks.insert(Served {
+            fork: ServedFork::new(fork, slot, Arc::clone(&self.context)),
             killed: None,
             unwatched: false,
-            restless: false,
         });
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
-        let address = fork.slot();
         // Asked here and not by the acceptor, because it takes a lock of the VMM's memory, as all that a worker does.
         let refused = match fork.write_protected() {
             Ok(None) => None,
@@ -512,18 +413,14 @@ impl Worker {
         }
         // Told of each new event once: all are read whenever there is one, and the kernel need not look again.
         let on_new_events = EventFlags::IN | EventFlags::ET;
-        let uffd = epoll::add(&self.epoll, &fork.uffd, Token::Uffd(slot).encode(), on_new_events);
-        let pidfd = epoll::add(
-            &self.epoll,
-            &fork.peer.pidfd,
-            Token::Process(slot).encode(),
-            EventFlags::IN,
-        );
+        let epoll = &self.context.epoll;
+        let uffd = epoll::add(epoll, &fork.uffd, Token::Uffd(slot).encode(), on_new_events);
+        let process = Token::Process(slot).encode();
+        let pidfd = epoll::add(epoll, &fork.peer.pidfd, process, EventFlags::IN);
         let mut watched = uffd.and(pidfd);
         if let Some(socket) = &fork.socket {
             // Nothing it says is of interest, only that it ends.
-            watched =
-                watched.and_then(|()| epoll::add(&self.epoll, socket, Token::Socket(slot).encode(), EventFlags::RDHUP));
+            watched = watched.and_then(|()| epoll::add(epoll, socket, Token::Socket(slot).encode(), EventFlags::RDHUP));
         }
         if let Err(errno) = watched {
             let reason = FailReason::Kernel {
@@ -534,11 +431,11 @@ impl Worker {
             if let Some(served) = self.forks.get_mut(slot) {
                 served.unwatched = true;
             }
-            self.note_restless(slot);
+            self.note_needs_turn(slot);
             return;
         }
-        let record = Arc::clone(&fork.record);
-        self.registry.observe(ForkEvent::Serving {
+        let (record, address) = (Arc::clone(&fork.record), fork.slot);
+        self.context.registry.observe(ForkEvent::Serving {
             id: record.id.clone(),
             pid: fork.peer.pid,
             memory_bytes: record.memory_bytes(),
@@ -549,72 +446,8 @@ impl Worker {
             Ok(())
         });
         self.ask_how_kernel_fills(slot);
-        record.set_worker(Arc::clone(&self.inbox), address);
+        record.set_worker(Arc::clone(&self.context.inbox), address);
         // What was requested before it came here.
         self.do_requested(slot);
-    }
-
-    /// One bounded step of one completion: faults come first, and the next look at them is never far.
-    fn fill_one(&mut self) {
-        if self.filler_is_busy {
-            return;
-        }
-        let filling = || {
-            let wants = |slot: &usize| self.forks.get(*slot).is_some_and(Served::wants_to_fill);
-            self.restless.iter().copied().filter(wants)
-        };
-        let next = filling().filter(|slot| *slot >= self.next_to_fill).min();
-        let Some(slot) = next.or_else(|| filling().min()) else {
-            return;
-        };
-        self.next_to_fill = slot + 1;
-        // Where there is no other fork, nobody is held up by what this one takes.
-        if self.forks.len() > 1 && self.filler().is_some() {
-            self.fill_elsewhere(slot);
-        } else {
-            self.step(slot, ServedFork::fill);
-        }
-    }
-
-    fn filler(&self) -> Option<&Filler> {
-        let start = || {
-            let scratch = &self.scratch;
-            Filler::start(
-                self.index,
-                Arc::clone(&self.inbox),
-                Arc::clone(&scratch.fill_pool),
-                Arc::clone(&scratch.zeros),
-            )
-        };
-        self.filler.get_or_init(start).as_ref()
-    }
-
-    /// Has the filler carry out the next step of a fork.
-    fn fill_elsewhere(&mut self, slot: usize) {
-        let Some(address) = self.forks.get(slot).map(|served| served.fork.slot()) else {
-            return;
-        };
-        let mut begun = None;
-        self.step(slot, |fork, scratch| {
-            begun = fork.begin_fill_elsewhere(scratch)?;
-            Ok(())
-        });
-        let (Some((step, interrupt)), Some(filler)) = (begun, self.filler()) else {
-            return;
-        };
-        let job = Job {
-            slot: address,
-            step,
-            interrupt,
-        };
-        match filler.fill(job) {
-            Ok(()) => self.filler_is_busy = true,
-            // It has panicked, which was told.
-            Err(Job { step, .. }) => {
-                let fill_pool = Arc::clone(&self.scratch.fill_pool);
-                let result = step.carry_out(&fill_pool.take_free(), &self.scratch.zeros, || false);
-                self.step(slot, |fork, scratch| fork.on_filled(result, scratch));
-            }
-        }
     }
 }

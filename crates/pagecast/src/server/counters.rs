@@ -1,0 +1,84 @@
+//! What happens to the pages of a fork, counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::fork_status::{FaultCounts, ForkStats, PrefaultCounts};
+use super::latency::LatencyRecorder;
+
+/// A number that one thread counts up and any thread reads.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    /// A load and a store instead of a locked addition: there is only one writer.
+    pub(super) fn add(&self, count: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What happens to a fork's pages, counted.
+#[derive(Debug)]
+pub(super) struct Counters {
+    pub(super) demand: Counter,
+    pub(super) zero: Counter,
+    pub(super) removed: Counter,
+    pub(super) prefaulted: Counter,
+    pub(super) retried: Counter,
+    pub(super) slow: Counter,
+    pub(super) installed_bytes: Counter,
+    /// Zeros that the kernel fills in by itself.
+    pub(super) given_back_bytes: Counter,
+    pub(super) late: Counter,
+    pub(super) missed: Counter,
+    pub(super) held_out_used: Counter,
+    /// From reading a fault to its page being in place.
+    pub(super) fault_latency: LatencyRecorder,
+    /// What the kernel took for putting a page in place that somebody waited for.
+    pub(super) install_latency: LatencyRecorder,
+}
+
+impl Counters {
+    pub(super) fn new() -> Self {
+        Self {
+            demand: Counter::default(),
+            zero: Counter::default(),
+            removed: Counter::default(),
+            prefaulted: Counter::default(),
+            retried: Counter::default(),
+            slow: Counter::default(),
+            installed_bytes: Counter::default(),
+            given_back_bytes: Counter::default(),
+            late: Counter::default(),
+            missed: Counter::default(),
+            held_out_used: Counter::default(),
+            fault_latency: LatencyRecorder::new(),
+            install_latency: LatencyRecorder::new(),
+        }
+    }
+
+    pub(super) fn stats(&self) -> ForkStats {
+        ForkStats {
+            faults: FaultCounts {
+                demand: self.demand.get(),
+                zero: self.zero.get(),
+                removed: self.removed.get(),
+                prefaulted: self.prefaulted.get(),
+                retried: self.retried.get(),
+                slow: self.slow.get(),
+            },
+            fault_latency_us: self.fault_latency.load().summary(),
+            installed_bytes: self.installed_bytes.get(),
+            given_back_bytes: self.given_back_bytes.get(),
+            prefault: PrefaultCounts {
+                late: self.late.get(),
+                missed: self.missed.get(),
+                held_out_used: self.held_out_used.get(),
+            },
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! What a worker shares with its forks and its filler.
+
+use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags};
+use rustix::time::Timespec;
+
+use super::message::Message;
+use crate::page::PageSize;
+use crate::server::fill_pool::FillPool;
+use crate::server::inbox::Inbox;
+use crate::server::registry::Registry;
+
+/// What does not change as long as a worker lives.
+pub(in crate::server) struct WorkerContext {
+    pub(in crate::server) inbox: Arc<Inbox<Message>>,
+    pub(in crate::server) registry: Arc<Registry>,
+    pub(in crate::server) fill_pool: Arc<FillPool>,
+    /// What the worker waits with.
+    pub(super) epoll: OwnedFd,
+    /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
+    pub(in crate::server) zeros: Vec<u8>,
+    /// How long a fault may wait for the template or for memory.
+    pub(in crate::server) fault_deadline: Duration,
+    /// How many bytes a second a completion installs that nobody waits for.
+    pub(in crate::server) completion_rate: Option<NonZeroU64>,
+}
+
+impl WorkerContext {
+    pub(super) fn new(
+        registry: Arc<Registry>,
+        fill_pool: Arc<FillPool>,
+        fault_deadline: Duration,
+        completion_rate: Option<NonZeroU64>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            inbox: Arc::new(Inbox::new()?),
+            registry,
+            fill_pool,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            zeros: vec![0; PageSize::Huge.as_usize()],
+            fault_deadline,
+            completion_rate,
+        })
+    }
+
+    /// Whether there is something for the worker to look at.
+    pub(in crate::server) fn has_event(&self) -> bool {
+        let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
+        rustix::event::poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+}

@@ -1,0 +1,27 @@
+//! What others tell a worker.
+
+use crate::server::served_fork::{Filled, NewFork, ReadToken};
+use crate::template::ReadResult;
+
+/// The place of a fork in its worker. Another fork may get the index later, but never the serial number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::server) struct Slot {
+    pub(in crate::server) index: usize,
+    pub(in crate::server) serial: u64,
+}
+
+/// What others tell a worker.
+pub(in crate::server) enum Message {
+    /// Serve this fork from now on.
+    Adopt(Box<NewFork>),
+    /// The template's bytes, read elsewhere.
+    Bytes { token: ReadToken, bytes: ReadResult },
+    /// The kernel fills zeros of this fork in pages of 4 KiB.
+    KernelFillsSmall(Slot),
+    /// A step of filling this fork, carried out elsewhere, is over.
+    Filled { slot: Slot, filled: Filled },
+    /// Something else is requested of this fork.
+    Requested(Slot),
+    /// Stop as soon as there is no fork left.
+    Stop,
+}

@@ -1,0 +1,27 @@
+//! A region and what is known of its pages.
+
+use super::page_states::PageStates;
+use super::region::Region;
+
+/// A region of a fork, with the states of its pages.
+#[derive(Debug)]
+pub(crate) struct TrackedRegion {
+    pub(super) region: Region,
+    pub(super) states: PageStates,
+}
+
+impl From<Region> for TrackedRegion {
+    /// None of its pages is there yet.
+    fn from(region: Region) -> Self {
+        Self {
+            region,
+            states: PageStates::new(region.pages()),
+        }
+    }
+}
+
+impl AsRef<Region> for TrackedRegion {
+    fn as_ref(&self) -> &Region {
+        &self.region
+    }
+}
