@@ -16,7 +16,7 @@ use slab::Slab;
 
 use super::deadlines::Deadlines;
 use super::disposal::Disposal;
-use super::failure::{FailReason, Refusal};
+use super::fail_reason::FailReason;
 use super::fork_event::ForkEvent;
 use super::fork_record::{ForkRecord, Requested};
 use super::fork_status::ForkState;
@@ -24,6 +24,7 @@ use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
 use super::listener::Listener;
+use super::refusal::Refusal;
 use super::registry::Registry;
 use super::served_fork::NewFork;
 use super::workers::Workers;
@@ -108,10 +109,10 @@ impl Acceptor {
                 // Only EINTR is possible for an epoll of our own.
                 Err(_) => continue,
             };
-            let mut mail = false;
+            let mut has_messages = false;
             for event in events {
                 match event.data.u64() {
-                    INBOX => mail = true,
+                    INBOX => has_messages = true,
                     slot => {
                         let slot = usize::try_from(slot).unwrap_or(usize::MAX);
                         match self.kind(slot) {
@@ -122,8 +123,8 @@ impl Acceptor {
                     }
                 }
             }
-            if mail {
-                self.read_mail();
+            if has_messages {
+                self.read_messages();
             }
             self.run_timers();
         }
@@ -137,7 +138,7 @@ impl Acceptor {
         })
     }
 
-    fn read_mail(&mut self) {
+    fn read_messages(&mut self) {
         let inbox = Arc::clone(&self.inbox);
         for request in inbox.take() {
             match request {

@@ -35,8 +35,8 @@ impl Registry {
         // It guards no data, so a panic under it leaves nothing behind.
         let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         *forks = self.serving();
-        forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.is_completing());
-        if record.state() == ForkState::Serving && !record.is_completing() {
+        forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.completion_is_requested());
+        if record.state() == ForkState::Serving && !record.completion_is_requested() {
             memory::check_room(forks)?;
         }
         Ok(record.request_completion(Asker::Request))
@@ -46,8 +46,10 @@ impl Registry {
     /// time to find that out. Returns whether those are all that are served.
     pub(super) fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
         let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
-        let (completing, mut wanted): (Vec<_>, Vec<_>) =
-            self.serving().into_iter().partition(|fork| fork.is_completing());
+        let (completing, mut wanted): (Vec<_>, Vec<_>) = self
+            .serving()
+            .into_iter()
+            .partition(|fork| fork.completion_is_requested());
         wanted.retain(|fork| fork.template.is_same(template));
         let fitting = memory::fitting(&completing, &wanted, until);
         let asked_before = completing.iter().filter(|fork| fork.template.is_same(template));

@@ -1,5 +1,6 @@
 //! What the calls of a server can answer instead.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use super::fork_id::{ForkId, InvalidForkId};
@@ -123,4 +124,16 @@ fn names(forks: &[ForkId]) -> String {
         names.push("…");
     }
     names.join(", ")
+}
+
+/// An error with all its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Writing to a string cannot fail.
+        let _ = write!(text, ": {cause}");
+        source = cause.source();
+    }
+    text
 }

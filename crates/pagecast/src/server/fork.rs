@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::error::Error;
-use super::failure::FailReason;
+use super::fail_reason::FailReason;
 use super::fork_id::ForkId;
 use super::fork_record::ForkRecord;
 use super::fork_status::{ForkState, ForkStatus};

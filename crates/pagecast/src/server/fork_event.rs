@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use super::failure::{FailReason, Refusal};
+use super::fail_reason::FailReason;
 use super::fork_id::ForkId;
 use super::fork_status::ForkStatus;
+use super::refusal::Refusal;
 use crate::template::{PrefaultTally, Recording};
 
 /// A turn in the life of a fork, for whoever observes the server.

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use super::acceptor::Request;
 use super::counters::Counters;
 use super::error::Error;
-use super::failure::{FailReason, Refusal};
+use super::fail_reason::FailReason;
 use super::fork_id::ForkId;
 use super::fork_options::{ForkOptions, Plan};
 use super::fork_status::{ForkState, ForkStatus};
 use super::inbox::Inbox;
+use super::refusal::Refusal;
 use super::worker::{Message, Slot};
 use crate::session::Region;
 use crate::template::Template;
@@ -29,7 +30,7 @@ pub(super) struct ForkRecord {
     pub(super) socket_path: PathBuf,
     /// What it is to be given ahead of its faults, and whether they are recorded.
     pub(super) plan: Plan,
-    /// Nobody holds a handle on it: forget it once it has ended.
+    /// It was made for a VMM that connected to a socket of any number of forks: it is forgotten once it has ended.
     pub(super) anonymous: bool,
     pub(super) counters: Counters,
     /// Set by the handshake.
@@ -259,7 +260,7 @@ impl ForkRecord {
     }
 
     /// Whether its completion is requested, and it is not complete yet.
-    pub(super) fn is_completing(&self) -> bool {
+    pub(super) fn completion_is_requested(&self) -> bool {
         !self.life().askers.is_empty()
     }
 

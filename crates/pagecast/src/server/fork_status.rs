@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::failure::FailReason;
+use super::fail_reason::FailReason;
 use super::fork_id::ForkId;
 use super::latency::Latency;
 

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::failure::Refusal;
 use super::fork_record::ForkRecord;
 use super::fork_status::ForkState;
 use super::memory::{SPARE_PART, host_available};
+use super::refusal::Refusal;
 use super::registry::Registry;
 use crate::cgroup::HugetlbCgroup;
 use crate::handshake::Layout;

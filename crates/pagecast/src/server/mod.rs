@@ -12,12 +12,13 @@
 
 mod deadlines;
 mod error;
-mod failure;
+mod fail_reason;
 mod fork_event;
 mod fork_id;
 mod fork_options;
 mod fork_status;
 mod latency;
+mod refusal;
 
 #[cfg(target_os = "linux")]
 mod acceptor;
@@ -56,7 +57,7 @@ mod served_fork;
 #[cfg(target_os = "linux")]
 mod socket_file;
 #[cfg(target_os = "linux")]
-mod transparent;
+mod transparent_hugepages;
 #[cfg(not(target_os = "linux"))]
 mod unsupported;
 #[cfg(target_os = "linux")]
@@ -68,8 +69,8 @@ pub use crate::session::Violation;
 #[cfg(target_os = "linux")]
 pub use builder::Builder;
 pub use deadlines::Deadlines;
-pub use error::{CloseError, Error, NotEnoughMemory};
-pub use failure::{FailReason, Refusal, chain};
+pub use error::{CloseError, Error, NotEnoughMemory, chain};
+pub use fail_reason::FailReason;
 #[cfg(target_os = "linux")]
 pub use fork::Fork;
 pub use fork_event::ForkEvent;
@@ -79,5 +80,6 @@ pub use fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCou
 pub use latency::{Latency, LatencyHistogram};
 #[cfg(target_os = "linux")]
 pub use page_server::Server;
+pub use refusal::Refusal;
 #[cfg(not(target_os = "linux"))]
 pub use unsupported::{Builder, Fork, Server};

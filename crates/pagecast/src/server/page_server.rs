@@ -10,7 +10,7 @@ use super::admission::ZEROS_PATIENCE;
 use super::builder::Builder;
 use super::disposal::Disposal;
 use super::error::{CloseError, Error};
-use super::failure::FailReason;
+use super::fail_reason::FailReason;
 use super::fork::Fork;
 use super::fork_id::ForkId;
 use super::fork_options::ForkOptions;

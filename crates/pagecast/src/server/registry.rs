@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::acceptor::Request;
 use super::error::Error;
-use super::failure::FailReason;
+use super::fail_reason::FailReason;
 use super::fork_event::ForkEvent;
 use super::fork_id::ForkId;
 use super::fork_options::ForkOptions;

@@ -20,16 +20,17 @@ use rustix::time::Timespec;
 use slab::Slab;
 
 use super::disposal::Disposal;
-use super::failure::{FailReason, Refusal};
+use super::fail_reason::FailReason;
 use super::fill_pool::FillPool;
 use super::fork_event::ForkEvent;
 use super::fork_record::Requested;
 use super::fork_status::ForkState;
 use super::idle_timer::IdleTimer;
 use super::inbox::Inbox;
+use super::refusal::Refusal;
 use super::registry::Registry;
 use super::served_fork::{End, NewFork, Scratch, ServedFork};
-use super::transparent;
+use super::transparent_hugepages;
 use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
 pub(super) use context::WorkerContext;
@@ -165,7 +166,7 @@ impl Worker {
                 // Only EINTR is possible for an epoll of our own.
                 Err(_) => continue,
             };
-            let mut mail = false;
+            let mut has_messages = false;
             let alone = events.len() == 1;
             // A look while it spins is no wake.
             if !(is_busy && events.is_empty()) {
@@ -176,7 +177,7 @@ impl Worker {
                 let (flags, data) = (event.flags, event.data);
                 match Token::decode(data) {
                     // Last, because a fork that comes may take the place of one that goes in this very round.
-                    Token::Inbox => mail = true,
+                    Token::Inbox => has_messages = true,
                     Token::IdleTimer => self.end_idle_period(),
                     // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
@@ -191,8 +192,8 @@ impl Worker {
                     Token::Socket(slot) => self.drop_socket(slot),
                 }
             }
-            if mail {
-                self.read_mail();
+            if has_messages {
+                self.read_messages();
             }
             self.give_turns();
         }
@@ -311,7 +312,7 @@ impl Worker {
         self.context.registry.end(&record, state, reason);
     }
 
-    fn read_mail(&mut self) {
+    fn read_messages(&mut self) {
         for message in self.context.inbox.take() {
             match message {
                 Message::Adopt(fork) => self.adopt(*fork),
@@ -364,7 +365,7 @@ impl Worker {
         let _ = std::thread::Builder::new()
             .name("pagecast-thp".to_owned())
             .spawn(move || {
-                if !transparent::may_be_made(pid, &memory) {
+                if !transparent_hugepages::may_be_made(pid, &memory) {
                     inbox.send(Message::KernelFillsSmall(slot));
                 }
             });

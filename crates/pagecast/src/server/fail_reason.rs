@@ -1,0 +1,135 @@
+//! Why a fork failed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagecast_uffd::Errno;
+use serde::Serialize;
+use serde::ser::SerializeStruct;
+
+use super::error::chain;
+use super::refusal::Refusal;
+use crate::session::Violation;
+use crate::template::SourceError;
+
+/// Why a fork failed. Each reason has a stable [`code`](Self::code) for counters and machines.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FailReason {
+    /// No VMM connected in time.
+    #[error("no VMM connected within {deadline:?}{}", refused_before(*refused))]
+    ConnectDeadline {
+        /// The time there was.
+        deadline: Duration,
+        /// How many connections were refused meanwhile: they sent no file descriptor, or were of the wrong user.
+        refused: u64,
+        /// Why the last of these was.
+        #[source]
+        last: Option<Arc<Refusal>>,
+    },
+    /// The VMM was refused: it never got a page.
+    #[error("the VMM was refused")]
+    Refused(#[source] Refusal),
+    /// The VMM did what no VMM does.
+    #[error("the VMM broke the protocol")]
+    Violation(#[source] Violation),
+    /// The template cannot be read any more, or has changed.
+    #[error("the template failed")]
+    Template(#[source] SourceError),
+    /// The template could not be read in time.
+    #[error("the template could not be read within {deadline:?}")]
+    ReadDeadline {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// The template could not be read in time: every try failed, for a reason that might have passed.
+    #[error("the template could not be read: {tries} tries within {time:?} failed")]
+    ReadFailed {
+        /// How often it was tried.
+        tries: u32,
+        /// For how long.
+        time: Duration,
+        /// Why the last try failed.
+        #[source]
+        source: SourceError,
+    },
+    /// No memory for a page that a vCPU waits for.
+    #[error("no memory for a page within {deadline:?} (host, cgroup of the VMM, or hugepages)")]
+    OutOfMemory {
+        /// The time there was.
+        deadline: Duration,
+    },
+    /// No memory for a page that nobody waits for: not tried again.
+    #[error("no memory for a page (host, cgroup of the VMM, or hugepages)")]
+    NoMemoryAhead,
+    /// The kernel refused something that it never should.
+    #[error("the kernel refused to {operation}: {errno}")]
+    Kernel {
+        /// What was tried.
+        operation: &'static str,
+        /// What it said.
+        errno: Errno,
+    },
+    /// The VMM has registered memory again that was just unregistered to complete the fork.
+    #[error("the VMM has registered its memory again after it was unregistered for good")]
+    RegisteredAgain,
+    /// The VMM has made its userfaultfd blocking, so that its faults are not reported any more.
+    #[error("the VMM has cleared O_NONBLOCK of its userfaultfd")]
+    Blocking,
+    /// Its VMM was killed because that was asked for.
+    #[error("killed on request")]
+    Killed,
+    /// It was closed, or the whole server, while it waited for a VMM.
+    #[error("closed before a VMM connected")]
+    Closed,
+}
+
+impl FailReason {
+    /// A stable name: lower case, with underscores.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::ConnectDeadline { .. } => "connect_deadline",
+            Self::Refused(refusal) => refusal.code(),
+            Self::Violation(Violation::FaultOutside { .. }) => "fault_outside",
+            Self::Violation(Violation::NotMissing { .. }) => "fault_not_missing",
+            Self::Violation(Violation::UnexpectedEvent { .. }) => "unexpected_event",
+            Self::Violation(Violation::PageLost { .. }) => "page_lost",
+            Self::Template(error) => error.code(),
+            Self::ReadFailed { source, .. } => source.code(),
+            Self::ReadDeadline { .. } => "read_deadline",
+            Self::OutOfMemory { .. } | Self::NoMemoryAhead => "out_of_memory",
+            Self::Kernel { .. } => "kernel",
+            Self::RegisteredAgain => "registered_again",
+            Self::Blocking => "blocking",
+            Self::Killed => "killed",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+impl Serialize for FailReason {
+    /// As `{"code", "message"}`, the message with all its causes.
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        serialize_reason(to, self.code(), self)
+    }
+}
+
+/// An error with a code, as `{"code", "message"}`, the message with all its causes.
+pub(super) fn serialize_reason<S: serde::Serializer>(
+    to: S,
+    code: &str,
+    reason: &dyn std::error::Error,
+) -> Result<S::Ok, S::Error> {
+    let mut object = to.serialize_struct("Reason", 2)?;
+    object.serialize_field("code", code)?;
+    object.serialize_field("message", &chain(reason))?;
+    object.end()
+}
+
+fn refused_before(refused: u64) -> String {
+    match refused {
+        0 => String::new(),
+        1 => "; 1 connection was refused".to_owned(),
+        _ => format!("; {refused} connections were refused, the last because"),
+    }
+}
