@@ -346,7 +346,8 @@ fn every_reason_is_documented_and_every_documented_reason_exists() {
     let (_, tables) = page.split_once("## Reasons").unwrap();
     let documented = first_column(tables, |_| true);
     // Where the library has them; there is no list of them at run time.
-    let sources = ["server/failure.rs", "template/source.rs"].map(|file| read(&format!("crates/pagecast/src/{file}")));
+    let files = ["server/fail_reason.rs", "server/refusal.rs", "template/source.rs"];
+    let sources = files.map(|file| read(&format!("crates/pagecast/src/{file}")));
     let codes = sources.iter().flat_map(|source| source.lines()).filter_map(|line| {
         let (_, code) = line.split_once("=> \"")?;
         code.strip_suffix("\",")

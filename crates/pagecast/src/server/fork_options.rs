@@ -57,7 +57,7 @@ impl ForkOptions {
         self
     }
 
-    /// Its first faults are recorded, in a window that ends by itself ([`ForkEvent::Recorded`]). It is given nothing ahead
+    /// Its first faults are recorded, in a window that ends by itself ([`ForkEvent::Recorded`](super::ForkEvent::Recorded)). It is given nothing ahead
     /// then, whatever [`prefault`](Self::prefault) says: what is there does not fault.
     #[must_use]
     pub fn record(mut self) -> Self {

@@ -349,48 +349,104 @@ impl ForkRecord {
 
 #[cfg(test)]
 mod tests {
+    use pagecast_uffd::ByteLen;
+
     use super::*;
+    use crate::template::{Page, PageSource, SourceError, TemplateOffset, ZeroMap};
+
+    /// A template without pages.
+    struct Nothing(ZeroMap);
+
+    impl PageSource for Nothing {
+        fn len(&self) -> ByteLen {
+            ByteLen::ZERO
+        }
+        fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
+            Ok(Page::NotReady)
+        }
+        fn read(&self, _: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn check_unchanged(&self) -> Result<(), SourceError> {
+            Ok(())
+        }
+        fn zeros(&self) -> &ZeroMap {
+            &self.0
+        }
+    }
+
+    /// A fork that waits for its VMM, and the inbox of the acceptor.
+    fn waiting() -> (Arc<ForkRecord>, Arc<Inbox<Request>>) {
+        let acceptor = Arc::new(Inbox::new().unwrap());
+        let template = Template::from_source(Arc::new(Nothing(ZeroMap::new(ByteLen::ZERO))));
+        let options = ForkOptions::new("s");
+        let id = "a".parse().unwrap();
+        let record = ForkRecord::new(id, 1, &template, &options, false, Arc::clone(&acceptor));
+        (Arc::new(record), acceptor)
+    }
+
+    /// A worker's inbox, which the fork has come to.
+    fn worker_of(record: &ForkRecord) -> Arc<Inbox<Message>> {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        record.set_worker(Arc::clone(&inbox), Slot { index: 0, serial: 1 });
+        inbox
+    }
 
     #[test]
     fn an_end_is_final() {
-        struct Nothing(crate::template::ZeroMap);
-        impl crate::template::PageSource for Nothing {
-            fn len(&self) -> pagecast_uffd::ByteLen {
-                pagecast_uffd::ByteLen::ZERO
-            }
-            fn try_read<'a>(
-                &'a self,
-                _: crate::template::TemplateOffset,
-                _: &'a mut [u8],
-            ) -> Result<crate::template::Page<'a>, crate::template::SourceError> {
-                Ok(crate::template::Page::NotReady)
-            }
-            fn read(
-                &self,
-                _: crate::template::TemplateOffset,
-                _: &mut [u8],
-            ) -> Result<(), crate::template::SourceError> {
-                Ok(())
-            }
-            fn check_unchanged(&self) -> Result<(), crate::template::SourceError> {
-                Ok(())
-            }
-            fn zeros(&self) -> &crate::template::ZeroMap {
-                &self.0
-            }
-        }
-        let record = ForkRecord::new(
-            "a".parse().unwrap(),
-            1,
-            &Template::from_source(Arc::new(Nothing(crate::template::ZeroMap::new(
-                pagecast_uffd::ByteLen::ZERO,
-            )))),
-            &ForkOptions::new("s"),
-            false,
-            Arc::new(Inbox::new().unwrap()),
-        );
+        let (record, _acceptor) = waiting();
         assert!(record.end(ForkState::Failed, Some(Arc::new(FailReason::Killed))));
         assert!(!record.end(ForkState::Exited, None));
         assert_eq!(record.state(), ForkState::Failed);
+    }
+
+    #[test]
+    fn the_thread_that_has_a_fork_is_told_of_each_request_and_no_other_is() {
+        let (record, acceptor) = waiting();
+        assert_eq!(record.request_completion(Asker::Request), ForkState::Waiting);
+        assert!(acceptor.take().is_empty(), "refused, so nothing is requested");
+        record.request_close();
+        assert_eq!(acceptor.take().len(), 1);
+
+        record.set_serving();
+        record.request_completion(Asker::Request);
+        let worker = worker_of(&record);
+        assert!(acceptor.take().is_empty() && worker.take().is_empty());
+        let requested = record.requested();
+        assert!(
+            matches!(requested, Requested::Complete { at_once: false }),
+            "{requested:?}"
+        );
+
+        record.request_completion(Asker::Vacator);
+        assert!(matches!(record.requested(), Requested::Complete { at_once: true }));
+        record.request_completion(Asker::Vacator);
+        assert_eq!(worker.take().len(), 1, "the second is nothing new");
+        record.withdraw_completion(Asker::Vacator);
+        record.withdraw_completion(Asker::Vacator);
+        assert_eq!(worker.take().len(), 1);
+        assert!(record.request_kill(FailReason::Killed) && record.request_kill(FailReason::Closed));
+        assert_eq!(worker.take().len(), 1);
+        for _ in 0..2 {
+            let requested = record.requested();
+            assert!(
+                matches!(&requested, Requested::Kill(reason) if reason.code() == "killed"),
+                "the first reason stays: {requested:?}"
+            );
+        }
+        assert!(acceptor.take().is_empty());
+
+        record.end(ForkState::Failed, None);
+        assert!(!record.request_kill(FailReason::Killed));
+        assert!(worker.take().is_empty(), "an ended fork is with no thread");
+    }
+
+    /// A fork that holds the inbox that holds it would never be freed.
+    #[test]
+    fn a_fork_that_has_ended_holds_no_inbox() {
+        let (record, acceptor) = waiting();
+        record.request_close();
+        record.end(ForkState::Failed, None);
+        assert_eq!(Arc::strong_count(&acceptor), 1);
     }
 }

@@ -83,7 +83,7 @@ impl Server {
 
     /// Registers a fork of `template`: from now on its VMM can connect to the socket that `options` name. The first that
     /// sends a file descriptor is its VMM, and the socket is gone then; connections that send none are refused
-    /// ([`ForkEvent::Refused`]).
+    /// ([`ForkEvent::Refused`](super::ForkEvent::Refused)).
     ///
     /// # Errors
     ///
