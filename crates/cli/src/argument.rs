@@ -9,8 +9,8 @@ use pagecast_daemon::config::LONGEST_BUSY_POLL;
 /// A backend, by its name.
 pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
     PossibleValuesParser::new([
-        PossibleValue::new("auto").help("The best of the others for the template and the guest"),
-        PossibleValue::new("uffd").help("The daemon answers page faults"),
+        PossibleValue::new("auto").help("The better of the two for the template and the guest"),
+        PossibleValue::new("uffd").help("The daemon answers the page faults"),
         PossibleValue::new("file").help("Firecracker maps the memory file, and forks share what they have not written"),
     ])
     .map(|name| match name.as_str() {
@@ -20,12 +20,12 @@ pub(crate) fn backend() -> impl TypedValueParser<Value = Backend> {
     })
 }
 
-/// What is given ahead, by its name.
+/// A value of `--prefault`, by its name.
 pub(crate) fn prefault() -> impl TypedValueParser<Value = Prefault> {
     PossibleValuesParser::new([
-        PossibleValue::new("none").help("Nothing: each page is installed when it is touched"),
-        PossibleValue::new("working-set").help("The pages that forks touch first, if they were recorded"),
-        PossibleValue::new("all").help("The working set, then everything else; only with uffd"),
+        PossibleValue::new("none").help("No page: each is installed when it is first touched"),
+        PossibleValue::new("working-set").help("The pages that forks touch first, if they are known"),
+        PossibleValue::new("all").help("The working set, then all other pages; only with uffd"),
     ])
     .map(|name| match name.as_str() {
         "working-set" => Prefault::WorkingSet,
@@ -34,12 +34,12 @@ pub(crate) fn prefault() -> impl TypedValueParser<Value = Prefault> {
     })
 }
 
-/// For how long to look for faults without sleeping.
+/// Time to poll for page faults, at most [`LONGEST_BUSY_POLL`].
 pub(crate) fn busy_poll(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if time > LONGEST_BUSY_POLL {
         return Err(format!(
-            "it is {} at most",
+            "the maximum is {}",
             humantime::format_duration(LONGEST_BUSY_POLL)
         ));
     }

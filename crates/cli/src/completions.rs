@@ -1,4 +1,4 @@
-//! `pagecast completions`: what a shell needs to complete this command's line.
+//! `pagecast completions`: completion scripts for shells.
 
 use std::process::ExitCode;
 
@@ -8,10 +8,10 @@ use clap_complete::Shell;
 
 use pagecast_command::Output;
 
-/// Print what a shell needs to complete the arguments of pagecast.
+/// Print the script with which a shell completes the arguments of pagecast.
 #[derive(Args)]
 #[command(after_help = "\
-Where it goes:
+Where to install the script:
   bash  pagecast completions bash > /usr/share/bash-completion/completions/pagecast
   zsh   pagecast completions zsh > /usr/local/share/zsh/site-functions/_pagecast
   fish  pagecast completions fish > /usr/share/fish/vendor_completions.d/pagecast.fish
@@ -21,7 +21,7 @@ Exit codes:
   1  could not be printed
   2  wrong usage")]
 pub(crate) struct Completions {
-    /// The shell.
+    /// Shell to print the script for.
     shell: Shell,
 }
 

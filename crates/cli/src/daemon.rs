@@ -8,10 +8,10 @@ use clap::Args;
 use pagecast_client::http::HttpError;
 use pagecast_client::{Client, ClientError, ErrorCode};
 
-/// Which daemon.
+/// Arguments that say which daemon to call.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DaemonArgs {
-    /// The control socket of the daemon.
+    /// Path of the daemon's control socket.
     #[arg(
         long,
         value_name = "PATH",
@@ -22,12 +22,12 @@ pub(crate) struct DaemonArgs {
     socket: PathBuf,
 }
 
-/// Why the daemon did not do what was asked, and what helps.
+/// Errors of a call of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DaemonError {
-    /// Nobody listens at its socket.
+    /// No process listens at the socket.
     #[error(
-        "no daemon at {}: is it running? Start it with `pagecast serve`, or say where it is with --socket",
+        "no daemon at {}: start it with `pagecast serve`, or name its socket with --socket",
         socket.display()
     )]
     NotRunning {
@@ -35,25 +35,25 @@ pub(crate) enum DaemonError {
         #[source]
         source: std::io::Error,
     },
-    /// Its socket is not for us.
-    #[error("the daemon at {} is not for this user: run this as its user, or as root", socket.display())]
+    /// This user may not connect to the socket.
+    #[error("the daemon at {} does not serve this user: run this command as the daemon's user or as root", socket.display())]
     NotAllowed {
         socket: PathBuf,
         #[source]
         source: std::io::Error,
     },
-    /// It is there, but does not answer as it should.
+    /// The call failed, or the answer is malformed.
     #[error(transparent)]
     NoAnswer(ClientError),
-    /// It was there.
+    /// The daemon ended during the command.
     #[error("the daemon has ended")]
     Ended,
-    /// It says no.
+    /// The daemon refused the call.
     #[error("{message} ({code})")]
     Refused { code: ErrorCode, message: String },
 }
 
-/// The exit codes of the commands that speak to the daemon, for their help.
+/// Exit codes of the commands that call the daemon, for their help.
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -65,7 +65,7 @@ Exit codes:
 const UNREACHABLE: u8 = 3;
 const REFUSED: u8 = 4;
 
-/// The exit code of an error that comes from the daemon, or from its absence.
+/// The exit code for an error of the daemon or of its connection. `None` for other errors.
 pub(crate) fn exit_code(error: &anyhow::Error) -> Option<u8> {
     Some(match error.downcast_ref::<DaemonError>()? {
         DaemonError::Refused { .. } => REFUSED,
@@ -74,14 +74,14 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> Option<u8> {
 }
 
 impl DaemonArgs {
-    /// A client of this daemon.
+    /// Creates a client of this daemon.
     pub(crate) fn client(&self) -> Client {
         Client::new(&self.socket)
     }
 }
 
 impl DaemonError {
-    /// Whether it says no with this code.
+    /// Returns `true` if the daemon refused with this code.
     pub(crate) fn is(&self, wanted: ErrorCode) -> bool {
         matches!(self, Self::Refused { code, .. } if *code == wanted)
     }
@@ -106,11 +106,11 @@ impl From<ClientError> for DaemonError {
 
 /// Runs a future to its end on this thread.
 ///
-/// On this one, because a process that is started from another ends with that thread (see [`crate::run`]).
+/// The thread matters: child processes of [`crate::run`] end with the thread that starts them.
 ///
 /// # Errors
 ///
-/// Those of the future; or the kernel gives us no epoll.
+/// Those of the future; or the runtime cannot be created.
 pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -141,7 +141,7 @@ mod tests {
         );
         assert_eq!(exit_code(&error), Some(UNREACHABLE));
         let said = format!("{:#}", connecting_fails_with(ErrorKind::PermissionDenied));
-        assert!(said.contains("run this as its user"), "{said}");
+        assert!(said.contains("as the daemon's user"), "{said}");
     }
 
     #[test]

@@ -1,22 +1,22 @@
-//! What is to say about one thing: a name and a value on each line.
+//! A list of names and values, one pair a line.
 
 use std::fmt::Display;
 
 use pagecast_command::harmless;
 
-/// Names and values, in the order they were added.
+/// Names and values, in the order in which they were added.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
     facts: Vec<(&'static str, String)>,
 }
 
 impl Facts {
-    /// Adds one. Control characters in the value are shown, not obeyed.
+    /// Adds a pair. Control characters in the value are escaped.
     pub(crate) fn add(&mut self, name: &'static str, value: impl Display) {
         self.facts.push((name, harmless(&value.to_string())));
     }
 
-    /// A line for each, the values in one column.
+    /// The pairs, one a line, with the values in one column.
     pub(crate) fn text(&self) -> String {
         let width = self.facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
         let lines = self

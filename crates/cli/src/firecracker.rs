@@ -1,5 +1,5 @@
-//! Which Firecracker there is. It is somebody else's program, or something else under its name: it gets little time, and
-//! of what it says only a version is believed.
+//! The version of a Firecracker binary. The binary is not trusted: it gets little time, and only a version is taken
+//! from its output.
 
 use std::io::{self, ErrorKind, Read as _};
 use std::os::unix::process::CommandExt as _;
@@ -9,27 +9,27 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
 
-/// It answers in milliseconds.
+/// Time for `--version`, which takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many bytes of its answer are read.
+/// Bytes of output that are read.
 const LONGEST_ANSWER: u64 = 4096;
 
 /// Major, minor, patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Version(pub(crate) u32, pub(crate) u32, pub(crate) u32);
 
-/// What the program that `command` starts says to `--version`, if that is a version of Firecracker.
+/// Runs `command` with `--version`. Returns the version of Firecracker in its output, if there is one.
 ///
 /// # Errors
 ///
-/// Why it cannot be started, or that it took too long.
+/// The program cannot be started, or does not answer in time.
 pub(crate) fn version(mut command: Command) -> io::Result<Option<Version>> {
     command.arg("--version");
     Ok(Version::find(&answer(command, PATIENCE)?))
 }
 
 impl Version {
-    /// In the line `Firecracker v1.12.1`, with or without more after it.
+    /// Finds the line `Firecracker v1.12.1`, with or without more text after the version.
     fn find(said: &str) -> Option<Self> {
         let version = said.lines().find_map(|line| line.strip_prefix("Firecracker v"))?;
         let mut parts = version.splitn(3, '.');
@@ -48,12 +48,12 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// What a program says on stdout, up to [`LONGEST_ANSWER`]. It and its children are killed when it has said that much,
-/// closed its stdout, or run out of time.
+/// Returns the program's stdout, up to [`LONGEST_ANSWER`]. Kills the program and its children after that much output,
+/// at the end of stdout, or when time is up.
 ///
 /// # Errors
 ///
-/// Why it cannot be started, or that it took too long.
+/// The program cannot be started, or does not answer in time.
 fn answer(mut command: Command, patience: Duration) -> io::Result<String> {
     let mut child = command
         .stdin(Stdio::null())
@@ -69,7 +69,7 @@ fn answer(mut command: Command, patience: Duration) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&answer?).into_owned())
 }
 
-/// Reads on a thread of its own: whoever holds the pipe may neither write nor close it.
+/// Reads on a thread of its own: a process that holds the pipe may neither write nor close it.
 fn read(stdout: ChildStdout, patience: Duration) -> io::Result<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
     std::thread::Builder::new()
@@ -77,7 +77,7 @@ fn read(stdout: ChildStdout, patience: Duration) -> io::Result<Vec<u8>> {
         .spawn(move || {
             let mut bytes = Vec::new();
             let read = stdout.take(LONGEST_ANSWER).read_to_end(&mut bytes);
-            // Nobody may be waiting any more.
+            // The receiver may be gone.
             let _ = sender.send(read.map(|_| bytes));
         })?;
     receiver
@@ -85,7 +85,7 @@ fn read(stdout: ChildStdout, patience: Duration) -> io::Result<Vec<u8>> {
         .unwrap_or_else(|_| Err(io::Error::new(ErrorKind::TimedOut, "no answer in time")))
 }
 
-/// Kills it with all of its process group, which is ours to kill as long as it has not been waited for.
+/// Kills the whole process group. Its number cannot be reused before the child has been waited for.
 fn end(child: &mut Child) {
     let _ = rustix::process::kill_process_group(Pid::from_child(child), Signal::KILL);
     let _ = child.wait();
@@ -153,7 +153,7 @@ mod tests {
         let error = answer(shell(&script), Duration::from_millis(500)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         let fifo = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
-        // It has an end once nobody holds it. The kill is on its way, so wait for that as long as it takes.
+        // The FIFO has an end once no process holds it. The kill takes effect later, so wait for that.
         while rustix::io::read(&fifo, &mut [0; 1]) != Ok(0) {
             rustix::event::poll(&mut [PollFd::new(&fifo, PollFlags::IN)], None).unwrap();
         }

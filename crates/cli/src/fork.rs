@@ -19,7 +19,7 @@ use crate::template::absolute;
 use pagecast_command::progress::Progress;
 use pagecast_command::{Column, Output, harmless};
 
-/// Make, show, complete and remove forks: microVMs restored from a template.
+/// Create, show, complete and remove forks: microVMs restored from a template.
 #[derive(Args)]
 pub(crate) struct ForkArgs {
     #[command(subcommand)]
@@ -42,22 +42,22 @@ enum ForkCommand {
     Complete(Complete),
 }
 
-/// Make a fork, and print the `mem_backend` for Firecracker's PUT /snapshot/load, and nothing else.
+/// Create a fork and print the `mem_backend` object for Firecracker's PUT /snapshot/load.
 ///
-/// The id of the fork and why it got its backend are told on stderr if that is a terminal, or with --verbose. With --json,
-/// all that the daemon answers is printed instead.
+/// Stdout gets nothing else. The fork's ID and the reason for its backend go to stderr if that is a terminal, or with
+/// --verbose. With --json, the daemon's whole answer is printed instead.
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Create {
-    /// The template, by its name.
+    /// Name of the template.
     #[arg(long, value_name = "NAME")]
     template: String,
 
-    /// The fork's ID [default: one that the daemon makes up]
+    /// ID of the fork [default: chosen by the daemon]
     #[arg(long)]
     id: Option<String>,
 
-    /// Where its memory comes from [default: what the daemon chooses]
+    /// Backend for the fork's memory [default: chosen by the daemon]
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
@@ -65,7 +65,7 @@ struct Create {
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
-    /// Path at which the memory file is placed, for a VMM in a jail; only with file.
+    /// Path at which to place the memory file, for a VMM in a jail; only with file.
     #[arg(long, value_name = "PATH")]
     path: Option<PathBuf>,
 
@@ -77,11 +77,12 @@ struct Create {
     #[arg(long)]
     gid: Option<u32>,
 
-    /// Memory to install before the fork asks for it [default: the working set, where there is one]
+    /// Pages to install before the fork asks for them [default: the working set, if one is known]
     #[arg(long, value_parser = argument::prefault())]
     prefault: Option<Prefault>,
 
-    /// Record the pages that the fork touches first, for the template's working set; only with uffd, and without prefault.
+    /// Record the pages that the fork touches first, for the template's working set; only with uffd, and without
+    /// prefault.
     #[arg(long, conflicts_with = "prefault")]
     record: bool,
 
@@ -89,7 +90,7 @@ struct Create {
     #[arg(long, value_parser = argument::page_size())]
     page_size: Option<u64>,
 
-    /// Process ID of the VMM; for file, where the VMM does not connect.
+    /// Process ID of the VMM; for file, as that VMM does not connect.
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
 
@@ -107,7 +108,7 @@ struct List {}
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Show {
-    /// Its id.
+    /// ID of the fork.
     id: String,
 }
 
@@ -115,10 +116,10 @@ struct Show {
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Remove {
-    /// Its id.
+    /// ID of the fork.
     id: String,
 
-    /// Kill its VMM first.
+    /// Kill the VMM first, if it is alive.
     #[arg(long)]
     kill: bool,
 }
@@ -132,20 +133,20 @@ Exit codes:
   2  wrong usage
   3  the daemon cannot be reached
   4  the daemon refused; the message ends with the error code
-  5  with --wait: it has exited or failed, or cannot be completed now"))]
+  5  with --wait: the fork has exited or failed, or cannot be completed now"))]
 struct Complete {
-    /// Its id.
+    /// ID of the fork.
     id: String,
 
-    /// Wait until it is complete, and show it.
+    /// Wait until the fork is complete, and show it.
     #[arg(long)]
     wait: bool,
 }
 
-/// It will not be complete.
+/// Exit code if the fork does not become complete.
 const NOT_COMPLETED: u8 = 5;
 
-/// How long until we look again whether a fork is complete.
+/// Time between two looks at the fork's state.
 const PACE: Duration = Duration::from_millis(50);
 
 const COLUMNS: [Column; 9] = [
@@ -161,7 +162,7 @@ const COLUMNS: [Column; 9] = [
 ];
 
 impl ForkArgs {
-    /// Does it, and prints what the daemon answers.
+    /// Calls the daemon and prints its answer.
     pub(crate) fn run(self) -> Result<ExitCode> {
         block_on(self.call())
     }
@@ -238,11 +239,11 @@ impl Complete {
         })
     }
 
-    /// Waits until it is complete, or will not be.
+    /// Waits until the fork is complete, has ended, or cannot be completed.
     async fn ended(&self, client: &Client) -> Result<Fork, DaemonError> {
         loop {
             let fork = client.fork(&self.id).await?;
-            // With an error and alive, it could not be completed and is served on.
+            // A living fork with an error could not be completed, and is still served.
             if fork.state.is_end() || fork.error.is_some() {
                 return Ok(fork);
             }
@@ -251,7 +252,7 @@ impl Complete {
     }
 }
 
-/// A fork as a line of a table with [`COLUMNS`].
+/// The fork as a row of a table with [`COLUMNS`].
 fn row(fork: &Fork) -> Vec<Cell> {
     let colour = match fork.state {
         ForkState::Serving | ForkState::Complete => Color::Green,
@@ -293,7 +294,7 @@ fn show(fork: &Fork, json: bool, output: Output) -> Result<()> {
         facts.add("pid", pid);
     }
     if let Some(bytes) = fork.memory_bytes {
-        facts.add("guest has", BinaryBytes(bytes));
+        facts.add("guest memory", BinaryBytes(bytes));
     }
     if let Some(faults) = &fork.faults {
         facts.add(
@@ -331,9 +332,9 @@ fn show(fork: &Fork, json: bool, output: Output) -> Result<()> {
         facts.add(
             "recording",
             if recording.learned {
-                format!("{} learned from", BinaryBytes(recording.size_bytes))
+                format!("{} added to the working set", BinaryBytes(recording.size_bytes))
             } else {
-                "goes on".to_owned()
+                "running".to_owned()
             },
         );
     }

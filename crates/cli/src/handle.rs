@@ -1,4 +1,4 @@
-//! `pagecast handle`: one template on one socket, any number of VMMs.
+//! `pagecast handle`: one template on one socket, for `n` VMMs, without a daemon.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -63,49 +63,49 @@ pub(crate) struct Handle {
     #[arg(long, value_name = "UID")]
     user: Option<u32>,
 
-    /// The group of the socket.
+    /// Group ID of the socket.
     #[arg(long, value_name = "GID")]
     group: Option<u32>,
 
-    /// Report in lines of JSON.
+    /// Write lines of JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// How long forks may take to complete before we say which do not.
+/// Time that forks may take to complete, before an error names those that do not.
 const CLOSE_PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long killed processes may take to die.
+/// Time that killed VMMs may take to die.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long forks may take to complete, or to die, while somebody waits to write their template: less than the 45 s that
-/// the kernel holds them up.
+/// Time that forks may take to complete or die while a writer of the template waits. Less than the 45 s for which the
+/// kernel holds the writer up.
 const VACATE_PATIENCE: Duration = Duration::from_secs(40);
 
-/// In what the template is about to change.
-const OPENED_FOR_WRITING: &str = "somebody opens it for writing";
+/// The reason that forks get when their template is opened for writing.
+const OPENED_FOR_WRITING: &str = "another process opens it for writing";
 
-/// What can happen.
+/// Events that the command waits for.
 enum Happening {
     Fork(ForkEvent),
     Signal(EndSignal),
-    /// An attempt to close has ended.
+    /// The end of an attempt to close.
     Closed(Result<(), CloseError>),
-    /// Somebody wants to write the template, and is held up.
+    /// A process wants to write the template, and waits.
     LeaseBroken,
-    /// The zeros of the template were found, and will have to be found again.
+    /// The zeros of the template were found, but cannot be kept beside it.
     ZerosNotKept(KeepError),
-    /// No fork needs the template any more, or not all could be helped.
+    /// `true` if no fork needs the template any more. `false` if some VMM did not complete or die.
     Vacated(bool),
 }
 
 impl Handle {
-    /// Serves until told to stop.
+    /// Serves until a signal asks for the end.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         crate::fd_limit::raise();
         let (happenings, happened) = mpsc::channel();
         let signalled = happenings.clone();
-        // Nobody listens any more only while we exit.
+        // The receiver is gone only while the process exits.
         signals::watch(move |signal| drop(signalled.send(Happening::Signal(signal))))
             .context("cannot handle signals")?;
         let reporter = Reporter::start(if self.json { Format::Json } else { Format::Human });
@@ -114,7 +114,7 @@ impl Handle {
         let lease = take_lease(&mem_file, &happenings)?;
         let mut builder = Server::builder().observer({
             let happenings = happenings.clone();
-            // Nobody listens any more only while we exit.
+            // The receiver is gone only while the process exits.
             move |event| drop(happenings.send(Happening::Fork(event)))
         });
         builder = builder.busy_poll(self.busy_poll);
@@ -149,8 +149,8 @@ impl Handle {
     }
 }
 
-/// Takes up what is kept beside the mem-file: the working set of its forks, and its zeros, which are looked for where they are
-/// not known. Neither is needed.
+/// Loads the working set and the zeros that are kept beside the mem-file. Searches for the zeros if they are not known.
+/// Neither is needed to serve.
 fn take_up_kept(
     mem_file: &Arc<MemFile>,
     template: &Template,
@@ -175,7 +175,7 @@ fn take_up_kept(
     }
     let (searched, happenings) = (Arc::clone(mem_file), happenings.clone());
     template.find_zeros_in_background(move |found| {
-        // Who cannot read it says so where that matters.
+        // A template that cannot be read is reported by the forks that need it.
         if found.is_ok()
             && let Err(error) = searched.keep_zeros()
             && !matches!(error, KeepError::TooFresh | KeepError::NotLeased)
@@ -185,7 +185,8 @@ fn take_up_kept(
     });
 }
 
-/// Holds writers off the mem-file, where its file system lets us; elsewhere a write fails the forks once it has happened.
+/// Takes a lease on the mem-file, which holds writers off. `None` if the file system has no leases: then forks fail
+/// after a write.
 fn take_lease(mem_file: &Arc<MemFile>, happenings: &mpsc::Sender<Happening>) -> anyhow::Result<Option<Lease>> {
     let happenings = happenings.clone();
     match mem_file.lease(move || drop(happenings.send(Happening::LeaseBroken))) {
@@ -195,7 +196,7 @@ fn take_lease(mem_file: &Arc<MemFile>, happenings: &mpsc::Sender<Happening>) -> 
     }
 }
 
-/// What is there while it serves.
+/// A running `pagecast handle`.
 struct Handling {
     server: Arc<Server>,
     template: Template,
@@ -205,7 +206,7 @@ struct Handling {
 }
 
 impl Handling {
-    /// Reports what happens until the server is closed.
+    /// Reports events until the server is closed.
     fn until_closed(mut self, happened: &mpsc::Receiver<Happening>) -> anyhow::Result<ExitCode> {
         let mut wish = Wish::default();
         let mut closing = false;
@@ -247,9 +248,9 @@ impl Handling {
                     self.reporter.report(&Line::Vacating { forks });
                 }
                 Happening::Vacated(all) => {
-                    // Whoever wants to write goes on.
+                    // The writer goes on.
                     self.lease = None;
-                    // With its threads stopped, all has been told that has happened.
+                    // Once its threads have ended, all events have been sent.
                     if all && self.server.close(CLOSE_PATIENCE).is_ok() {
                         self.reporter.report(&Line::Vacated);
                         return Ok(self.closed(happened, ExitCode::FAILURE));
@@ -260,7 +261,7 @@ impl Handling {
         }
     }
 
-    /// Does something that takes long on a thread of its own, so that a second signal is heard meanwhile.
+    /// Runs long work on a thread of its own, so that a second signal is handled meanwhile.
     fn beside(&self, work: impl FnOnce(&Server) -> Happening + Send + 'static) {
         let (server, happenings) = (Arc::clone(&self.server), self.happenings.clone());
         let work = Arc::new(Mutex::new(Some(move || drop(happenings.send(work(&server))))));
@@ -269,7 +270,7 @@ impl Handling {
         let spawned = std::thread::Builder::new()
             .name("beside".to_owned())
             .spawn(move || take(&taken).map(|work| work()));
-        // Without a thread it is done here: a second signal has to wait, but no VMM is left without its server.
+        // Without a thread the work is done here: a second signal has to wait, but no VMM is left without its server.
         if spawned.is_err()
             && let Some(work) = take(&work)
         {
@@ -284,7 +285,7 @@ impl Handling {
     }
 }
 
-/// Reports what happened before the end and was not read yet.
+/// Reports the events that were sent before the end and not received yet.
 fn report_rest(reporter: &Reporter, happened: &mpsc::Receiver<Happening>) {
     for happening in happened.try_iter() {
         if let Happening::Fork(event) = happening {

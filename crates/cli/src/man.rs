@@ -11,7 +11,7 @@ use pagecast_command::Output;
 /// Print the manual page of pagecast, or write the pages of all its commands into a folder.
 #[derive(Args)]
 #[command(after_help = "\
-Where they go:
+Where to install the pages:
   pagecast man --out /usr/local/share/man/man1
 
 Exit codes:
@@ -19,7 +19,7 @@ Exit codes:
   1  could not be printed or written
   2  wrong usage")]
 pub(crate) struct Man {
-    /// The folder to write pagecast.1 and a page for each command into. Made where it is missing.
+    /// Folder for pagecast.1 and a page for each command. Created if it is missing.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

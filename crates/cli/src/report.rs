@@ -1,4 +1,4 @@
-//! What a serving command says, a line at a time, on stderr. Nothing of it blocks: see [`stderr`].
+//! The lines that a serving command writes to stderr. No call blocks: see [`stderr`].
 
 use std::fmt::{self, Display};
 use std::path::Path;
@@ -8,7 +8,7 @@ use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, For
 use pagecast_command::stderr;
 use serde::{Serialize, Serializer};
 
-/// How lines look.
+/// The format of the lines.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Format {
     /// For people.
@@ -22,7 +22,7 @@ pub(crate) struct Reporter {
     format: Format,
 }
 
-/// One thing to say.
+/// A line.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Line<'a> {
@@ -38,7 +38,7 @@ pub(crate) enum Line<'a> {
         regions: usize,
     },
     Ended(&'a ForkStatus),
-    /// A connection that was no VMM.
+    /// A connection that became no fork.
     Refused {
         pid: Option<i32>,
         error: &'a Refusal,
@@ -48,12 +48,12 @@ pub(crate) enum Line<'a> {
         id: &'a ForkId,
         error: &'a FailReason,
     },
-    /// What is kept beside the template is not used.
+    /// A file beside the template that is not used.
     KeptNotUsed {
         what: &'static str,
         error: &'a str,
     },
-    /// What was found out of the template cannot be kept beside it.
+    /// Facts about the template that cannot be kept beside it.
     NotKept {
         what: &'static str,
         error: &'a str,
@@ -87,7 +87,7 @@ fn as_text<S: Serializer>(error: &CloseError, to: S) -> Result<S::Ok, S::Error> 
 }
 
 impl Reporter {
-    /// Starts to write lines, and to write panics as lines.
+    /// Starts to write lines, panics included.
     pub(crate) fn start(format: Format) -> Self {
         stderr::start(move |lines| format.text(&Line::LinesDropped { lines }).into_bytes());
         std::panic::set_hook(Box::new(move |panic| {
@@ -97,7 +97,7 @@ impl Reporter {
         Self { format }
     }
 
-    /// Says what became of a fork.
+    /// Reports the event of a fork.
     pub(crate) fn fork(&self, event: &ForkEvent) {
         match event {
             ForkEvent::Serving {
@@ -123,7 +123,7 @@ impl Reporter {
                 unreported: *unreported,
             }),
             ForkEvent::NotCompleted { id, reason } => self.report(&Line::NotCompleted { id, error: reason }),
-            // What a newer library has to tell waits for a newer command.
+            // Events that this version does not know are not reported.
             _ => {}
         }
     }
@@ -135,7 +135,7 @@ impl Reporter {
 }
 
 impl Format {
-    /// The line with its line feed.
+    /// The line, with its line feed.
     fn text(self, line: &Line<'_>) -> String {
         match self {
             Self::Human => format!("pagecast: {line}\n"),
@@ -176,13 +176,13 @@ impl Display for Line<'_> {
                 write!(f, "refused a connection{}: {}", of_pid(*pid), chain(*error))?;
                 match unreported {
                     0 => Ok(()),
-                    _ => write!(f, " ({unreported} others since the last such line)"),
+                    _ => write!(f, " ({unreported} more since the last such line)"),
                 }
             }
             Self::NotCompleted { id, error } => {
-                write!(f, "{id}: cannot be completed, is served on: {}", chain(*error))
+                write!(f, "{id}: cannot be completed, still served: {}", chain(*error))
             }
-            Self::KeptNotUsed { what, error } => write!(f, "the {what} kept beside the template: not used: {error}"),
+            Self::KeptNotUsed { what, error } => write!(f, "the {what} file beside the template is not used: {error}"),
             Self::NotKept { what, error } => write!(f, "the {what} cannot be kept beside the template: {error}"),
             Self::Closing { forks } => {
                 write!(
@@ -190,21 +190,21 @@ impl Display for Line<'_> {
                     "closing: forks to complete: {forks}; a second signal kills their VMMs"
                 )
             }
-            Self::Staying { why } => write!(f, "cannot close, serving on: {}", chain(*why)),
+            Self::Staying { why } => write!(f, "cannot close, still serving: {}", chain(*why)),
             Self::Killing { forks } => write!(f, "second signal: VMMs to kill: {forks}"),
             Self::Vacating { forks } => {
                 write!(
                     f,
-                    "somebody opens the template for writing: forks to complete first: {forks}"
+                    "another process opens the template for writing: forks to complete first: {forks}"
                 )
             }
             Self::Vacated => {
-                f.write_str("the template is opened for writing, and no fork needs it: start again once it is whole")
+                f.write_str("the template is opened for writing and no fork needs it: restart once the template is complete")
             }
-            Self::NotVacated => f.write_str("some VMMs do not die, or the template cannot be read: serving on"),
+            Self::NotVacated => f.write_str("some VMMs do not die, or the template cannot be read: still serving"),
             Self::Closed => f.write_str("closed"),
             Self::LinesDropped { lines } => {
-                write!(f, "lines that nobody has read in time, and that were dropped: {lines}")
+                write!(f, "lines dropped because stderr was not read in time: {lines}")
             }
             Self::Panicked { error } => f.write_str(error),
         }
@@ -220,7 +220,7 @@ fn write_ended(f: &mut fmt::Formatter<'_>, status: &ForkStatus) -> fmt::Result {
     match (status.state, &status.reason) {
         (ForkState::Failed, Some(reason)) => match &**reason {
             FailReason::Refused(refusal) => {
-                // It never had a page: no numbers.
+                // A refused VMM never had a page: there are no numbers.
                 return write!(f, "refused{}: {}", of_pid(status.pid), chain(refusal));
             }
             reason => write!(f, "failed: {}", chain(reason))?,

@@ -42,7 +42,7 @@ pub(crate) struct Serve {
 }
 
 impl Serve {
-    /// Serves until told to stop.
+    /// Serves until a signal asks for the end.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         crate::fd_limit::raise();
         let file = match &self.config {

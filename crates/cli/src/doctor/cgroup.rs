@@ -1,4 +1,4 @@
-//! The limits of the cgroups we are in: memory and hugepages.
+//! The limits of this process's cgroups: memory and hugepages.
 
 use std::path::PathBuf;
 
@@ -41,11 +41,11 @@ fn memory() -> Finding {
     MEMORY.of(limited)
 }
 
-/// What the limits of one controller mean.
+/// Texts for the limits of one controller.
 struct Meaning {
     check: &'static str,
     without_limit: &'static str,
-    /// What is left, in the words of the finding.
+    /// The word for the unused part of the limit.
     left: &'static str,
     fix: &'static str,
 }
@@ -61,14 +61,14 @@ const HUGEPAGES: Meaning = Meaning {
 
 const MEMORY: Meaning = Meaning {
     check: "cgroup_memory",
-    without_limit: "no limit here; a fork's pages are charged to the cgroup of its VMM",
+    without_limit: "no limit; a fork's pages are charged to the cgroup of its VMM",
     left: "left",
     fix: "raise its memory.max (MemoryMax= of a systemd unit), or start the VMMs in another cgroup: their pages are \
           charged there",
 };
 
 impl Meaning {
-    /// The finding for the tightest of these limits.
+    /// The finding for the smallest available amount.
     fn of(&self, limited: impl Iterator<Item = Limited>) -> Finding {
         let Some(tightest) = limited.min_by_key(|cgroup| cgroup.available) else {
             return Finding::ok(self.check, self.without_limit);

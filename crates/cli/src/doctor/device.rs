@@ -1,4 +1,4 @@
-//! Devices that have to be there and open to this user.
+//! Devices that must exist and be open to this user.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -11,13 +11,13 @@ use super::host::Host;
 const KVM: &str = "/dev/kvm";
 const FUSE: &str = "/dev/fuse";
 
-/// Opens a device for reading and writing, as those who use it do, and closes it again.
+/// Opens a device for reading and writing, as its users do, and closes it again.
 ///
 /// # Errors
 ///
-/// Why it cannot be opened, or that it is no device.
+/// The device cannot be opened, or the path is no device.
 pub(super) fn open(path: &Path) -> io::Result<()> {
-    // Anything else is not opened: that of a FIFO would wait for its other end.
+    // No other file is opened: opening a FIFO would wait for its other end.
     if !path.metadata()?.file_type().is_char_device() {
         return Err(io::Error::other("this is no device"));
     }
@@ -45,7 +45,7 @@ fn kvm(opened: io::Result<()>) -> Finding {
                         .to_owned()
                 }
                 ErrorKind::PermissionDenied => give_access(KVM),
-                _ => "switch virtualisation on in the firmware, and see what the kernel's log says of kvm".to_owned(),
+                _ => "switch virtualisation on in the firmware, and look for kvm in the kernel's log".to_owned(),
             },
         ),
     }
@@ -57,17 +57,17 @@ fn fuse(opened: io::Result<()>) -> Finding {
         Ok(()) => Finding::ok(check, format!("{FUSE} opens")),
         Err(error) => Finding::warn(
             check,
-            format!("{FUSE}: {error}; this version does without, templates that are mounted lazily will need it"),
+            format!("{FUSE}: {error}; this version does not need it, lazily mounted templates will"),
             match error.kind() {
                 ErrorKind::NotFound => "modprobe fuse; in a container, pass the device on".to_owned(),
                 ErrorKind::PermissionDenied => give_access(FUSE),
-                _ => "see what the kernel's log says of fuse".to_owned(),
+                _ => "look for fuse in the kernel's log".to_owned(),
             },
         ),
     }
 }
 
-/// How this user gets to open a device.
+/// The fix that lets this user open a device.
 pub(super) fn give_access(device: &str) -> String {
     let uid = rustix::process::geteuid().as_raw();
     format!("setfacl -m u:{uid}:rw {device}; in a container, allow the device in its cgroup")

@@ -1,4 +1,4 @@
-//! What a probe found.
+//! Results of probes.
 
 use std::fmt::Write as _;
 
@@ -7,19 +7,19 @@ use serde::Serialize;
 
 use pagecast_command::{Output, harmless};
 
-/// How good it is.
+/// The status of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Status {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Works, but something that some need is missing or worse than it could be.
+    /// Forks can be served, but something optional is missing or weaker than it could be.
     Warn,
     /// Forks cannot be served like this.
     Fail,
 }
 
-/// One line of the result. What is not ok says what to do about it.
+/// One line of the result. It has a fix unless its status is ok.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Finding {
     check: &'static str,
@@ -63,7 +63,7 @@ impl Finding {
         self.status
     }
 
-    /// What a test compares.
+    /// The parts that tests compare.
     #[cfg(test)]
     pub(super) fn parts(&self) -> (Status, &str, &str) {
         (self.status, &self.found, self.fix.as_deref().unwrap_or_default())
@@ -88,7 +88,7 @@ impl Status {
     }
 }
 
-/// A line for each finding, its fix on the line below, and a last line that sums up.
+/// The findings, one a line, each fix on the line below, and a summary.
 pub(super) fn for_people(findings: &[Finding], output: Output) -> String {
     let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
     let mut text = String::new();
@@ -112,9 +112,9 @@ fn summary(findings: &[Finding], output: Output) -> String {
         (0, 0) => (Status::Ok, "this host can serve forks"),
         (0, _) => (
             Status::Warn,
-            "this host can serve forks; see whether the warnings concern you",
+            "this host can serve forks; see whether the warnings matter to you",
         ),
-        _ => (Status::Fail, "this host cannot serve forks until what failed is fixed"),
+        _ => (Status::Fail, "this host cannot serve forks until the failures are fixed"),
     };
     format!("{counts}: {}", output.styled(&status.style(), verdict))
 }
@@ -148,7 +148,7 @@ warn  hugepages  none \\u{1b}[2J free
 fail  kvm        missing
                  fix: load it
 
-1 ok, 1 warn, 1 fail: this host cannot serve forks until what failed is fixed
+1 ok, 1 warn, 1 fail: this host cannot serve forks until the failures are fixed
 "
         );
     }
@@ -156,7 +156,7 @@ fail  kvm        missing
     #[test]
     fn the_last_line_tells_warnings_from_nothing_to_say() {
         let all = findings();
-        assert!(shown(&all[..2]).ends_with("see whether the warnings concern you\n"));
+        assert!(shown(&all[..2]).ends_with("see whether the warnings matter to you\n"));
         assert!(shown(&all[..1]).ends_with("1 ok, 0 warn, 0 fail: this host can serve forks\n"));
     }
 

@@ -1,4 +1,4 @@
-//! Which Firecracker there is, and whether it can be served.
+//! The version of Firecracker, and whether its forks can be served.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::Command;
 use super::finding::Finding;
 use crate::firecracker::{Version, version};
 
-/// The first to tell a page server the size of its pages, without which a fork is refused.
+/// The first version that sends the page size to a page server. A fork without it is refused.
 const NEEDED: Version = Version(1, 7, 0);
 
 pub(super) fn probe(program: &Path) -> Finding {
@@ -17,7 +17,7 @@ pub(super) fn probe(program: &Path) -> Finding {
 fn judge(program: &Path, version: io::Result<Option<Version>>) -> Finding {
     let check = "firecracker";
     let shown = program.display();
-    let fix = "name the right one with --firecracker PATH, or install Firecracker 1.12 or newer";
+    let fix = "name the binary with --firecracker PATH, or install Firecracker 1.12 or newer";
     let version = match version {
         Ok(version) => version,
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -28,13 +28,13 @@ fn judge(program: &Path, version: io::Result<Option<Version>>) -> Finding {
     match version {
         None => Finding::warn(
             check,
-            format!("{shown} --version does not answer like a Firecracker"),
+            format!("{shown} --version does not answer like Firecracker"),
             fix,
         ),
         Some(version) if version < NEEDED => Finding::fail(
             check,
             format!(
-                "{shown} is {version}: it does not tell a page server the size of its pages, so its forks are refused"
+                "{shown} is {version}: it does not send the page size to a page server, so its forks are refused"
             ),
             format!("install Firecracker {NEEDED} or newer, or restore with its File backend"),
         ),

@@ -1,4 +1,4 @@
-//! The files in which the kernel says what it is and how it is set.
+//! Files in which the kernel shows its version and settings.
 
 use std::fs;
 use std::io;
@@ -6,31 +6,31 @@ use std::path::{Path, PathBuf};
 
 use super::finding::Finding;
 
-/// A host, seen through its files: those below `/`, or made up ones below a folder of a test.
+/// A host, seen through its files: those below `/`, or made-up ones below a folder of a test.
 #[derive(Debug)]
 pub(super) struct Host {
     root: PathBuf,
 }
 
 impl Host {
-    /// The one we are on.
+    /// This host.
     pub(super) fn this() -> Self {
         Self {
             root: PathBuf::from("/"),
         }
     }
 
-    /// Where this absolute path is.
+    /// The place of this absolute path.
     pub(super) fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
-    /// The text of a file, without white space around it.
+    /// The text of a file, trimmed.
     pub(super) fn text(&self, path: &str) -> io::Result<String> {
         Ok(fs::read_to_string(self.path(path))?.trim().to_owned())
     }
 
-    /// The number that is all there is in a file.
+    /// The number that a file consists of.
     pub(super) fn number(&self, path: &str) -> io::Result<u64> {
         let text = self.text(path)?;
         text.parse().map_err(|_| {
@@ -40,17 +40,17 @@ impl Host {
     }
 }
 
-/// What cannot be told, because this file does not say.
+/// The finding if this file cannot be read.
 pub(super) fn unknown(check: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Finding {
     let path = path.as_ref().display();
     Finding::warn(
         check,
         format!("cannot tell: {path}: {error}"),
-        format!("find out why {path} cannot be read: is /proc or /sys mounted, and may this user see it?"),
+        format!("make {path} readable: mount /proc or /sys, and let this user read it"),
     )
 }
 
-/// A host made up of these files.
+/// A host that consists of these files.
 #[cfg(test)]
 pub(super) fn made_up(files: &[(&str, &str)]) -> (Host, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();

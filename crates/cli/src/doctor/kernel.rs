@@ -1,4 +1,4 @@
-//! The kernel: its version, and handles on processes.
+//! The kernel: its version, and its pidfds.
 
 use pagecast_uffd::{Errno, PidFd};
 
@@ -7,19 +7,19 @@ use super::host::{Host, unknown};
 
 const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
 
-/// Major and minor.
+/// Major, minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Version(u32, u32);
 
-/// The first version with all that we cannot do without: `pidfd_open`, besides what came before it (`EVENT_REMOVE` in
-/// 4.11, `RWF_NOWAIT` for files in 4.14).
+/// The first version with all that pagecast needs: `pidfd_open`, and before that `EVENT_REMOVE` (4.11) and `RWF_NOWAIT`
+/// for files (4.14).
 const NEEDED: Version = Version(5, 3);
 
-/// What older versions lack that we have a way around.
+/// What is missing in older versions, each with a way around it.
 const BETTER: [(Version, &str); 3] = [
     (
         Version(6, 5),
-        "a VMM is known by its number and owner only (SO_PEERPIDFD: 6.5)",
+        "a VMM is known by its process ID and owner only (SO_PEERPIDFD: 6.5)",
     ),
     (
         Version(6, 10),
@@ -44,7 +44,7 @@ fn version(release: &str) -> Finding {
     let Some(version) = Version::parse(release) else {
         return Finding::warn(
             check,
-            format!("Linux of unknown version {release:?}"),
+            format!("Linux with the unknown version {release:?}"),
             format!("make sure that it is {NEEDED} or newer"),
         );
     };
@@ -52,9 +52,9 @@ fn version(release: &str) -> Finding {
         return Finding::fail(
             check,
             format!(
-                "Linux {release}: a VMM that cannot be served could not be killed for certain (pidfd_open: {NEEDED})"
+                "Linux {release}: a VMM that cannot be served cannot be killed by pidfd (pidfd_open: {NEEDED})"
             ),
-            format!("use Linux 6.13 or newer, {NEEDED} at least"),
+            format!("use Linux {NEEDED} at least, best 6.13 or newer"),
         );
     }
     let missing: Vec<&str> = BETTER
@@ -68,12 +68,12 @@ fn version(release: &str) -> Finding {
     Finding::warn(
         check,
         format!("Linux {release}: {}", missing.join("; ")),
-        "Linux 6.13 or newer has all of it; older ones do where VMMs are trusted and templates left alone",
+        "use Linux 6.13 or newer, unless you trust your VMMs and no process writes your templates",
     )
 }
 
 impl Version {
-    /// Of `6.1.0-18-amd64`, `6.18-rc1`, …
+    /// Parses `6.1.0-18-amd64`, `6.18-rc1`, …
     fn parse(release: &str) -> Option<Self> {
         let mut parts = release.split('.');
         let major = parts.next()?.parse().ok()?;
@@ -89,7 +89,7 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// A handle on ourselves, as the server takes one on each VMM.
+/// Opens a pidfd of this process, as the server opens one of each VMM.
 fn open_own() -> Result<(), Errno> {
     let own = rustix::process::getpid().as_raw_nonzero().get();
     PidFd::open(own)?.may_kill()
@@ -97,10 +97,10 @@ fn open_own() -> Result<(), Errno> {
 
 fn pidfd(opened: Result<(), Errno>) -> Finding {
     match opened {
-        Ok(()) => Finding::ok("pidfd", "processes can be held and killed for certain"),
+        Ok(()) => Finding::ok("pidfd", "VMMs can be watched and killed by pidfd"),
         Err(errno) => Finding::fail(
             "pidfd",
-            format!("no handle on a process: {errno}"),
+            format!("no pidfd can be opened: {errno}"),
             "allow pidfd_open and pidfd_send_signal (Linux 5.3): a seccomp profile of a container may forbid them",
         ),
     }

@@ -6,7 +6,7 @@ use super::host::{Host, unknown};
 const ENABLE: &str = "/proc/sys/fs/leases-enable";
 const BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
 
-/// Less than this, in seconds, is little to end the forks of a template in.
+/// Less time than this, in seconds, is short for ending the forks of a template.
 const SHORT: u64 = 10;
 
 pub(super) fn probe(host: &Host) -> [Finding; 2] {
@@ -18,7 +18,7 @@ fn enabled(host: &Host) -> Finding {
     match host.number(ENABLE) {
         Ok(0) => Finding::warn(
             check,
-            "fs.leases-enable is 0: a writer of a template cannot be held off, only noticed",
+            "fs.leases-enable is 0: writes to a template cannot be held off, only noticed",
             "sysctl -w fs.leases-enable=1",
         ),
         Ok(_) => Finding::ok(check, "files can be leased"),
@@ -29,13 +29,13 @@ fn enabled(host: &Host) -> Finding {
 fn break_time(host: &Host) -> Finding {
     let check = "lease_break_time";
     match host.number(BREAK_TIME) {
-        Ok(0) => Finding::ok(check, "a lease is never taken away"),
+        Ok(0) => Finding::ok(check, "the kernel never breaks a lease by force"),
         Ok(seconds) if seconds < SHORT => Finding::warn(
             check,
-            format!("a lease is taken away after {seconds} s: little time to let go of a template"),
+            format!("the kernel breaks a lease after {seconds} s: little time to end the forks of a template"),
             "sysctl -w fs.lease-break-time=45",
         ),
-        Ok(seconds) => Finding::ok(check, format!("a lease is taken away after {seconds} s")),
+        Ok(seconds) => Finding::ok(check, format!("the kernel breaks a lease after {seconds} s")),
         Err(error) => unknown(check, BREAK_TIME, &error),
     }
 }

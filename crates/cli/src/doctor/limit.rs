@@ -1,4 +1,4 @@
-//! How many things a process may have.
+//! Limits of a process: priority, file descriptors, mappings.
 
 use rustix::process::{Resource, Rlimit};
 
@@ -7,17 +7,17 @@ use super::host::{Host, unknown};
 
 const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
 
-/// File descriptors the server needs for itself: threads, templates, sockets.
+/// File descriptors that the server needs for itself: threads, templates, sockets.
 const OWN_FILES: u64 = 64;
-/// And for each fork: its userfaultfd, its socket, its pidfd.
+/// File descriptors that each fork needs: userfaultfd, socket, pidfd.
 const FILES_PER_FORK: u64 = 3;
-/// Fewer forks than this are warned of.
+/// A limit for fewer forks than this is a warning.
 const FORKS: u64 = 1000;
 
-/// The kernel's own default.
+/// The kernel's default.
 const USUAL_MAPS: u64 = 65_530;
 
-/// What a worker's nice value is lowered by while many things wait for it.
+/// How far the nice value of a busy worker is lowered.
 const RAISE: i32 = 10;
 
 pub(super) fn probe(host: &Host) -> [Finding; 3] {
@@ -25,7 +25,7 @@ pub(super) fn probe(host: &Host) -> [Finding; 3] {
     [files, max_map_count(host), priority(raise())]
 }
 
-/// Raises the priority of a thread that does nothing else.
+/// Raises the priority of a thread that ends right after that.
 fn raise() -> bool {
     let raised = std::thread::spawn(|| {
         let usual = rustix::process::getpriority_process(None)?;
@@ -39,12 +39,12 @@ fn priority(may_be_raised: bool) -> Finding {
     if may_be_raised {
         return Finding::ok(
             check,
-            "threads may be raised: many forks at once are served with few switches",
+            "threads may raise their priority: many forks at once are served with few context switches",
         );
     }
     Finding::warn(
         check,
-        "threads may not be raised: many forks at once are served a little slower",
+        "threads may not raise their priority: many forks at once are served a little slower",
         "start the server with CAP_SYS_NICE, or LimitNICE=-10 in a systemd unit",
     )
 }
@@ -74,7 +74,7 @@ fn max_map_count(host: &Host) -> Finding {
     match host.number(MAX_MAP_COUNT) {
         Ok(count) if count < USUAL_MAPS => Finding::warn(
             check,
-            format!("a process may have {count} mappings, fewer than usual: a VMM's memory may be cut into many"),
+            format!("a process may have {count} mappings, fewer than usual: a VMM may need many"),
             format!("sysctl -w vm.max_map_count={USUAL_MAPS}"),
         ),
         Ok(count) => Finding::ok(check, format!("a process may have {count} mappings")),

@@ -1,4 +1,4 @@
-//! Memory: how much there is, in what pages, and how freely the kernel promises it.
+//! Memory: its size, its huge pages, and the kernel's overcommit mode.
 
 use std::io;
 
@@ -12,7 +12,7 @@ const HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const THP: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
 
-/// Less than this is used up by a fork or two.
+/// A fork or two use up less memory than this.
 pub(super) const LITTLE: u64 = 512 << 20;
 
 pub(super) fn probe(host: &Host) -> [Finding; 4] {
@@ -34,13 +34,13 @@ fn memory(host: &Host) -> Finding {
         return Finding::warn(
             check,
             found,
-            "free memory, or add some: each fork takes the pages it touches (uffd) or writes (file)",
+            "free or add memory: each fork takes the pages it touches (uffd) or writes (file)",
         );
     }
     Finding::ok(check, found)
 }
 
-/// Bytes in the line `Name:  123 kB`.
+/// The number of bytes in the line `Name:  123 kB`.
 fn field(meminfo: &str, name: &str) -> Option<u64> {
     let value = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = value.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
@@ -75,7 +75,7 @@ fn hugepages(host: &Host) -> Finding {
         Err(finding) => return finding,
     };
     let may_be_added = overcommit.saturating_sub(surplus);
-    // What is reserved may be of either.
+    // Reserved pages may be of either kind.
     let added_left = may_be_added.saturating_sub(reserved.saturating_sub(free));
     let free = free.saturating_sub(reserved);
     let size = BinaryBytes(free.saturating_mul(2 << 20));
@@ -106,7 +106,7 @@ fn thp(host: &Host) -> Finding {
     match chosen(&text) {
         Some("always") => Finding::warn(
             check,
-            "transparent hugepages are always made: a fork that is complete may be given 2 MiB for each page it has",
+            "transparent hugepages are always used: a complete fork may get 2 MiB for each page it has",
             format!("echo madvise > {THP}"),
         ),
         Some(mode @ ("madvise" | "never")) => Finding::ok(check, format!("transparent hugepages: {mode}")),
@@ -128,7 +128,7 @@ fn overcommit(host: &Host) -> Finding {
         Ok(1) => Finding::ok(check, "vm.overcommit_memory is 1: nothing is refused"),
         Ok(2) => Finding::warn(
             check,
-            "vm.overcommit_memory is 2: each fork counts with all of its memory, whatever it shares or never touches",
+            "vm.overcommit_memory is 2: each fork counts with all of its memory, shared and untouched pages included",
             "sysctl -w vm.overcommit_memory=0",
         ),
         Ok(mode) => unknown(check, OVERCOMMIT, &io::Error::other(format!("{mode} is no known mode"))),

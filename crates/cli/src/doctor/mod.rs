@@ -1,7 +1,7 @@
-//! `pagecast doctor`: can this host do it, and what is missing.
+//! `pagecast doctor`: checks whether this host can serve forks.
 //!
-//! Each probe looks at one thing and makes one [`Finding`] of it. What it looks at and what it makes of that are apart,
-//! so that every outcome can be tested on any machine.
+//! Each probe looks at one thing and makes one [`Finding`] of it. Looking and judging are separate functions, so that
+//! every outcome can be tested on any machine.
 
 mod finding;
 
@@ -35,43 +35,42 @@ use clap::Args;
 use self::finding::{Finding, Status, for_people};
 use pagecast_command::Output;
 
-/// Check whether this host can serve forks, and say what is missing.
+/// Check whether this host can serve forks, and print how to fix what is missing.
 ///
-/// Run it as the user that the VMMs run as: it is they who create userfaultfds and open /dev/kvm. Nothing is changed on
-/// the host.
+/// Run it as the user of the VMMs, since they create userfaultfds and open /dev/kvm. Changes nothing on the host.
 #[derive(Args)]
 #[command(after_help = "\
 Each line is one of:
-  ok    as it should be
+  ok    no problem
   warn  works, but something optional is missing or weaker than it could be
-  fail  forks cannot be served like this
+  fail  forks cannot be served until this is fixed
 
-Below each line that is not ok stands what to do about it.
+A line that is not ok has its fix on the line below.
 
 Exit codes:
-  0  nothing failed; there may be warnings
+  0  no check failed; there may be warnings
   1  the result could not be printed
   2  wrong usage
-  4  something failed")]
+  4  a check failed")]
 pub(crate) struct Doctor {
     /// Print an array of {check, status, found, fix?} in JSON.
     #[arg(long)]
     json: bool,
 
-    /// The folder where the daemon will keep its state.
+    /// The run dir of the daemon.
     #[arg(long, value_name = "DIR", default_value = "/run/pagecast")]
     run_dir: PathBuf,
 
-    /// The Firecracker to ask for its version.
+    /// The Firecracker binary to check.
     #[arg(long, value_name = "PATH", default_value = "firecracker")]
     firecracker: PathBuf,
 }
 
-/// Something failed.
+/// Exit code if a check failed.
 const UNFIT: u8 = 4;
 
 impl Doctor {
-    /// Examines the host and prints what was found.
+    /// Checks the host and prints the findings.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let findings = self.examine();
         let output = Output::stdout();

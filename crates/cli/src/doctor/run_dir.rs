@@ -1,4 +1,4 @@
-//! The folder in which the daemon keeps its state.
+//! The run dir of the daemon.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,10 +12,10 @@ use super::finding::Finding;
 
 /// The longest path of a unix socket in bytes (`sun_path` of `unix(7)`, less its final zero).
 const LONGEST_SOCKET: usize = 107;
-/// The socket that will be in it.
+/// The socket in the run dir.
 const SOCKET: &str = "control.sock";
 
-/// What is at the path.
+/// What exists at the path.
 #[derive(Debug)]
 enum Place {
     Folder {
@@ -23,15 +23,15 @@ enum Place {
         mode: u32,
         /// Its owner.
         uid: u32,
-        /// Whether files can be made in it.
+        /// Whether this user can create files in it.
         writable: io::Result<()>,
     },
-    /// Nothing; it would have to be made in `parent`, the nearest folder there is.
+    /// The path does not exist. `parent` is the nearest folder that does.
     Missing {
         parent: PathBuf,
         writable: io::Result<()>,
     },
-    /// Anything else.
+    /// The path is no folder.
     NoFolder,
     Unknown(io::Error),
 }
@@ -49,7 +49,7 @@ fn look(path: &Path) -> Place {
             writable: writable(path),
         },
         Ok(_) => Place::NoFolder,
-        // A link that leads nowhere is in the way.
+        // A link to a missing file is in the way.
         Err(error) if error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_ok() => Place::NoFolder,
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let parent = nearest_folder(path);
@@ -68,13 +68,13 @@ fn nearest_folder(path: &Path) -> PathBuf {
     existing.unwrap_or(Path::new(".")).to_owned()
 }
 
-/// Whether this user can make files there: not on a file system that is mounted to be read only, for instance.
+/// Checks whether this user can create files there. Fails, for instance, on a file system mounted read-only.
 fn writable(folder: &Path) -> io::Result<()> {
     let access = Access::WRITE_OK | Access::EXEC_OK;
     Ok(rustix::fs::accessat(CWD, folder, access, AtFlags::EACCESS)?)
 }
 
-/// `own` is who we are.
+/// `own` is our user ID.
 fn finding(path: &Path, place: Place, own: u32) -> Finding {
     let check = "run_dir";
     let shown = path.display();
@@ -82,7 +82,7 @@ fn finding(path: &Path, place: Place, own: u32) -> Finding {
     if length > LONGEST_SOCKET {
         return Finding::fail(
             check,
-            format!("{shown}: the socket in it would have a path of {length} bytes, of {LONGEST_SOCKET} at most"),
+            format!("{shown}: the path of its socket would have {length} bytes, and the maximum is {LONGEST_SOCKET}"),
             "choose a shorter --run-dir",
         );
     }
@@ -97,11 +97,11 @@ fn finding(path: &Path, place: Place, own: u32) -> Finding {
         Place::Missing { parent, writable } => {
             let parent = parent.display();
             match writable {
-                Ok(()) => Finding::ok(check, format!("{shown} can be made in {parent}")),
+                Ok(()) => Finding::ok(check, format!("{shown} can be created in {parent}")),
                 Err(error) => Finding::fail(
                     check,
-                    format!("{shown} is missing and cannot be made in {parent}: {error}"),
-                    format!("make it as root (install -d -m 700 -o {own} {shown}), or {choose}"),
+                    format!("{shown} is missing and cannot be created in {parent}: {error}"),
+                    format!("create it as root (install -d -m 700 -o {own} {shown}), or {choose}"),
                 ),
             }
         }
@@ -109,20 +109,20 @@ fn finding(path: &Path, place: Place, own: u32) -> Finding {
             writable: Err(error), ..
         } => Finding::fail(
             check,
-            format!("{shown} cannot be written to: {error}"),
+            format!("{shown} is not writable: {error}"),
             format!("give it to this user (chown {own} {shown}), or {choose}"),
         ),
         Place::Folder { uid, .. } if uid != own => Finding::warn(
             check,
-            format!("{shown} belongs to the user {uid}, who can take away what is in it"),
+            format!("{shown} belongs to user {uid}, who can remove its files"),
             format!("chown {own} {shown}, or {choose}"),
         ),
         Place::Folder { mode, .. } if mode & 0o077 != 0 => Finding::warn(
             check,
-            format!("{shown} has mode {mode:o}: others can look into it"),
+            format!("{shown} has mode {mode:o}: other users can read it"),
             format!("chmod 700 {shown}"),
         ),
-        Place::Folder { .. } => Finding::ok(check, format!("{shown} can be written to")),
+        Place::Folder { .. } => Finding::ok(check, format!("{shown} is writable")),
     }
 }
 

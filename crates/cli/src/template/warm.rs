@@ -1,4 +1,4 @@
-//! `pagecast template warm`: a template in memory ahead of its forks.
+//! `pagecast template warm`: reads a template into memory before its forks need it.
 
 use std::time::Duration;
 
@@ -12,28 +12,28 @@ use crate::daemon::{DaemonError, EXIT_CODES};
 use pagecast_command::Output;
 use pagecast_command::progress::{Progress, Unit};
 
-/// How long until it is asked how far it is: at first, and at last. Small templates take a few milliseconds, and asking has
-/// the daemon measure its forks.
+/// Shortest and longest time between two looks at the progress. Small templates take a few milliseconds. Each look
+/// makes the daemon measure the memory of its forks.
 const PACE: Duration = Duration::from_millis(10);
 const LONGEST_PACE: Duration = Duration::from_millis(640);
 
-/// Bring a template into memory ahead of its forks, and wait until it is there.
+/// Read a template into the page cache before its forks need it, and wait until it is there.
 ///
-/// Forks with `file` map the page cache: what is there costs them no disk, and what is there in pages of 2 MiB one page fault
-/// for each of those. Reads the working set, or where none is known, all that is not zeros. What nobody uses the kernel may
-/// give up again, unless it is resident.
+/// Forks with `file` map the page cache: what is in it needs no disk, and a page of 2 MiB needs one page fault only.
+/// Reads the working set if one is known, else all pages that are not zeros. The kernel may evict unused pages, unless
+/// the template is resident.
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Warm {
-    /// Its name.
+    /// Name of the template.
     name: String,
 
-    /// Keep all that is not zeros in memory, also where memory is short, until it is taken back with --off or the template
-    /// is removed. A daemon that is started again keeps it again.
+    /// Lock all pages that are not zeros in memory, until --off or until the template is removed. A restarted daemon
+    /// locks them again.
     #[arg(long)]
     resident: bool,
 
-    /// Stop: nothing of it is kept in memory any more.
+    /// Unlock the template: nothing keeps it in memory any more.
     #[arg(long, conflicts_with = "resident")]
     off: bool,
 }
@@ -55,11 +55,11 @@ impl Warm {
             Some(warmth) if warmth.state == WarmthState::Failed => bail!(
                 "template {} is not in memory: {}",
                 self.name,
-                warmth.error.as_deref().unwrap_or("it is not said why")
+                warmth.error.as_deref().unwrap_or("no reason is given")
             ),
-            // Somebody else has taken it back meanwhile.
+            // Another client has turned it off meanwhile.
             None => bail!(
-                "template {} is no longer wanted in memory: somebody has asked for that",
+                "template {} is no longer kept in memory: another client turned that off",
                 self.name
             ),
             Some(_) => super::show(&template, json, output),
@@ -67,7 +67,7 @@ impl Warm {
     }
 }
 
-/// Waits until it is there, and shows how far it is.
+/// Waits until the template is in memory, and shows the progress.
 async fn wait(client: &Client, begun: Template) -> Result<Template> {
     let wanted = begun.warmth.as_ref().map_or(0, |warmth| warmth.wanted_bytes);
     let bar = Progress::bar("reading", wanted, Unit::Bytes);
@@ -84,7 +84,7 @@ async fn wait(client: &Client, begun: Template) -> Result<Template> {
     Ok(template)
 }
 
-/// How far a template is in memory, in a few words.
+/// The state of a template in memory, in a few words.
 pub(super) fn describe(warmth: &Warmth) -> String {
     let [wanted, read, huge, locked] = [
         warmth.wanted_bytes,
@@ -94,9 +94,9 @@ pub(super) fn describe(warmth: &Warmth) -> String {
     ]
     .map(BinaryBytes);
     let stays = if warmth.resident {
-        format!("{locked} kept there")
+        format!("{locked} locked")
     } else {
-        "the kernel may give it up".to_owned()
+        "the kernel may evict it".to_owned()
     };
     match (warmth.state, &warmth.error) {
         (WarmthState::Warming, _) => format!("{read} of {wanted} read so far"),

@@ -134,7 +134,7 @@ fn the_help_tells_options_and_exit_codes() {
         "[default: /run/pagecast]",
         "--firecracker",
         "Exit codes:",
-        "  4  something failed",
+        "  4  a check failed",
     ] {
         assert!(help.contains(part), "{part:?} is not in:\n{help}");
     }

@@ -167,7 +167,7 @@ fn a_template_is_brought_into_memory_kept_there_and_let_go() {
     daemon.add_template("base", file.path());
     let warm = daemon.prints(&["template", "warm", "base"]);
     assert!(warm.contains("in memory  4.00 MiB read, "), "{warm}");
-    assert!(warm.contains("the kernel may give it up\n"), "{warm}");
+    assert!(warm.contains("the kernel may evict it\n"), "{warm}");
     let resident = |table: &str| {
         table
             .lines()
