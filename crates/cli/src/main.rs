@@ -43,10 +43,10 @@ enum Command {
     Run(run::Run),
 }
 
-/// The exit code for anything that went wrong and has no code of its own.
+/// The exit code of errors that have no other.
 const FAILED: u8 = 1;
 
-/// The exit code of a server whose VMMs were killed at the second signal.
+/// The exit code of a server whose VMMs were killed at a second signal.
 const KILLED: u8 = 3;
 
 fn main() -> ExitCode {
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     code
 }
 
-/// The exit code, after saying what went wrong.
+/// Writes the error to stderr, if there is one, and returns the exit code.
 fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         stderr::write_line(format!("pagecast: {error:#}\n").as_bytes());

@@ -198,9 +198,9 @@ impl Display for Line<'_> {
                     "another process opens the template for writing: forks to complete first: {forks}"
                 )
             }
-            Self::Vacated => {
-                f.write_str("the template is opened for writing and no fork needs it: restart once the template is complete")
-            }
+            Self::Vacated => f.write_str(
+                "the template is opened for writing and no fork needs it: restart once the template is complete",
+            ),
             Self::NotVacated => f.write_str("some VMMs do not die, or the template cannot be read: still serving"),
             Self::Closed => f.write_str("closed"),
             Self::LinesDropped { lines } => {

@@ -2,18 +2,18 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | [`setup`] | what is looked at and made before anything is started |
-//! | [`firecracker`] | the binary, looked at before anything is started |
-//! | [`exec`] | processes that do not outlive us, however we end |
+//! | [`setup`] | checks and preparations before anything is started |
+//! | [`firecracker`] | checks of the Firecracker binary |
+//! | [`exec`] | child processes that the kernel kills when we end |
 //! | [`vmm`] | one Firecracker process |
-//! | [`drives`] | files that no two may write to |
+//! | [`drives`] | files that two microVMs would write to |
 //! | [`jail`] | Firecrackers that the jailer starts |
-//! | [`launch`] | one fork, from nothing to a guest that runs, and then to its end |
-//! | [`fleet`] | all forks, and their common end |
-//! | [`folder`] | the folder of a run, and those that dead runs left |
-//! | [`life`], [`interrupt`] | what ends a run early: the daemon's end, signals |
-//! | [`report`], [`table`], [`progress`] | what came of it, and how far it is |
-//! | [`train`] | one fork, to record what it touches first |
+//! | [`launch`] | one fork, from its creation to its end |
+//! | [`fleet`] | all forks of a run |
+//! | [`folder`] | the folder of a run, and the folders that killed runs left |
+//! | [`life`], [`interrupt`] | reasons for an early end: the daemon's end, signals |
+//! | [`report`], [`table`], [`progress`] | results and progress |
+//! | [`train`] | one fork, to record the pages that it touches first |
 
 mod advice;
 mod drives;
@@ -56,11 +56,11 @@ use crate::daemon::{DaemonArgs, DaemonError, block_on};
 use pagecast_command::Output;
 use pagecast_command::progress::{Progress, Unit};
 
-/// Start many real Firecrackers from one template, resume them all at once, and say what each took and costs.
+/// Start real Firecrackers from one template, resume all at once, and print the time and memory of each.
 ///
-/// Each runs in a folder of its own, with its API socket `api.sock`, its log, and what it prints. Afterwards all of it is
-/// gone: the Firecrackers, their folders, and their forks at the daemon; also after errors, signals and crashes. What a
-/// killed run has left is cleaned up by the next one.
+/// Each runs in a folder of its own, with its API socket `api.sock`, its log and its output. Afterwards the
+/// Firecrackers, their folders and their forks are removed, also after errors, signals and crashes. The next run
+/// removes what a killed run has left.
 #[derive(Args)]
 #[command(after_help = "\
 Exit codes:
@@ -72,19 +72,19 @@ Exit codes:
   5    some forks failed or died
   128  and the number of the signal that ended it, unless it only kept the forks")]
 pub(crate) struct Run {
-    /// The template, by its name at the daemon.
+    /// Name of the template.
     #[arg(long, value_name = "NAME")]
     template: String,
 
-    /// How many.
+    /// Number of forks.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
     count: u16,
 
-    /// Where their memory comes from [default: what the daemon chooses]
+    /// Backend for the forks' memory [default: chosen by the daemon]
     #[arg(long, value_parser = argument::backend())]
     backend: Option<Backend>,
 
-    /// Memory to install before each fork asks for it [default: the working set, where there is one]
+    /// Pages to install before each fork asks for them [default: the working set, if one is known]
     #[arg(long, value_parser = argument::prefault())]
     prefault: Option<Prefault>,
 
@@ -104,10 +104,10 @@ pub(crate) struct Run {
 }
 
 const SOME_FAILED: u8 = 5;
-/// What shells add to the number of a signal that ended a program.
+/// Shells add this to the number of the signal that ended a program.
 const SIGNALLED: u8 = 128;
 
-/// Why a run ends before its time.
+/// Reasons for an early end.
 #[derive(Debug)]
 enum Stopped {
     Signal(u8),
@@ -115,7 +115,7 @@ enum Stopped {
     SharedDrive(SharedDrive),
 }
 
-/// A run that has begun.
+/// A running `pagecast run`.
 struct Conductor<'a> {
     fleet: &'a mut Fleet,
     report: &'a mut Report,
@@ -124,13 +124,13 @@ struct Conductor<'a> {
 }
 
 impl Run {
-    /// Starts them, and ends them.
+    /// Starts the forks, waits for their end, and cleans up.
     pub(crate) fn run(self) -> Result<ExitCode> {
         block_on(self.play())
     }
 
     async fn play(self) -> Result<ExitCode> {
-        // Each Firecracker takes a few.
+        // Each Firecracker takes a few file descriptors.
         crate::fd_limit::raise();
         start_saying();
         let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
@@ -151,7 +151,7 @@ impl Run {
             daemon: &daemon,
         };
         let conducted = catching_panics(self.conduct(conductor)).await;
-        // Signals are heard, and not heeded any more.
+        // Signals are caught from here on, and ignored.
         let problems = fleet.end().await;
         for problem in &problems {
             say(problem);
@@ -197,7 +197,7 @@ impl Run {
         Output::stdout().print(&self.text(report)?)
     }
 
-    /// Prints on a thread of its own: while the forks run, nothing may wait for the reader of the output.
+    /// Prints on a thread of its own: the run must not wait for the reader of its output.
     fn print_beside(&self, report: &Report) -> Result<oneshot::Receiver<Result<()>>> {
         let text = self.text(report)?;
         let (printed, is_printed) = oneshot::channel();
@@ -219,7 +219,7 @@ impl Run {
 }
 
 impl Conductor<'_> {
-    /// Starts and forks all, and measures their memory; how long it took once all had started.
+    /// Starts and forks all, and measures their memory. Returns the time from the first fork to the last resumption.
     async fn resume_all(&mut self) -> Result<Duration, Stopped> {
         self.until_all("starting", |state| state > State::Starting).await?;
         let started = Instant::now();
@@ -234,7 +234,7 @@ impl Conductor<'_> {
             Ok(forks) => self.report.measure(forks),
             Err(error) => {
                 let error = anyhow::Error::from(DaemonError::from(error));
-                say(&format!("what the forks cost is not known: {error:#}"));
+                say(&format!("the memory of the forks is not known: {error:#}"));
             }
         }
         while let Some(event) = self.fleet.event_so_far() {
@@ -243,7 +243,7 @@ impl Conductor<'_> {
         Ok(took)
     }
 
-    /// Waits until each fork has come as far as that, or ended.
+    /// Waits until `done` holds for each fork. Ended forks count as done.
     async fn until_all(&mut self, what: &'static str, done: fn(State) -> bool) -> Result<(), Stopped> {
         let progress = Progress::bar(what, self.report.forks.len() as u64, Unit::Things("forks"));
         loop {
@@ -259,13 +259,14 @@ impl Conductor<'_> {
             };
             match event {
                 Some(event) => self.turn(event),
-                // All have ended, so all have told.
+                // All forks have ended and reported it.
                 None => return Ok(()),
             }
         }
     }
 
-    /// Holds them until a signal comes or the last has ended, and says who ends meanwhile; that may be the daemon.
+    /// Waits for a signal or the end of the last fork. Reports each fork that ends meanwhile, and the end of the
+    /// daemon.
     ///
     /// # Errors
     ///
@@ -285,7 +286,7 @@ impl Conductor<'_> {
                 }
                 () = self.daemon.ended(), if stopped.is_none() => {
                     stopped = Some(Stopped::DaemonEnded);
-                    say("the daemon has ended: where it has not completed them, forks with `uffd` stand still");
+                    say("the daemon has ended: forks with `uffd` that it has not completed stand still");
                 }
                 event = self.fleet.event() => {
                     let Some(event) = event else {
@@ -323,7 +324,7 @@ impl Conductor<'_> {
     }
 }
 
-/// What is said of a run that was stopped, after which everything was cleaned up, or not.
+/// The result of a run that was stopped, after the cleanup. `clean` is `true` if that succeeded.
 fn stopped(early: Stopped, clean: bool) -> Result<ExitCode> {
     match early {
         Stopped::Signal(signal) if clean => Ok(ended_by(signal)),
@@ -334,6 +335,6 @@ fn stopped(early: Stopped, clean: bool) -> Result<ExitCode> {
 }
 
 fn ended_by(signal: u8) -> ExitCode {
-    say("interrupted: nothing is left of the run");
+    say("interrupted: the run was cleaned up");
     ExitCode::from(SIGNALLED.saturating_add(signal))
 }

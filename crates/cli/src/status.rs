@@ -1,4 +1,4 @@
-//! `pagecast status`: the daemon on one screen.
+//! `pagecast status`: the daemon, its templates and its forks.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ use crate::facts::Facts;
 use crate::template;
 use pagecast_command::{Column, Output};
 
-/// Show the daemon, its templates, and its forks by template, backend and state, with what they cost.
+/// Show the daemon, its templates, and the number and memory of its forks by template, backend and state.
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct Status {
@@ -28,7 +28,7 @@ pub(crate) struct Status {
     daemon: DaemonArgs,
 }
 
-/// All that is shown.
+/// The data to print.
 #[derive(Serialize)]
 struct Shown {
     daemon: Health,
@@ -36,14 +36,14 @@ struct Shown {
     forks: Vec<Group>,
 }
 
-/// Forks that have these in common, and what they cost together, in bytes.
+/// Forks with the same template, backend and state, and their memory in bytes.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Group {
     template: String,
     backend: Backend,
     state: ForkState,
     forks: u64,
-    /// How many of them were measured; what follows is of those.
+    /// Number of forks that were measured. The fields below are their sums.
     measured: u64,
     pss: u64,
     private: u64,
@@ -61,7 +61,7 @@ const COLUMNS: [Column; 7] = [
 ];
 
 impl Status {
-    /// Asks and prints.
+    /// Calls the daemon and prints its answers.
     pub(crate) fn run(self) -> Result<ExitCode> {
         let client = self.daemon.client();
         let shown = block_on(async {
@@ -100,7 +100,7 @@ impl Shown {
         if let Some(rss) = rss_bytes {
             let locked = |template: &Template| template.warmth.as_ref().map_or(0, |warmth| warmth.locked_bytes);
             facts.add(
-                "its memory",
+                "memory",
                 match self.templates.iter().map(locked).sum() {
                     0 => BinaryBytes(*rss).to_string(),
                     resident => format!(
@@ -122,7 +122,7 @@ impl Shown {
         facts.add("forks", forks);
         if measured > 0 {
             facts.add(
-                "their memory",
+                "fork memory",
                 format!(
                     "{pss} PSS, {private} of it private; without sharing it would be {unshared} ({measured} of {forks} forks measured)"
                 ),

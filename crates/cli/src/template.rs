@@ -45,7 +45,7 @@ enum TemplateCommand {
     Train(Train),
 }
 
-/// Add a template, or find that the same is there already.
+/// Add a template. Succeeds if the same template exists.
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Add {
@@ -60,12 +60,12 @@ struct Add {
     #[arg(long, value_name = "PATH")]
     vmstate: Option<PathBuf>,
 
-    /// The page size of the guests [default: what the state file says, else 4K]
+    /// Page size of the guests [default: the one in the state file, else 4K]
     #[arg(long, value_parser = argument::page_size())]
     page_size: Option<u64>,
 
-    /// How the memory file is protected from being written, until the template is removed [default: as the daemon is
-    /// configured]
+    /// Protection of the memory file against writes, until the template is removed [default: set in the daemon's
+    /// configuration]
     #[arg(long, value_parser = protection())]
     protect: Option<Protection>,
 }
@@ -79,15 +79,15 @@ struct List {}
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Show {
-    /// Its name.
+    /// Name of the template.
     name: String,
 }
 
-/// Remove a template that has no forks; its files stay.
+/// Remove a template that has no forks. Its files stay.
 #[derive(Args)]
 #[command(after_help = EXIT_CODES)]
 struct Remove {
-    /// Its name.
+    /// Name of the template.
     name: String,
 }
 
@@ -104,7 +104,7 @@ pub(crate) const COLUMNS: [Column; 9] = [
 ];
 
 impl TemplateArgs {
-    /// Does it, and prints what the daemon answers.
+    /// Calls the daemon and prints its answer.
     pub(crate) fn run(self) -> Result<ExitCode> {
         block_on(self.call())
     }
@@ -159,12 +159,12 @@ fn protection() -> impl TypedValueParser<Value = Protection> {
     })
 }
 
-/// The daemon has another current folder.
+/// Makes a path absolute, since the daemon has another current folder.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("cannot make {} absolute", path.display()))
 }
 
-/// A template as a line of a table with [`COLUMNS`].
+/// The template as a row of a table with [`COLUMNS`].
 pub(crate) fn row(template: &Template) -> Vec<Cell> {
     let (state, colour) = match template.state {
         TemplateState::Ready => ("ready", Color::Green),
@@ -227,8 +227,8 @@ pub(crate) fn show(template: &Template, json: bool, output: Output) -> Result<()
     );
     facts.add("page size", BinaryBytes(template.page_size));
     let guard = match template.guard {
-        Guard::Lease => "writers wait until its forks have stopped",
-        Guard::Watch => "changes are noticed once they have happened",
+        Guard::Lease => "writers wait until its forks have ended",
+        Guard::Watch => "changes are noticed after the write",
     };
     let protection = match template.protect {
         Protection::None => "not protected",

@@ -114,7 +114,10 @@ fn summary(findings: &[Finding], output: Output) -> String {
             Status::Warn,
             "this host can serve forks; see whether the warnings matter to you",
         ),
-        _ => (Status::Fail, "this host cannot serve forks until the failures are fixed"),
+        _ => (
+            Status::Fail,
+            "this host cannot serve forks until the failures are fixed",
+        ),
     };
     format!("{counts}: {}", output.styled(&status.style(), verdict))
 }

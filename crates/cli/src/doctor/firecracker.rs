@@ -33,9 +33,7 @@ fn judge(program: &Path, version: io::Result<Option<Version>>) -> Finding {
         ),
         Some(version) if version < NEEDED => Finding::fail(
             check,
-            format!(
-                "{shown} is {version}: it does not send the page size to a page server, so its forks are refused"
-            ),
+            format!("{shown} is {version}: it does not send the page size to a page server, so its forks are refused"),
             format!("install Firecracker {NEEDED} or newer, or restore with its File backend"),
         ),
         Some(version) => Finding::ok(check, format!("{shown} is {version}")),

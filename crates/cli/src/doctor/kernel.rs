@@ -51,9 +51,7 @@ fn version(release: &str) -> Finding {
     if version < NEEDED {
         return Finding::fail(
             check,
-            format!(
-                "Linux {release}: a VMM that cannot be served cannot be killed by pidfd (pidfd_open: {NEEDED})"
-            ),
+            format!("Linux {release}: a VMM that cannot be served cannot be killed by pidfd (pidfd_open: {NEEDED})"),
             format!("use Linux {NEEDED} at least, best 6.13 or newer"),
         );
     }

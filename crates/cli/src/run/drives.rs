@@ -1,7 +1,7 @@
 //! Files that microVMs have open for writing, and that no two of them may share.
 //!
-//! A snapshot says which files its drives are. A microVM that is restored from it opens the same files, so many microVMs of
-//! one snapshot write to one file system, each with a cache of its own: that corrupts it.
+//! A snapshot names the files of its drives. Each microVM that is restored from it opens the same files. If two write
+//! to one file system, each with a cache of its own, they corrupt it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -15,30 +15,30 @@ use rustix::process::getpid;
 
 use pagecast_command::harmless;
 
-/// How many users of a file an error names.
+/// Number of writers that an error names.
 const NAMED: usize = 3;
 
-/// What tells a file from all others.
+/// The identity of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum FileId {
     /// A regular file.
     Regular {
-        /// The device that it is on.
+        /// Number of its device.
         device: u64,
-        /// Its inode there.
+        /// Number of its inode.
         inode: u64,
     },
-    /// A block device, whatever its name.
+    /// A block device, under any name.
     Block {
-        /// Its number.
+        /// Number of the device.
         device: u64,
     },
 }
 
-/// The files that a process has open for writing, each with the path by which it was opened.
+/// The files that a process has open for writing, each with the path that it was opened by.
 pub(crate) type WritableFiles = BTreeMap<FileId, PathBuf>;
 
-/// A microVM that has loaded its snapshot, and waits.
+/// A microVM that has loaded its snapshot and is paused.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     pub(crate) id: String,
@@ -46,7 +46,7 @@ pub(crate) struct Loaded {
     pub(crate) writable: WritableFiles,
 }
 
-/// A file that would have more than one writer.
+/// A file that more than one microVM would write to.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "no microVM was resumed: {} is open for writing in {}, and a file system that two write to is corrupted. Give each microVM a \
@@ -57,7 +57,7 @@ pub(crate) struct Loaded {
 )]
 pub(crate) struct SharedDrive {
     path: PathBuf,
-    /// Two or more.
+    /// Names of the writers, two at least.
     writers: Vec<String>,
 }
 
@@ -73,7 +73,7 @@ fn named(all: &[String]) -> String {
 ///
 /// # Errors
 ///
-/// There is no such process, or it is not ours to look at.
+/// There is no such process, or this user may not look into it.
 pub(crate) fn open_for_writing(pid: i32) -> io::Result<WritableFiles> {
     let mut files = WritableFiles::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -91,10 +91,10 @@ pub(crate) fn open_for_writing(pid: i32) -> io::Result<WritableFiles> {
     Ok(files)
 }
 
-/// The file behind one file descriptor, if it can be written by that.
+/// The file behind a file descriptor, if the descriptor is open for writing.
 fn writable_file(pid: i32, link: &Path, number: &OsString) -> io::Result<Option<(FileId, PathBuf)>> {
     let path = fs::read_link(link)?;
-    // All of a kind share one inode, which is no file.
+    // All files of such a kind share one inode.
     if path.as_os_str().as_bytes().starts_with(b"anon_inode:") {
         return Ok(None);
     }
@@ -102,11 +102,12 @@ fn writable_file(pid: i32, link: &Path, number: &OsString) -> io::Result<Option<
         return Ok(None);
     };
     let info = fs::read(Path::new("/proc").join(pid.to_string()).join("fdinfo").join(number))?;
-    let flags = flags(&info).ok_or_else(|| io::Error::other("the kernel does not say how a file is open"))?;
+    let flags =
+        flags(&info).ok_or_else(|| io::Error::other("the kernel does not show the flags of a file descriptor"))?;
     Ok(is_writable(flags).then_some((id, path)))
 }
 
-/// The flags in what `/proc/PID/fdinfo/N` says, see `proc_pid_fdinfo(5)`.
+/// The flags in the text of `/proc/PID/fdinfo/N`, see `proc_pid_fdinfo(5)`.
 fn flags(info: &[u8]) -> Option<OFlags> {
     let line = info
         .split(|&byte| byte == b'\n')
@@ -116,13 +117,13 @@ fn flags(info: &[u8]) -> Option<OFlags> {
 }
 
 fn is_writable(flags: OFlags) -> bool {
-    // A number, not a set of flags: 0 is for reading only.
+    // The access mode is a number, not a set of flags: 0 is read-only.
     let mode = flags & OFlags::RWMODE;
     (mode == OFlags::WRONLY || mode == OFlags::RDWR) && !flags.contains(OFlags::PATH)
 }
 
 impl FileId {
-    /// None for what is neither a regular file nor a block device.
+    /// `None` if it is neither a regular file nor a block device.
     fn of(stat: &Stat) -> Option<Self> {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Some(Self::Regular {
@@ -135,12 +136,12 @@ impl FileId {
     }
 }
 
-/// Looks for a file that two of these microVMs have open for writing, or that another process of this host has open too, as
-/// far as it is ours to look at.
+/// Looks for a file that two of these microVMs, or one of them and another process, have open for writing. Processes
+/// that this user may not look into are left out.
 ///
 /// # Errors
 ///
-/// [`SharedDrive`], the first that is found.
+/// [`SharedDrive`] for the first such file.
 pub(crate) fn refuse_shared(loaded: &[Loaded]) -> Result<(), SharedDrive> {
     let mut users: BTreeMap<FileId, (&Path, Vec<String>)> = BTreeMap::new();
     for vm in loaded {
@@ -149,7 +150,7 @@ pub(crate) fn refuse_shared(loaded: &[Loaded]) -> Result<(), SharedDrive> {
             writers.push(vm.id.clone());
         }
     }
-    // Looking at all processes takes a while on a large host, and most snapshots have no such drive.
+    // Looking at all processes takes long on a large host, and most snapshots have no writable drive.
     if !users.is_empty() && users.values().all(|(_, writers)| writers.len() == 1) {
         let ours = loaded.iter().map(|vm| vm.pid).collect();
         for (pid, files) in others(&ours) {
@@ -169,7 +170,8 @@ pub(crate) fn refuse_shared(loaded: &[Loaded]) -> Result<(), SharedDrive> {
     }
 }
 
-/// What all other processes have open for writing. Those that end meanwhile or are not ours to look at are left out.
+/// The files that all other processes have open for writing. Left out: processes that end meanwhile, and those that
+/// this user may not look into.
 fn others(ours: &BTreeSet<i32>) -> impl Iterator<Item = (i32, WritableFiles)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

@@ -1,4 +1,4 @@
-//! The Firecracker to run, looked at before anything is started.
+//! The Firecracker binary, checked before anything is started.
 
 use std::ffi::OsStr;
 use std::io;
@@ -9,18 +9,18 @@ use rustix::fs::{Access, access};
 use super::exec;
 use crate::firecracker::{Version, version};
 
-/// A Firecracker that runs here.
+/// A Firecracker that runs on this host.
 #[derive(Clone, Debug)]
 pub(crate) struct Firecracker {
-    /// Where it is, absolute.
+    /// Absolute path.
     pub(crate) path: PathBuf,
     pub(crate) version: Version,
 }
 
-/// Why there is none.
+/// Why there is no usable Firecracker.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FirecrackerError {
-    #[error("there is no `firecracker` on PATH: install it, or say where it is with --firecracker")]
+    #[error("there is no `firecracker` on PATH: install it, or name it with --firecracker")]
     NotOnPath,
     #[error("there is no Firecracker at {}", path.display())]
     Missing {
@@ -30,22 +30,22 @@ pub(crate) enum FirecrackerError {
     },
     #[error("{} is not a file that this user may execute", path.display())]
     NotExecutable { path: PathBuf },
-    #[error("{} does not run, or does not tell its version", path.display())]
+    #[error("{} does not run, or does not print its version", path.display())]
     Silent {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("{} is not Firecracker: it does not answer `--version` like one", path.display())]
+    #[error("{} is not Firecracker: `--version` prints another name", path.display())]
     NotFirecracker { path: PathBuf },
 }
 
 impl Firecracker {
-    /// The one that is asked for, or else the first on `PATH`.
+    /// Finds the named binary, or else the first on `PATH`.
     ///
     /// # Errors
     ///
-    /// [`FirecrackerError`], where it is missing, cannot be run or is something else.
+    /// [`FirecrackerError`]: it is missing, cannot be run, or is another program.
     pub(crate) fn find(asked_for: Option<&Path>) -> Result<Self, FirecrackerError> {
         let path = match asked_for {
             Some(path) => path.to_owned(),
@@ -53,7 +53,7 @@ impl Firecracker {
                 .and_then(|paths| on_path(&paths))
                 .ok_or(FirecrackerError::NotOnPath)?,
         };
-        // Each is started in a folder of its own.
+        // Each Firecracker is started in a folder of its own.
         let path = path
             .canonicalize()
             .map_err(|source| FirecrackerError::Missing { path, source })?;

@@ -1,4 +1,4 @@
-//! All forks of a run, and their common end.
+//! All forks of a run.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use super::forget::forget;
 use super::launch::{Event, Launch, Registered, Stage, Turn};
 use super::plan::Plan;
 
-/// How long Firecrackers may take to end, and again the daemon to forget their forks.
+/// Time for Firecrackers to end, and again for the daemon to forget their forks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The forks of a run. Whoever has one ends it, whatever happens: see [`end`](Self::end).
+/// The forks of a run. Must be ended in any case: see [`end`](Self::end).
 #[derive(Debug)]
 pub(crate) struct Fleet {
     plan: Arc<Plan>,
@@ -27,12 +27,12 @@ pub(crate) struct Fleet {
     lives: JoinSet<(usize, Registered)>,
     stage: watch::Sender<Stage>,
     events: mpsc::UnboundedReceiver<Event>,
-    /// Those that have told of it.
+    /// MicroVMs that have loaded their snapshot.
     loaded: Vec<Loaded>,
 }
 
 impl Fleet {
-    /// Begins to start so many Firecrackers, all at once.
+    /// Starts `count` Firecrackers at once.
     pub(crate) fn start(plan: Plan, folder: RunFolder, count: u16) -> Self {
         let plan = Arc::new(plan);
         let (stage, stages) = watch::channel(Stage::Start);
@@ -62,7 +62,7 @@ impl Fleet {
         }
     }
 
-    /// The ids of the forks, in order of their numbers.
+    /// The IDs of the forks, in the order of their numbers.
     pub(crate) fn ids(&self) -> &[String] {
         &self.ids
     }
@@ -75,29 +75,29 @@ impl Fleet {
         &self.folder
     }
 
-    /// Lets those that have started become forks, and load.
+    /// Lets started Firecrackers create their forks and load.
     pub(crate) fn fork(&self) {
         self.stage.send_replace(Stage::Fork);
     }
 
-    /// Lets those that have loaded resume. Call it once all have loaded, or failed.
+    /// Lets loaded forks resume. Call it once each has loaded or failed.
     ///
     /// # Errors
     ///
-    /// They share a drive that they would write to. None is resumed then.
+    /// Two forks would write to one drive. None is resumed then.
     pub(crate) fn resume(&self) -> Result<(), SharedDrive> {
         refuse_shared(&self.loaded)?;
         self.stage.send_replace(Stage::Resume);
         Ok(())
     }
 
-    /// The next event, if there is one already.
+    /// The next event, if one has already come.
     pub(crate) fn event_so_far(&mut self) -> Option<Event> {
         let event = self.events.try_recv().ok()?;
         Some(self.noted(event))
     }
 
-    /// The next event; none once all forks have ended. May be dropped and called again.
+    /// Waits for the next event. `None` once all forks have ended. Cancel safe.
     pub(crate) async fn event(&mut self) -> Option<Event> {
         let event = self.events.recv().await?;
         Some(self.noted(event))
@@ -110,14 +110,14 @@ impl Fleet {
         event
     }
 
-    /// Ends all that is left: kills every Firecracker, has the daemon forget the forks, removes the folder. What could not
-    /// be done is returned, a line each.
+    /// Kills every Firecracker, has the daemon forget the forks, and removes the folder. Returns the problems, one a
+    /// line.
     pub(crate) async fn end(mut self) -> Vec<String> {
         self.stage.send_replace(Stage::End);
         let mut ids: Vec<_> = self.ids.iter().cloned().map(Some).collect();
         let drained = tokio::time::timeout(PATIENCE, async {
             while let Some(life) = self.lives.join_next().await {
-                // Of one that panicked we know nothing, so its id stays.
+                // If the task of a fork panicked, its state is unknown, so its ID stays.
                 if let Ok((number, Registered::No)) = life
                     && let Some(id) = ids.get_mut(number)
                 {
@@ -129,16 +129,13 @@ impl Fleet {
         if drained.await.is_err() {
             problems.push(format!("some Firecrackers have not ended within {PATIENCE:?}"));
         }
-        // Drops what they hold: their Firecrackers are killed, if they are not dead yet.
+        // Kills the Firecrackers that are still alive, by dropping them.
         self.lives.shutdown().await;
         let remembered = forget(&self.plan.client, ids.into_iter().flatten()).await;
         let path = self.folder.path().to_owned();
         if !remembered.is_empty() {
             problems.extend(remembered);
-            problems.push(format!(
-                "the next run tries it again, for which {} stays",
-                path.display()
-            ));
+            problems.push(format!("{} is kept: the next run tries again", path.display()));
             self.folder.leave();
         } else if let Err(error) = self.folder.remove() {
             problems.push(format!("cannot remove {}: {error}", path.display()));

@@ -1,4 +1,4 @@
-//! The folder of a run, and those that dead runs left.
+//! The folder of a run, and the folders that killed runs left.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,40 +14,40 @@ use tempfile::TempDir;
 
 use super::jail::UFFD_SOCKET;
 
-/// How the names of all such folders begin.
+/// Prefix of the names of all such folders.
 const PREFIX: &str = "pagecast-run-";
-/// In each: whose forks its sub-folders are named for.
+/// Name of the file in each folder that says which daemon has the forks.
 const RECORD: &str = "run.json";
 /// Longest path of a unix socket in bytes, see `unix(7)`.
 const LONGEST_SOCKET: usize = 107;
-/// How often a folder is made anew, where somebody takes it for a left one.
+/// Attempts to create a folder, if another run takes it for an abandoned one.
 const ATTEMPTS: usize = 5;
 
-/// The folder of a living run, removed when dropped. In it, each microVM has a folder of its own, named as its fork.
+/// The folder of a running run, removed when dropped. Each microVM has a sub-folder, named after its fork.
 ///
-/// It is locked as long as we live, so that others can tell that we do.
+/// It is locked while we live, so that other runs do not remove it.
 #[derive(Debug)]
 pub(crate) struct RunFolder {
     folder: TempDir,
-    /// The middle of the ids.
+    /// The middle part of the IDs.
     tag: String,
-    /// Where the folders of the microVMs are.
+    /// The parent of the microVMs' folders.
     of_forks: PathBuf,
     _lock: File,
 }
 
-/// What is in the record.
+/// The content of the record.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
     /// The control socket of the daemon.
     socket: PathBuf,
-    /// The name of the folder in it that the jails are in, if there are jails.
+    /// Name of the sub-folder with the jails, if there are jails.
     #[serde(default)]
     jails: Option<PathBuf>,
 }
 
 impl Record {
-    /// Where the folders of the forks are in the folder of the run.
+    /// The parent of the forks' folders in the folder of a run.
     fn of_forks(&self, run: &Path) -> PathBuf {
         match &self.jails {
             Some(jails) => run.join(jails),
@@ -56,10 +56,10 @@ impl Record {
     }
 }
 
-/// Why there is no folder.
+/// Why no folder could be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FolderError {
-    #[error("cannot make a folder in {}: say with --dir where there can be one", base.display())]
+    #[error("cannot create a folder in {}: name another one with --dir", base.display())]
     Make {
         base: PathBuf,
         #[source]
@@ -73,8 +73,8 @@ pub(crate) enum FolderError {
 }
 
 impl RunFolder {
-    /// A new folder in `base`, for the forks of the daemon at `socket`. They are jailed in its sub-folder `jails`, if that is
-    /// given.
+    /// Creates a folder in `base`, for the forks of the daemon at `socket`. If `jails` is given, the forks are jailed
+    /// in that sub-folder.
     ///
     /// # Errors
     ///
@@ -89,12 +89,12 @@ impl RunFolder {
         let folder = loop {
             attempts += 1;
             match Self::try_create(&base, socket, jails) {
-                // Another run took it for the rest of a dead one between its creation and its lock.
+                // Another run took it for an abandoned one, between its creation and its lock.
                 Err(error) if error.kind() == ErrorKind::NotFound && base.is_dir() && attempts < ATTEMPTS => {}
                 made => break made.map_err(failed)?,
             }
         };
-        // The longest that can be: ids end with a number.
+        // The longest ID: IDs end with a number.
         let mut longest = folder.of_fork(&folder.id(u16::MAX.into(), 5));
         match jails {
             Some(_) => longest.extend(["root", UFFD_SOCKET]),
@@ -137,12 +137,12 @@ impl RunFolder {
         self.folder.path()
     }
 
-    /// The id of a fork of this run, its number written with so many digits.
+    /// The ID of a fork of this run. Its number is written with `digits` digits.
     pub(crate) fn id(&self, number: u32, digits: usize) -> String {
         format!("run-{}-{number:0digits$}", self.tag)
     }
 
-    /// Removes it with all that is in it: the processes in its jails, their cgroups, and all files.
+    /// Removes the folder, the processes in its jails, and their cgroups.
     ///
     /// # Errors
     ///
@@ -153,13 +153,13 @@ impl RunFolder {
         self.folder.close()
     }
 
-    /// Leaves it, as if we had been killed.
+    /// Leaves the folder to the next run, as if we had been killed.
     pub(crate) fn leave(self) -> PathBuf {
         self.folder.keep()
     }
 }
 
-/// What a run left that was killed. Nobody else cleans it up as long as this lives.
+/// The folder of a run that was killed. Locked while this lives, so that no other run cleans it up.
 #[derive(Debug)]
 pub(crate) struct LeftFolder {
     path: PathBuf,
@@ -167,7 +167,7 @@ pub(crate) struct LeftFolder {
 }
 
 impl LeftFolder {
-    /// Those in `base` that are ours: nobody else's is touched.
+    /// The abandoned folders in `base` that this user owns.
     pub(crate) fn find(base: &Path) -> Vec<Self> {
         let entries = fs::read_dir(base).into_iter().flatten().flatten();
         entries
@@ -187,7 +187,7 @@ impl LeftFolder {
         Some(Self { path, _lock: folder })
     }
 
-    /// The daemon's control socket, if it got as far as that.
+    /// The daemon's control socket, if the run had recorded it.
     pub(crate) fn socket(&self) -> Option<PathBuf> {
         Some(self.record()?.socket)
     }
@@ -197,7 +197,7 @@ impl LeftFolder {
         serde_json::from_slice(&record).ok()
     }
 
-    /// The ids of its forks.
+    /// The IDs of its forks.
     pub(crate) fn ids(&self) -> Vec<String> {
         let folder = self.record().unwrap_or_default().of_forks(&self.path);
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
@@ -207,11 +207,11 @@ impl LeftFolder {
             .collect()
     }
 
-    /// Ends the Firecrackers that are left: those that were jailed live on when the run is killed.
+    /// Kills the jailed Firecrackers that are left. They survive the end of their run.
     ///
     /// # Errors
     ///
-    /// They do not end.
+    /// Some do not end.
     pub(crate) fn end_jailed(&self) -> io::Result<()> {
         match self.record().and_then(|record| record.jails) {
             Some(jails) => kill_jailed(&self.path.join(jails)),
@@ -219,7 +219,7 @@ impl LeftFolder {
         }
     }
 
-    /// Removes it with all that is in it, and the cgroups of the run.
+    /// Removes the folder and the cgroups of its run.
     ///
     /// # Errors
     ///

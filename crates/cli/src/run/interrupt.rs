@@ -1,16 +1,16 @@
-//! The signals that ask us to end.
+//! Signals that ask for the end of a run.
 
 use std::io;
 
 use pagecast_command::signals::{self, EndSignal};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// The signals that ask for an end, from when this is made, instead of ending at once.
+/// Signals that arrive after this was created. They no longer end the process by themselves.
 #[derive(Debug)]
 pub(crate) struct Interrupt(UnboundedReceiver<EndSignal>);
 
 impl Interrupt {
-    /// Watches for them from now on.
+    /// Starts to catch the signals.
     ///
     /// # Errors
     ///
@@ -18,13 +18,13 @@ impl Interrupt {
     pub(crate) fn watch() -> io::Result<Self> {
         let (heard, signals) = unbounded_channel();
         signals::watch(move |signal| {
-            // Nobody listens any more only while we exit.
+            // The receiver is gone only while the process exits.
             let _ = heard.send(signal);
         })?;
         Ok(Self(signals))
     }
 
-    /// Waits for the next; its number. May be dropped and called again.
+    /// Waits for the next signal. Returns its number. Cancel safe.
     pub(crate) async fn signalled(&mut self) -> u8 {
         match self.0.recv().await {
             Some(signal) => u8::try_from(signal.number()).unwrap_or(u8::MAX),

@@ -12,39 +12,38 @@ use pagecast_firecracker::Jailer;
 use rustix::fs::{Access, access};
 use rustix::process::geteuid;
 
-/// As the jailer's own default.
+/// The jailer's default.
 const CHROOT_BASE: &str = "/srv/jailer";
 /// The socket for `uffd` in the root directory of a jail.
 pub(crate) const UFFD_SOCKET: &str = "uffd.sock";
 /// The memory file for `file` in the root directory of a jail.
 pub(crate) const MEM_FILE: &str = "mem";
 
-/// How Firecrackers are confined.
+/// How to jail Firecrackers.
 #[derive(Args, Debug)]
 pub(crate) struct JailerArgs {
     /// Start each Firecracker with this jailer: in a root directory and a PID namespace of its own. Needs root.
     ///
-    /// The state file is copied into the jail. The memory file of `file` has to be readable for the user of the jail. The
-    /// host has to have /dev/userfaultfd for `uffd`, which the jailer puts into the jail, or the sysctl
-    /// `vm.unprivileged_userfaultfd=1`. Drives and other files of the snapshot are not put there.
+    /// The state file is copied into the jail. With `file`, the user of the jail must be able to read the memory file.
+    /// With `uffd`, the host needs /dev/userfaultfd, which the jailer puts into the jail, or the sysctl
+    /// `vm.unprivileged_userfaultfd=1`. Drives and other files of the snapshot are not put into the jail.
     #[arg(long, value_name = "PATH", requires_all = ["uid", "gid"], conflicts_with = "dir")]
     jailer: Option<PathBuf>,
 
-    /// The user that jailed Firecrackers run as.
+    /// User ID for jailed Firecrackers.
     #[arg(long, value_name = "UID", requires = "jailer")]
     uid: Option<u32>,
 
-    /// The group that jailed Firecrackers run as.
+    /// Group ID for jailed Firecrackers.
     #[arg(long, value_name = "GID", requires = "jailer")]
     gid: Option<u32>,
 
-    /// Where to make the folder of the run, with the jails in it. Not on a file system that is mounted with nodev
-    /// [default: /srv/jailer]
+    /// Folder in which to create the folder of the run, with the jails in it. Its file system must not be mounted with
+    /// nodev [default: /srv/jailer]
     #[arg(long, value_name = "DIR", requires = "jailer")]
     chroot_base_dir: Option<PathBuf>,
 
-    /// Put each jailed Firecracker into a cgroup with this setting, such as memory.max=1073741824. May be given more than
-    /// once.
+    /// Put each jailed Firecracker into a cgroup with this setting, such as memory.max=1073741824. May be repeated.
     #[arg(long, value_name = "FILE=VALUE", requires = "jailer")]
     cgroup: Vec<String>,
 }
@@ -55,7 +54,7 @@ impl JailerArgs {
         let (Some(path), Some(uid), Some(gid)) = (&self.jailer, self.uid, self.gid) else {
             return Ok(None);
         };
-        ensure!(geteuid().is_root(), "the jailer has to be started by root");
+        ensure!(geteuid().is_root(), "the jailer must be started by root");
         let path = path
             .canonicalize()
             .with_context(|| format!("there is no jailer at {}", path.display()))?;

@@ -1,4 +1,4 @@
-//! One fork, from nothing to a guest that runs, and then to its end.
+//! One fork, from its creation to its end.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,34 +18,34 @@ use crate::daemon::DaemonError;
 /// How far the forks of a run may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Stage {
-    /// Start Firecracker, and wait: how long that takes, and what it costs the others, is no matter of the template.
+    /// Start Firecracker and wait. The time and load of that have nothing to do with the template.
     Start,
-    /// Ask the daemon for the fork, and load, all at once.
+    /// Create the fork at the daemon and load, all forks at once.
     Fork,
-    /// Resume, all at once.
+    /// Resume, all forks at once.
     Resume,
     /// End.
     End,
 }
 
-/// A turn in the life of a fork.
+/// A step in the life of a fork.
 #[derive(Debug)]
 pub(crate) enum Turn {
     /// Its Firecracker waits for the snapshot.
     Started { pid: i32 },
-    /// The daemon waits for Firecracker.
+    /// The daemon has created the fork.
     Created(CreatedFork),
-    /// Its guest could run.
+    /// Firecracker has loaded the snapshot.
     Loaded { load: Duration, vm: Loaded },
     /// Its guest runs.
     Resumed { resume: Duration },
-    /// It will never run; why not.
+    /// The guest will never run, for this reason.
     Failed(LaunchError),
-    /// Its Firecracker has ended by itself.
+    /// Firecracker has ended by itself.
     Ended(VmmError),
 }
 
-/// What happened to the fork with this number.
+/// An event of the fork with this number.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub(crate) number: usize,
@@ -59,7 +59,7 @@ pub(crate) enum LaunchError {
     Daemon(#[from] DaemonError),
     #[error("{error}{last_words}")]
     Vmm {
-        /// With its causes.
+        /// The error with its causes.
         error: String,
         last_words: String,
     },
@@ -75,9 +75,9 @@ struct Snapshot {
 /// What the daemon knows of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registered {
-    /// It may know it.
+    /// The daemon may know it.
     Perhaps,
-    /// It does not, or has another of this id that is not ours.
+    /// The daemon does not know it, or the fork with its ID is not ours.
     No,
 }
 
@@ -86,15 +86,15 @@ pub(crate) enum Registered {
 pub(crate) struct Launch {
     pub(crate) number: usize,
     pub(crate) id: String,
-    /// To be made, in the folder of the run.
+    /// To be created, in the folder of the run.
     pub(crate) folder: PathBuf,
     pub(crate) stage: watch::Receiver<Stage>,
     pub(crate) events: mpsc::UnboundedSender<Event>,
 }
 
 impl Launch {
-    /// Lives its life up to its end, which comes with [`Stage::End`] at the latest. Firecracker has ended then; what the
-    /// daemon knows of the fork is left to whoever ends the run.
+    /// Runs the fork until its end, at the latest [`Stage::End`]. Firecracker has ended then. The daemon's fork is
+    /// removed at the end of the run.
     pub(crate) async fn live(mut self, plan: &Plan) -> Registered {
         let mut registered = Registered::No;
         if let Some((program, jailer)) = &plan.jailer {
@@ -111,7 +111,7 @@ impl Launch {
         registered
     }
 
-    /// The fork is made first, since what the daemon puts into the jail has to be there when the jailer starts.
+    /// The fork is created before the jailer starts, since the daemon puts files into the jail.
     async fn live_in_jail(
         &mut self,
         plan: &Plan,
@@ -140,7 +140,7 @@ impl Launch {
             Some(Backend::Uffd) => self.create(plan, &to_uffd, registered).await?,
             Some(Backend::File) => self.create(plan, &to_file, registered).await?,
             Some(Backend::Auto) | None => match self.create(plan, &to_file, registered).await {
-                // The template or what else is wanted needs `uffd`, which takes no path.
+                // The template or a setting needs `uffd`, which takes no path.
                 Err(error) if error.is(ErrorCode::InvalidField) => self.create(plan, &to_uffd, registered).await?,
                 created => created?,
             },
@@ -170,7 +170,7 @@ impl Launch {
         if let Err(error) = self.live_with(plan, &vmm, jailed, registered).await {
             self.tell(Turn::Failed(error));
         }
-        // It is ours and has not been waited for: the kernel has no reason to refuse.
+        // It is our child and has not been waited for: the kernel cannot refuse.
         let _ = vmm.kill().await;
     }
 
@@ -190,7 +190,7 @@ impl Launch {
         fork: &CreateFork,
         registered: &mut Registered,
     ) -> Result<MemBackend, DaemonError> {
-        // Not cut short: whether the daemon has made the fork would be unknown.
+        // Not cancelled: otherwise it is unknown whether the daemon has created the fork.
         *registered = Registered::Perhaps;
         let created = plan.client.create_fork(fork).await.map_err(DaemonError::from);
         if let Err(DaemonError::Refused { .. }) = &created {
@@ -214,11 +214,11 @@ impl Launch {
         };
         listens.map_err(|error| failed(error, Some(vmm)))?;
 
-        // Our own files that it has inherited are no drives.
+        // Files that Firecracker inherited from us are no drives.
         let inherited = writable(vmm)?;
         self.tell(Turn::Started { pid: vmm.pid() });
         tokio::select! {
-            // An error means that whoever would say so has gone.
+            // An error means that the sender has gone.
             _ = self.stage.wait_for(|stage| *stage >= Stage::Fork) => {}
             error = vmm.ended() => return Err(failed(error, Some(vmm))),
         }
@@ -279,7 +279,7 @@ impl Launch {
         Ok(())
     }
 
-    /// None where the run ends first.
+    /// `None` if the run ends first.
     async fn unless_ended<T>(&self, step: impl Future<Output = T>) -> Option<T> {
         let mut stage = self.stage.clone();
         tokio::select! {
@@ -289,7 +289,7 @@ impl Launch {
         }
     }
 
-    /// The daemon may know why a load failed, where all that Firecracker knows is that nobody serves it.
+    /// Adds the daemon's reason to a failed load. Firecracker knows only that its page server has gone.
     async fn with_the_daemons_word(&self, error: LaunchError, plan: &Plan) -> LaunchError {
         let fork = self.unless_ended(plan.client.fork(&self.id)).await;
         match (error, fork) {
@@ -307,7 +307,7 @@ impl Launch {
     }
 
     fn tell(&self, turn: Turn) {
-        // Nobody listens only where the run ends.
+        // The receiver is gone only while the run ends.
         let _ = self.events.send(Event {
             number: self.number,
             turn,

@@ -1,4 +1,4 @@
-//! Whether the daemon lives.
+//! The end of the daemon.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,11 +16,11 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    /// Of the process that listens at `socket`.
+    /// Opens a pidfd of the process that listens at `socket`.
     ///
     /// # Errors
     ///
-    /// Nobody does, or it is in a pid namespace that we do not see.
+    /// No process listens, or it is in a PID namespace that we cannot see.
     pub(crate) async fn of_listener(socket: &Path) -> io::Result<Self> {
         let pid = UnixStream::connect(socket).await?.peer_cred()?.pid();
         let pid = pid.and_then(Pid::from_raw).ok_or(io::ErrorKind::Unsupported)?;
@@ -33,9 +33,9 @@ impl Life {
         Ok(Self { pidfd })
     }
 
-    /// Waits until it has ended. May be dropped and called again.
+    /// Waits until the process has ended. Cancel safe.
     pub(crate) async fn ended(&self) {
-        // It is an error only where the runtime stops.
+        // An error means that the runtime stops.
         let _ = self.pidfd.readable().await;
     }
 }

@@ -1,4 +1,4 @@
-//! What came of a run, as data.
+//! The result of a run, as data.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,26 +13,26 @@ use serde::Serialize;
 use super::firecracker::Firecracker;
 use super::launch::Turn;
 
-/// What came of it all.
+/// The result of a run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) template: String,
     pub(crate) firecracker: PathBuf,
     pub(crate) firecracker_version: String,
-    /// Where each fork has a folder, named as itself, with its API socket; gone once the run has ended.
+    /// The folder with a sub-folder for each fork, which has its API socket. Removed at the end of the run.
     pub(crate) folder: PathBuf,
     pub(crate) forks: Vec<ForkReport>,
     pub(crate) summary: Summary,
 }
 
-/// What came of one fork.
+/// The result of one fork.
 #[derive(Debug, Serialize)]
 pub(crate) struct ForkReport {
     pub(crate) id: String,
     pub(crate) state: State,
-    /// Not known where it failed before the daemon made it, as all that follows.
+    /// `None` if the daemon has not created the fork, like all fields below.
     pub(crate) backend: Option<Backend>,
-    /// Why this backend.
+    /// Why this backend was chosen.
     pub(crate) reason: Option<String>,
     pub(crate) pid: Option<i32>,
     pub(crate) load_ms: Option<f64>,
@@ -42,7 +42,7 @@ pub(crate) struct ForkReport {
     pub(crate) error: Option<String>,
 }
 
-/// Where a fork of a run is.
+/// The state of a fork of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum State {
@@ -54,9 +54,9 @@ pub(crate) enum State {
     Loaded,
     /// Its guest runs.
     Resumed,
-    /// Its Firecracker has ended as one ends whose guest has shut down.
+    /// Its guest has shut down, and Firecracker has ended.
     Exited,
-    /// Its Firecracker has ended otherwise.
+    /// Its Firecracker has ended in another way.
     Died,
     /// Its guest never ran.
     Failed,
@@ -68,42 +68,43 @@ impl fmt::Display for State {
     }
 }
 
-/// All forks together.
+/// The result of all forks together.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
     pub(crate) forks: usize,
-    /// How many guests ran.
+    /// Number of guests that ran.
     pub(crate) resumed: usize,
-    /// From when the daemon was asked for the first until the last had resumed; each Firecracker ran before that.
+    /// Time from the first request to the daemon until the last guest had resumed. All Firecrackers were started before
+    /// that.
     pub(crate) all_ms: f64,
     pub(crate) load_ms: Option<Spread>,
     pub(crate) resume_ms: Option<Spread>,
-    /// Where the daemon could measure any.
+    /// `None` if the daemon could measure no fork.
     pub(crate) memory: Option<Memory>,
 }
 
-/// The middle and the end of some values.
+/// The median and the maximum of some values.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
     pub(crate) max: f64,
 }
 
-/// What forks cost together, in bytes.
+/// The memory of all forks together, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Memory {
-    /// How many forks were measured.
+    /// Number of forks that were measured.
     pub(crate) measured: usize,
-    /// Their proportional shares.
+    /// Sum of their proportional set sizes.
     pub(crate) pss: u64,
-    /// What they share with nobody.
+    /// Memory that no other process shares.
     pub(crate) private: u64,
-    /// What they would cost without sharing: everything resident, counted for each.
+    /// Memory without sharing: the sum of all resident memory.
     pub(crate) unshared: u64,
 }
 
 impl Report {
-    /// Before anything has happened.
+    /// The report before the first event.
     pub(crate) fn new(template: &str, firecracker: &Firecracker, folder: PathBuf, ids: &[String]) -> Self {
         Self {
             template: template.to_owned(),
@@ -115,7 +116,7 @@ impl Report {
         }
     }
 
-    /// How many are in one of these states.
+    /// Number of forks in a state for which `states` holds.
     pub(crate) fn count(&self, states: impl Fn(State) -> bool) -> usize {
         self.forks.iter().filter(|fork| states(fork.state)).count()
     }
@@ -125,7 +126,7 @@ impl Report {
         self.count(|state| matches!(state, State::Resumed | State::Exited)) == self.forks.len()
     }
 
-    /// Each pair of a backend and a reason for it, with the number of forks that have it.
+    /// Each pair of backend and reason, with its number of forks.
     pub(crate) fn reasons(&self) -> BTreeMap<(Backend, &str), usize> {
         let mut reasons = BTreeMap::new();
         for fork in &self.forks {
@@ -136,7 +137,7 @@ impl Report {
         reasons
     }
 
-    /// Takes the memory of the forks from what the daemon says of all that it has.
+    /// Takes over the memory of the forks from the daemon's list.
     pub(crate) fn measure(&mut self, known: Vec<Fork>) {
         let mut memory: BTreeMap<_, _> = known.into_iter().map(|fork| (fork.id, fork.memory)).collect();
         for fork in &mut self.forks {
@@ -144,7 +145,7 @@ impl Report {
         }
     }
 
-    /// Counts all forks together. `all` is how long it took until the last had resumed.
+    /// Computes the summary. `all` is the time until the last guest had resumed.
     pub(crate) fn sum_up(&mut self, all: Duration) {
         let measured: Vec<_> = self.forks.iter().filter_map(|fork| fork.memory).collect();
         let sum = |of: fn(&ForkMemory) -> u64| measured.iter().map(of).sum();
@@ -180,7 +181,7 @@ impl ForkReport {
         }
     }
 
-    /// Takes a turn of its life.
+    /// Applies an event.
     pub(crate) fn turn(&mut self, turn: Turn) {
         match turn {
             Turn::Started { pid } => {
@@ -225,7 +226,7 @@ impl Spread {
     }
 }
 
-/// To the microsecond.
+/// Milliseconds, to the microsecond.
 pub(super) fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -1,4 +1,4 @@
-//! All that can be wrong before a Firecracker is started, and what is made before that.
+//! Checks before the first Firecracker is started, and preparations.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,18 +19,18 @@ use super::say::say;
 use crate::daemon::DaemonError;
 use pagecast_command::harmless;
 
-/// How Firecrackers are started.
+/// How to start Firecrackers.
 #[derive(Args, Debug)]
 pub(crate) struct Starting {
-    /// The Firecracker to run [default: the first `firecracker` on PATH]
+    /// Path of the Firecracker binary [default: the first `firecracker` on PATH]
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
 
-    /// The state file of the snapshot [default: the one that the template was added with]
+    /// Path of the snapshot's state file [default: the one that the template was added with]
     #[arg(long, value_name = "PATH")]
     vmstate: Option<PathBuf>,
 
-    /// Where to make the folder of the run [default: the folder for temporary files]
+    /// Folder in which to create the folder of the run [default: the folder for temporary files]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
@@ -50,13 +50,13 @@ pub(crate) struct Prepared {
 }
 
 impl Starting {
-    /// Looks at everything, cleans up after dead runs, and makes a folder.
+    /// Checks everything, cleans up after killed runs, and creates the folder.
     pub(crate) async fn prepare(&self, client: Client, wanted: Wanted) -> Result<Prepared> {
         let firecracker = Firecracker::find(self.firecracker.as_deref())?;
         let vmstate = self.vmstate(&client, &wanted.template).await?;
         let daemon = Life::of_listener(client.socket())
             .await
-            .context("cannot see the daemon's process")?;
+            .context("cannot open the daemon's process")?;
         let jailer = self.jailer.find()?;
         let base = match &jailer {
             Some((_, jailer)) => jailer.base().to_owned(),
@@ -65,7 +65,7 @@ impl Starting {
         for problem in clean_up(LeftFolder::find(&base)).await {
             say(&problem);
         }
-        // The jailer makes a folder with this name.
+        // The jailer creates a folder with this name.
         let jails = jailer.as_ref().and_then(|_| firecracker.path.file_name());
         let folder = RunFolder::create(&base, client.socket(), jails)?;
         let jailer = jailer.map(|(program, jailer)| (program, jailer.below(folder.path())));
@@ -80,20 +80,20 @@ impl Starting {
         Ok(Prepared { plan, daemon, folder })
     }
 
-    /// The state file, which is there.
+    /// The path of the state file, which exists.
     async fn vmstate(&self, client: &Client, name: &str) -> Result<PathBuf> {
         let template = client.template(name).await.map_err(DaemonError::from)?;
         if template.state == TemplateState::Changed {
-            let how = harmless(template.changed.as_deref().unwrap_or("it is another file now"));
+            let how = harmless(template.changed.as_deref().unwrap_or("its file was replaced"));
             bail!("the template {name} cannot be forked any more: {how}");
         }
         let vmstate = match &self.vmstate {
-            Some(path) => std::path::absolute(path).context("cannot tell the current folder")?,
+            Some(path) => std::path::absolute(path).context("cannot find the current folder")?,
             None => template.vmstate_path.with_context(|| {
-                format!("the template {name} was added without a state file: say with --vmstate where it is")
+                format!("the template {name} was added without a state file: name it with --vmstate")
             })?,
         };
-        // Firecracker would say so too, but for each fork.
+        // Firecracker would refuse too, once for each fork.
         access(&vmstate, Access::READ_OK)
             .with_context(|| format!("cannot read the state file {}", vmstate.display()))?;
         Ok(vmstate)

@@ -1,4 +1,4 @@
-//! What came of a run, for people.
+//! The result of a run, for people.
 
 use std::fmt::Write as _;
 
@@ -21,7 +21,7 @@ const COLUMNS: [Column; 9] = [
     Column::Number("private"),
 ];
 
-/// A line for each fork, what went wrong, and all of them together.
+/// A row for each fork, the errors, and the summary.
 pub(crate) fn for_people(report: &Report, output: Output) -> String {
     let mut text = output.table(&COLUMNS, report.forks.iter().map(row).collect());
     for fork in &report.forks {
@@ -56,7 +56,7 @@ fn row(fork: &ForkReport) -> Vec<Cell> {
     ]
 }
 
-/// What is not known.
+/// A value that is not known.
 fn dash() -> String {
     "-".to_owned()
 }

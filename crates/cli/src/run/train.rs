@@ -1,4 +1,4 @@
-//! `pagecast template train`: one real Firecracker, to see what a fork touches first.
+//! `pagecast template train`: records in one real Firecracker what a fork touches first.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -26,12 +26,12 @@ use crate::facts::Facts;
 use pagecast_command::Output;
 use pagecast_command::progress::Progress;
 
-/// Start one real Firecracker from a template, record what its guest touches first, and end it.
+/// Run one real Firecracker from a template, and record the pages that its guest touches first.
 ///
-/// The next forks are given that ahead of their faults. What is recorded is added to what is known already, and kept beside
-/// the memory file. The recording ends by itself once page faults become rare, after 20 s at most. It shows what the guest does
-/// by itself once it is resumed: of one that waits for work, record ordinary forks (`pagecast fork create --record`).
-/// Afterwards the Firecracker is gone, with its folder and its fork at the daemon.
+/// Adds the recording to the template's working set, which is kept beside the memory file and prefaulted into later
+/// forks. The recording ends once page faults become rare, after 20 s at most. The guest gets no work: if yours waits
+/// for requests, record ordinary forks instead (`pagecast fork create --record`). Afterwards the Firecracker, its
+/// folder and its fork are removed.
 #[derive(Args)]
 #[command(after_help = "\
 Exit codes:
@@ -42,37 +42,37 @@ Exit codes:
   4    the daemon refused
   128  and the number of the signal that ended it")]
 pub(crate) struct Train {
-    /// The template, by its name at the daemon.
+    /// Name of the template.
     name: String,
 
     #[command(flatten)]
     starting: Starting,
 }
 
-/// How long a recording may take. It ends after 20 s, but begins with the first fault only.
+/// Time that a recording may take. It ends after 20 s at most, but begins with the first fault.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long until we look again whether it has ended.
+/// Time between two looks at the recording.
 const PACE: Duration = Duration::from_millis(50);
 
-/// What was learned.
+/// The result.
 #[derive(Debug, Serialize)]
 struct Trained {
     template: String,
     firecracker: PathBuf,
     firecracker_version: String,
-    /// From when the guest was resumed until the recording was learned from.
+    /// Time from the guest's resumption until the recording was added to the working set.
     took_ms: f64,
     /// Page faults of the guest until then.
     faults: u64,
-    /// What the guest has touched, in bytes.
+    /// Pages that the guest touched, in bytes.
     recorded_bytes: u64,
-    /// What is known now.
+    /// The new working set.
     working_set: WorkingSet,
 }
 
 impl Train {
-    /// Does it, and prints what was learned.
+    /// Records, and prints the result.
     pub(crate) async fn call(self, client: Client, json: bool) -> Result<ExitCode> {
         start_saying();
         let mut interrupt = Interrupt::watch().context("cannot handle signals")?;
@@ -109,7 +109,9 @@ impl Train {
             took_ms: milliseconds(took),
             faults: fork.faults.map_or(0, |faults| faults.demand),
             recorded_bytes: fork.recording.map_or(0, |recording| recording.size_bytes),
-            working_set: template.working_set.context("the daemon has not learned from it")?,
+            working_set: template
+                .working_set
+                .context("the daemon has no working set after the recording")?,
         };
         trained.print(json)?;
         ensure!(problems.is_empty(), "could not clean up");
@@ -117,7 +119,8 @@ impl Train {
     }
 }
 
-/// Resumes the guest and waits until its recording was learned from: the fork as it was then, and how long that took.
+/// Resumes the guest and waits until its recording is in the working set. Returns the fork at that time, and the time
+/// it took.
 async fn record(
     fleet: &mut Fleet,
     interrupt: &mut Interrupt,
@@ -143,7 +146,7 @@ async fn record(
             }
             (Some(Turn::Resumed { .. }), _) => resumed = Some(Instant::now()),
             (Some(Turn::Failed(error)), _) => return Err(error.into()),
-            (Some(Turn::Ended(error)), _) => return Err(error).context("the recording has not ended"),
+            (Some(Turn::Ended(error)), _) => return Err(error).context("Firecracker ended before the recording"),
             (None, Some(since)) => {
                 let fork = client.fork(&id).await.map_err(DaemonError::from)?;
                 if fork.recording.is_some_and(|recording| recording.learned) {
@@ -151,7 +154,7 @@ async fn record(
                 }
                 if since.elapsed() > PATIENCE {
                     bail!(
-                        "no recording within {PATIENCE:?}: the guest has touched nothing that it did not have, or somebody has completed it"
+                        "no recording within {PATIENCE:?}: the guest had no page faults, or another client has completed it"
                     );
                 }
             }
@@ -182,14 +185,14 @@ impl Trained {
     }
 }
 
-/// A working set in words.
+/// Describes a working set in a sentence.
 pub(crate) fn describe(set: &WorkingSet) -> String {
     let mut text = format!("{} from {}", BinaryBytes(set.size_bytes), recordings(set.recordings));
     if let (Some(precision), Some(recall)) = (set.precision, set.recall) {
         let percent = |part: f64| part * 100.0;
         let _ = write!(
             text,
-            "; {} forks have used {:.0}% of it, and it was {:.0}% of what they used",
+            "; {} forks used {:.0}% of it, and it was {:.0}% of what they used",
             set.forks,
             percent(precision),
             percent(recall)
@@ -232,7 +235,7 @@ mod tests {
         };
         assert_eq!(
             describe(&bad),
-            "3.00 MiB from 2 recordings; 2 forks have used 10% of it, and it was 50% of what they used; switched off, since \
+            "3.00 MiB from 2 recordings; 2 forks used 10% of it, and it was 50% of what they used; switched off, since \
              too little of it is used"
         );
     }

@@ -187,7 +187,7 @@ fn a_signal_while_firecrackers_start_leaves_nothing() {
         signal(&run.child, end);
         let (ended, said) = run.wait();
         assert_eq!(ended, Some(code));
-        assert_eq!(said, "pagecast: interrupted: nothing is left of the run\n");
+        assert_eq!(said, "pagecast: interrupted: the run was cleaned up\n");
         host.assert_nothing_is_left();
     }
 }
@@ -231,7 +231,7 @@ fn forks_that_a_stuck_daemon_does_not_forget_are_left_to_the_next_run() {
     let (code, said) = run.wait();
     assert_eq!(code, Some(130));
     assert!(
-        said.contains("forks may be left at the daemon") && said.contains("the next run tries it again"),
+        said.contains("the daemon may still have the forks") && said.contains("the next run tries again"),
         "{said}"
     );
     assert!(!vmms.iter().any(Vmm::lives));
@@ -466,7 +466,7 @@ fn a_firecracker_that_is_none_is_told_of_before_anything_starts() {
         .unwrap();
     assert_eq!(run.status.code(), Some(1));
     assert!(
-        text(&run.stderr).contains("say where it is with --firecracker"),
+        text(&run.stderr).contains("install it, or name it with --firecracker"),
         "{run:?}"
     );
     assert_eq!(folder.path().read_dir().unwrap().count(), 0);
@@ -479,7 +479,7 @@ fn a_template_that_cannot_be_run_is_told_of_before_anything_starts() {
     host.daemon.add_template("stateless", &mem_file);
     for (arguments, code, why) in [
         (&["--template", "other"][..], 4, "(template_not_found)"),
-        (&["--template", "stateless"], 1, "say with --vmstate where it is"),
+        (&["--template", "stateless"], 1, "name it with --vmstate"),
         (
             &["--template", "base", "--vmstate", "/no/such/state"],
             1,
@@ -505,7 +505,7 @@ fn a_template_that_cannot_be_run_is_told_of_before_anything_starts() {
         .output()
         .unwrap();
     assert_eq!(nowhere.status.code(), Some(1), "{nowhere:?}");
-    assert!(text(&nowhere.stderr).contains("say with --dir"), "{nowhere:?}");
+    assert!(text(&nowhere.stderr).contains("name another one with --dir"), "{nowhere:?}");
     host.assert_nothing_is_left();
 }
 
