@@ -14,10 +14,10 @@ use crate::health::Health;
 use crate::http::{Answer, HttpError, UnixHttp};
 use crate::template::{AddTemplate, Template, Warm};
 
-/// How long the daemon may take to answer. Measuring the memory of very many forks is what takes longest.
+/// Time that the daemon may take to answer. Measuring the memory of thousands of forks takes longest.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A daemon, by its control socket.
+/// A client of the daemon at a control socket.
 #[derive(Clone, Debug)]
 pub struct Client {
     http: UnixHttp,
@@ -30,35 +30,35 @@ pub enum ClientError {
     /// There is no answer.
     #[error(transparent)]
     Http(#[from] HttpError),
-    /// The daemon says no.
+    /// The daemon refused the call.
     #[error(transparent)]
     Api(#[from] ApiError),
     /// The answer is not one of this API.
     #[error("{} does not answer as pagecast does (status {status}): {what}", socket.display())]
     Answer {
-        /// Whose answer.
+        /// The control socket.
         socket: std::path::PathBuf,
-        /// Its status.
+        /// The status of the answer.
         status: u16,
-        /// What is wrong with it.
+        /// The flaw of the answer.
         what: String,
     },
 }
 
 impl Client {
-    /// The daemon whose control socket is at `socket`.
+    /// Creates a client of the daemon whose control socket is at `socket`.
     pub fn new(socket: impl AsRef<Path>) -> Self {
         Self {
             http: UnixHttp::new(socket.as_ref(), PATIENCE),
         }
     }
 
-    /// Where its control socket is.
+    /// The path of the control socket.
     pub fn socket(&self) -> &Path {
         self.http.socket()
     }
 
-    /// How the daemon does.
+    /// Returns version, process and counts of the daemon.
     ///
     /// # Errors
     ///
@@ -67,7 +67,7 @@ impl Client {
         self.get("/v1/health").await
     }
 
-    /// Its metrics, as Prometheus reads them.
+    /// Returns the metrics as Prometheus text.
     ///
     /// # Errors
     ///
@@ -77,7 +77,7 @@ impl Client {
         Ok(String::from_utf8_lossy(&answer.body).into_owned())
     }
 
-    /// Adds a template, or finds that the same is there already.
+    /// Adds a template. Succeeds if the same template exists.
     ///
     /// # Errors
     ///
@@ -86,7 +86,7 @@ impl Client {
         self.read(&self.call(Method::PUT, &template_path(name), Some(template)).await?)
     }
 
-    /// All templates, by name.
+    /// Returns all templates, sorted by name.
     ///
     /// # Errors
     ///
@@ -95,7 +95,7 @@ impl Client {
         self.get("/v1/templates").await
     }
 
-    /// One template.
+    /// Returns one template.
     ///
     /// # Errors
     ///
@@ -114,7 +114,7 @@ impl Client {
         Ok(())
     }
 
-    /// Begins to bring a template into memory; its [`warmth`](Template::warmth) says how far that is.
+    /// Begins to read a template into memory. Its [`warmth`](Template::warmth) shows the progress.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl Client {
         self.read(&self.call(Method::POST, &path, Some(&warm)).await?)
     }
 
-    /// Stops bringing a template into memory, or keeping it there.
+    /// Stops reading a template into memory, and unlocks it.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl Client {
         Ok(())
     }
 
-    /// Makes a fork: the answer holds what to tell Firecracker.
+    /// Creates a fork. The answer has the `mem_backend` for Firecracker.
     ///
     /// # Errors
     ///
@@ -144,7 +144,7 @@ impl Client {
         self.read(&self.call(Method::POST, "/v1/forks", Some(fork)).await?)
     }
 
-    /// All forks, by id; with `memory`, what each costs is measured too, which takes a while for many.
+    /// Returns all forks, sorted by ID. With `memory`, the memory of each is measured, which takes long for thousands.
     ///
     /// # Errors
     ///
@@ -153,7 +153,7 @@ impl Client {
         self.get(&format!("/v1/forks?memory={memory}")).await
     }
 
-    /// One fork.
+    /// Returns one fork.
     ///
     /// # Errors
     ///
@@ -162,7 +162,7 @@ impl Client {
         self.get(&fork_path(id)).await
     }
 
-    /// Begins to complete a fork; its state says when that is done.
+    /// Begins to complete a fork. Its state shows when that is done.
     ///
     /// # Errors
     ///
@@ -173,7 +173,7 @@ impl Client {
         Ok(())
     }
 
-    /// Forgets a fork; with `kill`, its VMM is killed first.
+    /// Deletes a fork. With `kill`, its VMM is killed first.
     ///
     /// # Errors
     ///
@@ -188,7 +188,7 @@ impl Client {
         self.read(&self.call(Method::GET, path, None::<&()>).await?)
     }
 
-    /// Sends a request; an answer that is an error becomes one.
+    /// Sends a request. An error answer becomes an error.
     async fn call(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Answer, ClientError> {
         let body = body.map(serde_json::to_vec).transpose();
         let body = body.map_err(|error| HttpError::Http {
@@ -220,7 +220,7 @@ fn fork_path(id: &str) -> String {
     format!("/v1/forks/{}", segment(id))
 }
 
-/// One segment of a path, whatever its bytes: no name can be another call.
+/// Encodes a name as one segment of a path, so that no name can change the path.
 fn segment(name: &str) -> PercentEncode<'_> {
     utf8_percent_encode(name, NON_ALPHANUMERIC)
 }

@@ -1,4 +1,4 @@
-//! What goes wrong, with codes that do not change.
+//! Errors of the API, with stable codes.
 
 use std::fmt;
 
@@ -8,22 +8,22 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
-    /// What went wrong.
+    /// The error.
     pub error: ApiError,
 }
 
-/// What went wrong.
+/// An error of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[error("{message}")]
 pub struct ApiError {
-    /// For machines.
+    /// The kind of error, for programs.
     pub code: ErrorCode,
-    /// For people: what, and what to do about it.
+    /// The error and its remedy, for people.
     pub message: String,
 }
 
-/// A kind of error. The names never change; new ones may come.
+/// A kind of error. Names never change; new ones may be added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
@@ -31,49 +31,49 @@ pub struct ApiError {
 pub enum ErrorCode {
     /// 400: the body is not JSON, or the path or query cannot be read.
     BadRequest,
-    /// 422: a field is unknown, missing, of the wrong type or has an impossible value. The message names it.
+    /// 422: a field is unknown, missing, of the wrong type or out of range. The message names it.
     InvalidField,
     /// 413: the body is longer than 1 MiB.
     BodyTooLarge,
-    /// 403: the caller runs as a user that may not use the control socket.
+    /// 403: the caller's user may not use the control socket.
     Forbidden,
-    /// 404: there is no such call.
+    /// 404: the path does not exist.
     NotFound,
-    /// 405: the call exists, but not with this method.
+    /// 405: the path does not have this method.
     MethodNotAllowed,
     /// 404: no template has this name.
     TemplateNotFound,
     /// 409: another template has this name.
     TemplateExists,
-    /// 409: forks of the template live.
+    /// 409: the template has living forks.
     TemplateInUse,
-    /// 409: the template is not what it was when it was added.
+    /// 409: the template has changed since it was added.
     TemplateChanged,
-    /// 422: the files cannot be a template.
+    /// 422: the files cannot be used as a template.
     TemplateInvalid,
     /// 404: no fork has this id.
     ForkNotFound,
     /// 409: another fork has this id.
     ForkExists,
-    /// 409: the fork's VMM lives, or may live, and has not been completed.
+    /// 409: the fork's VMM is or may be alive, and is not complete.
     ForkInUse,
     /// 409: no VMM has connected to the fork.
     ForkWaiting,
     /// 409: the fork has ended.
     ForkEnded,
-    /// 409: the fork is not one that can be completed: with `file` there is nothing to install.
+    /// 409: the fork cannot be completed: `file` forks have no pages to install.
     NotCompletable,
-    /// 422: the backend that was asked for cannot work here. The message says why.
+    /// 422: the requested backend cannot work here. The message gives the reason.
     BackendUnavailable,
-    /// 422: a path is outside of what is allowed, taken, too long, or cannot be made.
+    /// 422: a path is outside the allowed folders, taken, too long, or cannot be created.
     PathInvalid,
-    /// 429: as many forks live as the configuration allows.
+    /// 429: the configured number of forks is alive.
     TooManyForks,
-    /// 503: completing a fork, or keeping a template in memory, would drive the host out of memory.
+    /// 503: the host has too little memory to complete the fork or to lock the template.
     NotEnoughMemory,
     /// 503: the daemon is stopping.
     Closing,
-    /// 500: a failure of the daemon or its host.
+    /// 500: the daemon or its host failed.
     Internal,
     /// A code that this version does not know.
     #[serde(other)]

@@ -1,61 +1,61 @@
-//! Forks, as they are asked for and as they are described.
+//! Forks: requests and answers.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// A fork to make: the body of `POST /v1/forks`.
+/// A fork to create: the body of `POST /v1/forks`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CreateFork {
-    /// The name of the template.
+    /// Name of the template.
     pub template: String,
-    /// The id of the fork, `[a-z0-9][a-z0-9._-]{0,63}`; by default the daemon makes one up.
+    /// ID of the fork, `[a-z0-9][a-z0-9._-]{0,63}`; by default chosen by the daemon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Which backend; by default what the daemon's configuration says, which by default is `auto`.
+    /// The backend; by default the one in the daemon's configuration, which is `auto` unless set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<Backend>,
-    /// Where the socket is to be, absolute, at most 107 bytes; by default in the run dir. Takes `uffd`.
+    /// Path of the socket, absolute, at most 107 bytes; by default in the run dir. `uffd` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub socket_path: Option<PathBuf>,
-    /// Where the memory file is to be put, absolute, for a VMM that sees only a part of the file system: a hard link or
-    /// else a bind mount, never a copy. By default a place in the run dir. Takes `file`.
+    /// Path at which to place the memory file, absolute, for a VMM that sees a part of the file system only. By default
+    /// in the run dir. The file is placed as a bind mount or hard link, never as a copy. `file` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub path: Option<PathBuf>,
-    /// The user that the VMM runs as, who gets the socket; by default the daemon's. Takes `uffd`: the memory file of one
-    /// with `file` keeps the owner and mode of the template.
+    /// User ID of the VMM, which owns the socket; by default the daemon's. `uffd` only: with `file`, the memory file
+    /// keeps the template's owner and mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub uid: Option<u32>,
-    /// The group of the socket. Takes `uffd`.
+    /// Group ID of the socket. `uffd` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = Int64))]
     pub gid: Option<u32>,
-    /// What is installed before it is asked for; by default the working set of the template, where there is one and it does
-    /// well. `all` takes `uffd`.
+    /// Pages to install before the fork asks for them; by default the template's working set, unless there is none or
+    /// too little of it is used. `all` is for `uffd` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefault: Option<Prefault>,
-    /// Whether its first faults are recorded for the working set of the template. Takes `uffd`, and no prefault: what is there
-    /// before it is touched does not fault.
+    /// Whether to record the first faults of the fork for the template's working set. `uffd` only, and without
+    /// prefault: installed pages cause no faults.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub record: bool,
-    /// The page size of the guest in bytes, 4096 or 2097152; by default the template's.
+    /// Page size of the guest in bytes, 4096 or 2097152; by default the template's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
-    /// `file`: the VMM, which never shakes hands with pagecast. Without it, one that maps the fork's own `path` is found by
-    /// that, while any other stays unknown with its memory and its end. Where no process that may be the VMM maps the
-    /// template within `connect_deadline`, or any more after that, the fork ends.
+    /// Process ID of the VMM. `file` only, as that VMM does not connect. Without it, only a VMM that maps the fork's
+    /// own `path` is found. Memory and end of any other VMM stay unknown. The fork ends if, after `connect_deadline`,
+    /// no process that may be its VMM maps the template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }
 
 impl CreateFork {
-    /// A fork of `template`, all else by default.
+    /// Creates a request for a fork of `template`, with defaults for all else.
     pub fn of(template: impl Into<String>) -> Self {
         Self {
             template: template.into(),
@@ -69,12 +69,12 @@ impl CreateFork {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// The best of the others for the template, the guest and what else is asked for.
+    /// The better of the two for the template, the guest and the other settings.
     #[default]
     Auto,
-    /// pagecast answers page faults: lazy, for 4 KiB and 2 MiB pages; shares zero pages only.
+    /// pagecast answers the page faults: lazy, for pages of 4 KiB and 2 MiB; shares zero pages only.
     Uffd,
-    /// Firecracker maps the memory file: shares every page not written; for 4 KiB pages.
+    /// Firecracker maps the memory file: shares every page that is not written; for pages of 4 KiB.
     File,
 }
 
@@ -84,16 +84,16 @@ impl fmt::Display for Backend {
     }
 }
 
-/// What is installed before it is asked for.
+/// Pages to install before the fork asks for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Prefault {
-    /// Nothing.
+    /// No pages.
     None,
-    /// The working set of the template, where there is one and it does well.
+    /// The template's working set, unless there is none or too little of it is used.
     WorkingSet,
-    /// The same, then everything else. Unlike a fork that is complete, this one still needs the daemon.
+    /// The working set, then all other pages. Unlike a complete fork, this one still needs the daemon.
     All,
 }
 
@@ -109,7 +109,7 @@ impl fmt::Display for Prefault {
 pub struct MemBackend {
     /// `Uffd` or `File`.
     pub backend_type: BackendType,
-    /// The socket, or the memory file.
+    /// Path of the socket or of the memory file.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub backend_path: PathBuf,
 }
@@ -124,44 +124,44 @@ pub enum BackendType {
     File,
 }
 
-/// A fork that was made: the answer of `POST /v1/forks`.
+/// A created fork: the answer of `POST /v1/forks`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CreatedFork {
-    /// Its id.
+    /// ID of the fork.
     pub id: String,
-    /// The name of its template.
+    /// Name of its template.
     pub template: String,
     /// `uffd` or `file`, never `auto`.
     pub backend: Backend,
-    /// Why this backend.
+    /// Reason for this backend.
     pub reason: String,
-    /// What to tell Firecracker.
+    /// The `mem_backend` for Firecracker.
     pub mem_backend: MemBackend,
 }
 
-/// Where a fork is in its life.
+/// The state of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum ForkState {
     /// `uffd`: no VMM has connected. `file`: no VMM is known.
     Waiting,
-    /// Its VMM lives and needs the template.
+    /// The VMM is alive and needs the template.
     Serving,
-    /// It no longer needs the server.
+    /// The fork no longer needs the daemon.
     Complete,
-    /// Its VMM has exited.
+    /// The VMM has exited.
     Exited,
-    /// It could not be served; `error` says why.
+    /// The fork could not be served; `error` has the reason.
     Failed,
 }
 
 impl ForkState {
-    /// Every state.
+    /// All states.
     pub const ALL: [Self; 5] = [Self::Waiting, Self::Serving, Self::Complete, Self::Exited, Self::Failed];
 
-    /// Whether nothing will change any more.
+    /// Returns `true` if the state is final.
     pub fn is_end(self) -> bool {
         matches!(self, Self::Complete | Self::Exited | Self::Failed)
     }
@@ -177,124 +177,124 @@ impl fmt::Display for ForkState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Fork {
-    /// Its id.
+    /// ID of the fork.
     pub id: String,
-    /// The name of its template.
+    /// Name of its template.
     pub template: String,
     /// `uffd` or `file`.
     pub backend: Backend,
-    /// Why this backend.
+    /// Reason for this backend.
     pub reason: String,
-    /// What to tell Firecracker.
+    /// The `mem_backend` for Firecracker.
     pub mem_backend: MemBackend,
-    /// Where it is in its life.
+    /// State of the fork.
     pub state: ForkState,
-    /// Its VMM, once known.
+    /// Process ID of the VMM, once known.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub pid: Option<i32>,
-    /// Why it failed, or could not be completed.
+    /// Why the fork failed, or could not be completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ForkError>,
-    /// The size of its guest's memory in bytes; `null` until its VMM has said it, which one with `file` never does.
+    /// Size of the guest's memory in bytes; `null` until the VMM has connected, and always with `file`.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory_bytes: Option<u64>,
-    /// Its faults; `null` with `file`, whose faults the kernel answers.
+    /// Counts of faults and pages; `null` with `file`, whose faults the kernel answers.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub faults: Option<Faults>,
-    /// How long its faults took; `null` with `file`.
+    /// Latency of the faults; `null` with `file`.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub fault_latency_us: Option<Latency>,
-    /// Bytes of the template copied into it.
+    /// Bytes of the template that were copied into the fork.
     pub installed_bytes: u64,
-    /// Bytes of zeros that the kernel fills in by itself.
+    /// Bytes of zeros that were left to the kernel to fill in.
     pub given_back_bytes: u64,
-    /// What it is given ahead of its faults, and how well these were foreseen; `null` with `file`.
+    /// What is prefaulted, and how well it foresees the first faults; `null` with `file`.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub prefault: Option<ForkPrefault>,
-    /// What was recorded of its first faults; `null` where they are not.
+    /// The recording of the first faults; `null` if the fork is not recorded.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub recording: Option<ForkRecording>,
-    /// What it costs; `null` where its VMM is not known, has exited, or was not asked for.
+    /// Memory of the VMM; `null` if it was not asked for, or if the VMM is not known or has exited.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<ForkMemory>,
 }
 
-/// Why a fork failed.
+/// An error of a fork.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ForkError {
-    /// For machines; see the documentation of metrics for a list.
+    /// The kind of error, for programs; docs/metrics.md lists them.
     pub code: String,
-    /// For people.
+    /// The error, for people.
     pub message: String,
 }
 
-/// Faults and pages of a fork, counted.
+/// Counts of faults and pages of a fork.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Faults {
     /// Page faults that were answered.
     pub demand: u64,
-    /// Those of them that were answered with zeros.
+    /// Page faults that were answered with zeros.
     pub zero: u64,
     /// Pages that the guest gave back.
     pub removed: u64,
-    /// Pages installed that nobody waited for.
+    /// Pages that were installed before a fault asked for them.
     pub prefaulted: u64,
     /// Installs that the kernel asked to retry.
     pub retried: u64,
-    /// Faults that waited for the template to be read from disk.
+    /// Faults that waited for a read of the template from disk.
     pub slow: u64,
 }
 
-/// What a fork is given ahead of its faults, and how well its first faults were foreseen. Counts of faults.
+/// What is prefaulted into a fork, and counts of its first faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ForkPrefault {
-    /// What it was to be given.
+    /// The setting.
     pub what: Prefault,
-    /// Of pages that were to be installed ahead, and whose turn had not come.
+    /// Faults on pages that were still to be prefaulted.
     pub late: u64,
-    /// Of pages that are not in the working set.
+    /// Faults on pages that are not in the working set.
     pub missed: u64,
-    /// Of pages of the working set that were held out, to see whether they would be asked for.
+    /// Faults on pages of the working set that were held out, to measure how much of it is used.
     pub held_out_used: u64,
 }
 
-/// What was recorded of a fork's first faults.
+/// The recording of a fork's first faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ForkRecording {
-    /// Whether it is over, and part of the working set of the template.
+    /// Whether the recording has ended and is part of the template's working set.
     pub learned: bool,
-    /// What was touched until then, in bytes; 0 while it goes on.
+    /// Size of the recorded pages in bytes; 0 until the end of the recording.
     pub size_bytes: u64,
 }
 
-/// Times in microseconds.
+/// Latency in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Latency {
-    /// Half were as fast.
+    /// The median.
     pub p50: u64,
-    /// 99 of 100 were as fast.
+    /// The 99th percentile.
     pub p99: u64,
-    /// The slowest.
+    /// The maximum.
     pub max: u64,
 }
 
-/// What a fork's VMM costs, in bytes, from `/proc/PID/smaps_rollup`, hugepages included.
+/// Memory of a fork's VMM in bytes, from `/proc/PID/smaps_rollup`, hugepages included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ForkMemory {
-    /// All that is resident.
+    /// Resident memory (RSS).
     pub rss: u64,
-    /// The same, with what is shared divided by the number of processes that share it.
+    /// Resident memory, each shared page divided by the number of processes that map it (PSS).
     pub pss: u64,
-    /// What no other process maps.
+    /// Memory that no other process maps.
     pub private: u64,
-    /// What others map too.
+    /// Memory that other processes map, too.
     pub shared: u64,
-    /// What was swapped out.
+    /// Memory that was swapped out.
     pub swap: u64,
 }

@@ -6,24 +6,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::fork::ForkState;
 
-/// How the daemon does: `GET /v1/health`.
+/// Version, process and counts of the daemon: `GET /v1/health`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Health {
-    /// Always `ok`: a daemon that does not do well does not answer.
+    /// Always `ok`: an unhealthy daemon does not answer.
     pub status: String,
-    /// Its version.
+    /// Version of pagecast.
     pub version: String,
-    /// Its process.
+    /// Process ID of the daemon.
     pub pid: u32,
-    /// How long it has run, in seconds.
+    /// Time since the start, in seconds.
     pub uptime_s: u64,
-    /// How many templates there are.
+    /// Number of templates.
     pub templates: u64,
-    /// How many forks there are in each state that any is in.
+    /// Number of forks in each state that has any.
     pub forks: BTreeMap<ForkState, u64>,
-    /// Its own resident memory in bytes, that of templates it keeps in memory included; `null` where the platform does not
-    /// tell.
+    /// Resident memory of the daemon in bytes, locked templates included; `null` if the platform does not show it.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub rss_bytes: Option<u64>,
 }

@@ -10,10 +10,10 @@ pub use hyper::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-/// The longest answer that is read.
+/// The longest answer in bytes.
 const MOST_BYTES: usize = 64 << 20;
 
-/// A server at a unix socket, and how long it may take to answer.
+/// A server at a unix socket, and the time it has for an answer.
 #[derive(Clone, Debug)]
 pub struct UnixHttp {
     socket: PathBuf,
@@ -24,36 +24,36 @@ pub struct UnixHttp {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HttpError {
-    /// Nobody listens there, or we may not speak to them.
+    /// No process listens there, or this user may not connect.
     #[error("cannot connect to {}", socket.display())]
     Connect {
-        /// Where.
+        /// Path of the socket.
         socket: PathBuf,
-        /// Why not.
+        /// The error of the kernel.
         #[source]
         source: std::io::Error,
     },
-    /// The request cannot be sent, or what came back is no HTTP.
+    /// The request cannot be sent, or the answer is not HTTP.
     #[error("cannot speak HTTP with {}", socket.display())]
     Http {
-        /// With whom.
+        /// Path of the socket.
         socket: PathBuf,
-        /// Why not.
+        /// The error of the connection.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The answer did not come, or not all of it.
+    /// The answer did not come in time, or not all of it.
     #[error("no answer from {} within {patience:?}", socket.display())]
     TimedOut {
-        /// From whom.
+        /// Path of the socket.
         socket: PathBuf,
-        /// How long we waited.
+        /// The time that the server had.
         patience: Duration,
     },
-    /// The answer is too long to be one.
+    /// The answer is too long.
     #[error("the answer of {} is longer than {MOST_BYTES} bytes", socket.display())]
     TooLong {
-        /// Whose.
+        /// Path of the socket.
         socket: PathBuf,
     },
 }
@@ -61,14 +61,14 @@ pub enum HttpError {
 /// An answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    /// Its status.
+    /// The status.
     pub status: StatusCode,
-    /// Its body.
+    /// The body.
     pub body: Bytes,
 }
 
 impl UnixHttp {
-    /// The server at `socket`, which may take as long as `patience` for each answer.
+    /// The server at `socket`, which has `patience` for each answer.
     pub fn new(socket: impl Into<PathBuf>, patience: Duration) -> Self {
         Self {
             socket: socket.into(),
@@ -76,16 +76,16 @@ impl UnixHttp {
         }
     }
 
-    /// Where it is.
+    /// The path of the socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Sends a request, with `json` as its body where there is one, and waits for the answer, whatever its status.
+    /// Sends a request, with the body `json` if there is one, and returns the answer, whatever its status.
     ///
     /// # Errors
     ///
-    /// [`HttpError`] where there is no answer.
+    /// [`HttpError`] if there is no answer.
     pub async fn request(&self, method: Method, path: &str, json: Option<Vec<u8>>) -> Result<Answer, HttpError> {
         tokio::time::timeout(self.patience, self.exchange(method, path, json))
             .await
@@ -138,7 +138,7 @@ impl UnixHttp {
                 body: body.to_bytes(),
             })
         };
-        // The connection does the reading and writing. Where it ends first, `answer` says why.
+        // The connection reads and writes. If it ends first, `answer` has the error.
         let mut answer = std::pin::pin!(answer);
         tokio::select! {
             answer = &mut answer => answer,

@@ -1,13 +1,13 @@
-//! The control API of pagecast: what is said, as types, and a client that says it.
+//! The control API of pagecast, as types, and a client.
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | [`template`] | templates, as they are added and as they are described |
-//! | [`fork`] | forks, as they are asked for and as they are described |
+//! | [`template`] | templates: requests and answers |
+//! | [`fork`] | forks: requests and answers |
 //! | [`health`] | the daemon itself |
-//! | [`error`] | what goes wrong, with codes that do not change |
+//! | [`error`] | errors of the API, with stable codes |
 //! | [`client`] | the client |
-//! | [`http`] | HTTP over a unix socket, which Firecracker's API speaks too |
+//! | [`http`] | HTTP over a unix socket, for Firecracker's API too |
 //!
 //! # Example
 //!

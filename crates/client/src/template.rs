@@ -1,4 +1,4 @@
-//! Templates, as they are added and as they are described.
+//! Templates: requests and answers.
 
 use std::path::PathBuf;
 
@@ -9,25 +9,25 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct AddTemplate {
-    /// The memory file of the snapshot; an absolute path.
+    /// Absolute path of the snapshot's memory file.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub mem_path: PathBuf,
-    /// The state file of the snapshot; an absolute path. pagecast reads the page size of the guest
-    /// there, and remembers the path for those who restore.
+    /// Absolute path of the snapshot's state file. pagecast reads the guest's page size from it, and keeps the path for
+    /// tools that restore the snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub vmstate_path: Option<PathBuf>,
-    /// The page size of the guests in bytes, 4096 or 2097152, where a fork does not say otherwise. If it is left out, it is what
-    /// the state file says (of Firecracker 1.7 to 1.14), else 4096.
+    /// Page size of the guests in bytes, 4096 or 2097152, unless a fork sets another one. By default the one in the
+    /// state file (Firecracker 1.7 to 1.14), else 4096.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_size: Option<u64>,
-    /// How the memory file is protected; the daemon's configuration says where this does not.
+    /// Protection of the memory file; by default the one in the daemon's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protect: Option<Protection>,
 }
 
 impl AddTemplate {
-    /// A template with only a memory file.
+    /// Creates a request for a template with only a memory file.
     pub fn new(mem_path: impl Into<PathBuf>) -> Self {
         Self {
             mem_path: mem_path.into(),
@@ -38,18 +38,19 @@ impl AddTemplate {
     }
 }
 
-/// How the memory file of a template is protected while it is a template. Removing the template undoes it; where
-/// the file is that of several, the last of them that is protected.
+/// Protection of a template's memory file. Removing the template undoes it. If several templates have the same file,
+/// removing the last protected one does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Protection {
-    /// Not at all: changes are only noticed.
+    /// No protection: changes are noticed, not prevented.
     #[default]
     None,
-    /// Its write permissions are taken away. Root can write all the same.
+    /// The file loses its write permissions. Root can still write.
     Readonly,
-    /// It gets the immutable flag, where the filesystem has one: nobody can write, truncate, rename or delete it.
+    /// The file gets the immutable flag, if its file system has one: no process can write, truncate, rename or delete
+    /// it.
     Immutable,
 }
 
@@ -57,7 +58,7 @@ pub enum Protection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Template {
-    /// Its name: `[a-z0-9][a-z0-9._-]{0,63}`.
+    /// Name of the template: `[a-z0-9][a-z0-9._-]{0,63}`.
     pub name: String,
     /// The memory file; `null` if the template is no file.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, required = true))]
@@ -67,101 +68,100 @@ pub struct Template {
     pub vmstate_path: Option<PathBuf>,
     /// Whether it can be forked.
     pub state: TemplateState,
-    /// In what it has changed, where it has.
+    /// What has changed, if anything has.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub changed: Option<String>,
-    /// What somebody should look at, though it can be forked: such as an owner or mode of its memory file that is not what it was
-    /// when the template was added.
+    /// Warnings for the operator. The template can still be forked. Example: the memory file's owner or mode has
+    /// changed since the template was added.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub warnings: Vec<String>,
-    /// Its length in bytes.
+    /// Length in bytes.
     pub size_bytes: u64,
-    /// How much of it is known to be zeros, in bytes. Grows while the file is looked through.
+    /// Bytes that are known to be zeros. Grows during the search for them.
     pub zero_bytes: u64,
-    /// The page size of its guests in bytes, where a fork does not say otherwise.
+    /// Page size of the guests in bytes, unless a fork sets another one.
     pub page_size: u64,
-    /// How its memory file is protected.
+    /// Protection of the memory file.
     pub protect: Protection,
     /// How changes are noticed.
     pub guard: Guard,
-    /// How many of its forks wait or are alive.
+    /// Number of forks that wait for a VMM or are alive.
     pub forks: u64,
-    /// What its forks touch first, as far as that was learned.
+    /// The pages that forks touch first, if they are known.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub working_set: Option<WorkingSet>,
-    /// How far it has been brought into memory ahead of its forks; `null` where nobody has asked for that.
+    /// Progress of reading the template into memory; `null` if that was not asked for.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub warmth: Option<Warmth>,
-    /// What its living forks cost together; `null` where it was not asked for, or not one could be measured.
+    /// Memory of the living forks; `null` if it was not asked for, or no fork could be measured.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub memory: Option<TemplateMemory>,
 }
 
-/// How to bring a template into memory: the body of `POST /v1/templates/{name}/warm`.
+/// How to read a template into memory: the body of `POST /v1/templates/{name}/warm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Warm {
-    /// Keep it there: all of it that is not zeros is locked in memory until it is asked for otherwise, or the template is
-    /// removed. Else the kernel may give up what nobody uses.
+    /// Whether to lock all pages that are not zeros in memory, until another request or until the template is removed.
+    /// Without it, the kernel may evict unused pages.
     #[serde(default)]
     pub resident: bool,
 }
 
-/// How far a template has been brought into memory: into the page cache, which its forks with `file` map, in pages of
-/// 2 MiB where its file system has such. Lengths are in bytes.
+/// Progress of reading a template into the page cache, in pages of 2 MiB if its file system has them. Forks with `file`
+/// map the page cache. Lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Warmth {
-    /// Whether that is done.
+    /// State of the read.
     pub state: WarmthState,
-    /// Whether it is to stay.
+    /// Whether the template is to be locked in memory.
     pub resident: bool,
-    /// How much is to be brought in: the working set, or where there is none, or it is to stay, all that is not known to be
-    /// zeros.
+    /// Bytes to read: the working set. If there is none, or with `resident`, all that is not known to be zeros.
     pub wanted_bytes: u64,
-    /// How much has been. Unless it is locked, the kernel may have given up some of it since.
+    /// Bytes read so far. Unless they are locked, the kernel may have evicted some.
     pub read_bytes: u64,
-    /// How much of that came in pages of 2 MiB, which forks map in one fault each.
+    /// Bytes read in pages of 2 MiB. A fork maps such a page in one fault.
     pub huge_bytes: u64,
-    /// How much is locked in memory now. It counts as memory of the daemon.
+    /// Bytes locked in memory. They count as memory of the daemon.
     pub locked_bytes: u64,
-    /// Why it failed; then nothing is locked.
+    /// Why the read failed. Nothing is locked then.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub error: Option<String>,
 }
 
-/// How far a template has been brought into memory.
+/// State of reading a template into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum WarmthState {
-    /// It is being read.
+    /// The read is under way.
     Warming,
-    /// All of it has been.
+    /// The read is done.
     Warm,
-    /// That has failed.
+    /// The read has failed.
     Failed,
 }
 
-/// The pages that forks touch soon after resume, and how forks do that are given them ahead.
+/// The pages that forks touch soon after resume, and how well they foresee the faults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkingSet {
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size_bytes: u64,
-    /// How many recordings it was learned from.
+    /// Number of recordings in it.
     pub recordings: u64,
-    /// How many forks have been given it ahead, and watched, since it was last learned.
+    /// Number of forks that were measured since its last change.
     pub forks: u64,
-    /// Which part of what they were given they have used, from 0 to 1; `null` where too little is known.
+    /// Part of the prefaulted pages that forks used, from 0 to 1; `null` if there is too little data.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub precision: Option<f64>,
-    /// Which part of what they have used they were given, from 0 to 1; `null` where too little is known.
+    /// Part of the pages used by forks that were prefaulted, from 0 to 1; `null` if there is too little data.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub recall: Option<f64>,
-    /// Too little of it was used: forks are not given it any more, until something else is learned.
+    /// Whether forks no longer get it, since too little of it was used. The next recording ends that.
     pub switched_off: bool,
 }
 
@@ -170,9 +170,9 @@ pub struct WorkingSet {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum TemplateState {
-    /// It can.
+    /// It can be forked.
     Ready,
-    /// It is not what it was when it was added. Remove it and add it again.
+    /// It has changed since it was added. Remove it and add it again.
     Changed,
 }
 
@@ -181,22 +181,22 @@ pub enum TemplateState {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Guard {
-    /// By a lease: whoever wants to write waits until every fork that could read it has stopped.
+    /// By a lease: a writer waits until every fork that could read the file has ended.
     Lease,
-    /// By watching and comparing: a write is noticed once it has happened.
+    /// By watching and comparing: a write is noticed afterwards.
     Watch,
 }
 
-/// What the living forks of a template cost together, in bytes.
+/// Memory of a template's living forks together, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TemplateMemory {
-    /// How many forks were measured: those whose pid is known.
+    /// Number of forks that were measured: those whose process ID is known.
     pub measured: u64,
-    /// What they cost: their proportional shares.
+    /// Sum of their proportional set sizes (PSS).
     pub pss: u64,
-    /// What would be free without them: what they share with nobody.
+    /// Memory that no other process shares: it would be free without these forks.
     pub private: u64,
-    /// What they would cost without sharing: everything resident, counted for each.
+    /// Memory without sharing: the sum of all resident memory.
     pub unshared: u64,
 }

@@ -1,4 +1,4 @@
-//! What can be set: in a file, or as flags, which win.
+//! Settings, from a file and from flags. Flags win.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
@@ -10,16 +10,16 @@ use pagecast_client::Backend;
 use pagecast_client::template::Protection;
 use serde::{Deserialize, Serialize};
 
-/// Where everything is kept, if nothing else is said.
+/// The default of [`Settings::run_dir`].
 pub const RUN_DIR: &str = "/run/pagecast";
 
-/// How many MiB a second, if nothing else is said.
+/// The default of [`Settings::completion_rate`], in MiB per second.
 const COMPLETION_RATE: u32 = 1024;
 
 /// The longest time for [`Settings::busy_poll`]: with more, a worker would hardly ever sleep.
 pub const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
 
-/// What has been set; `None` for what has not. The same names in the file as on the command line, with `_` for `-`.
+/// Settings that were given; `None` for those that were not. The file uses the names of the flags, with `_` for `-`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -41,11 +41,11 @@ pub struct Settings {
     #[serde(default, with = "humantime_serde")]
     pub handshake_deadline: Option<Duration>,
 
-    /// Most forks that may wait or live at once; a request for more is answered with 429 [default: 4096]
+    /// Most forks that may wait or live at once; further requests get 429 [default: 4096]
     #[arg(long, value_name = "N")]
     pub max_forks: Option<u32>,
 
-    /// Most ended forks that are kept until they are deleted; beyond that the oldest are forgotten [default: 1000]
+    /// Most ended forks to keep until they are deleted; the oldest are forgotten first [default: 1000]
     #[arg(long, value_name = "N")]
     pub ended_forks: Option<u32>,
 
@@ -54,17 +54,17 @@ pub struct Settings {
     #[serde(rename = "allowed_uids")]
     pub allowed_uids: Option<Vec<u32>>,
 
-    /// A folder in which requests may have sockets and memory files placed, beside the run dir; can be given more than
-    /// once [default: anywhere]
+    /// Folder in which requests may place sockets and memory files, besides the run dir; can be given more than once
+    /// [default: any folder]
     #[arg(long = "allowed-dir", value_name = "DIR")]
     #[serde(rename = "allowed_dirs")]
     pub allowed_dirs: Option<Vec<PathBuf>>,
 
-    /// The backend of forks that do not ask for one: auto, uffd or file [default: auto]
+    /// Backend of forks whose request names none: auto, uffd or file [default: auto]
     #[arg(long, value_name = "BACKEND", value_parser = parse_backend)]
     pub backend: Option<Backend>,
 
-    /// Protection of templates that ask for none: none, readonly or immutable [default: none]
+    /// Protection of templates whose request names none: none, readonly or immutable [default: none]
     #[arg(long, value_name = "HOW", value_parser = parse_protection)]
     pub protect: Option<Protection>,
 
@@ -74,27 +74,26 @@ pub struct Settings {
     #[serde(default, with = "humantime_serde")]
     pub complete_idle_after: Option<Duration>,
 
-    /// Most MiB per second that a background completion installs; 0 for no limit
-    /// [default: 1024]
+    /// Most MiB per second that a background completion installs; 0 for no limit [default: 1024]
     #[arg(long, value_name = "MIB")]
     pub completion_rate: Option<u32>,
 
-    /// Time that a thread polls for the next page fault after it has answered one, before it sleeps; at most 10ms. Faster where
-    /// cores are free, and takes one in full meanwhile [default: not at all]
+    /// Time that a thread polls for the next page fault after each answer, before it sleeps; at most 10ms. Answers
+    /// faster if cores are free, and uses its core in full meanwhile [default: none]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub busy_poll: Option<Duration>,
 
-    /// Also serve the metrics on this TCP address, to everybody who can reach it
+    /// TCP address on which to serve the metrics, too, to every client that can reach it
     #[arg(long, value_name = "ADDR:PORT")]
     pub metrics_addr: Option<SocketAddr>,
 
-    /// How log lines look [default: text]
+    /// Format of log lines [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -105,46 +104,46 @@ pub enum LogFormat {
     Json,
 }
 
-/// Why there is no configuration.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration {}", path.display())]
     Read {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// The error of the read.
         #[source]
         source: std::io::Error,
     },
-    /// The file is no configuration.
-    #[error("{} is no configuration", path.display())]
+    /// The file is not a valid configuration.
+    #[error("{} is not a valid configuration", path.display())]
     Parse {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not; names the line and the key.
+        /// The error, with line and key.
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// A value cannot be.
+    /// A value is out of range.
     #[error("{setting} cannot be {value}: {reason}")]
     Value {
-        /// Of which setting.
+        /// Name of the setting.
         setting: &'static str,
         /// The value.
         value: String,
-        /// Why not.
+        /// The reason.
         reason: &'static str,
     },
 }
 
 impl Settings {
-    /// What the file at `path` sets.
+    /// Reads the settings in the file at `path`.
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] where it cannot be read, or sets what is not known.
+    /// [`ConfigError`]: the file cannot be read, or has an unknown setting.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),
@@ -156,7 +155,7 @@ impl Settings {
         })
     }
 
-    /// What is set here or else there.
+    /// These settings, completed by `other`.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self {
@@ -178,7 +177,7 @@ impl Settings {
         }
     }
 
-    /// The whole configuration.
+    /// Applies the defaults.
     ///
     /// # Errors
     ///
@@ -189,7 +188,7 @@ impl Settings {
                 return Err(ConfigError::Value {
                     setting: "workers",
                     value: workers.to_string(),
-                    reason: "1 to 256 can be had",
+                    reason: "the range is 1 to 256",
                 });
             }
             workers => workers.map(usize::from),
@@ -199,14 +198,14 @@ impl Settings {
             return Err(ConfigError::Value {
                 setting: "busy_poll",
                 value: humantime::format_duration(busy_poll).to_string(),
-                reason: "a core would hardly ever be free; 10ms can be had",
+                reason: "the maximum is 10ms, as threads would hardly ever sleep",
             });
         }
         let run_dir = self.run_dir.unwrap_or_else(|| RUN_DIR.into());
         let run_dir = std::path::absolute(&run_dir).map_err(|_| ConfigError::Value {
             setting: "run_dir",
             value: run_dir.display().to_string(),
-            reason: "it is no path",
+            reason: "it is not a path",
         })?;
         Ok(Config {
             run_dir,
@@ -228,39 +227,38 @@ impl Settings {
     }
 }
 
-/// How a daemon is to be.
+/// The configuration of a daemon.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Folder of the control socket, the forks' sockets and all state; absolute.
     pub run_dir: PathBuf,
-    /// How many threads answer page faults; the library decides where this is `None`.
+    /// Number of threads that answer page faults; `None` for the library's default.
     pub workers: Option<usize>,
     /// Time that a VMM has to connect to its fork.
     pub connect_deadline: Duration,
     /// Time that a VMM has from connecting to the end of its handshake.
     pub handshake_deadline: Duration,
-    /// How many forks may wait or live at once.
+    /// Most forks that may wait or live at once.
     pub max_forks: usize,
-    /// How many forks that have ended are remembered.
+    /// Most ended forks that are kept.
     pub ended_forks: usize,
-    /// Who may use the control socket, beside the daemon's own user and root.
+    /// Users who may use the control socket, besides the daemon's own and root.
     pub allowed_uids: Vec<u32>,
-    /// Where requests may have sockets and memory files placed, beside the run dir; anywhere where this is empty.
+    /// Folders in which requests may place sockets and memory files, besides the run dir; empty for any folder.
     pub allowed_dirs: Vec<PathBuf>,
-    /// The backend of forks that do not ask for one.
+    /// The backend of forks whose request names none.
     pub backend: Backend,
-    /// How templates are protected that do not ask for it.
+    /// The protection of templates whose request names none.
     pub protect: Protection,
-    /// How long a fork with `uffd` has no page fault until it is completed; never where this is `None`.
+    /// Time without a page fault after which a fork with `uffd` is completed; `None` for never.
     pub complete_idle_after: Option<Duration>,
-    /// How many bytes a second a completion installs at most where nobody waits for it; as many as can be where this is
-    /// `None`.
+    /// Most bytes per second that a background completion installs; `None` for no limit.
     pub completion_rate: Option<NonZeroU64>,
-    /// How long a worker looks for the next fault without sleeping.
+    /// Time that a worker polls for the next fault before it sleeps.
     pub busy_poll: Duration,
-    /// Where else the metrics are.
+    /// TCP address of the metrics, besides the control socket.
     pub metrics_addr: Option<SocketAddr>,
-    /// How log lines look.
+    /// The format of log lines.
     pub log_format: LogFormat,
 }
 
@@ -272,7 +270,7 @@ fn parse_protection(text: &str) -> Result<Protection, &'static str> {
     parse(text).ok_or("it is one of none, readonly and immutable")
 }
 
-/// By the name that it has in JSON, so that there is one list of names.
+/// Parses the JSON name, so that the names are listed once.
 fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
     serde_json::from_value(serde_json::Value::String(text.to_owned())).ok()
 }

@@ -14,11 +14,11 @@ use tracing_subscriber::fmt::{FormatFields, MakeWriter};
 use crate::config::LogFormat;
 use pagecast_command::stderr;
 
-/// What JSON lines name their event in. People read the message.
+/// The field of JSON lines with the event's name. The text format has the message only.
 const EVENT: &str = "event";
 
-/// Writes log lines to standard error from now on, through [`stderr`]: one for each turn in the life of a fork or template, none
-/// for a fault. `RUST_LOG` can ask for more or less. Only the first call of a process counts.
+/// Starts to write log lines to standard error, through [`stderr`]. Events of forks and templates make lines, faults do
+/// not. `RUST_LOG` sets the level. Only the first call in a process has an effect.
 pub fn start(format: LogFormat) {
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
     stderr::start(move |dropped| {
@@ -26,7 +26,7 @@ pub fn start(format: LogFormat) {
             warn!(
                 event = "log_lines_dropped",
                 lines = dropped,
-                "log lines were dropped: nobody has read them in time"
+                "log lines dropped because stderr was not read in time"
             );
         })
     });
@@ -41,7 +41,7 @@ pub fn start(format: LogFormat) {
     }));
 }
 
-/// What `log` writes, as it would be written to standard error.
+/// The text that `log` writes to standard error.
 fn line_of(format: LogFormat, ansi: bool, log: impl FnOnce()) -> Vec<u8> {
     let written = Arc::<Mutex<Vec<u8>>>::default();
     let to = Arc::clone(&written);
@@ -78,7 +78,7 @@ fn lines(
     }
 }
 
-/// Writes fields as usual, but for the name of the event.
+/// Writes fields as usual, without the name of the event.
 struct WithoutEvent;
 
 impl<'writer> FormatFields<'writer> for WithoutEvent {
@@ -117,7 +117,7 @@ mod tests {
     use super::*;
     use crate::{Daemon, Settings};
 
-    /// What is written of an event of the page server that no test can bring about in a whole daemon: a disk that hangs.
+    /// The log line of an event that no test can bring about in a whole daemon: a disk that hangs.
     async fn not_completed(format: LogFormat) -> String {
         let folder = tempfile::tempdir().unwrap();
         let settings = Settings {

@@ -1,4 +1,4 @@
-//! The folder that everything is kept in, and that one daemon at a time has.
+//! The run dir: the folder with all state of a daemon. One daemon at a time has it.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Read, Seek, Write};
@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// How the names of files begin that are not written to their end yet; no name of a template or fork does.
+/// Prefix of files that are not yet written to their end. No template or fork has such a name.
 const UNFINISHED: &str = ".new-";
 
-/// The folder, locked for as long as this lives.
+/// The run dir, locked while this lives.
 ///
-/// | in it | is |
+/// | name | content |
 /// | --- | --- |
 /// | `control.sock` | the control socket |
-/// | `lock` | locked by the daemon, and holds its pid |
-/// | `templates/NAME.json` | what a template was when it was added |
+/// | `lock` | the daemon's lock, and its process ID |
+/// | `templates/NAME.json` | a template, as it was added |
 /// | `templates/NAME.mem` | its memory file, for forks with `file`: the same inode |
-/// | `forks/ID.json` | a fork that is to be found again after a restart |
+/// | `forks/ID.json` | a fork that the next daemon takes up |
 /// | `forks/ID.sock` | the socket of a fork with `uffd` |
 #[derive(Debug)]
 pub struct RunDir {
@@ -27,36 +27,36 @@ pub struct RunDir {
     _lock: File,
 }
 
-/// Why the folder cannot be had.
+/// Why the run dir cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunDirError {
-    /// Another daemon has it.
-    #[error("a daemon runs in {} already{}: stop it, or choose another --run-dir", path.display(), by(*pid))]
+    /// Another daemon uses it.
+    #[error("another daemon uses {}{}: stop it, or choose another --run-dir", path.display(), by(*pid))]
     Taken {
-        /// Which folder.
+        /// Path of the run dir.
         path: PathBuf,
-        /// By which process, if that can be told.
+        /// Process ID of the other daemon, if known.
         pid: Option<u32>,
     },
-    /// It belongs to somebody else.
-    #[error("{} belongs to user {owner}, not to {user}, who runs this: choose another --run-dir", path.display())]
+    /// Another user owns it.
+    #[error("{} belongs to user {owner}, but this runs as user {user}: choose another --run-dir", path.display())]
     Owner {
-        /// Which folder.
+        /// Path of the run dir.
         path: PathBuf,
-        /// Whose it is.
+        /// Its owner.
         owner: u32,
-        /// Who we are.
+        /// The user of this process.
         user: u32,
     },
-    /// It cannot be made or used.
+    /// It cannot be created or used.
     #[error("cannot {what} {}: run as root, or choose another --run-dir", path.display())]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// With what.
+        /// Path that it failed for.
         path: PathBuf,
-        /// Why it failed.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -67,7 +67,7 @@ fn by(pid: Option<u32>) -> String {
 }
 
 impl RunDir {
-    /// Makes the folder where it is missing, and takes it. `shared` lets others look up what they know the name of.
+    /// Creates the folder if it is missing, and locks it. `shared` lets other users open files in it by name.
     ///
     /// # Errors
     ///
@@ -77,7 +77,7 @@ impl RunDir {
             let path = path.to_owned();
             move |source| RunDirError::Io { what, path, source }
         };
-        make_dir(path).map_err(failed("make the folder", path))?;
+        make_dir(path).map_err(failed("create the folder", path))?;
         let owner = std::fs::metadata(path).map_err(failed("look at", path))?.uid();
         let user = rustix::process::geteuid().as_raw();
         if owner != user {
@@ -97,14 +97,14 @@ impl RunDir {
             .mode(0o600)
             .open(&lock_path)
             .map_err(failed("open", &lock_path))?;
-        // One that an older version has made.
+        // An older version may have created it with another mode.
         lock.set_permissions(Permissions::from_mode(0o600))
             .map_err(failed("set the mode of", &lock_path))?;
         if let Err(error) = lock.try_lock() {
             return Err(match error {
                 std::fs::TryLockError::WouldBlock => {
                     let mut pid = String::new();
-                    // Only for the message.
+                    // The process ID is for the error message only.
                     let _ = lock.take(16).read_to_string(&mut pid);
                     RunDirError::Taken {
                         path: path.to_owned(),
@@ -127,33 +127,33 @@ impl RunDir {
         };
         for inner in ["templates", "forks"] {
             let inner = this.path.join(inner);
-            make_dir(&inner).map_err(failed("make the folder", &inner))?;
+            make_dir(&inner).map_err(failed("create the folder", &inner))?;
             clear_unfinished(&inner).map_err(failed("clear", &inner))?;
         }
         Ok(this)
     }
 
-    /// Where the control socket is.
+    /// The path of the control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.path.join("control.sock")
     }
 
-    /// The folder itself.
+    /// The path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the memory file of a template is, for forks with `file`.
+    /// The path of a template's memory file, for forks with `file`.
     pub fn template_mem(&self, name: &str) -> PathBuf {
         self.path.join("templates").join(format!("{name}.mem"))
     }
 
-    /// Where the socket of a fork is.
+    /// The path of a fork's socket.
     pub fn fork_socket(&self, id: &str) -> PathBuf {
         self.path.join("forks").join(format!("{id}.sock"))
     }
 
-    /// Keeps what is to be known of something after a restart.
+    /// Saves a record for the next daemon.
     ///
     /// # Errors
     ///
@@ -167,7 +167,7 @@ impl RunDir {
         Ok(())
     }
 
-    /// Forgets it. What is not there is forgotten already.
+    /// Deletes a record, if it exists.
     ///
     /// # Errors
     ///
@@ -179,7 +179,7 @@ impl RunDir {
         }
     }
 
-    /// All of a kind that were saved, by name. What cannot be read is an error beside its name.
+    /// All records of a kind, by name. A record that cannot be read is an error beside its name.
     ///
     /// # Errors
     ///
@@ -203,17 +203,17 @@ impl RunDir {
     }
 }
 
-/// What a file holds.
+/// The content of a file.
 pub(crate) fn encode(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     serde_json::to_vec(value)
 }
 
-/// Reads what [`encode`] has made.
+/// Parses the output of [`encode`].
 pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(bytes)
 }
 
-/// What is saved.
+/// Kinds of records.
 #[derive(Clone, Copy, Debug)]
 pub enum Saved {
     /// A template.
@@ -231,7 +231,7 @@ impl Saved {
     }
 }
 
-/// Makes a folder that only we may look into, and those above it as usual.
+/// Creates a folder with mode 0700, and its parents with the usual mode.
 fn make_dir(path: &Path) -> io::Result<()> {
     if let Some(above) = path.parent() {
         std::fs::create_dir_all(above)?;
@@ -242,7 +242,7 @@ fn make_dir(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Deletes what a daemon was writing when it was killed.
+/// Deletes files that a killed daemon had not written to their end.
 fn clear_unfinished(folder: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;

@@ -244,7 +244,10 @@ fn wrong_usage_exits_with_2_and_a_missing_mem_file_with_1() {
     assert_eq!(run(&["handle"]).0, Some(2));
     let (code, said) = run(&["handle", "--socket", "s", "--mem-file", "m", "--busy-poll", "2s"]);
     assert_eq!(code, Some(2));
-    assert!(said.contains("--busy-poll") && said.contains("10ms at most"), "{said}");
+    assert!(
+        said.contains("--busy-poll") && said.contains("the maximum is 10ms"),
+        "{said}"
+    );
     let (code, said) = run(&["handle", "--socket", "/nonexistent/s", "--mem-file", "/nonexistent/m"]);
     assert_eq!(code, Some(1));
     assert!(

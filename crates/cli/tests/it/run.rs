@@ -505,7 +505,10 @@ fn a_template_that_cannot_be_run_is_told_of_before_anything_starts() {
         .output()
         .unwrap();
     assert_eq!(nowhere.status.code(), Some(1), "{nowhere:?}");
-    assert!(text(&nowhere.stderr).contains("name another one with --dir"), "{nowhere:?}");
+    assert!(
+        text(&nowhere.stderr).contains("name another one with --dir"),
+        "{nowhere:?}"
+    );
     host.assert_nothing_is_left();
 }
 

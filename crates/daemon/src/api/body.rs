@@ -1,4 +1,4 @@
-//! What a request may say.
+//! Bodies, paths and queries of requests.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ use serde::de::DeserializeOwned;
 
 use super::failure::Failure;
 
-/// The longest body, in bytes.
+/// The longest body in bytes.
 const MOST_BYTES: usize = 1 << 20;
 
-/// How long a body may take to come.
+/// Time for a body to arrive.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A body of JSON, whatever the request calls it, as Firecracker takes it too.
+/// A JSON body. As with Firecracker, the `Content-Type` does not matter.
 pub(super) struct Body<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
@@ -32,7 +32,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
             )
         };
         let body = request.into_body();
-        // One that says so in advance need not come.
+        // A client that announces a longer body need not send it.
         if body.size_hint().lower() > MOST_BYTES as u64 {
             return Err(too_large());
         }
@@ -44,7 +44,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
             Err(_) => {
                 return Err(Failure::of(
                     ErrorCode::BadRequest,
-                    format_args!("the body has not come within {PATIENCE:?}"),
+                    format_args!("the body has not arrived within {PATIENCE:?}"),
                 ));
             }
         };
@@ -54,11 +54,11 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
 
 /// Reads a whole body.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
-    // Which would be taken for the values of all fields, in the order that they happen to have here.
+    // serde would take an array for the values of all fields, in the order of their declaration.
     if bytes.trim_ascii_start().starts_with(b"[") {
         return Err(Failure::of(
             ErrorCode::InvalidField,
-            "the body is an array, and has to be an object",
+            "the body is an array, but must be an object",
         ));
     }
     let mut json = serde_json::Deserializer::from_slice(bytes);
@@ -76,13 +76,13 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     json.end().map_err(|error| {
         Failure::of(
             ErrorCode::BadRequest,
-            format_args!("the body goes on after its end: {error}"),
+            format_args!("the body has data after its end: {error}"),
         )
     })?;
     Ok(value)
 }
 
-/// The one segment of a path that is a name, decoded.
+/// The segment of a path that is a name, decoded.
 pub(super) struct Segment(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {
@@ -96,7 +96,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
-/// What the query says, or why that cannot be.
+/// The query, or the error if it cannot be read.
 pub(super) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Failure> {
     query
         .map(|Query(query)| query)

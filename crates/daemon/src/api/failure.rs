@@ -25,7 +25,7 @@ impl IntoResponse for Failure {
     }
 }
 
-/// The status that goes with a code.
+/// The status for a code.
 pub(super) fn status(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::BadRequest => StatusCode::BAD_REQUEST,

@@ -16,7 +16,7 @@ use super::failure::Failure;
 use super::templates::Measure;
 use crate::service::Service;
 
-/// Whether the VMM is killed.
+/// The query of `DELETE /v1/forks/{id}`.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -26,7 +26,7 @@ pub(super) struct Kill {
     kill: bool,
 }
 
-/// All forks, by id
+/// All forks, sorted by ID
 #[utoipa::path(get, path = "/v1/forks", operation_id = "list_forks", tag = "forks", params(Measure), responses(
     (status = 200, body = [Fork], description = "the forks"),
     (status = 400, body = ErrorBody, description = "bad_request"),
@@ -39,9 +39,9 @@ pub(super) async fn list(
     blocking(move || Ok(Json(service.show_forks(measure.memory)))).await
 }
 
-/// Make a fork
+/// Create a fork
 ///
-/// The answer holds the `mem_backend` for Firecracker's `PUT /snapshot/load`.
+/// The answer has the `mem_backend` for Firecracker's `PUT /snapshot/load`.
 #[utoipa::path(post, path = "/v1/forks", operation_id = "create_fork", tag = "forks", request_body = CreateFork, responses(
     (status = 201, body = CreatedFork, description = "made"),
     (status = 400, body = ErrorBody, description = "bad_request"),
@@ -76,10 +76,10 @@ pub(super) async fn show(State(service): State<Arc<Service>>, Segment(id): Segme
 
 /// Complete a fork
 ///
-/// Installs all that is left of its memory, then lets it go: its VMM no longer needs the daemon. Its state says when.
+/// Installs the rest of its memory and unregisters it. Its VMM no longer needs the daemon once the state is `complete`.
 #[utoipa::path(post, path = "/v1/forks/{id}/complete", operation_id = "complete_fork", tag = "forks",
     params(("id" = String, Path, description = "the id of the fork")), responses(
-    (status = 202, description = "begun, or complete already"),
+    (status = 202, description = "begun, or already complete"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "fork_not_found"),
     (status = 409, body = ErrorBody, description = "fork_waiting, fork_ended, not_completable"),
@@ -92,7 +92,7 @@ pub(super) async fn complete(State(service): State<Arc<Service>>, Segment(id): S
 
 /// Delete a fork
 ///
-/// One whose VMM lives and needs the daemon is refused, unless its VMM is to be killed.
+/// Refused if its VMM lives and needs the daemon, unless `kill` is set.
 #[utoipa::path(delete, path = "/v1/forks/{id}", operation_id = "delete_fork", tag = "forks",
     params(("id" = String, Path, description = "the id of the fork"), Kill), responses(
     (status = 204, description = "deleted"),

@@ -14,15 +14,15 @@ use crate::metrics;
 use crate::requests::Requests;
 use crate::service::Service;
 
-/// How the daemon does
+/// Version, process and counts of the daemon
 #[utoipa::path(get, path = "/v1/health", tag = "daemon", responses(
-    (status = 200, body = Health, description = "it does well"),
+    (status = 200, body = Health, description = "the daemon is healthy"),
 ))]
 pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<Health>, Failure> {
     blocking(move || Ok(Json(service.health()))).await
 }
 
-/// Metrics, as Prometheus reads them
+/// Metrics as Prometheus text
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses(
     (status = 200, body = String, content_type = "text/plain; version=0.0.4", description = "the metrics"),
 ))]

@@ -1,4 +1,4 @@
-//! Connections, and who may have one.
+//! Connections, and the users who may make them.
 
 use std::fs::Permissions;
 use std::io;
@@ -18,26 +18,26 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::warn;
 
-/// How many connections there can be at once; more wait their turn.
+/// Most connections at once. Others wait.
 const MOST_CONNECTIONS: usize = 256;
 
-/// How many there can be at once of those who may not use the socket; more are hung up on, so that they keep nobody waiting.
+/// Most connections at once of users who may not use the socket. More are closed, so that they delay no other.
 const MOST_FORBIDDEN: usize = 16;
 
-/// How long a client may take to send the head of a request, the first or the next.
+/// Time that a client has to send the head of its first request, and of each later one.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a connection may take new requests.
+/// Time for which a connection takes new requests.
 const CONNECTION_PATIENCE: Duration = Duration::from_mins(10);
 
-/// How long after that the last of them may take to be answered: somebody who does not read its answers does not hold the
-/// connection for ever. Longer than any call waits for a VMM to die.
+/// Time after that for the last answer, so that a client that does not read it cannot hold the connection. Longer than
+/// any call waits for the death of a VMM.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 
-/// After a failed `accept`, which mostly means that there are no file descriptors.
+/// Pause after a failed `accept`. Mostly the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Listens at `path`, in place of a socket that a dead daemon has left there. Nobody else can be alive: the run dir is
+/// Listens at `path`, and replaces a socket file of a dead daemon. No living daemon has it, since the run dir is
 /// locked.
 pub(crate) fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
@@ -49,7 +49,7 @@ pub(crate) fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the control API to those who `may` use it, until dropped; others get `forbidden`.
+/// Serves the control API to the users that `may` accepts, until dropped. Others get `forbidden`.
 pub(crate) async fn serve_control(
     listener: UnixListener,
     router: Router,
@@ -63,7 +63,7 @@ pub(crate) async fn serve_control(
         let stream = accepted(listener.accept().await.map(|(stream, _)| stream)).await;
         while connections.try_join_next().is_some() {}
         let Some(stream) = stream else { continue };
-        // Only those who may take a place of those who may, and only they are waited for.
+        // Only connections of accepted users count, and only they are waited for.
         let (place, router) = if may(&stream) {
             (Arc::clone(&places).acquire_owned().await.ok(), &router)
         } else {
@@ -78,7 +78,7 @@ pub(crate) async fn serve_control(
     }
 }
 
-/// Serves the metrics to everybody, until dropped.
+/// Serves the metrics to every client, until dropped.
 pub(crate) async fn serve_metrics(listener: TcpListener, router: Router) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut connections = JoinSet::new();
@@ -99,14 +99,14 @@ async fn accepted<S>(stream: io::Result<S>) -> Option<S> {
     match stream {
         Ok(stream) => Some(stream),
         Err(error) => {
-            warn!(%error, "cannot take a connection");
+            warn!(%error, "cannot accept a connection");
             tokio::time::sleep(ACCEPT_PAUSE).await;
             None
         }
     }
 }
 
-/// Whether whoever has connected is the daemon's own user, root or allowed.
+/// Returns `true` if the peer is the daemon's own user, root or an allowed one.
 pub(crate) fn may_control(stream: &UnixStream, allowed: &[u32]) -> bool {
     let own = rustix::process::geteuid().as_raw();
     match stream.peer_cred() {
@@ -115,8 +115,8 @@ pub(crate) fn may_control(stream: &UnixStream, allowed: &[u32]) -> bool {
     }
 }
 
-/// Serves a connection until its client or `until` ends it. Then only the call that is under way is answered, since it is
-/// carried out: it has `patience` for that.
+/// Serves a connection until its client or `until` ends it. After `until`, only the running call is answered, and has
+/// `patience` for that.
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
@@ -129,7 +129,7 @@ async fn serve(
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut connection = pin!(connection);
     tokio::select! {
-        // How it ends is the client's affair.
+        // Errors of the connection concern only its client.
         _ = connection.as_mut() => return,
         () = until => {}
     }
@@ -149,16 +149,16 @@ mod tests {
 
     const ASK: &[u8] = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-    /// Longer than any test takes that works.
+    /// Longer than any passing test takes.
     const PATIENCE: Duration = Duration::from_secs(40);
 
-    /// A call that says that it has begun, and answers only when it is told to.
+    /// A call that reports its start, and answers only on request.
     fn slow(begun: oneshot::Sender<()>, told: oneshot::Receiver<()>) -> Router {
         let signals = Arc::new(Mutex::new(Some((begun, told))));
         let call = async move || {
             let (begun, told) = signals.lock().unwrap().take().expect("it is called once");
             begun.send(()).unwrap();
-            // Never, where nobody tells it.
+            // Never, without a request.
             let _ = told.await;
             "done"
         };
@@ -170,7 +170,7 @@ mod tests {
         let (begun, has_begun) = oneshot::channel();
         let (tell, told) = oneshot::channel();
         let (mut client, stream) = UnixStream::pair().unwrap();
-        // The call cannot be over before the time of its connection is.
+        // The call cannot be over before its connection is.
         let until = async {
             has_begun.await.unwrap();
             tell.send(()).unwrap();
@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(answer, b"");
     }
 
-    /// They hold on to what they get, and would for as long as they like.
+    /// These clients keep their connections for as long as they can.
     #[tokio::test]
     async fn those_who_may_not_keep_nobody_waiting_who_may() {
         let folder = tempfile::tempdir().unwrap();
@@ -220,7 +220,7 @@ mod tests {
         let mut crowd = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
             let mut stream = UnixStream::connect(&path).await.unwrap();
-            // Some are hung up on.
+            // Some connections are closed.
             let _ = stream.write_all(ASK).await;
             crowd.push(stream);
         }
@@ -230,7 +230,7 @@ mod tests {
         let answered = tokio::time::timeout(PATIENCE, client.read_exact(&mut answer)).await;
         answered.expect("nobody may be kept waiting").unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200");
-        // Beyond those of their own they get no place at all.
+        // Beyond their own places they get none.
         let last = crowd.last_mut().unwrap();
         let hung_up = tokio::time::timeout(PATIENCE, last.read(&mut [0])).await.unwrap();
         assert!(matches!(hung_up, Ok(0) | Err(_)), "{hung_up:?}");

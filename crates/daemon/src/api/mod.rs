@@ -6,7 +6,7 @@
 //! | `body` | what a request may say |
 //! | `count` | how often each call is answered |
 //! | `failure` | errors and their statuses |
-//! | `listen` | connections, and who may have one |
+//! | `listen` | connections, and the users who may make them |
 
 mod body;
 mod count;
@@ -64,7 +64,7 @@ impl FromRef<Api> for Arc<Requests> {
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
         contact(),
     ),
-    servers((url = "http://localhost", description = "Over the unix socket, so the name of the host says nothing")),
+    servers((url = "http://localhost", description = "A unix socket, so the host name is arbitrary")),
     tags(
         (name = "templates", description = "Memory images of paused microVMs"),
         (name = "forks", description = "MicroVMs restored from a template"),
@@ -88,7 +88,7 @@ fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
     (router, document)
 }
 
-/// Adds the errors that every call can have.
+/// Adds the errors that every call can answer with.
 fn add_common_errors(document: &mut utoipa::openapi::OpenApi) {
     let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
     for path in document.paths.paths.values_mut() {
@@ -113,7 +113,12 @@ pub(crate) fn router(api: Api) -> Router {
     let counted = from_fn_with_state(api.clone(), count::count);
     router
         .method_not_allowed_fallback(async || Failure::of(ErrorCode::MethodNotAllowed, "this path has no such method"))
-        .fallback(async || Failure::of(ErrorCode::NotFound, "there is no such path; see the OpenAPI document"))
+        .fallback(async || {
+            Failure::of(
+                ErrorCode::NotFound,
+                "this path does not exist; see the OpenAPI document",
+            )
+        })
         .layer(counted)
         .with_state(api)
 }
@@ -141,7 +146,7 @@ pub(crate) fn forbidden_router(api: Api) -> Router {
         .layer(counted)
 }
 
-/// The `OpenAPI` document, generated from the code, as JSON.
+/// The `OpenAPI` document as JSON, generated from the code.
 pub fn openapi() -> String {
     let (_, document) = described();
     // Made of strings and maps only.
@@ -150,7 +155,7 @@ pub fn openapi() -> String {
     json
 }
 
-/// Does something that may wait for disks and processes, on a thread that may.
+/// Runs work that may wait for disks and processes, on a thread for that.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -160,7 +165,7 @@ async fn blocking<T: Send + 'static>(
             tracing::error!(%panic, "a call has failed");
             Err(Failure::of(
                 ErrorCode::Internal,
-                "the call has failed; the log says more",
+                "the call has failed; the log has details",
             ))
         }
     }

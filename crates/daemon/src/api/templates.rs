@@ -16,12 +16,12 @@ use super::body::{Body, Segment, query};
 use super::failure::Failure;
 use crate::service::Service;
 
-/// Whether memory is measured.
+/// The query of the lists.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Measure {
-    /// Measure what the VMMs cost, which takes a while for very many.
+    /// Measure the memory of the VMMs. Takes long for thousands.
     #[serde(default = "yes")]
     #[param(default = true)]
     pub(super) memory: bool,
@@ -31,7 +31,7 @@ fn yes() -> bool {
     true
 }
 
-/// All templates, by name
+/// All templates, sorted by name
 #[utoipa::path(get, path = "/v1/templates", operation_id = "list_templates", tag = "templates", params(Measure), responses(
     (status = 200, body = [Template], description = "the templates"),
     (status = 400, body = ErrorBody, description = "bad_request"),
@@ -60,13 +60,13 @@ pub(super) async fn show(
 
 /// Add a template
 ///
-/// The memory file must be a regular file of whole pages that nobody has open for writing. It is held, guarded and must
-/// not change for as long as it is a template.
+/// The memory file must be a regular file of whole pages that no process has open for writing. It must not change while
+/// it is a template.
 #[utoipa::path(put, path = "/v1/templates/{name}", operation_id = "add_template", tag = "templates",
     params(("name" = String, Path, description = "the name of the template")),
     request_body = AddTemplate, responses(
     (status = 201, body = Template, description = "added"),
-    (status = 200, body = Template, description = "the same is there already"),
+    (status = 200, body = Template, description = "the same template exists"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 409, body = ErrorBody, description = "template_exists, template_changed"),
     (status = 413, body = ErrorBody, description = "body_too_large"),
@@ -88,7 +88,7 @@ pub(super) async fn add(
 
 /// Remove a template
 ///
-/// Its protection is undone.
+/// Undoes its protection.
 #[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "remove_template", tag = "templates",
     params(("name" = String, Path, description = "the name of the template")), responses(
     (status = 204, description = "removed"),
@@ -101,15 +101,15 @@ pub(super) async fn remove(State(service): State<Arc<Service>>, Segment(name): S
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Bring a template into memory
+/// Read a template into memory
 ///
-/// Into the page cache, which its forks with `file` map, in pages of 2 MiB where its file system has such: its working set,
-/// else all that is not known to be zeros. Resident, all of that is locked there, and found again by the next daemon. What
-/// was asked for last holds. `warmth` says how far it is.
+/// Reads the working set into the page cache, which forks with `file` map. If no working set is known, reads all that
+/// is not known to be zeros. Uses pages of 2 MiB if the file system has them. With `resident`, all that is not zeros is
+/// locked in memory, by restarted daemons too. The last request holds. `warmth` shows the progress.
 #[utoipa::path(post, path = "/v1/templates/{name}/warm", operation_id = "warm_template", tag = "templates",
     params(("name" = String, Path, description = "the name of the template")),
     request_body = Warm, responses(
-    (status = 202, body = Template, description = "begun, or done already"),
+    (status = 202, body = Template, description = "begun, or already done"),
     (status = 400, body = ErrorBody, description = "bad_request"),
     (status = 404, body = ErrorBody, description = "template_not_found"),
     (status = 409, body = ErrorBody, description = "template_changed"),
@@ -129,9 +129,9 @@ pub(super) async fn warm(
     .await
 }
 
-/// Keep a template in memory no longer
+/// Unlock a template
 ///
-/// Stops bringing it there too. What is in the page cache stays until the kernel needs the memory.
+/// Also stops reading it. Its pages stay in the page cache until the kernel needs the memory.
 #[utoipa::path(delete, path = "/v1/templates/{name}/warm", operation_id = "cool_template", tag = "templates",
     params(("name" = String, Path, description = "the name of the template")), responses(
     (status = 204, description = "nothing of it is locked in memory"),
