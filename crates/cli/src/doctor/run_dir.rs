@@ -167,7 +167,7 @@ mod tests {
         };
         assert_eq!(
             missing(Ok(())).parts(),
-            (Status::Ok, "/run/pagecast can be made in /run", "")
+            (Status::Ok, "/run/pagecast can be created in /run", "")
         );
         let not_to_be_made = missing(Err(ErrorKind::ReadOnlyFilesystem.into()));
         assert_eq!(not_to_be_made.status(), Status::Fail);
