@@ -6,7 +6,7 @@ pub(crate) use linux_raw_sys::general::{
 use linux_raw_sys::{general as sys, ioctl};
 use rustix::ioctl::{Opcode, opcode};
 
-/// `UFFD_API`: the only protocol version there is.
+/// `UFFD_API`: the only protocol version.
 pub(crate) const UFFD_API: u64 = sys::UFFD_API as u64;
 /// The ioctl group of userfaultfd, `0xAA`.
 const GROUP: u8 = 0xAA;

@@ -1,6 +1,6 @@
 //! Addresses, lengths and ranges in the address space of a VMM.
 //!
-//! They are numbers of *another* process, never pointers of ours: nothing here can be dereferenced.
+//! They belong to *another* process and are never dereferenced here.
 
 use std::fmt;
 
@@ -9,17 +9,17 @@ use std::fmt;
 pub struct HostAddr(u64);
 
 impl HostAddr {
-    /// The address `value`.
+    /// Creates the address `value`.
     pub const fn new(value: u64) -> Self {
         Self(value)
     }
 
-    /// The address as a number.
+    /// Returns the address as a number.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// The address `len` bytes further on, or `None` where that is past the end of the address space.
+    /// Returns the address `len` bytes further. `None` if it exceeds the address space.
     pub const fn checked_add(self, len: ByteLen) -> Option<Self> {
         match self.0.checked_add(len.0) {
             Some(sum) => Some(Self(sum)),
@@ -27,7 +27,7 @@ impl HostAddr {
         }
     }
 
-    /// How many bytes `self` lies beyond `earlier`, or `None` where it lies before it.
+    /// Returns the number of bytes from `earlier` to `self`. `None` if `self` is lower.
     pub const fn checked_offset_from(self, earlier: Self) -> Option<ByteLen> {
         match self.0.checked_sub(earlier.0) {
             Some(distance) => Some(ByteLen(distance)),
@@ -53,31 +53,31 @@ impl fmt::Debug for HostAddr {
 pub struct ByteLen(u64);
 
 impl ByteLen {
-    /// No bytes at all.
+    /// Zero bytes.
     pub const ZERO: Self = Self(0);
 
-    /// A length of `bytes`.
+    /// Creates a length of `bytes`.
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
 
-    /// The length of something in memory.
+    /// Returns the length of something in memory.
     pub const fn of_slice(slice: &[u8]) -> Self {
         // A slice is at most `isize::MAX` bytes long.
         Self(slice.len() as u64)
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// Whether it is nothing.
+    /// Returns `true` if the length is zero.
     pub const fn is_zero(self) -> bool {
         self.0 == 0
     }
 
-    /// The sum of two lengths, or `None` on overflow.
+    /// Returns the sum of two lengths. `None` on overflow.
     pub const fn checked_add(self, other: Self) -> Option<Self> {
         match self.0.checked_add(other.0) {
             Some(sum) => Some(Self(sum)),
@@ -98,7 +98,7 @@ impl fmt::Debug for ByteLen {
     }
 }
 
-/// A range of a VMM's address space: never empty, and its end is an address too.
+/// A range of a VMM's address space. It is never empty, and its end is an address, too.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HostRange {
     start: HostAddr,
@@ -106,7 +106,7 @@ pub struct HostRange {
 }
 
 impl HostRange {
-    /// The range of `len` bytes from `start`, or `None` where it is empty or runs past the end of the address space.
+    /// Creates the range of `len` bytes from `start`. `None` if it is empty or exceeds the address space.
     pub const fn new(start: HostAddr, len: ByteLen) -> Option<Self> {
         if len.is_zero() || start.checked_add(len).is_none() {
             return None;
@@ -114,7 +114,7 @@ impl HostRange {
         Some(Self { start, len })
     }
 
-    /// The range from `start` up to, but without, `end`; `None` where it is empty.
+    /// Creates the range from `start` to `end`, without `end`. `None` if it is empty.
     pub const fn between(start: HostAddr, end: HostAddr) -> Option<Self> {
         match end.checked_offset_from(start) {
             Some(len) => Self::new(start, len),
@@ -122,33 +122,33 @@ impl HostRange {
         }
     }
 
-    /// Its first address.
+    /// Returns the first address.
     pub const fn start(self) -> HostAddr {
         self.start
     }
 
-    /// Its length in bytes, never zero.
+    /// Returns the length in bytes, never zero.
     pub const fn len(self) -> ByteLen {
         self.len
     }
 
-    /// Always `false`; here because a `len` without it surprises.
+    /// Returns `false`. It is here because clippy wants it beside `len`.
     pub const fn is_empty(self) -> bool {
         false
     }
 
-    /// The first address after it.
+    /// Returns the first address after the range.
     pub const fn end(self) -> HostAddr {
-        // `new` saw that this does not overflow.
+        // `new` has checked that this does not overflow.
         HostAddr(self.start.0 + self.len.0)
     }
 
-    /// Whether `addr` lies inside.
+    /// Returns `true` if `addr` is in the range.
     pub const fn contains(self, addr: HostAddr) -> bool {
         self.start.0 <= addr.0 && addr.0 < self.end().0
     }
 
-    /// What both ranges cover, if anything.
+    /// Returns the intersection of both ranges. `None` if they share no address.
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::between(self.start.max(other.start), self.end().min(other.end()))
     }

@@ -1,4 +1,4 @@
-//! What of a file is still to be written to its disk.
+//! Dirty pages of a file.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -6,17 +6,17 @@ use linux_raw_sys::general as sys;
 
 use crate::outcome::Errno;
 
-/// The size of a page of the page cache in bytes.
+/// Size of a page of the page cache in bytes.
 const PAGE: u64 = 4096;
 
-/// How many bytes of `file` are in the page cache and not on its disk yet (`cachestat(2)`).
+/// Returns the bytes of `file` in the page cache that are not yet on its disk (`cachestat(2)`).
 ///
 /// # Errors
 ///
-/// `ENOSYS` before Linux 6.5, `EPERM` where this process neither owns the file nor may write it (Linux 6.14), `EOPNOTSUPP` on
-/// hugetlbfs.
+/// `ENOSYS` before Linux 6.5, `EPERM` if this process neither owns the file nor may write it (Linux 6.14), `EOPNOTSUPP`
+/// on hugetlbfs.
 pub fn dirty_bytes(file: BorrowedFd<'_>) -> Result<u64, Errno> {
-    // No length means to the end of the file.
+    // Length zero means to the end of the file.
     let range = sys::cachestat_range { off: 0, len: 0 };
     let mut found = sys::cachestat {
         nr_cache: 0,
@@ -39,8 +39,8 @@ pub fn dirty_bytes(file: BorrowedFd<'_>) -> Result<u64, Errno> {
     Ok((found.nr_dirty + found.nr_writeback) * PAGE)
 }
 
-/// Writes the bytes of `file` to its disk and waits for that (`sync_file_range(2)`), without its metadata: this is not for
-/// keeping it over a power failure.
+/// Writes the dirty pages of `file` to its disk and waits for that (`sync_file_range(2)`). Does not write metadata, so
+/// the file may not survive a power failure.
 ///
 /// # Errors
 ///
@@ -73,7 +73,7 @@ mod tests {
         let mut file = std::fs::File::create(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         file.write_all(&vec![7; 1 << 16]).unwrap();
-        // None on a file system that keeps its pages in memory; an old kernel does not tell.
+        // Zero on a file system that keeps its pages in memory; an old kernel has no `cachestat`.
         let before = dirty_bytes(file.as_fd());
         assert!(
             matches!(before, Ok(0..=0x1_0000)) || before == Err(Errno::new(libc::ENOSYS)),

@@ -1,4 +1,4 @@
-//! What a `read` of a userfaultfd returns (`struct uffd_msg`, `userfaultfd(2)`), as types.
+//! Messages from a `read` of a userfaultfd (`struct uffd_msg`, `userfaultfd(2)`), as types.
 
 use std::num::NonZeroU32;
 
@@ -9,66 +9,67 @@ use crate::address::{ByteLen, HostAddr, HostRange};
 /// The size of one message, in bytes.
 pub const MESSAGE_SIZE: usize = 32;
 
-/// One message of the kernel about an address space.
+/// A message of the kernel about an address space.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// A thread touched a page that is not there, and waits.
+    /// A thread touched an absent page, and waits.
     PageFault(PageFault),
-    /// The range was given back; the thread that did so waits until this event is read.
+    /// The process gives the range back. Its thread waits until this event is read.
     Remove(HostRange),
     /// The range was unmapped.
     Unmap(HostRange),
     /// Registered memory moved.
     Remap {
-        /// Where it was.
+        /// The old range's address.
         from: HostAddr,
-        /// Where it is now.
+        /// The new range's address.
         to: HostAddr,
-        /// How much of it, in bytes.
+        /// The length in bytes.
         len: ByteLen,
     },
-    /// The process forked; the userfaultfd of the child.
+    /// The process forked. Has the userfaultfd of the child.
     #[cfg(target_os = "linux")]
     Fork(std::os::fd::OwnedFd),
-    /// An event of this number that is not known here, or whose content makes no sense.
+    /// An event with an unknown number, or with invalid content.
     Unknown(u8),
 }
 
-/// A page fault: somebody is blocked until the page is there or the range is woken.
+/// A page fault: a thread is blocked until the page is installed or the range is woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFault {
     /// The address, aligned down to its page unless [`Features::EXACT_ADDRESS`](crate::Features::EXACT_ADDRESS) is on.
     pub address: HostAddr,
-    /// What kind of fault.
+    /// The kind of the fault.
     pub flags: FaultFlags,
-    /// The thread, where [`Features::THREAD_ID`](crate::Features::THREAD_ID) is on.
+    /// The thread, if [`Features::THREAD_ID`](crate::Features::THREAD_ID) is on.
     pub thread: Option<NonZeroU32>,
 }
 
 bitflags! {
-    /// The kind of a page fault (`UFFD_PAGEFAULT_FLAG_*`). None set: a read of a missing page.
+    /// The kind of a page fault (`UFFD_PAGEFAULT_FLAG_*`). No flag: a read of a missing page.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct FaultFlags: u64 {
-        /// It was a write.
+        /// The access was a write.
         const WRITE = 1 << 0;
-        /// The page is there but write-protected.
+        /// The page is present but write-protected.
         const WRITE_PROTECT = 1 << 1;
         /// The page is in the page cache but not mapped.
         const MINOR = 1 << 2;
-        // Bits of newer kernels are kept, not dropped.
+        // Bits of newer kernels are kept.
         const _ = !0;
     }
 }
 
-// The layout of `struct uffd_msg`: a byte that says which event, then from byte 8 on three words that depend on it.
+// The layout of `struct uffd_msg`: a byte with the number of the event, and three words from byte 8 on that depend on
+// it.
 const PAGEFAULT: u8 = 0x12;
 const FORK: u8 = 0x13;
 const REMAP: u8 = 0x14;
 const REMOVE: u8 = 0x15;
 const UNMAP: u8 = 0x16;
 
-/// A parsed message before a file descriptor in it has found its owner.
+/// A parsed message whose file descriptor is not yet owned.
 pub(crate) enum Parsed {
     Event(Event),
     #[cfg_attr(

@@ -11,7 +11,7 @@ use rustix::net::{
 
 use crate::outcome::Errno;
 
-/// The most file descriptors the kernel lets one message carry (`SCM_MAX_FD`).
+/// Most file descriptors that the kernel lets one message carry (`SCM_MAX_FD`).
 pub const MAX_FDS: usize = 253;
 
 /// One piece of a stream.
@@ -19,19 +19,20 @@ pub const MAX_FDS: usize = 253;
 pub struct Received {
     /// Bytes received; zero at the end of the stream.
     pub bytes: usize,
-    /// File descriptors that came with this piece and were appended.
+    /// Number of file descriptors that came with this piece and were appended.
     pub fds: usize,
-    /// The peer sent more file descriptors than we could take (our table is full). The kernel has closed the rest.
+    /// The peer sent more file descriptors than this process could receive, as its table is full. The kernel has closed
+    /// the rest.
     pub fds_lost: bool,
 }
 
-/// Receives one piece without waiting: bytes into `buffer`, file descriptors, close-on-exec, onto the end of `fds`.
+/// Receives one piece without waiting: bytes into `buffer`, file descriptors (close-on-exec) appended to `fds`.
 ///
 /// # Errors
 ///
-/// `EAGAIN` where nothing is there yet; else the kernel's.
+/// `EAGAIN` if there is nothing yet; else the kernel's.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Received, Errno> {
-    // Room for as many as can come, so that none is dropped unseen and a message with two is known to have two.
+    // Has room for the maximum, so that no file descriptor is dropped unseen, and a message with two is noticed.
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::net::recvmsg(
@@ -54,7 +55,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], fds: &mut Vec<OwnedFd>
     })
 }
 
-/// Sends `bytes` with `fds`, as a VMM does in its handshake. Returns the bytes taken.
+/// Sends `bytes` with `fds`, as a VMM does in its handshake. Returns the number of bytes sent.
 ///
 /// # Errors
 ///

@@ -1,11 +1,11 @@
-//! Read leases on files (`F_SETLEASE` in `fcntl(2)`): who opens the file for writing, or truncates it, is made to wait.
+//! Read leases on files (`F_SETLEASE` in `fcntl(2)`), which make writers wait.
 //!
-//! While a lease is held, the kernel holds up every `open` for writing and every `truncate` of the file, by whatever path
-//! and process, until the lease is released, or taken away after `/proc/sys/fs/lease-break-time` seconds (45 as a rule).
-//! Who opens it with `O_NONBLOCK` gets `EWOULDBLOCK` instead. Readers do not notice.
+//! While a lease is held, the kernel holds up every `open` for writing and every `truncate` of the file, by any path
+//! and process. They continue once the lease is released, or after `/proc/sys/fs/lease-break-time` seconds (45 by
+//! default). An `open` with `O_NONBLOCK` gets `EWOULDBLOCK` instead. Readers do not wait.
 //!
-//! The kernel tells the holder of such a *break* by SIGIO, and the default action of SIGIO ends the process. So the signal is
-//! directed to one thread, which blocks it and reads it like a file: see [`LeaseBreaks`].
+//! The kernel reports such a *break* to the holder by SIGIO, whose default action ends the process. So the signal is
+//! directed to one thread, which blocks it and reads it from a signalfd: see [`LeaseBreaks`].
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -15,8 +15,7 @@ use linux_raw_sys::general as sys;
 
 use crate::outcome::Errno;
 
-/// Breaks of the leases that one thread has taken. Stays on that thread, and outlives no use that the thread has for SIGIO:
-/// the signal stays blocked there for good.
+/// Breaks of the leases that one thread has taken. Must stay on that thread, in which SIGIO stays blocked for good.
 #[derive(Debug)]
 pub struct LeaseBreaks {
     signals: OwnedFd,
@@ -25,80 +24,81 @@ pub struct LeaseBreaks {
 }
 
 impl LeaseBreaks {
-    /// From now on the calling thread is told of breaks in this way. It should be a thread of its own.
+    /// Starts to receive breaks in the calling thread, which should be a thread of its own.
     ///
     /// # Errors
     ///
-    /// The kernel's, where there is no file descriptor or memory left.
+    /// The kernel's, if there is no file descriptor or memory left.
     pub fn on_this_thread() -> Result<Self, Errno> {
         let sigio = only_sigio();
-        // SAFETY: the set is a valid one and lives through the call; the old set is not asked for. Only the mask of this very
+        // SAFETY: the set is valid and lives through the call; the old set is not asked for. Only the mask of this very
         // thread changes.
         let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const sigio, std::ptr::null_mut()) };
         if result != 0 {
             return Err(Errno::new(result));
         }
-        // SAFETY: the set is a valid one and lives through the call; -1 asks for a new file descriptor.
+        // SAFETY: the set is valid and lives through the call; -1 asks for a new file descriptor.
         let number = unsafe { libc::signalfd(-1, &raw const sigio, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
         check(number)?;
         Ok(Self {
-            // SAFETY: the kernel has just made this file descriptor, and nobody else knows its number.
+            // SAFETY: the kernel has just made this file descriptor, and nothing else knows its number.
             signals: unsafe { OwnedFd::from_raw_fd(number) },
             on_one_thread: PhantomData,
         })
     }
 
     /// Takes a read lease on `file`, which is open for reading only. An open file description has one lease at most, so
-    /// taking it again changes nothing but who is told.
+    /// taking it again changes only the receiver of breaks.
     ///
     /// # Errors
     ///
-    /// The kernel's: `EAGAIN` where somebody has the file open for writing or mapped shared and writable, `EACCES` where it
-    /// belongs to another user (and without `CAP_LEASE`), `EINVAL` where its file system has no leases, …
+    /// The kernel's: `EAGAIN` if the file is open for writing or mapped shared and writable, `EACCES` if it belongs to
+    /// another user (and without `CAP_LEASE`), `EINVAL` if its file system has no leases, …
     pub fn take_read_lease(&self, file: BorrowedFd<'_>) -> Result<(), Errno> {
         let owner = sys::f_owner_ex {
             type_: owner_is_a_thread(),
             pid: rustix::thread::gettid().as_raw_nonzero().get(),
         };
-        // First who is told: without an owner, the kernel would choose the whole process, which SIGIO ends.
+        // Sets the owner first: without one, the kernel would send SIGIO to the whole process, which would end.
         // SAFETY: the command reads a `struct f_owner_ex`, which lives through the call.
         check(unsafe { libc::fcntl(file.as_raw_fd(), command(sys::F_SETOWN_EX), &raw const owner) })?;
         // SAFETY: the command takes a number and touches no memory.
         check(unsafe { libc::fcntl(file.as_raw_fd(), command(sys::F_SETLEASE), libc::F_RDLCK) })
     }
 
-    /// Forgets the breaks there were: it is readable again with the next.
+    /// Clears past breaks, so that the file descriptor becomes readable with the next one.
     pub fn clear(&self) {
-        // Standard signals do not queue, so one read takes all; that there is none is fine.
+        // Standard signals do not queue, so one read takes all. An error means that there is none.
         let _ = rustix::io::read(&self.signals, &mut [0; size_of::<libc::signalfd_siginfo>()]);
     }
 }
 
 impl AsFd for LeaseBreaks {
-    /// Readable once a lease of this thread is to be broken, for this thread.
+    /// Returns a file descriptor that is readable once a lease of this thread is to be broken. It works in this thread
+    /// only.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.signals.as_fd()
     }
 }
 
-/// Whether `file` has a read lease that nobody wants broken.
+/// Returns `true` if `file` has a read lease that is not to be broken.
 ///
 /// # Errors
 ///
-/// None that are known for an open file.
+/// None is known for an open file.
 pub fn is_held(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     // SAFETY: the command takes no argument and touches no memory.
     let lease = unsafe { libc::fcntl(file.as_raw_fd(), command(sys::F_GETLEASE)) };
     check(lease)?;
-    // While a break is pending, this is what it will become: F_UNLCK.
+    // While a break is pending, the kernel returns the future state: F_UNLCK.
     Ok(lease == libc::F_RDLCK)
 }
 
-/// Releases the lease of `file`: who was made to wait goes on.
+/// Releases the lease of `file`. Waiting writers continue.
 ///
 /// # Errors
 ///
-/// `EAGAIN` where there is none, for example because the kernel has taken it away.
+/// `EAGAIN` if there is none, for example because the kernel has broken it.
 pub fn release(file: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: the command takes a number and touches no memory.
     check(unsafe { libc::fcntl(file.as_raw_fd(), command(sys::F_SETLEASE), libc::F_UNLCK) })
@@ -147,7 +147,7 @@ mod tests {
 
     use super::*;
 
-    /// A file of one page, gone with the test.
+    /// A file of one page, removed after the test.
     struct Leased {
         path: PathBuf,
         file: File,
@@ -155,7 +155,7 @@ mod tests {
     }
 
     impl Leased {
-        /// Says that the test is skipped where the file system has no leases.
+        /// Skips the test if the file system has no leases.
         fn new(name: &str) -> Option<Self> {
             let path = std::env::temp_dir().join(format!("pagecast-{name}-{}", std::process::id()));
             std::fs::write(&path, [7; 4096]).unwrap();
@@ -172,7 +172,7 @@ mod tests {
             }
         }
 
-        /// Waits for a break, and takes note of it.
+        /// Waits for a break, and clears it.
         fn await_break(&self) {
             rustix::event::poll(&mut [PollFd::new(&self.breaks, PollFlags::IN)], None).unwrap();
             self.breaks.clear();
@@ -196,7 +196,7 @@ mod tests {
         unsafe { libc::truncate(path.as_ptr(), 0) }
     }
 
-    // The threads of these tests leave SIGIO at its default, which is to end the process.
+    // The threads of these tests leave SIGIO at its default, which ends the process.
 
     #[test]
     fn a_writer_waits_until_the_lease_is_released() {
@@ -209,7 +209,7 @@ mod tests {
             release(leased.file.as_fd()).unwrap();
             writer.join().unwrap();
         });
-        // It is nobody's any more; and once nobody writes, it can be taken again.
+        // The lease is gone, and can be taken again once the file is no longer open for writing.
         assert!(!is_held(leased.file.as_fd()).unwrap());
         assert!(release(leased.file.as_fd()).is_err());
         leased.breaks.take_read_lease(leased.file.as_fd()).unwrap();

@@ -1,21 +1,21 @@
-//! The kernel side of pagecast: everything that speaks to Linux about a fork's memory.
+//! The kernel side of pagecast: all calls to Linux about a fork's memory.
 //!
 //! | module | holds |
 //! | --- | --- |
 //! | [`address`] | addresses and ranges in a VMM's address space |
-//! | [`event`] | what a `read` of a userfaultfd returns, typed |
-//! | [`feature`] | the feature bits a userfaultfd was created with |
-//! | [`outcome`] | what an install came to: errno made meaning, once |
+//! | [`event`] | messages from a `read` of a userfaultfd |
+//! | [`feature`] | feature bits of a userfaultfd |
+//! | [`outcome`] | results of an install: errno as an enum |
 //! | `uffd` | the userfaultfd object and its ioctls (Linux) |
 //! | `fd_passing` | file descriptors over a unix socket (Linux) |
-//! | `peer` | who is at the other end of a unix socket (Linux) |
+//! | `peer` | the process at the other end of a unix socket (Linux) |
 //! | `pidfd` | a process that cannot be mistaken for another (Linux) |
-//! | `lease` | files that nobody can write without being made to wait (Linux) |
-//! | `dirty` | what of a file is still to be written to its disk (Linux) |
-//! | `mapped_file` | files in the page cache: in large pages, and kept there (Linux) |
+//! | `lease` | leases on files, which make writers wait (Linux) |
+//! | `dirty` | dirty pages of a file (Linux) |
+//! | `mapped_file` | files in the page cache: in large pages, and locked (Linux) |
 //!
-//! The first four are plain data and build on every platform; the rest exists on Linux only. All the kernel ABI of the
-//! project, and its `unsafe`, is in this crate.
+//! The first four are plain data and build on every platform; the others exist on Linux only. This crate has all kernel
+//! ABI and all `unsafe` of the project.
 
 pub mod address;
 #[cfg_attr(
@@ -59,11 +59,11 @@ pub use pidfd::PidFd;
 #[cfg(target_os = "linux")]
 pub use uffd::{CreateError, Drained, EventBuffer, NotAUffd, Rejected, Uffd, UffdOptions};
 
-/// What `pagecast-fuzz` calls and is private.
+/// Private functions for `pagecast-fuzz`.
 #[cfg(all(feature = "fuzzing", target_os = "linux"))]
 #[doc(hidden)]
 pub mod fuzzing {
-    /// The features that the fdinfo of a userfaultfd tells of.
+    /// The features in the fdinfo of a userfaultfd.
     pub fn features_of_fdinfo(info: &str) -> Option<u64> {
         crate::uffd::features_of_fdinfo(info)
     }

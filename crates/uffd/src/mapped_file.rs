@@ -1,8 +1,8 @@
-//! Parts of a file, mapped so that the page cache does something with them. Nobody reads or writes through the mapping.
+//! Parts of a file, mapped to control their page cache. No byte is read or written through the mapping.
 //!
-//! A mapping can ask for what no `read` can: pages of the page cache that are 2 MiB large (`MADV_HUGEPAGE`), and pages
-//! that stay (`mlock`). File systems that have such pages (ext4 since Linux 6.16, XFS, tmpfs with `huge=`) then let a VMM
-//! map 2 MiB of the file in one fault, though a write still copies 4 KiB only.
+//! A mapping can ask for pages of 2 MiB in the page cache (`MADV_HUGEPAGE`), and lock pages (`mlock`). A `read` can do
+//! neither. With pages of 2 MiB (ext4 since Linux 6.16, XFS, tmpfs with `huge=`) a VMM maps 2 MiB of the file in one
+//! fault, though a write still copies 4 KiB only.
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,37 +21,37 @@ const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
 const PAGE: usize = 4096;
 
-/// A fault maps what is in the page cache around it, within so many bytes, aligned (`fault_around_bytes`).
+/// Bytes around a fault that the kernel maps if they are in the page cache, aligned (`fault_around_bytes`).
 const AROUND: usize = 64 * 1024;
 
-/// How many pages are looked for in the page cache at once.
+/// Number of pages that one `mincore` asks about.
 const RESIDENT_PAGES: usize = 512;
 
-/// How many runs of large pages are asked for at once.
+/// Number of runs of large pages that one scan returns.
 const REGIONS: usize = 32;
 
-/// A part of a file, mapped read-only and shared, for the sake of the page cache. Dropping it unmaps it, and unlocks what
-/// was locked; so does the end of the process, however it comes.
+/// A part of a file, mapped read-only and shared, to control its page cache. Dropping it unmaps and unlocks it, and so
+/// does any end of the process.
 #[derive(Debug)]
 pub struct MappedFile {
     start: *mut c_void,
     len: usize,
 }
 
-// SAFETY: nothing is ever read or written through the address; it is only handed to system calls, which any thread may make
-// on a mapping of its process.
+// SAFETY: nothing is ever read or written through the address; it is only handed to system calls, which any thread may
+// make on a mapping of its process.
 unsafe impl Send for MappedFile {}
 // SAFETY: as above; and the kernel orders such calls.
 unsafe impl Sync for MappedFile {}
 
 impl MappedFile {
-    /// Maps `len` bytes of `file` from `at` on, both multiples of 4 KiB. Where they are multiples of 2 MiB, so is the
-    /// address, on file systems that have pages of that size.
+    /// Maps `len` bytes of `file` from `at` on, both multiples of 4 KiB. If both are multiples of 2 MiB, so is the
+    /// address, on file systems with pages of that size.
     ///
     /// # Errors
     ///
-    /// The kernel's: `EINVAL` where `len` is zero or `at` is not a multiple of 4 KiB, `ENOMEM` where the process has too
-    /// many mappings, `EACCES` where the file is not open for reading, `ENODEV` where its file system has no mappings, …
+    /// The kernel's: `EINVAL` if `len` is zero or `at` is not a multiple of 4 KiB, `ENOMEM` if the process has too many
+    /// mappings, `EACCES` if the file is not open for reading, `ENODEV` if its file system has no mappings, …
     pub fn new(file: BorrowedFd<'_>, at: u64, len: ByteLen) -> Result<Self, Errno> {
         let len = usize::try_from(len.get()).map_err(|_| Errno::new(libc::EOVERFLOW))?;
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing, and nothing refers to it.
@@ -60,36 +60,35 @@ impl MappedFile {
         Ok(Self { start, len })
     }
 
-    /// From now on, what is missing in the page cache comes in pages of 2 MiB where the file system has such; what is there
-    /// stays as it is.
+    /// Asks for pages of 2 MiB for all that is later read into the page cache, if the file system has them. Pages that
+    /// are already there stay as they are.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where the kernel has no transparent hugepages at all.
+    /// `EINVAL` if the kernel has no transparent hugepages.
     pub fn prefer_huge(&self) -> Result<(), Errno> {
         self.advise(Advice::LinuxHugepage)
     }
 
-    /// From now on, a touch maps no page of 2 MiB as a whole, but only what is around it.
+    /// Lets later touches map only the pages around them, never 2 MiB as a whole.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where the kernel has no transparent hugepages at all.
+    /// `EINVAL` if the kernel has no transparent hugepages.
     pub fn prefer_small(&self) -> Result<(), Errno> {
         self.advise(Advice::LinuxNoHugepage)
     }
 
-    /// Brings all of it into the page cache, in order, and waits for the disk.
+    /// Reads all of the part into the page cache, in order, and waits for the disk.
     ///
     /// # Errors
     ///
-    /// `EFAULT` where the file ends before the mapping does or cannot be read, `EINVAL` before Linux 5.14, `ENOMEM`, …
+    /// `EFAULT` if the file ends before the mapping does or cannot be read, `EINVAL` before Linux 5.14, `ENOMEM`, …
     pub fn populate(&self) -> Result<(), Errno> {
         self.advise(Advice::LinuxPopulateRead)
     }
 
-    /// How much of it is in the page cache in pages of 2 MiB that were mapped as such, by a fault or by
-    /// [`populate`](Self::populate).
+    /// Returns the bytes in pages of 2 MiB that were mapped as such, by a fault or by [`populate`](Self::populate).
     ///
     /// # Errors
     ///
@@ -123,7 +122,7 @@ impl MappedFile {
             // SAFETY: `PAGEMAP_SCAN` reads and writes a `struct pm_scan_arg`.
             let call = unsafe { Updater::<PAGEMAP_SCAN, _>::new(&mut scan) };
             // SAFETY: beside its argument, which lives through the call, this ioctl writes at most `vec_len` entries to
-            // `vec`, which is an array of so many that lives as long and is not read meanwhile. It changes no page, because
+            // `vec`, an array of that length that lives as long and is not read meanwhile. It changes no page, because
             // no flag asks for it.
             unsafe { rustix::ioctl::ioctl(pagemap.as_fd(), call) }?;
             found += regions
@@ -138,7 +137,7 @@ impl MappedFile {
         Ok(ByteLen::new(found))
     }
 
-    /// `len` bytes of it from `at` on, both multiples of 4 KiB; `None` where it is not so long.
+    /// Returns the `len` bytes from `at` on, both multiples of 4 KiB. `None` if the part is shorter.
     pub fn range(&self, at: u64, len: ByteLen) -> Option<MappedRange<'_>> {
         let into = usize::try_from(at).ok()?;
         let len = usize::try_from(len.get()).ok()?;
@@ -147,25 +146,26 @@ impl MappedFile {
         (fits && aligned && len > 0).then_some(MappedRange { file: self, into, len })
     }
 
-    /// In bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> ByteLen {
         ByteLen::new(self.len as u64)
     }
 
-    /// Never: there are no such mappings.
+    /// Returns `false`: there are no empty mappings.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Lets go of all of it: what is in the page cache stays there, but this process has it resident no longer.
+    /// Unmaps the pages of the part from this process, so that they no longer count as its resident memory. They stay
+    /// in the page cache.
     pub fn release(&self) {
-        // It can fail only where the mapping is locked, and then it has to stay.
+        // It can fail only if the mapping is locked, and then it must stay.
         let _ = self.advise(Advice::LinuxDontNeed);
     }
 
     fn advise(&self, advice: Advice) -> Result<(), Errno> {
-        // SAFETY: exactly what was mapped, of a file and read-only. No advice changes a byte of it; all are about the page
-        // cache.
+        // SAFETY: exactly the mapped range, of a file and read-only. No advice changes a byte of it; all are about the
+        // page cache.
         Ok(unsafe { rustix::mm::madvise(self.start, self.len, advice) }?)
     }
 }
@@ -180,8 +180,8 @@ pub struct MappedRange<'a> {
 }
 
 impl MappedRange<'_> {
-    /// Whether all of it is in the page cache (`mincore(2)`), so that nobody has to wait for a disk. The kernel says so of
-    /// everything where this process neither owns the file nor may write it.
+    /// Returns `true` if all of it is in the page cache (`mincore(2)`), so that no access waits for a disk. The kernel
+    /// always returns `true` if this process neither owns the file nor may write it.
     pub fn is_resident(&self) -> bool {
         let mut pages = [0u8; RESIDENT_PAGES];
         let step = RESIDENT_PAGES * PAGE;
@@ -194,13 +194,13 @@ impl MappedRange<'_> {
         })
     }
 
-    /// Brings all of it into the page cache and keeps it there (`mlock(2)`) until it is [unlocked](Self::unlock) or the file
-    /// is unmapped.
+    /// Reads all of it into the page cache and locks it there (`mlock(2)`), until it is [unlocked](Self::unlock) or the
+    /// file is unmapped.
     ///
     /// # Errors
     ///
-    /// `EPERM` and `ENOMEM` where `RLIMIT_MEMLOCK` does not allow it (and without `CAP_IPC_LOCK`), `EAGAIN` and `ENOMEM`
-    /// where it cannot be read.
+    /// `EPERM` and `ENOMEM` if `RLIMIT_MEMLOCK` does not allow it (and without `CAP_IPC_LOCK`), `EAGAIN` and `ENOMEM`
+    /// if it cannot be read.
     pub fn lock(&self) -> Result<(), Errno> {
         // SAFETY: a range of the mapping. Locking changes no byte of it, and no protection.
         Ok(unsafe { rustix::mm::mlock(self.start(), self.len) }?)
@@ -208,17 +208,17 @@ impl MappedRange<'_> {
 
     /// Undoes [`lock`](Self::lock).
     pub fn unlock(&self) {
-        // It can fail only for addresses that are none.
+        // It can fail only for unmapped addresses.
         // SAFETY: a range of the mapping.
         let _ = unsafe { rustix::mm::munlock(self.start(), self.len) };
     }
 
-    /// Lets go of it, and of what the kernel has mapped around it: it stays in the page cache, but this process has it
-    /// resident no longer.
+    /// Unmaps it from this process, with the pages that the kernel has mapped around it. They stay in the page cache,
+    /// but no longer count as resident memory of this process.
     pub fn release(&self) {
         let from = self.into / AROUND * AROUND;
         let to = (self.into + self.len).next_multiple_of(AROUND).min(self.file.len);
-        // It can fail only where the mapping is locked, and then it has to stay.
+        // It can fail only if the mapping is locked, and then it must stay.
         // SAFETY: a range of the mapping, which is of a file and read-only: nothing is lost.
         let _ = unsafe {
             rustix::mm::madvise(
@@ -229,7 +229,7 @@ impl MappedRange<'_> {
         };
     }
 
-    /// The same without its first `skip` bytes, and no longer than `len`; `None` where nothing is left.
+    /// Returns the part without its first `skip` bytes, at most `len` long. `None` if nothing is left.
     #[must_use]
     pub fn part(&self, skip: u64, len: ByteLen) -> Option<Self> {
         let into = u64::try_from(self.into).ok()?.checked_add(skip)?;
@@ -237,12 +237,12 @@ impl MappedRange<'_> {
         self.file.range(into, len).filter(|part| part.into + part.len <= end)
     }
 
-    /// In bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> ByteLen {
         ByteLen::new(self.len as u64)
     }
 
-    /// Never: it has at least a page.
+    /// Returns `false`: it has at least one page.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -254,7 +254,7 @@ impl MappedRange<'_> {
 
 impl Drop for MappedFile {
     fn drop(&mut self) {
-        // It can fail only for addresses that are none.
+        // It can fail only for unmapped addresses.
         // SAFETY: exactly what was mapped, and nothing refers to it.
         let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
     }
@@ -276,7 +276,7 @@ mod tests {
         file
     }
 
-    /// What the kernel says of a line of `/proc/self/status`, in KiB.
+    /// A line of `/proc/self/status`, in KiB.
     fn status(field: &str) -> u64 {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();

@@ -1,33 +1,33 @@
-//! What an install into a fork's memory came to.
+//! Results of an install into a fork's memory.
 
 use std::fmt;
 
 use crate::address::ByteLen;
 
-/// The outcome of an install (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`).
+/// The result of an install (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`).
 ///
-/// The kernel's errno becomes meaning here, once; callers match on this and never on numbers.
+/// It replaces the kernel's errno, so that callers match on the meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Outcome {
-    /// All of it is in place, and whoever waited is awake (unless asked otherwise).
+    /// All of the range is installed, and its waiting threads were woken, unless asked otherwise.
     Installed,
-    /// The first `installed` bytes are in place, the rest has to be tried again: the address space is changing (a
-    /// `REMOVE` event is unread, or the thread that caused it has not run again), or a later page was there already.
+    /// The first `installed` bytes are in place; the rest must be retried. Either the address space is changing (a
+    /// `REMOVE` event is unread, or the thread that caused it has not run again), or a later page was already present.
     /// The kernel retries nothing by itself.
     Retry {
         /// Bytes in place, a multiple of the page size; may be zero.
         installed: ByteLen,
     },
-    /// The first page is there already. Nobody was woken: a thread that waits for it must be.
+    /// The first page is already present. No thread was woken: the caller must wake those that wait for it.
     AlreadyPresent,
     /// The range is not registered (any more): unmapped or unregistered.
     NotRegistered,
     /// The address space is gone: its process has exited or executed another program.
     PeerGone,
-    /// There is no memory for the page: host, cgroup, or the pool of hugepages.
+    /// There is no memory for the page: on the host, in the cgroup, or in the pool of hugepages.
     OutOfMemory,
-    /// Anything else, which is a bug of ours or a page that cannot be read.
+    /// Any other error: a bug of ours, or a page that cannot be read.
     Failed(Errno),
 }
 
@@ -36,12 +36,12 @@ pub enum Outcome {
 pub struct Errno(i32);
 
 impl Errno {
-    /// The error with this number (positive, as in `errno(3)`).
+    /// Creates the error with this number (positive, as in `errno(3)`).
     pub const fn new(number: i32) -> Self {
         Self(number)
     }
 
-    /// Its number.
+    /// Returns its number.
     pub const fn get(self) -> i32 {
         self.0
     }
@@ -70,10 +70,10 @@ impl From<rustix::io::Errno> for Errno {
 
 #[cfg(target_os = "linux")]
 impl Outcome {
-    /// Reads the result of an install ioctl together with the **signed** progress field it left behind.
+    /// Interprets the result of an install ioctl with the **signed** progress field that it left.
     ///
-    /// The field holds bytes done, or a negated errno, or (when older kernels turn back early) what was there before the
-    /// call: zero. Other programs read it as unsigned and met 18446744073709551605.
+    /// The field has the number of installed bytes, or a negated errno. Older kernels that return early leave it as it
+    /// was before the call: zero. A reader that takes it as unsigned gets 18446744073709551605 for -EAGAIN.
     pub(crate) fn of_install(result: rustix::io::Result<()>, progress: i64) -> Self {
         use rustix::io::Errno as E;
         match result {
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn progress_is_signed() {
-        // -EAGAIN in the progress field, as the kernel leaves it when it turned back before the first page.
+        // -EAGAIN in the progress field, as the kernel leaves it when it returns before the first page.
         let retry = Outcome::of_install(Err(E::AGAIN), -11);
         assert_eq!(
             retry,

@@ -1,4 +1,4 @@
-//! Who is at the other end of a unix socket.
+//! The process at the other end of a unix socket.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -6,19 +6,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::outcome::Errno;
 use crate::pidfd::PidFd;
 
-/// What the kernel noted of the process that connected a unix socket, at `connect` (`unix(7)`, `SO_PEERCRED`).
+/// Credentials that the kernel noted at `connect` of a unix socket (`unix(7)`, `SO_PEERCRED`).
 #[derive(Clone, Copy, Debug)]
 pub struct PeerCredentials {
-    /// Its process id in our namespace; 0 if it is not visible there.
+    /// Its process ID in our namespace; 0 if it is not visible there.
     pub pid: i32,
-    /// Its effective user id.
+    /// Its effective user ID.
     pub uid: u32,
-    /// Its effective group id.
+    /// Its effective group ID.
     pub gid: u32,
 }
 
 impl PeerCredentials {
-    /// Those of the peer of a connected unix stream socket.
+    /// Returns the credentials of the peer of a connected unix stream socket.
     ///
     /// # Errors
     ///
@@ -36,13 +36,13 @@ impl PeerCredentials {
 /// The process that connected a unix socket.
 #[derive(Debug)]
 pub struct Peer {
-    /// Its process id in our namespace.
+    /// Its process ID in our namespace.
     pub pid: i32,
-    /// Its effective user id.
+    /// Its effective user ID.
     pub uid: u32,
-    /// Its effective group id.
+    /// Its effective group ID.
     pub gid: u32,
-    /// A handle on exactly that process.
+    /// A pidfd of this process.
     pub pidfd: PidFd,
 }
 
@@ -50,16 +50,16 @@ pub struct Peer {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PeerError {
-    /// The socket does not say who connected.
-    #[error("the socket does not tell who connected: {0}")]
+    /// The socket does not name the peer.
+    #[error("the socket does not name the process that connected: {0}")]
     Credentials(Errno),
-    /// The process is in a pid namespace that we cannot see into, so it could not be killed if need be.
-    #[error("the process that connected is not visible from this pid namespace")]
+    /// The process is in a PID namespace that is not visible here, so it could not be killed.
+    #[error("the process that connected is not visible in this PID namespace")]
     OtherNamespace,
-    /// It is dead already.
-    #[error("the process that connected has exited already")]
+    /// The process is already dead.
+    #[error("the process that connected has already exited")]
     Exited,
-    /// No handle on it could be had.
+    /// No pidfd could be opened.
     #[error("no pidfd for the process that connected: {0}")]
     PidFd(Errno),
 }
@@ -68,17 +68,17 @@ impl Peer {
     /// Opens the process that connected a unix stream socket, whose credentials were read from it.
     ///
     /// The pidfd comes from `SO_PEERPIDFD` (Linux 6.5), which cannot name the wrong process. On older kernels it is
-    /// opened by pid, and the process is then compared with the credentials.
+    /// opened by process ID, and the process is then compared with the credentials.
     ///
     /// # Errors
     ///
-    /// [`PeerError`] where there is no telling for sure.
+    /// [`PeerError`] if the process cannot be identified for certain.
     pub fn open(socket: BorrowedFd<'_>, credentials: PeerCredentials) -> Result<Self, PeerError> {
         if credentials.pid == 0 {
             return Err(PeerError::OtherNamespace);
         }
         let pidfd = match getsockopt::<i32>(socket, SO_PEERPIDFD) {
-            // SAFETY: the kernel has just made this file descriptor for this call, close-on-exec; nobody else owns it.
+            // SAFETY: the kernel has just made this file descriptor for this call, close-on-exec; nothing else owns it.
             Ok(number) => PidFd::from_fd(unsafe { OwnedFd::from_raw_fd(number) }),
             Err(errno) if errno.get() == libc::ENOPROTOOPT => open_and_compare(&credentials)?,
             // EINVAL and ESRCH: the process is dead and reaped.
@@ -98,8 +98,8 @@ impl Peer {
 #[expect(clippy::cast_possible_wrap, reason = "a small constant of the kernel's ABI")]
 const SO_PEERPIDFD: i32 = linux_raw_sys::net::SO_PEERPIDFD as i32;
 
-/// Opens a pidfd by number and makes sure that the process is still the one of the credentials: same owner, and not dead
-/// (had it died, its number could be somebody else's, who would have to be of the same user to pass).
+/// Opens a pidfd by process ID and checks that the process is the one of the credentials: the same owner, and alive.
+/// Had it died, its ID could belong to another process, which would pass only if it has the same user.
 fn open_and_compare(credentials: &PeerCredentials) -> Result<PidFd, PeerError> {
     use std::os::unix::fs::MetadataExt;
 
@@ -139,11 +139,11 @@ fn getsockopt<T: PlainOption>(socket: BorrowedFd<'_>, option: i32) -> Result<T, 
     Ok(unsafe { value.assume_init() })
 }
 
-/// A type of which any bytes are a value.
+/// A type for which any bytes are a valid value.
 ///
 /// # Safety
 ///
-/// As said; integers and `repr(C)` structs of them without padding.
+/// Any bytes must be valid: integers, and `repr(C)` structs of them without padding.
 unsafe trait PlainOption {}
 // SAFETY: an integer.
 unsafe impl PlainOption for i32 {}

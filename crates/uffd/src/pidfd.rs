@@ -8,18 +8,18 @@ use rustix::time::Timespec;
 
 use crate::outcome::Errno;
 
-/// A handle on one process. Its number may be given to another process after it has died; this handle never moves on.
+/// A handle on one process. After the process has died, its ID may be reused; the handle never names another process.
 #[derive(Debug)]
 pub struct PidFd {
     fd: OwnedFd,
 }
 
 impl PidFd {
-    /// A handle on whatever process has this number *now*.
+    /// Opens the process that has this ID *now*.
     ///
     /// # Errors
     ///
-    /// `ESRCH` where there is none, or `EINVAL` for a number that cannot be one.
+    /// `ESRCH` if there is none, or `EINVAL` for an invalid ID.
     pub fn open(pid: i32) -> Result<Self, Errno> {
         let positive = (pid > 0).then_some(pid).and_then(Pid::from_raw);
         let pid = positive.ok_or(Errno::new(libc::EINVAL))?;
@@ -31,11 +31,11 @@ impl PidFd {
         Self { fd }
     }
 
-    /// Sends SIGKILL. A process that has died already is no error.
+    /// Sends SIGKILL. Succeeds if the process has already died.
     ///
     /// # Errors
     ///
-    /// `EPERM` where the process is not ours to kill.
+    /// `EPERM` if this user may not kill the process.
     pub fn kill(&self) -> Result<(), Errno> {
         match rustix::process::pidfd_send_signal(&self.fd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
@@ -43,11 +43,11 @@ impl PidFd {
         }
     }
 
-    /// Whether we may kill the process, without doing so. A process that has died already is no error.
+    /// Checks that this user may kill the process. Succeeds if the process has already died.
     ///
     /// # Errors
     ///
-    /// `EPERM` where it is not ours to kill.
+    /// `EPERM` if it may not.
     pub fn may_kill(&self) -> Result<(), Errno> {
         let no_signal = 0;
         // SAFETY: `pidfd_send_signal(2)` with signal 0 only checks the permission; the file descriptor is open, and a null
@@ -68,7 +68,7 @@ impl PidFd {
         }
     }
 
-    /// Whether the process has exited, all its threads included. A zombie has.
+    /// Returns `true` if the process has exited with all its threads. A zombie has.
     pub fn has_exited(&self) -> bool {
         let mut poll = [PollFd::new(&self.fd, PollFlags::IN)];
         matches!(rustix::event::poll(&mut poll, Some(&Timespec::default())), Ok(ready) if ready > 0)
@@ -76,7 +76,7 @@ impl PidFd {
 }
 
 impl AsFd for PidFd {
-    /// Readable once the process has exited.
+    /// Returns a file descriptor that is readable once the process has exited.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -93,7 +93,7 @@ mod tests {
         pidfd.may_kill().unwrap();
         assert!(!pidfd.has_exited());
         pidfd.kill().unwrap();
-        // Readable, so no race: block until it is.
+        // It is readable, so this does not race.
         rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
         assert!(pidfd.has_exited());
         child.wait().unwrap();

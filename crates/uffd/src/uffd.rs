@@ -14,25 +14,25 @@ use crate::feature::Features;
 use crate::mapped_file::MappedRange;
 use crate::outcome::{Errno, Outcome};
 
-/// How many events one `read` takes at most.
+/// Most events that one `read` takes.
 pub const EVENTS_PER_READ: usize = 64;
 
-/// The feature bit the kernel sets in a userfaultfd once `UFFDIO_API` has been done (`UFFD_FEATURE_INITIALIZED`).
+/// The feature bit that the kernel sets in a userfaultfd after `UFFDIO_API` (`UFFD_FEATURE_INITIALIZED`).
 const INITIALIZED: u64 = 1 << 31;
 
-/// A userfaultfd that has been through `UFFDIO_API`, of this process or another.
+/// An initialised userfaultfd (after `UFFDIO_API`), of this process or another.
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
     features: Features,
 }
 
-/// How to create a userfaultfd.
+/// Options for creating a userfaultfd.
 #[derive(Clone, Copy, Debug)]
 pub struct UffdOptions {
-    /// What it shall deliver.
+    /// Features to ask for.
     pub features: Features,
-    /// Whether a `read` without events answers at once. A userfaultfd that blocks cannot be polled.
+    /// Whether a `read` without events returns at once. A blocking userfaultfd cannot be polled.
     pub nonblocking: bool,
 }
 
@@ -46,55 +46,55 @@ pub enum CreateError {
          /dev/userfaultfd, or set the sysctl vm.unprivileged_userfaultfd to 1)"
     )]
     Unavailable {
-        /// What opening the device said.
+        /// The error of opening the device.
         device: Errno,
-        /// What the system call said.
+        /// The error of the system call.
         syscall: Errno,
     },
-    /// The kernel does not have the features asked for.
+    /// The kernel lacks a requested feature.
     #[error("this kernel's userfaultfd lacks a feature of {features:?}: {source}")]
     Features {
-        /// What was asked for.
+        /// The requested features.
         features: Features,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: Errno,
     },
 }
 
-/// Why a received file descriptor was not taken as a userfaultfd.
+/// Why a received file descriptor is not a usable userfaultfd.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotAUffd {
-    /// It is something else.
+    /// It is another kind of file.
     #[error("the file descriptor is not a userfaultfd but {what:?}")]
     OtherFile {
-        /// What the kernel says it is.
+        /// Its kind, as the kernel names it.
         what: String,
     },
-    /// Its owner has not done `UFFDIO_API`; doing it for them would decide its features.
+    /// Its owner has not done `UFFDIO_API`. Doing it here would set its features.
     #[error("the userfaultfd has not been through UFFDIO_API")]
     NotInitialised,
-    /// `/proc/self` could not tell.
-    #[error("cannot find out what the file descriptor is")]
+    /// `/proc/self` could not be read.
+    #[error("cannot determine the kind of the file descriptor")]
     Unknown(#[source] std::io::Error),
 }
 
-/// A received file descriptor that was not taken, and why.
+/// A file descriptor that was rejected, and the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{why}")]
 pub struct Rejected {
-    /// Why.
+    /// The reason.
     pub why: NotAUffd,
-    /// What was received. Closing it can block: it is whatever the peer has sent.
+    /// The file descriptor. Closing it may block, since the peer chose the file.
     pub fd: OwnedFd,
 }
 
 /// Whether a read of events emptied the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drained {
-    /// Nothing was left when the read returned.
+    /// The queue was empty after the read.
     Yes,
-    /// There may be more.
+    /// The queue may have more events.
     NotYet,
 }
 
@@ -103,7 +103,7 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`CreateError`] where neither way is open to this user, or the kernel lacks a feature.
+    /// [`CreateError`] if this user may do neither, or the kernel lacks a feature.
     pub fn create(options: UffdOptions) -> Result<Self, CreateError> {
         let mut flags = OFlags::CLOEXEC;
         flags.set(OFlags::NONBLOCK, options.nonblocking);
@@ -131,13 +131,13 @@ impl Uffd {
 
     /// Takes over a userfaultfd that another process created and sent.
     ///
-    /// It is never initialised again: `UFFDIO_API` a second time is an error, and registering is its owner's business.
-    /// Sets `O_NONBLOCK`, without which it cannot be polled; the owner shares this flag and can clear it, which is why
+    /// It is not initialised again, since a second `UFFDIO_API` is an error, and its owner registers its memory. Sets
+    /// `O_NONBLOCK`, without which it cannot be polled. The owner shares this flag and can clear it, so
     /// [`read_events`](Self::read_events) does not rely on it.
     ///
     /// # Errors
     ///
-    /// [`Rejected`] where it is anything but an initialised userfaultfd.
+    /// [`Rejected`] if it is not an initialised userfaultfd.
     pub fn from_received(fd: OwnedFd) -> Result<Self, Rejected> {
         match features_of_received(fd.as_fd()) {
             Ok(features) => Ok(Self { fd, features }),
@@ -145,15 +145,15 @@ impl Uffd {
         }
     }
 
-    /// What it delivers, as decided by whoever created it.
+    /// Returns the features that its creator chose.
     pub fn features(&self) -> Features {
         self.features
     }
 
-    /// Reads what has happened, up to [`EVENTS_PER_READ`] events, adds it to those in `events` and says whether that was
-    /// all. Never blocks, even where the peer has cleared `O_NONBLOCK` behind our back (Linux 6.10 and newer).
+    /// Reads up to [`EVENTS_PER_READ`] events, appends them to `events`, and returns whether the queue is empty. Never
+    /// blocks, even if the peer has cleared `O_NONBLOCK` (Linux 6.10 and newer).
     ///
-    /// The kernel hands out page faults before other events, so a fault may come before an older `Remove`.
+    /// The kernel returns page faults before other events, so a fault may come before an older `Remove`.
     ///
     /// # Errors
     ///
@@ -171,12 +171,12 @@ impl Uffd {
         })
     }
 
-    /// Blocks until there is an event (where the userfaultfd was created blocking), reads up to [`EVENTS_PER_READ`] and adds
-    /// them to those in `events`.
+    /// Reads up to [`EVENTS_PER_READ`] events and appends them to `events`. Blocks until there is one, if the
+    /// userfaultfd is blocking.
     ///
     /// # Errors
     ///
-    /// The error of the `read`, `EAGAIN` where there is nothing and it does not block.
+    /// The error of the `read`; `EAGAIN` if there is no event and it does not block.
     pub fn read_events_blocking(&self, events: &mut EventBuffer) -> Result<(), Errno> {
         let length = rustix::io::read(&self.fd, &mut events.bytes[..]).map_err(Errno::from)?;
         events.parse(length);
@@ -184,20 +184,20 @@ impl Uffd {
     }
 
     fn read_without_waiting(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
-        // `u64::MAX` asks for the file position, as for every file that has none.
+        // `u64::MAX` stands for the file position, as for every file without one.
         match rustix::io::preadv2(
             &self.fd,
             &mut [IoSliceMut::new(buffer)],
             u64::MAX,
             ReadWriteFlags::NOWAIT,
         ) {
-            // Before Linux 6.10 a userfaultfd knows no RWF_NOWAIT; O_NONBLOCK was set when it was taken over.
+            // Before Linux 6.10 a userfaultfd has no RWF_NOWAIT; O_NONBLOCK was set when it was taken over.
             Err(E::OPNOTSUPP) => rustix::io::read(&self.fd, buffer),
             result => result,
         }
     }
 
-    /// Registers `range` for missing faults: from now on a touch of an absent page there becomes an event.
+    /// Registers `range` for missing faults: each touch of an absent page becomes an event.
     ///
     /// # Errors
     ///
@@ -205,13 +205,14 @@ impl Uffd {
     ///
     /// # Safety
     ///
-    /// Where the userfaultfd belongs to this process, `range` must be memory that the caller has mapped, that holds no
-    /// Rust object and to which no reference exists: its content comes from whoever installs pages.
+    /// If the userfaultfd belongs to this process, `range` must be memory that the caller has mapped, that holds no
+    /// Rust object and has no references: its content comes from the installs.
     pub unsafe fn register(&self, range: HostRange) -> Result<(), Errno> {
         self.register_for(range, abi::REGISTER_MODE_MISSING)
     }
 
-    /// The same, for write protection too: a write to a page that was installed write-protected is noticed.
+    /// Registers `range` for missing faults and write protection: a write to a page that was installed write-protected
+    /// is reported, too.
     ///
     /// # Errors
     ///
@@ -233,12 +234,12 @@ impl Uffd {
         update::<{ abi::REGISTER }, _>(self.fd.as_fd(), &mut register).map_err(Errno::from)
     }
 
-    /// Whether `page`, one page of the size that is mapped there, is registered for write protection. Changes nothing.
-    /// `false` also where nothing is registered, and while the address space is changing.
+    /// Returns `true` if `page`, one page of the mapped size, is registered for write protection. Changes nothing.
+    /// Returns `false` if nothing is registered, or while the address space is changing.
     ///
-    /// The features of a userfaultfd do not tell: the kernel registers for write protection without them. But it refuses to
-    /// install a page write-protected (`EINVAL`) where that is not registered, before it looks at what is to be copied; and
-    /// what is to be copied here cannot be read.
+    /// The features of a userfaultfd do not show this: the kernel registers for write protection without them. But it
+    /// refuses to install a page write-protected (`EINVAL`) in a range that is not registered for that, before it looks
+    /// at the source. The source here cannot be read.
     ///
     /// # Errors
     ///
@@ -253,14 +254,14 @@ impl Uffd {
             copy: 0,
         };
         Ok(match update::<{ abi::COPY }, _>(self.fd.as_fd(), &mut copy) {
-            // Not registered for it, not at all, changing, gone.
+            // Not registered for it, not registered at all, changing, or gone.
             Err(E::INVAL | E::NOENT | E::AGAIN | E::SRCH) => false,
-            // Nothing there to copy, no page to copy it to, or a page that is there already.
+            // The source is absent, there is no page for the copy, or the page is already present.
             _ => true,
         })
     }
 
-    /// Ends the registration of `range` and wakes whoever waits there. What is absent reads as zeros from now on.
+    /// Ends the registration of `range` and wakes its waiting threads. Absent pages read as zeros from now on.
     ///
     /// # Errors
     ///
@@ -269,7 +270,7 @@ impl Uffd {
         set::<{ abi::UNREGISTER }, _>(self.fd.as_fd(), range_abi(range)).map_err(Errno::from)
     }
 
-    /// Copies `bytes` to `to` (`UFFDIO_COPY`) and wakes whoever waits there. The length must be whole pages.
+    /// Copies `bytes` to `to` (`UFFDIO_COPY`) and wakes its waiting threads. The length must be whole pages.
     pub fn copy(&self, to: HostAddr, bytes: &[u8]) -> Outcome {
         let mut copy = abi::uffdio_copy {
             dst: to.get(),
@@ -282,8 +283,8 @@ impl Uffd {
         Outcome::of_install(result, copy.copy)
     }
 
-    /// Copies a part of a file to `to`, as [`copy`](Self::copy) does, without this process reading it. What is not in the
-    /// page cache is waited for; where the file ends early, this [fails](Outcome::Failed) with `EFAULT`.
+    /// Copies a part of a file to `to`, like [`copy`](Self::copy), without reading it in this process. Waits for pages
+    /// that are not in the page cache. [Fails](Outcome::Failed) with `EFAULT` if the file ends early.
     pub fn copy_mapped(&self, to: HostAddr, bytes: MappedRange<'_>) -> Outcome {
         let mut copy = abi::uffdio_copy {
             dst: to.get(),
@@ -296,8 +297,8 @@ impl Uffd {
         Outcome::of_install(result, copy.copy)
     }
 
-    /// Maps the kernel's zero page all over `range` (`UFFDIO_ZEROPAGE`) and wakes whoever waits there.
-    /// Not for hugetlbfs, where it [fails](Outcome::Failed) with `EINVAL`: copy zeros there.
+    /// Maps the kernel's zero page all over `range` (`UFFDIO_ZEROPAGE`) and wakes its waiting threads.
+    /// [Fails](Outcome::Failed) with `EINVAL` on hugetlbfs: copy zeros there.
     pub fn zeropage(&self, range: HostRange) -> Outcome {
         let mut zeropage = abi::uffdio_zeropage {
             range: range_abi(range),
@@ -308,7 +309,8 @@ impl Uffd {
         Outcome::of_install(result, zeropage.zeropage)
     }
 
-    /// Maps pages that are in the page cache already (`UFFDIO_CONTINUE`, for minor faults) and wakes whoever waits.
+    /// Maps pages that are already in the page cache (`UFFDIO_CONTINUE`, for minor faults) and wakes its waiting
+    /// threads.
     pub fn continue_range(&self, range: HostRange) -> Outcome {
         let mut arguments = abi::uffdio_continue {
             range: range_abi(range),
@@ -319,8 +321,8 @@ impl Uffd {
         Outcome::of_install(result, arguments.mapped)
     }
 
-    /// Wakes every thread that waits for a page of `range`; each touches its page again, and faults again if it is not
-    /// there.
+    /// Wakes every thread that waits for a page of `range`. Each touches its page again, and faults again if it is
+    /// absent.
     ///
     /// # Errors
     ///
@@ -336,7 +338,7 @@ impl AsFd for Uffd {
     }
 }
 
-/// Memory of ours that cannot be read.
+/// Memory of this process that cannot be read.
 struct Unreadable {
     start: *mut std::ffi::c_void,
     len: usize,
@@ -346,7 +348,7 @@ impl Unreadable {
     fn new(len: ByteLen) -> Result<Self, Errno> {
         let len = usize::try_from(len.get()).map_err(|_| Errno::from(E::NOMEM))?;
         let flags = rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::NORESERVE;
-        // SAFETY: a new mapping, at an address that the kernel chooses, which nobody else knows of.
+        // SAFETY: a new mapping, at an address that the kernel chooses, to which nothing refers.
         let start =
             unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, rustix::mm::ProtFlags::empty(), flags) }
                 .map_err(Errno::from)?;
@@ -360,21 +362,21 @@ impl Unreadable {
 
 impl Drop for Unreadable {
     fn drop(&mut self) {
-        // SAFETY: `new` has made exactly this mapping, and nothing of it was ever handed out but its address as a number.
+        // SAFETY: `new` has made exactly this mapping, and only its address as a number was ever handed out.
         let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
     }
 }
 
-/// Events that were read and not taken yet, and room to read more.
+/// A buffer of events: those read and not yet taken, and room for more.
 #[derive(Debug)]
 pub struct EventBuffer {
-    /// What the last `read` has filled. Kept from one to the next, so that it is zeroed once only.
+    /// The bytes of the last `read`. Kept between reads, so that it is zeroed only once.
     bytes: Box<[u8; EVENTS_PER_READ * MESSAGE_SIZE]>,
     events: Vec<Event>,
 }
 
 impl EventBuffer {
-    /// An empty one.
+    /// Creates an empty buffer.
     pub fn new() -> Self {
         Self {
             bytes: Box::new([0; _]),
@@ -387,7 +389,7 @@ impl EventBuffer {
         self.events.drain(..)
     }
 
-    /// Takes up what a `read` has just put into the first `length` bytes, and says how many events that were.
+    /// Parses the first `length` bytes, which a `read` has just filled, and returns the number of events.
     fn parse(&mut self, length: usize) -> usize {
         let (messages, _) = self.bytes[..length].as_chunks::<MESSAGE_SIZE>();
         for message in messages {
@@ -395,7 +397,7 @@ impl EventBuffer {
                 Parsed::Event(event) => event,
                 Parsed::Fork { fd } => {
                     // SAFETY: the kernel has just installed this number into our table for this very message
-                    // (`resolve_userfault_fork`), each message is parsed once, and nobody else knows the number.
+                    // (`resolve_userfault_fork`), each message is parsed once, and nothing else knows the number.
                     Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
                 }
             });
@@ -410,11 +412,12 @@ impl Default for EventBuffer {
     }
 }
 
-/// Checks that a received file descriptor is an initialised userfaultfd, makes it non-blocking, and tells its features.
+/// Checks that a received file descriptor is an initialised userfaultfd, makes it non-blocking, and returns its
+/// features.
 fn features_of_received(fd: BorrowedFd<'_>) -> Result<Features, NotAUffd> {
     let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
     let link = std::fs::read_link(format!("/proc/self/fd/{number}")).map_err(NotAUffd::Unknown)?;
-    // A path starts with a slash, so no file can be named like this.
+    // A path starts with a slash, so no file has such a name.
     if link.as_os_str() != "anon_inode:[userfaultfd]" {
         return Err(NotAUffd::OtherFile {
             what: link.to_string_lossy().into_owned(),
@@ -467,8 +470,8 @@ fn create_by_device(flags: OFlags) -> rustix::io::Result<OwnedFd> {
     /// `USERFAULTFD_IOC_NEW` takes the flags as its argument and returns the new file descriptor.
     struct New(OFlags);
 
-    // SAFETY: the opcode is the kernel's (asserted in `abi`), its argument is a number that is not dereferenced, and the
-    // value it returns is a file descriptor that nobody else owns.
+    // SAFETY: the opcode is the kernel's (asserted in `abi`), its argument is a number that is not dereferenced, and
+    // the returned file descriptor has no other owner.
     unsafe impl Ioctl for New {
         type Output = OwnedFd;
         const IS_MUTATING: bool = false;
