@@ -1,4 +1,4 @@
-//! What pagecast's commands have in common: how they print, and how signals end them.
+//! Shared parts of pagecast's commands: output and signals.
 //!
 //! | module | holds |
 //! | --- | --- |

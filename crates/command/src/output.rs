@@ -1,7 +1,6 @@
-//! What a command prints on stdout: for people on a terminal, for programs in a pipe.
+//! Output of a command on stdout: for people on a terminal, for programs in a pipe.
 //!
-//! Sizes are printed with `indicatif::BinaryBytes`. That the reader has gone (a broken pipe) is never an error: it has
-//! seen enough.
+//! Sizes are printed with `indicatif::BinaryBytes`. A reader that has gone (a broken pipe) is never an error.
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 
@@ -10,24 +9,24 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 use console::Style;
 use serde::Serialize;
 
-/// Where the output goes, and what it may look like there.
+/// Standard output, and its capabilities.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     terminal: bool,
     colours: bool,
 }
 
-/// A column of a table: its heading, and to which side its cells go.
+/// A column of a table: its heading and alignment.
 #[derive(Clone, Copy, Debug)]
 pub enum Column {
-    /// Words, to the left.
+    /// Words, aligned to the left.
     Text(&'static str),
-    /// Numbers, to the right.
+    /// Numbers, aligned to the right.
     Number(&'static str),
 }
 
 impl Output {
-    /// Standard output. Colours only on a terminal, and not where `NO_COLOR` is set; `CLICOLOR_FORCE` wants them anyway.
+    /// Standard output. Colours are on for a terminal, unless `NO_COLOR` is set, or always with `CLICOLOR_FORCE`.
     pub fn stdout() -> Self {
         Self {
             terminal: io::stdout().is_terminal(),
@@ -35,12 +34,12 @@ impl Output {
         }
     }
 
-    /// The text in this style, or as it is where there are no colours.
+    /// Returns the text in this style, or plain if there are no colours.
     pub fn styled(self, style: &Style, text: &str) -> String {
         style.clone().force_styling(self.colours).apply_to(text).to_string()
     }
 
-    /// A table with lines around its cells on a terminal, plain columns elsewhere. Ends with a line feed.
+    /// Formats a table: with lines around its cells on a terminal, else in plain columns. Ends with a line feed.
     pub fn table(self, columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
         let mut table = Table::new();
         table.load_style(if self.terminal {
@@ -64,7 +63,7 @@ impl Output {
         table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
     }
 
-    /// The table in Markdown.
+    /// Formats the table in Markdown.
     pub fn markdown(columns: &[Column], rows: Vec<Vec<Cell>>) -> String {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
@@ -74,7 +73,7 @@ impl Output {
         for (drawn, column) in table.column_iter_mut().zip(columns) {
             drawn.set_cell_alignment(column.alignment());
         }
-        // The style knows no alignment; Markdown does.
+        // The style has no alignment; Markdown does.
         let marks = columns.iter().map(|column| match column {
             Column::Text(_) => " --- |",
             Column::Number(_) => " ---: |",
@@ -90,25 +89,25 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// Where it could not be written (a full disk), but not where nobody reads on.
+    /// The text could not be written (a full disk). A broken pipe is no error.
     pub fn print(self, text: &str) -> Result<()> {
         write_to(&mut io::stdout().lock(), text)
     }
 
-    /// Prints JSON: over several lines on a terminal, on one elsewhere.
+    /// Prints JSON: on several lines on a terminal, else on one.
     ///
     /// # Errors
     ///
-    /// As of [`print`](Self::print).
+    /// Those of [`print`](Self::print).
     pub fn print_json(self, value: &impl Serialize) -> Result<()> {
         self.print(&self.json(value)?)
     }
 
-    /// JSON as [`print_json`](Self::print_json) prints it.
+    /// Formats JSON as [`print_json`](Self::print_json) does.
     ///
     /// # Errors
     ///
-    /// The value is none that JSON has.
+    /// The value has no form in JSON.
     pub fn json(self, value: &impl Serialize) -> Result<String> {
         let json = if self.terminal {
             serde_json::to_string_pretty(value)
@@ -134,7 +133,7 @@ impl Column {
     }
 }
 
-/// The text with its control characters visible, so that what others wrote cannot move the cursor of whoever reads it.
+/// Escapes the control characters in the text, so that foreign text cannot move the cursor.
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {

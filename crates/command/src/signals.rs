@@ -1,7 +1,7 @@
-//! The signals that ask a process to end, and what they ask for.
+//! Signals that ask a process to end, and their effect.
 //!
-//! The default action of most signals ends a process at once. A server that ends so leaves its VMMs without anybody who answers
-//! their page faults. So every signal that can be caught and is not a fault asks for the orderly end instead.
+//! The default action of most signals ends a process at once. A server that ends so leaves the page faults of its VMMs
+//! unanswered. So every signal that can be caught and is not a fault asks for the orderly end instead.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -12,11 +12,11 @@ use signal_hook::consts::{
 };
 use signal_hook::iterator::Signals;
 
-/// Signals that somebody sends on purpose: a second one of them is meant as such.
+/// Signals that are sent on purpose, so that a second one is intended, too.
 const INSISTING: [i32; 3] = [SIGTERM, SIGINT, SIGQUIT];
 
-/// Signals that come by themselves, come again by themselves (SIGHUP after SIGTERM at the end of a login session, SIGXCPU each
-/// second), or come by mistake.
+/// Signals that are sent automatically, repeatedly (SIGHUP after SIGTERM at the end of a login session, SIGXCPU each
+/// second), or by mistake.
 const ASKING: [i32; 9] = [
     SIGHUP,
     SIGUSR1,
@@ -29,26 +29,26 @@ const ASKING: [i32; 9] = [
     Signal::STKFLT.as_raw(),
 ];
 
-/// Signals that are caught, and ask for nothing. SIGXFSZ: the write beyond the limit fails with `EFBIG`, which its caller handles.
-/// SIGIO: a thread that holds a lease may take it as a sign to look at the lease, so nobody else can count on it.
+/// Signals that are caught without effect. SIGXFSZ: the write beyond the limit fails with `EFBIG`, which its caller
+/// handles. SIGIO: it reports broken leases to their threads, so it cannot ask for the end.
 const HARMLESS: [i32; 2] = [SIGXFSZ, SIGIO];
 
-/// Real-time signals. The C library keeps those before for itself, and lets nobody catch them.
+/// Real-time signals. The C library reserves those before.
 const REAL_TIME: RangeInclusive<i32> = 34..=64;
 
-/// A signal that asks for an end.
+/// A signal that asks for the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndSignal(i32);
 
 impl EndSignal {
-    /// The number of the signal.
+    /// Returns the number of the signal.
     pub fn number(self) -> i32 {
         self.0
     }
 }
 
-/// Calls `on_signal`, on a thread of its own, for each signal that asks for an end, instead of ending at once. Signals that were
-/// ignored before, as by `nohup`, stay ignored.
+/// Calls `on_signal`, on a thread of its own, for each signal that asks for the end. Such a signal no longer ends the
+/// process. Signals that are already ignored, as by `nohup`, stay ignored.
 ///
 /// # Errors
 ///
@@ -70,24 +70,24 @@ pub fn watch(mut on_signal: impl FnMut(EndSignal) + Send + 'static) -> io::Resul
     Ok(())
 }
 
-/// What a server does about a signal.
+/// The reaction of a server to a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// Complete all forks and end, if it does not yet do so.
+    /// Complete all forks and end. Nothing to do if that is under way.
     Close,
     /// Kill the VMMs of forks that are not complete, and end.
     Kill,
 }
 
-/// Decides what signals want of a server: the second SIGTERM, SIGINT or SIGQUIT wants the VMMs killed, every other signal an
-/// orderly end.
+/// Decides the reaction to signals: the second SIGTERM, SIGINT or SIGQUIT kills the VMMs, every other signal asks for
+/// the orderly end.
 #[derive(Debug, Default)]
 pub struct Wish {
     insisted: bool,
 }
 
 impl Wish {
-    /// What this signal wants, after those before.
+    /// Returns the reaction to this signal, given those before.
     pub fn heard(&mut self, signal: EndSignal) -> Wanted {
         if !INSISTING.contains(&signal.0) {
             return Wanted::Close;
@@ -109,7 +109,7 @@ impl SignalSet {
     }
 }
 
-/// The signals that this process ignores: see `proc_pid_status(5)`. None if the kernel does not say.
+/// Returns the signals that this process ignores: see `proc_pid_status(5)`. `None` if the kernel does not show them.
 fn ignored() -> SignalSet {
     let status = std::fs::read("/proc/self/status").unwrap_or_default();
     SignalSet(ignored_in(&String::from_utf8_lossy(&status)))

@@ -1,7 +1,7 @@
-//! Lines on standard error that never hold up the thread that writes them.
+//! Lines on standard error that never block the thread that writes them.
 //!
-//! A pipe that nobody reads blocks its writer. A bounded queue and a thread of its own take the lines from threads that serve,
-//! guard, answer or stop. Lines for which the queue has no room are dropped and counted.
+//! A full pipe blocks its writer. So a bounded queue and a thread of its own take the lines from threads that serve,
+//! guard, answer or stop. Lines are dropped and counted if the queue is full.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, Write};
@@ -15,19 +15,18 @@ use rustix::io::Errno;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines that wait for the reader of standard error, at most.
+/// Most lines that wait for the reader of standard error.
 const QUEUED_LINES: usize = 2048;
 
-/// Time that [`finish`] gives the reader to take the lines that are left: longer than the guard of `tracing-appender` needs,
-/// which waits for 1.1 s at most.
+/// Time that [`finish`] gives the reader for the remaining lines. The guard of `tracing-appender` needs 1.1 s at most.
 const FINISH_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The queue of this process, if it was started.
 static QUEUE: OnceLock<Queue> = OnceLock::new();
 
-/// Starts the thread that writes lines to standard error, once a process. From then on [`write_line`] and [`Lines`] do not
-/// block. `told` makes the line, with its line feed, that says how many lines were dropped; it is written when the queue is empty
-/// again.
+/// Starts the thread that writes lines to standard error, once a process. After that [`write_line`] and [`Lines`] do
+/// not block. `told` makes the line, with its line feed, that reports the number of dropped lines. It is written when
+/// the queue is empty again.
 pub fn start(told: impl Fn(u64) -> Vec<u8> + Send + 'static) {
     QUEUE.get_or_init(|| Queue::start(Unlocked, QUEUED_LINES, told));
 }
@@ -119,8 +118,8 @@ impl Queue {
         }
     }
 
-    /// If the queue is full, the guard prints that to standard output, which can block as well: so it is dropped on a
-    /// thread that nobody has to wait for.
+    /// If the queue is full, the guard prints that to standard output, which can block, too. So it is dropped on a
+    /// thread of its own.
     fn finish(&'static self) {
         let (finished, is_finished) = mpsc::channel();
         let spawned = std::thread::Builder::new()
@@ -135,12 +134,12 @@ impl Queue {
     }
 }
 
-/// Counts the lines that were lost.
+/// Counts of lost lines.
 #[derive(Default)]
 struct Lost {
-    /// Those for which the queue had no room.
+    /// Lines dropped because the queue was full.
     no_room: OnceLock<ErrorCounter>,
-    /// Those that could not be written: the reader has gone, or a disk is full.
+    /// Lines that could not be written: the reader has gone, or a disk is full.
     failed: AtomicU64,
 }
 
@@ -151,11 +150,11 @@ impl Lost {
     }
 }
 
-/// What the thread of a queue writes to.
+/// The writer in the thread of a queue.
 struct Writer<W, F> {
     to: W,
     lost: Arc<Lost>,
-    /// Lost lines that were told.
+    /// Lost lines that were already reported.
     told_lines: u64,
     told: F,
 }
@@ -179,7 +178,7 @@ impl<W: Write, F: Fn(u64) -> Vec<u8>> Write for Writer<W, F> {
     }
 }
 
-/// Standard error without the lock of `std`, which nobody else could take while a write blocks.
+/// Standard error without the lock of `std`, which would block other threads while a write blocks.
 struct Unlocked;
 
 impl Write for Unlocked {
@@ -239,7 +238,7 @@ mod tests {
             assert!(line.starts_with("line "), "{line}");
         }
         assert_eq!(lines.next().unwrap(), format!("lost {dropped}"));
-        // Told once.
+        // Reported once.
         write(queue, 1);
         queue.finish();
         assert_eq!(lines.next().unwrap(), "line 0");
@@ -273,7 +272,7 @@ mod tests {
             write(queue, lines);
             let started = Instant::now();
             queue.finish();
-            // Long enough for a busy machine; without a bound it would be for ever.
+            // Long enough for a busy machine, but bounded.
             assert!(started.elapsed() < FINISH_PATIENCE + Duration::from_secs(30));
         }
     }

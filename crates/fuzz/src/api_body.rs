@@ -9,15 +9,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Each kind of body is read or refused, whichever call it was sent to.
+/// Each kind of body is accepted or refused, for any call.
 pub(crate) fn run(bytes: &[u8]) {
     read::<AddTemplate>(bytes);
     read::<CreateFork>(bytes);
     read::<Warm>(bytes);
 }
 
-/// What is accepted is a JSON object, and is read again as it was written. What is refused is the client's fault, and the
-/// message says something.
+/// An accepted body is a JSON object, and is read again as it was written. A refused body is an error of the client,
+/// with a message.
 fn read<T: DeserializeOwned + Serialize + PartialEq + Debug>(bytes: &[u8]) {
     match body::<T>(bytes) {
         Ok(value) => {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 /// The length of the template, in bytes.
 const TEMPLATE: u64 = 1 << 30;
 
-/// The first four bytes choose the pieces in which the others come.
+/// The first four bytes choose the sizes of the pieces.
 pub(crate) fn run(bytes: &[u8]) {
     let Some((seed, message)) = bytes.split_first_chunk() else {
         return;
@@ -28,7 +28,7 @@ pub(crate) fn run(bytes: &[u8]) {
     lay_out(&requested);
 }
 
-/// Whether the message is complete, which must not depend on its pieces.
+/// Returns `true` if the message is complete, which must not depend on its pieces.
 fn frame(message: &[u8], seed: u32) -> bool {
     let mut whole = Framer::default();
     let expected = whole.push(message);
@@ -80,7 +80,7 @@ fn lay_out(requested: &[RequestedRegion]) {
     }
 }
 
-/// The rules of `docs/architecture.md`, written once more and as plainly as can be.
+/// The rules of `docs/architecture.md`, implemented a second time, as simply as possible.
 fn can_be_served(regions: &[RequestedRegion]) -> bool {
     let end = |start: u64, region: &RequestedRegion| u128::from(start) + u128::from(region.size);
     let overlap = |start: fn(&RequestedRegion) -> u64, one: &RequestedRegion, other: &RequestedRegion| {

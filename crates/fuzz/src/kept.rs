@@ -10,16 +10,16 @@ use pagecast_uffd::ByteLen;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
-/// How many small pages the mem-file has: no multiple of the bits in a word.
+/// Number of small pages of the mem-file: not a multiple of the bits in a word.
 const PAGES: u64 = 100;
 
 const CHECKSUM: usize = 32;
 /// A working set of one page: the number of recordings, the page, and its rank and weight.
 const BODY_OF_ONE_PAGE: usize = 12;
-/// Where the tag is in the head, which says what the file is.
+/// Position of the tag in the head, which says which kind of file it is.
 const TAG: std::ops::Range<usize> = 8..12;
 
-/// A mem-file, and the head that files beside it have.
+/// A mem-file, and the head of files beside it.
 struct Fixture {
     _folder: TempDir,
     mem_file: PathBuf,
@@ -40,7 +40,7 @@ impl Fixture {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let mem_file = folder.path().join("mem");
         let len = PAGES * PageSize::SMALLEST;
-        // No holes, which are known to be zeros without any file.
+        // Without holes, which are known to be zeros without any file.
         let page = [1; PageSize::Small.as_usize()];
         let bytes: Vec<u8> = (0..PAGES).flat_map(|_| page).collect();
         fs::write(&mem_file, bytes).expect("it can be written");
@@ -61,8 +61,8 @@ impl Fixture {
         }
     }
 
-    /// A file made of `bytes`. The first of them says of what the others are: of a body, to which the head and the right
-    /// checksum are added; of a head and a body, to which the checksum is; or of all of it.
+    /// Makes a file of `bytes`. The first byte says which part the others are: a body, to which the head and the right
+    /// checksum are added; a head and a body, to which the checksum is added; or the whole file.
     fn file_of(&self, tag: [u8; 4], bytes: &[u8]) -> Vec<u8> {
         let Some((how, bytes)) = bytes.split_first() else {
             return Vec::new();
@@ -72,7 +72,7 @@ impl Fixture {
         match how % 4 {
             0 | 1 => file.extend_from_slice(bytes),
             2 => {
-                // Changes the head, one byte at a place.
+                // Each byte of input changes a byte of the head.
                 let (changes, body) = bytes.split_at(bytes.len().min(self.head.len()));
                 for (byte, change) in file.iter_mut().zip(changes) {
                     *byte ^= change;
@@ -87,7 +87,7 @@ impl Fixture {
     }
 }
 
-/// A working set that is accepted lies within the template, has each page once, and is written as it was read.
+/// An accepted working set is within the template, has each page once, and is written as it was read.
 pub(crate) fn working_set(bytes: &[u8]) {
     Fixture::with(|fixture| {
         let file = fixture.file_of(*b"WSET", bytes);
@@ -126,7 +126,7 @@ pub(crate) fn working_set(bytes: &[u8]) {
     });
 }
 
-/// Pages are known to be zeros exactly where an accepted file says so.
+/// Pages are known to be zeros exactly if an accepted file says so.
 pub(crate) fn zeros(bytes: &[u8]) {
     Fixture::with(|fixture| {
         let file = fixture.file_of(*b"ZERO", bytes);

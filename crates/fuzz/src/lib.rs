@@ -1,4 +1,4 @@
-//! Fuzz targets: functions of bytes that come from peers, clients, files and the kernel.
+//! Fuzz targets: functions of bytes from peers, clients, files and the kernel.
 //!
 //! | target | bytes |
 //! | --- | --- |
@@ -8,8 +8,8 @@
 //! | `api_body` | the body of a request |
 //! | `saved_state` | the files of the run dir |
 //!
-//! A target panics where an invariant does not hold. `cargo xtask fuzz` looks for such bytes with libFuzzer; the test of this
-//! crate runs each target on its corpus, `corpus/TARGET`.
+//! A target panics if an invariant does not hold. `cargo xtask fuzz` searches for such bytes with libFuzzer. The test
+//! of this crate runs each target on its corpus, `corpus/TARGET`.
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
 
@@ -22,9 +22,9 @@ mod saved_state;
 /// A function of bytes, with a name.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// The name, which is that of its corpus too.
+    /// The name of the target and of its corpus.
     pub name: &'static str,
-    /// Panics where an invariant does not hold for these bytes.
+    /// Panics if an invariant does not hold for these bytes.
     pub run: fn(&[u8]),
 }
 

@@ -3,7 +3,7 @@
 use pagecast::proc_files::{cgroups, has_flag, mappings, mounts};
 use pagecast_uffd::fuzzing::features_of_fdinfo;
 
-/// Each line that is not empty is read, or is an error of its own.
+/// Each line that is not empty is parsed, or is an error of its own.
 pub(crate) fn run(bytes: &[u8]) {
     let lines = bytes
         .split(|byte| *byte == b'\n')

@@ -2,7 +2,7 @@
 
 use pagecast_daemon::fuzzing::{saved_fork, saved_template};
 
-/// A saved template or fork that is accepted is written in a way that is read as the same.
+/// An accepted template or fork is written in a way that is read as the same.
 pub(crate) fn run(bytes: &[u8]) {
     for read in [saved_template, saved_fork] {
         if let Ok(written) = read(bytes) {

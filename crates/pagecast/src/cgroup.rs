@@ -1,4 +1,4 @@
-//! How much memory a process may still take before a cgroup of its stops it, and how many hugepages.
+//! Memory and hugepages that a process may still take before a cgroup's limit.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ pub struct MemoryCgroup {
 }
 
 impl MemoryCgroup {
-    /// The memory cgroups that the process is in, up to the root; none where that cannot be told. Each has a limit of its
-    /// own that the process is held to.
+    /// Returns the memory cgroups that the process is in, up to the root. Each has its own limit for the process. Empty
+    /// if they cannot be read.
     pub fn of_process(pid: i32) -> Vec<Self> {
         Self::of(&format!("/proc/{pid}/cgroup"))
     }
 
-    /// Those of this process.
+    /// Returns the memory cgroups of this process.
     pub fn own() -> Vec<Self> {
         Self::of(OWN)
     }
@@ -31,26 +31,26 @@ impl MemoryCgroup {
         folders.into_iter().map(|folder| Self { folder }).collect()
     }
 
-    /// Where it is in the file system.
+    /// Returns its folder in the file system.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Its limit in bytes; `None` where it has none.
+    /// Returns its limit in bytes. `None` if it has none.
     pub fn limit(&self) -> Option<u64> {
-        // "max" is no number: no limit. Version 1 says a number near 2^63 instead.
+        // "max" is no number: no limit. Version 1 uses a number near 2^63 instead.
         self.number("memory.max")
             .or_else(|| self.number("memory.limit_in_bytes"))
             .filter(|limit| *limit < 1 << 62)
     }
 
-    /// How many bytes it can give before it reaches its limit; `None` where it has none.
+    /// Returns the bytes left before its limit. `None` if it has none.
     pub fn available(&self) -> Option<u64> {
         let limit = self.limit()?;
         let used = self
             .number("memory.current")
             .or_else(|| self.number("memory.usage_in_bytes"))?;
-        // Page cache that nobody has used for long is given up before anybody is refused memory.
+        // The kernel evicts inactive page cache before an allocation fails.
         let reclaimable = self
             .read("memory.stat")?
             .lines()
@@ -77,29 +77,29 @@ pub struct HugetlbCgroup {
 }
 
 impl HugetlbCgroup {
-    /// Those that this process is in, up to the root; none where that cannot be told.
+    /// Returns the hugepage cgroups of this process, up to the root. Empty if they cannot be read.
     pub fn own() -> Vec<Self> {
         let folders = folders(OWN, "hugetlb");
         folders.into_iter().map(|folder| Self { folder }).collect()
     }
 
-    /// Where it is in the file system.
+    /// Returns its folder in the file system.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Its limit in bytes; `None` where it has none.
+    /// Returns its limit in bytes. `None` if it has none.
     pub fn limit(&self) -> Option<u64> {
         self.limits().map(|(limit, _)| limit).min()
     }
 
-    /// How many bytes of hugepages it can give before it reaches its limit; `None` where it has none.
+    /// Returns the bytes of hugepages left before its limit. `None` if it has none.
     pub fn available(&self) -> Option<u64> {
         self.limits().map(|(limit, used)| limit.saturating_sub(used)).min()
     }
 
-    /// Its limits with what is used of each: that of pages, and that of pages and reservations. A page that nobody has
-    /// reserved counts for both.
+    /// Its limits with the usage of each: of pages, and of pages with reservations. A page without a reservation counts
+    /// for both.
     fn limits(&self) -> impl Iterator<Item = (u64, u64)> {
         let names = ["", "rsvd."].into_iter().flat_map(|kind| {
             [("max", "current"), ("limit_in_bytes", "usage_in_bytes")].map(|(limit, used)| {
@@ -110,14 +110,14 @@ impl HugetlbCgroup {
             })
         });
         names.filter_map(|(limit, used)| {
-            // "max" is no number: no limit. Version 1 says a number near 2^63 instead.
+            // "max" is no number: no limit. Version 1 uses a number near 2^63 instead.
             let limit = number(&self.folder, &limit).filter(|limit| *limit < 1 << 62)?;
             Some((limit, number(&self.folder, &used)?))
         })
     }
 }
 
-/// The cgroups of a controller that a file of `/proc` names, up to the root; none where that cannot be told.
+/// The cgroups of a controller that a file of `/proc` names, up to the root. Empty if they cannot be read.
 fn folders(path: &str, controller: &str) -> Vec<PathBuf> {
     match (fs::read("/proc/self/mountinfo"), fs::read(path)) {
         (Ok(mountinfo), Ok(groups)) => named(&groups, &mountinfo, controller),
@@ -125,7 +125,7 @@ fn folders(path: &str, controller: &str) -> Vec<PathBuf> {
     }
 }
 
-/// Those that `groups` (`/proc/PID/cgroup`) names. A mount or cgroup that cannot be read hides no other.
+/// The cgroups that `groups` (`/proc/PID/cgroup`) names. A mount or cgroup that cannot be read hides no other.
 fn named(groups: &[u8], mountinfo: &[u8], controller: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for group in proc_files::cgroups(groups).flatten() {

@@ -1,12 +1,12 @@
-//! One paused microVM, many live copies: pagecast serves the page faults of Firecracker forks from one template.
+//! pagecast serves the page faults of Firecracker forks, many live copies of one paused microVM, from one template.
 //!
 //! | module | holds | does I/O |
 //! | --- | --- | --- |
-//! | [`handshake`] | what a VMM says about its memory: framing, parsing, validation | no |
+//! | [`handshake`] | the VMM's message about its memory: framing, parsing, validation | no |
 //! | `session` | the state machine of one fork: events in, steps out | no |
-//! | [`template`] | where pages come from | files |
+//! | [`template`] | sources of pages | files |
 //! | [`server`] | sockets, workers, the life of forks | Linux |
-//! | `cgroup` | how much memory a process may still take | Linux |
+//! | `cgroup` | memory and hugepages left in cgroups | Linux |
 //!
 //! # Example
 //!

@@ -4,7 +4,7 @@ use std::fmt;
 
 use pagecast_uffd::ByteLen;
 
-/// The size of a guest's pages, which is also the unit in which they are installed.
+/// The size of a guest's pages, which is also the unit of installs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PageSize {
     /// 4 KiB: ordinary anonymous memory.
@@ -14,10 +14,10 @@ pub enum PageSize {
 }
 
 impl PageSize {
-    /// The smallest page, in bytes. Templates are whole numbers of these.
+    /// The smallest page in bytes. The length of a template is a multiple of it.
     pub const SMALLEST: u64 = 4096;
 
-    /// The page size of so many bytes, if pagecast serves it.
+    /// Returns the page size of `bytes` bytes. `None` if pagecast does not serve it.
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
         match bytes {
             4096 => Some(Self::Small),
@@ -26,7 +26,7 @@ impl PageSize {
         }
     }
 
-    /// In bytes: a power of two.
+    /// Returns the size in bytes, a power of two.
     pub const fn bytes(self) -> u64 {
         match self {
             Self::Small => 4096,
@@ -34,7 +34,7 @@ impl PageSize {
         }
     }
 
-    /// In bytes, for indexing into memory of ours.
+    /// Returns the size in bytes, for indexing into our own memory.
     pub const fn as_usize(self) -> usize {
         match self {
             Self::Small => 4096,
@@ -42,12 +42,12 @@ impl PageSize {
         }
     }
 
-    /// As a length.
+    /// Returns the size as a length.
     pub const fn len(self) -> ByteLen {
         ByteLen::new(self.bytes())
     }
 
-    /// Whether `value` is a multiple of this page size.
+    /// Returns `true` if `value` is a multiple of this page size.
     pub const fn is_aligned(self, value: u64) -> bool {
         value.is_multiple_of(self.bytes())
     }
@@ -67,12 +67,12 @@ impl fmt::Display for PageSize {
 pub struct PageIndex(usize);
 
 impl PageIndex {
-    /// Page number `index`.
+    /// Creates page number `index`.
     pub const fn new(index: usize) -> Self {
         Self(index)
     }
 
-    /// The number.
+    /// Returns the number.
     pub const fn get(self) -> usize {
         self.0
     }

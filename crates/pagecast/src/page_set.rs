@@ -9,25 +9,24 @@ use crate::page::PageIndex;
 
 const BITS: usize = u64::BITS as usize;
 
-/// A set of pages, a bit each, of a region or template whose length is known.
+/// A set of pages, a bit each, of a region or template of known length.
 #[derive(Debug)]
 pub(crate) struct PageSet {
     words: Words,
     pages: usize,
 }
 
-/// Zeroed memory, by its size.
+/// Zeroed memory, from a source that depends on its size.
 #[derive(Debug)]
 enum Words {
-    /// A VMM may have very many small regions, which must not cost a page each.
+    /// From the allocator: a VMM may have thousands of small regions, which must not cost a page each.
     Small(Box<[u64]>),
-    /// A mapping of its own: what nobody has written to takes no memory, and all of it goes back to the kernel. From the
-    /// allocator, sets of a few dozen KiB would be zeroed by writing, and what many forks had used would stay with the
-    /// process.
+    /// A mapping of its own: unwritten pages take no memory, and all of it is unmapped at the end. The allocator would
+    /// zero sets of a few dozen KiB by writing, and keep the memory of ended forks.
     Large(MmapMut),
 }
 
-/// The smallest that is mapped, in words: a page of memory.
+/// The smallest set that is mapped, in words: a page of memory.
 const LARGE: usize = 4096 / size_of::<u64>();
 
 impl Words {
@@ -41,7 +40,8 @@ impl Words {
     fn mapped(count: usize) -> Self {
         let layout = Layout::array::<u64>(count).expect("a bit a page of an address space");
         let words = MmapMut::map_anon(layout.size()).unwrap_or_else(|_| handle_alloc_error(layout));
-        // Or the first bit would take 2 MiB, where sets lie beside each other. A kernel without them has nothing to heed.
+        // Otherwise the first bit would take 2 MiB, if sets are neighbours. An error means that the kernel has no such
+        // pages.
         #[cfg(target_os = "linux")]
         let _ = words.advise(memmap2::Advice::NoHugePage);
         Self::Large(words)
@@ -49,7 +49,7 @@ impl Words {
 }
 
 impl PageSet {
-    /// The empty set of a region of `pages` pages.
+    /// Creates the empty set of a region of `pages` pages.
     pub(crate) fn new(pages: usize) -> Self {
         Self {
             words: Words::zeroed(pages.div_ceil(BITS)),
@@ -77,7 +77,7 @@ impl PageSet {
             .is_some_and(|word| word >> (page.get() % BITS) & 1 == 1)
     }
 
-    /// Whether it was not in before.
+    /// Adds a page. Returns `true` if it was not in the set.
     pub(crate) fn insert(&mut self, page: PageIndex) -> bool {
         let Some(word) = self.words_mut().get_mut(page.get() / BITS) else {
             return false;
@@ -99,7 +99,7 @@ impl PageSet {
         self.change_run(first, count, |word, mask| *word |= mask);
     }
 
-    /// Takes out `count` pages from `first` on.
+    /// Removes `count` pages from `first` on.
     pub(crate) fn remove_run(&mut self, first: PageIndex, count: usize) {
         self.change_run(first, count, |word, mask| *word &= !mask);
     }
@@ -118,8 +118,8 @@ impl PageSet {
         }
     }
 
-    /// The first run of pages, at or after `from`, that are neither in this set nor in `other` (of the same region), cut
-    /// at `most` pages. As first page and count.
+    /// Returns the first run of pages, at or after `from`, that are neither in this set nor in `other` (of the same
+    /// region), at most `most` pages long, as first page and count.
     pub(crate) fn next_run_outside(
         &self,
         other: Option<&Self>,
@@ -137,7 +137,7 @@ impl PageSet {
         Some((PageIndex::new(first), end - first))
     }
 
-    /// The first of these pages that is in this set.
+    /// Returns the first of these pages that is in the set.
     pub(crate) fn first_of(&self, pages: Range<PageIndex>) -> Option<PageIndex> {
         let words = self.words();
         let word = |word: usize| words.get(word).copied().unwrap_or(0);
@@ -146,7 +146,7 @@ impl PageSet {
     }
 }
 
-/// The first of these pages whose bit is set in `word_at`.
+/// Returns the first of these pages whose bit is set in `word_at`.
 fn seek(pages: Range<usize>, word_at: impl Fn(usize) -> u64) -> Option<usize> {
     let mut index = pages.start / BITS;
     let mut mask = u64::MAX << (pages.start % BITS);

@@ -1,39 +1,39 @@
-//! How much of the processors the threads of a server get: their nice value (`setpriority(2)`, which on Linux is of one
-//! thread: see "C library/kernel differences" there).
+//! Nice values of the server's threads (`setpriority(2)`, which on Linux is of one thread: see "C library/kernel
+//! differences" there).
 
 use rustix::process::{getpid, getpriority_process, setpriority_process};
 
-/// What a worker is raised by.
+/// Amount by which the nice value of a raised worker is lowered.
 const RAISE: i32 = 10;
 
-/// What work in the background leaves to everybody else: all of it, where they want it.
+/// The nice value of background work, which yields to all other threads.
 const BACKGROUND: i32 = 19;
 
-/// Over how many wakes it is counted how many things wait for a worker at a time.
+/// Number of wakes over which the events per wake are averaged.
 const WAKES: usize = 64;
 
-/// What is counted in: so many are one thing.
+/// The unit of the average: one event.
 const THING: usize = 1024;
 
-/// A worker is raised where so many things wait for it at a time, and is as it was where fewer than that do.
+/// A worker is raised once its average reaches the first, and lowered once it is below the second.
 const RAISED_FROM: usize = 3 * THING;
 const LOWERED_BELOW: usize = 5 * THING / 2;
 
-/// The priority of this thread from now on: that of work for which nobody waits.
+/// Gives this thread the priority of background work.
 pub(crate) fn lower() {
-    // To work with more weight than is due does no harm.
+    // Background work with too much priority does no harm.
     let _ = setpriority_process(None, BACKGROUND);
 }
 
-/// The priority of this thread from now on: that of the process, whoever has made the thread.
+/// Gives this thread the priority of the process, whichever thread started it.
 pub(crate) fn reset() {
     let _ = setpriority_process(None, of_process());
 }
 
-/// Whether threads of this process may be raised (`CAP_SYS_NICE`, or `RLIMIT_NICE`).
+/// Returns `true` if threads of this process may be raised (`CAP_SYS_NICE`, or `RLIMIT_NICE`).
 pub(crate) fn may_be_raised() -> bool {
     let tried = std::thread::Builder::new().spawn(|| setpriority_process(None, of_process() - RAISE).is_ok());
-    // Where there is no thread to be had to try it on, none is raised.
+    // No thread can be started to try it on: none is raised.
     tried.is_ok_and(|tried| tried.join().unwrap_or(false))
 }
 
@@ -41,21 +41,21 @@ fn of_process() -> i32 {
     getpriority_process(Some(getpid())).unwrap_or(0)
 }
 
-/// The priority of a worker, raised while many things wait for it at a time.
+/// The priority of a worker, raised while many events wait for it.
 ///
-/// A worker that many forks wait for is to be run before the vCPUs that it wakes, or each of them takes its core in turn,
-/// and the others wait. Where few forks wait it is the other way round: the sooner their vCPUs run, the better.
+/// A worker with many waiting forks must run before the vCPUs that it wakes: otherwise each takes its core in turn, and
+/// the other forks wait. With few waiting forks the opposite holds: the sooner their vCPUs run, the better.
 #[derive(Debug)]
 pub(crate) struct WorkerPriority {
     usual: i32,
     may_be_raised: bool,
     is_raised: bool,
-    /// What it was woken for lately, on average, in parts of a [`THING`].
+    /// Average number of events at recent wakes, in parts of a [`THING`].
     mean: usize,
 }
 
 impl WorkerPriority {
-    /// Of this thread, which is a worker.
+    /// Creates the priority of this thread, which is a worker.
     pub(crate) fn new(may_be_raised: bool) -> Self {
         Self {
             usual: of_process(),
@@ -65,7 +65,7 @@ impl WorkerPriority {
         }
     }
 
-    /// It was woken for so many things.
+    /// Records a wake with this number of events.
     pub(crate) fn woken_for(&mut self, things: usize) {
         self.mean = self.mean - self.mean / WAKES + things * THING / WAKES;
         let raise = self.mean >= if self.is_raised { LOWERED_BELOW } else { RAISED_FROM };
@@ -101,7 +101,7 @@ mod tests {
             priority.woken_for(4);
         }
         assert_eq!(of_this_thread(), raised);
-        // A wake for one thing is no reason yet.
+        // A wake for one event is not enough.
         priority.woken_for(1);
         assert_eq!(of_this_thread(), raised);
         for _ in 0..5 * WAKES {

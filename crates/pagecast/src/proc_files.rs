@@ -1,8 +1,8 @@
-//! Files of `/proc` whose contents other users have a hand in, read as bytes: names of files, mounts and cgroups need not be
-//! UTF-8.
+//! Files of `/proc` with names that other users chose. They are read as bytes, since names of files, mounts and cgroups
+//! need not be UTF-8.
 //!
-//! Pure functions that cannot panic. A line that is not as the kernel writes it is an error of its own, so that a caller can tell
-//! *unknown* from *not there*.
+//! Pure functions that cannot panic. A malformed line is an error of its own, so that a caller can tell *unknown* from
+//! *not there*.
 
 use std::borrow::Cow;
 use std::ffi::OsString;
@@ -23,29 +23,29 @@ impl UnreadableLine {
     }
 }
 
-/// A mapping, as a line of `/proc/PID/maps` tells of it.
+/// A mapping: a line of `/proc/PID/maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping<'a> {
     /// Its first address.
     pub start: u64,
-    /// The address after its last.
+    /// The first address after it.
     pub end: u64,
-    /// Where in its file it begins, in bytes.
+    /// The offset in its file, in bytes.
     pub offset: u64,
     /// Major and minor number of the device of its file.
     pub device: (u32, u32),
-    /// The number of its file's inode; 0 where it has no file.
+    /// The number of its file's inode; 0 if it has no file.
     pub inode: u64,
     /// The path of its file as the kernel writes it (see [`path_in_maps`]), a name in brackets, or nothing.
     pub path: &'a [u8],
 }
 
-/// The mappings in a `/proc/PID/maps` (`proc_pid_maps(5)`).
+/// Returns the mappings in a `/proc/PID/maps` (`proc_pid_maps(5)`).
 pub fn mappings(maps: &[u8]) -> impl Iterator<Item = Result<Mapping<'_>, UnreadableLine>> {
     lines(maps).map(|line| mapping(line).ok_or_else(|| UnreadableLine::of(line)))
 }
 
-/// `start-end perms offset major:minor inode`, spaces, and a path where there is one.
+/// `start-end perms offset major:minor inode`, spaces, and a path if there is one.
 fn mapping(line: &[u8]) -> Option<Mapping<'_>> {
     let (start, end) = addresses(line)?;
     let mut fields = line.splitn(6, |byte| *byte == b' ');
@@ -55,7 +55,7 @@ fn mapping(line: &[u8]) -> Option<Mapping<'_>> {
     let (major, minor) = split_once(fields.next()?, b':')?;
     let inode = number(fields.next()?, 10)?;
     let path = fields.next().unwrap_or_default();
-    // Spaces before it fill the line up to a column. Those after it are a part of it.
+    // Spaces before the path fill the line up to a column. Those after it belong to the path.
     let padding = path.iter().take_while(|byte| **byte == b' ').count();
     Some(Mapping {
         start,
@@ -67,14 +67,14 @@ fn mapping(line: &[u8]) -> Option<Mapping<'_>> {
     })
 }
 
-/// The first address of a mapping and the address after its last, from the line with which `maps` or `smaps` begin to tell of it.
+/// Returns the first address of a mapping and the first address after it, from its first line in `maps` or `smaps`.
 pub(crate) fn addresses(line: &[u8]) -> Option<(u64, u64)> {
     let (start, end) = split_once(line.split(|byte| *byte == b' ').next()?, b'-')?;
     Some((number(start, 16)?, number(end, 16)?))
 }
 
-/// A path as the kernel writes it in `/proc/PID/maps`: a newline is `\012`, and a backslash stays, so that two paths may look the
-/// same there. Comparing in this form never takes a path for another than it looks like.
+/// Returns a path as the kernel writes it in `/proc/PID/maps`: a newline is `\012`, and a backslash stays, so that two
+/// paths may look the same. Paths must be compared in this form.
 pub fn path_in_maps(path: &Path) -> Cow<'_, Path> {
     let bytes = path.as_os_str().as_bytes();
     if !bytes.contains(&b'\n') {
@@ -87,40 +87,41 @@ pub fn path_in_maps(path: &Path) -> Cow<'_, Path> {
     Cow::Owned(OsString::from_vec(escaped).into())
 }
 
-/// Whether a mapping in a `/proc/PID/smaps` has this flag, such as `um` (`VmFlags` in `proc_pid_smaps(5)`).
+/// Returns `true` if a mapping in a `/proc/PID/smaps` has this flag, such as `um` (`VmFlags` in `proc_pid_smaps(5)`).
 pub fn has_flag(smaps: &[u8], flag: &str) -> bool {
-    // No name begins a line: the line of a mapping begins with its address, and newlines in names are escaped.
+    // No name is at the start of a line: the line of a mapping begins with its address, and newlines in names are
+    // escaped.
     lines(smaps)
         .filter_map(|line| line.strip_prefix(b"VmFlags:"))
         .flat_map(|flags| flags.split(|byte| *byte == b' '))
         .any(|word| word == flag.as_bytes())
 }
 
-/// A mount, as a line of `/proc/PID/mountinfo` tells of it.
+/// A mount: a line of `/proc/PID/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount<'a> {
-    /// Where it is.
+    /// The mount point.
     pub mount_point: PathBuf,
-    /// Its type of file system, such as `cgroup2`.
+    /// The type of its file system, such as `cgroup2`.
     pub fs_type: &'a [u8],
-    /// Options of its file system, divided by commas.
+    /// Options of its file system, separated by commas.
     pub super_options: &'a [u8],
 }
 
 impl Mount<'_> {
-    /// Whether its file system has this option.
+    /// Returns `true` if its file system has this option.
     pub fn has_super_option(&self, option: &str) -> bool {
         let mut options = self.super_options.split(|byte| *byte == b',');
         options.any(|there| there == option.as_bytes())
     }
 }
 
-/// The mounts in a `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`).
+/// Returns the mounts in a `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`).
 pub fn mounts(mountinfo: &[u8]) -> impl Iterator<Item = Result<Mount<'_>, UnreadableLine>> {
     lines(mountinfo).map(|line| mount(line).ok_or_else(|| UnreadableLine::of(line)))
 }
 
-/// `id parent major:minor root mount_point options`, any number of optional fields, `- fs_type source super_options`.
+/// `id parent major:minor root mount_point options`, zero or more optional fields, `- fs_type source super_options`.
 fn mount(line: &[u8]) -> Option<Mount<'_>> {
     let mut fields = line.split(|byte| *byte == b' ');
     let mount_point = fields.nth(4)?;
@@ -135,7 +136,7 @@ fn mount(line: &[u8]) -> Option<Mount<'_>> {
     })
 }
 
-/// Reads `\ooo` as the byte with this octal number. Other backslashes stay.
+/// Decodes `\ooo` as the byte with this octal number. Other backslashes stay.
 fn unescape(mut escaped: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(escaped.len());
     while let Some((first, rest)) = escaped.split_first() {
@@ -152,26 +153,26 @@ fn unescape(mut escaped: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A cgroup of a process, as a line of `/proc/PID/cgroup` tells of it.
+/// A cgroup of a process: a line of `/proc/PID/cgroup`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup<'a> {
     /// The number of its hierarchy; 0 for that of version 2.
     pub hierarchy: u64,
-    /// Its controllers, divided by commas; none in version 2.
+    /// Its controllers, separated by commas; none in version 2.
     pub controllers: &'a [u8],
-    /// Where it is in its hierarchy, from the root of that.
+    /// Its path in its hierarchy.
     pub path: &'a Path,
 }
 
 impl Cgroup<'_> {
-    /// Whether it has this controller, which is for version 1.
+    /// Returns `true` if it has this controller (version 1).
     pub fn has_controller(&self, controller: &str) -> bool {
         let mut controllers = self.controllers.split(|byte| *byte == b',');
         controllers.any(|there| there == controller.as_bytes())
     }
 }
 
-/// The cgroups in a `/proc/PID/cgroup` (`cgroups(7)`).
+/// Returns the cgroups in a `/proc/PID/cgroup` (`cgroups(7)`).
 pub fn cgroups(cgroup: &[u8]) -> impl Iterator<Item = Result<Cgroup<'_>, UnreadableLine>> {
     lines(cgroup).map(|line| cgroup_of(line).ok_or_else(|| UnreadableLine::of(line)))
 }
@@ -195,7 +196,7 @@ fn split_once(bytes: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
     Some((halves.next()?, halves.next()?))
 }
 
-/// Digits only: no sign and no space.
+/// Parses digits only: no sign and no space.
 fn number(digits: &[u8], radix: u32) -> Option<u64> {
     let text = std::str::from_utf8(digits).ok()?;
     let only_digits = text.chars().all(|digit| digit.is_digit(radix));

@@ -1,22 +1,22 @@
-//! Where a JSON message ends in a stream.
+//! The end of a JSON message in a stream.
 
 use super::MAX_MESSAGE_BYTES;
 
 /// Collects the pieces of a message until its outermost bracket closes.
 ///
-/// Firecracker neither ends its message nor closes the socket, so only the JSON itself tells where it ends. Each byte is
-/// looked at once, however small the pieces are.
+/// Firecracker neither ends its message nor closes the socket, so only the JSON itself has an end. Each byte is looked
+/// at once, for pieces of any size.
 #[derive(Debug, Default)]
 pub struct Framer {
     bytes: Vec<u8>,
-    /// Open brackets, of either kind: which closes which is for the parser to judge.
+    /// Number of open brackets of either kind. The parser checks that they match.
     depth: usize,
     in_string: bool,
     escaped: bool,
     complete: bool,
 }
 
-/// Why a stream can be no message.
+/// Why a stream has no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -29,13 +29,13 @@ pub enum FrameError {
         /// The first byte that is not white space.
         first: u8,
     },
-    /// Something follows the closing bracket.
-    #[error("something follows the handshake message")]
+    /// There are bytes after the closing bracket.
+    #[error("there are bytes after the handshake message")]
     Trailing,
 }
 
 impl Framer {
-    /// Adds the next piece. `true` once the message is complete.
+    /// Adds the next piece. Returns `true` once the message is complete.
     ///
     /// # Errors
     ///
@@ -51,7 +51,7 @@ impl Framer {
         Ok(self.complete)
     }
 
-    /// The bytes so far.
+    /// Returns the bytes so far.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

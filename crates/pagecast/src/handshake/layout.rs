@@ -1,4 +1,4 @@
-//! The regions of a fork, held against its template.
+//! The regions of a fork, validated against its template.
 
 use pagecast_uffd::{ByteLen, HostAddr, HostRange};
 
@@ -7,7 +7,7 @@ use crate::page::PageSize;
 use crate::session::{Region, RegionMap};
 use crate::template::TemplateOffset;
 
-/// The regions of a fork that can be served: aligned, apart from each other, within the template.
+/// The regions of a fork that can be served: aligned, without overlaps, within the template.
 #[derive(Debug)]
 pub struct Layout {
     regions: RegionMap,
@@ -17,71 +17,71 @@ pub struct Layout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {
-    /// No region at all.
+    /// There is no region.
     #[error("the VMM has no memory regions")]
     NoRegions,
-    /// Pages of a size that is not served.
+    /// The page size is not served.
     #[error("region {index} has pages of {bytes} bytes; 4096 and 2097152 are served")]
     PageSize {
-        /// Which region.
+        /// Number of the region.
         index: usize,
-        /// What it asked for.
+        /// The requested page size.
         bytes: u64,
     },
     /// An empty region.
     #[error("region {index} is empty")]
     Empty {
-        /// Which region.
+        /// Number of the region.
         index: usize,
     },
-    /// A number that is no multiple of the page size.
+    /// A number is not a multiple of the page size.
     #[error("region {index}: {field} {value:#x} is not a multiple of its page size of {page_size}")]
     Unaligned {
-        /// Which region.
+        /// Number of the region.
         index: usize,
-        /// Which of its fields.
+        /// Name of the field.
         field: &'static str,
-        /// What it says.
+        /// Value of the field.
         value: u64,
         /// The page size.
         page_size: PageSize,
     },
     /// Address and size exceed 64 bits.
-    #[error("region {index}: its address and size run past the end of the address space")]
+    #[error("region {index}: its address and size exceed the address space")]
     AddressOverflow {
-        /// Which region.
+        /// Number of the region.
         index: usize,
     },
     /// Offset and size exceed 64 bits, or the template.
     #[error("region {index} needs the template up to byte {end}, which has {template} bytes")]
     PastTheEnd {
-        /// Which region.
+        /// Number of the region.
         index: usize,
-        /// Where it ends; `u64::MAX` where that overflows.
+        /// The end of the region; `u64::MAX` on overflow.
         end: u64,
-        /// How long the template is.
+        /// The length of the template.
         template: u64,
     },
     /// Two regions share addresses.
     #[error("regions {first} and {second} overlap in memory")]
     OverlapInMemory {
-        /// The one that begins first.
+        /// The region that begins first.
         first: usize,
-        /// The other.
+        /// The other region.
         second: usize,
     },
     /// Two regions share a part of the template.
     #[error("regions {first} and {second} overlap in the template")]
     OverlapInTemplate {
-        /// The one that begins first.
+        /// The region that begins first.
         first: usize,
-        /// The other.
+        /// The other region.
         second: usize,
     },
 }
 
 impl Layout {
-    /// Holds `requested` against a template of `template` bytes.
+    /// Validates `requested` against a template of `template` bytes.
     ///
     /// # Errors
     ///
@@ -103,7 +103,7 @@ impl Layout {
         }
         if let Some((first, second)) = overlap(&regions, |region| {
             let start = region.offset().get();
-            // `validate_one` saw that it ends within the template.
+            // `validate_one` has checked that it ends within the template.
             (start, start.saturating_add(region.memory().len().get()))
         }) {
             return Err(LayoutError::OverlapInTemplate { first, second });
@@ -113,12 +113,12 @@ impl Layout {
         })
     }
 
-    /// The regions, for a session.
+    /// Returns the regions, for a session.
     pub fn into_regions(self) -> RegionMap {
         self.regions
     }
 
-    /// The regions.
+    /// Returns the regions.
     pub fn regions(&self) -> &RegionMap {
         &self.regions
     }
@@ -159,7 +159,7 @@ fn validate_one(index: usize, region: &RequestedRegion, template: ByteLen) -> Re
     Ok(Region::new(memory, TemplateOffset::new(region.offset), page_size))
 }
 
-/// The first two regions whose extents (start, end) overlap.
+/// Returns the first two regions whose extents (start, end) overlap.
 fn overlap(regions: &[Region], extent: impl Fn(&Region) -> (u64, u64)) -> Option<(usize, usize)> {
     let mut extents: Vec<_> = regions
         .iter()
@@ -261,7 +261,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever numbers come: what is accepted lies within the template, aligned, and no two regions touch the same.
+        /// For any numbers: accepted regions are within the template, aligned, and do not overlap.
         #[test]
         fn what_is_accepted_can_be_served(
             requested in proptest::collection::vec(

@@ -1,23 +1,23 @@
-//! What the message says, before anybody believes it.
+//! The content of the message, before validation.
 
 use serde::Deserialize;
 
 use super::MAX_REGIONS;
 
-/// A region as the VMM describes it: numbers that have been read, but not checked.
+/// A region as the VMM describes it, not yet validated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestedRegion {
-    /// Where it is mapped in the VMM, in bytes.
+    /// Its address in the VMM, in bytes.
     pub base_host_virt_addr: u64,
-    /// How long it is, in bytes.
+    /// Its length in bytes.
     pub size: u64,
-    /// Where its content begins in the template, in bytes.
+    /// Its offset in the template, in bytes.
     pub offset: u64,
-    /// The size of its pages, in bytes.
+    /// Its page size in bytes.
     pub page_size: u64,
 }
 
-/// Why a message cannot be read.
+/// Why a message cannot be parsed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseError {
@@ -30,23 +30,23 @@ pub enum ParseError {
     /// More than [`MAX_REGIONS`].
     #[error("the handshake has {count} regions; at most {MAX_REGIONS} are served")]
     TooManyRegions {
-        /// How many there are.
+        /// Number of regions.
         count: usize,
     },
     /// A region without a page size.
-    #[error("region {index} says neither page_size nor page_size_kib")]
+    #[error("region {index} has neither page_size nor page_size_kib")]
     NoPageSize {
-        /// Which region, from 0.
+        /// Number of the region, from 0.
         index: usize,
     },
     /// `page_size` and `page_size_kib`, both in bytes, differ.
     #[error("region {index} has page_size {page_size} but page_size_kib {page_size_kib} (both are in bytes)")]
     PageSizesDiffer {
-        /// Which region, from 0.
+        /// Number of the region, from 0.
         index: usize,
-        /// The one.
+        /// The value of `page_size`.
         page_size: u64,
-        /// The other.
+        /// The value of `page_size_kib`.
         page_size_kib: u64,
     },
 }
@@ -65,11 +65,11 @@ struct WireObject {
     mappings: Vec<WireRegion>,
 }
 
-/// Reads a complete message: a bare array of regions, or an object that holds it as `mappings`.
+/// Parses a complete message: a bare array of regions, or an object with the array as `mappings`.
 ///
 /// # Errors
 ///
-/// [`ParseError`] with what was wrong. Memory use is bounded by the length of the message.
+/// [`ParseError`] with the reason. Memory use is bounded by the length of the message.
 pub fn parse(message: &[u8]) -> Result<Vec<RequestedRegion>, ParseError> {
     let text = str::from_utf8(message).map_err(ParseError::NotUtf8)?;
     let wire: Vec<WireRegion> = if text.trim_start().starts_with('{') {
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn an_empty_list_is_read_as_such() {
-        // Whether a fork may have no memory is the layout's question.
+        // The layout refuses a fork without memory.
         assert!(parse(b"[]").unwrap().is_empty());
     }
 

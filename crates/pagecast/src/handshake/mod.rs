@@ -1,7 +1,7 @@
-//! The one message a VMM sends: which of its memory is which part of the template.
+//! The message of a VMM: which part of the template each part of its memory is.
 //!
-//! Pure functions of bytes, in three steps. [`Framer`] finds where the message ends in a stream that may come in any
-//! pieces; [`parse`] reads it; [`Layout::validate`] holds it against the template. Whatever is refused, each step says why.
+//! Pure functions of bytes, in three steps. [`Framer`] finds the end of the message in a stream of any pieces.
+//! [`parse`] parses it. [`Layout::validate`] validates it against the template. Each step refuses with a reason.
 //!
 //! Stock Firecracker sends a bare JSON array (`src/vmm/src/persist.rs`, `GuestRegionUffdMapping`):
 //!
@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `page_size_kib` is in **bytes** too, despite its name; some versions send only that. Others wrap the array into an
-//! object as `mappings`. Unknown fields are ignored, so that a newer VMM is not refused for saying more.
+//! object as `mappings`. Unknown fields are ignored, so that newer VMMs are not refused.
 
 mod framer;
 mod layout;
@@ -20,8 +20,8 @@ pub use framer::{FrameError, Framer};
 pub use layout::{Layout, LayoutError};
 pub use message::{ParseError, RequestedRegion, parse};
 
-/// The longest message that is read, in bytes. Firecracker's has about 150 bytes a region and a handful of regions.
+/// The longest message in bytes. Firecracker's has about 150 bytes a region and a handful of regions.
 pub const MAX_MESSAGE_BYTES: usize = 256 * 1024;
 
-/// The most regions one VMM may have.
+/// Most regions of a VMM.
 pub const MAX_REGIONS: usize = 1024;
