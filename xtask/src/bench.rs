@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: `pagecast-bench`, built for speed.
+//! `cargo xtask bench`: `pagecast-bench`, in a release build.
 
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};
@@ -7,17 +7,17 @@ use anyhow::{Context as _, Result};
 
 use crate::cargo::build_bench;
 
-/// Build pagecast for speed and run `pagecast-bench` with these arguments (see `pagecast-bench --help`)
+/// Build pagecast in release mode and run `pagecast-bench` with these arguments (see `pagecast-bench --help`)
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Bench {
-    /// What `pagecast-bench` takes
+    /// Arguments of `pagecast-bench`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
 
 impl Bench {
-    /// The exit code of `pagecast-bench`.
+    /// Returns the exit code of `pagecast-bench`.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let mut bench = Command::new(build_bench()?);
         let status = bench.args(&self.arguments).status();

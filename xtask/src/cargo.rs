@@ -1,4 +1,4 @@
-//! Running cargo, and what it knows about the workspace.
+//! Calls of cargo, and its metadata of the workspace.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ pub(crate) fn workspace_root() -> &'static Path {
         .expect("the package xtask is a folder of the workspace")
 }
 
-/// The cargo that runs us.
+/// The cargo that runs this.
 pub(crate) fn cargo_path() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
@@ -26,7 +26,7 @@ pub(crate) fn cargo(subcommand: &str) -> Command {
     command
 }
 
-/// The packages of the workspace and where it is built. Fails where `Cargo.lock` is not up to date.
+/// Returns the metadata of the workspace. Fails if `Cargo.lock` is not up to date.
 pub(crate) fn metadata() -> Result<Metadata> {
     MetadataCommand::new()
         .current_dir(workspace_root())
@@ -35,12 +35,12 @@ pub(crate) fn metadata() -> Result<Metadata> {
         .context("failed to read the workspace")
 }
 
-/// Builds the command as it is shipped; where it is.
+/// Builds the command as it is shipped. Returns its path.
 pub(crate) fn build_pagecast() -> Result<PathBuf> {
     build_command("pagecast-cli", "pagecast")
 }
 
-/// Builds the command that measures, and the one that is measured beside it; where it is.
+/// Builds the benchmark, and the command that it measures beside it. Returns its path.
 pub(crate) fn build_bench() -> Result<PathBuf> {
     build_pagecast()?;
     build_command("pagecast-bench", "pagecast-bench")
@@ -51,7 +51,7 @@ fn build_command(package: &str, name: &str) -> Result<PathBuf> {
     built_executable(cargo("build").args(options)).with_context(|| format!("{name} does not build"))
 }
 
-/// Runs `build`, a `cargo build` of one program; where that is.
+/// Runs `build`, a `cargo build` of one program. Returns its path.
 pub(crate) fn built_executable(build: &mut Command) -> Result<PathBuf> {
     let mut build = build
         .arg("--message-format=json-render-diagnostics")
@@ -70,5 +70,5 @@ pub(crate) fn built_executable(build: &mut Command) -> Result<PathBuf> {
     ensure!(status.success(), "{status}");
     executable
         .map(PathBuf::from)
-        .context("cargo did not say where it built the program")
+        .context("cargo did not report the path of the program")
 }

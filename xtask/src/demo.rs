@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: many forks of one template, with each backend, every byte checked, and what each backend costs.
+//! `cargo xtask demo`: forks of one template with each backend; checks every byte, and compares their cost.
 
 mod report;
 mod scenario;
@@ -16,26 +16,27 @@ use self::report::Report;
 use self::scenario::Scenario;
 use crate::cargo::build_pagecast;
 
-/// The template, of which each fork reads all data.
+/// The template. Each fork reads all its data.
 const SIZE: Size = Size {
     mem_mib: 128,
     data_mib: 64,
 };
 
-/// In this order, beside each other. The first is what a fork gets for which nothing is asked.
+/// The backends, in the order of the columns. The first is the default.
 const BACKENDS: [Backend; 2] = [Backend::Auto, Backend::Uffd];
 
-/// Fork one microVM many times with each backend, check every byte, and compare what they cost
+/// Fork one microVM many times with each backend, check every byte, and compare their cost
 ///
-/// Boots a tiny guest in Firecracker and snapshots it. Then, once for each backend: starts `pagecast serve`, asks it for
-/// the forks and restores all at once. Every guest reads and checks its working set, writes to a part of it, checks again,
-/// checks all its memory, and checks it once more after the server has gone. Without KVM, simulated VMMs do the same. Gets
-/// and builds all it needs; leaves nothing behind but what is kept in the target folder.
+/// Boots a tiny guest in Firecracker and snapshots it. Then, for each backend, starts `pagecast serve`, creates the
+/// forks and restores all at once. Every guest reads and checks its working set, writes to a part of it, and checks it
+/// again. Then it checks all its memory, and once more after the server has ended. Without KVM, simulated VMMs do the
+/// same. Fetches and builds all it needs; leaves only files in the target folder.
 ///
-/// The exit code is 0 if every byte was right, 1 if not or if something failed, 128 and the signal if interrupted.
+/// The exit code is 0 if every byte was right, 1 if a byte was wrong or an error occurred, 128 and the signal if
+/// interrupted.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Demo {
-    /// How many forks with each backend
+    /// Number of forks with each backend
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     forks: u32,
     /// Print the result as JSON

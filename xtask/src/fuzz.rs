@@ -15,28 +15,29 @@ use crate::cargo::{built_executable, cargo, metadata, workspace_root};
 /// The longest input, in bytes.
 const MOST_BYTES: u32 = 8192;
 
-/// How long one input may take, in seconds, before it counts as a finding.
+/// Time for one input in seconds. An input that takes longer is a finding.
 const INPUT_SECONDS: u32 = 60;
 
-/// How much memory a target may take, in mebibytes, before it counts as a finding.
+/// Memory of a target in mebibytes. More is a finding.
 const MOST_MEMORY: u32 = 1024;
 
-/// Fuzz what reads bytes from outside: a minute for each target, several at once
+/// Fuzz all parsers of bytes from outside: a minute for each target, several at once
 ///
-/// Starts from the corpus in `crates/fuzz/corpus`. New inputs and findings are kept below `target/pagecast/fuzz`. Needs a C++
+/// Starts from the corpus in `crates/fuzz/corpus`. Keeps new inputs and findings in `target/pagecast/fuzz`. Needs a C++
 /// compiler, for libFuzzer.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Fuzz {
-    /// Which targets; all by default
+    /// Targets to fuzz; all by default
     #[arg(value_parser = TARGETS.map(|target| target.name))]
     targets: Vec<String>,
-    /// How long each target is fuzzed
+    /// Time for each target
     #[arg(long, value_name = "N", default_value_t = 60)]
     seconds: u32,
-    /// How many run at once; as many as there are processors by default
+    /// Number of targets at once; one a processor by default
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// Afterwards, replace the corpus in `crates/fuzz/corpus` by a small one that covers what it and the new inputs do
+    /// Afterwards, replace the corpus in `crates/fuzz/corpus` by a minimal one that covers the same edges as it and the
+    /// new inputs
     #[arg(long)]
     minimize: bool,
 }
@@ -100,7 +101,7 @@ impl Fuzz {
         let grown = folder.of(target, "corpus")?;
         let findings = folder.of(target, "findings")?;
         let log = folder.path.join(target).join("log");
-        // A fuzzer ends without removing its temporary files.
+        // A fuzzer leaves its temporary files behind.
         let temporary = tempfile::tempdir_in(folder.of(target, "")?).context("failed to make a temporary folder")?;
         let mut fuzzer = fuzzer(program, target);
         fuzzer
@@ -110,7 +111,7 @@ impl Fuzz {
             .arg(format!("-timeout={INPUT_SECONDS}"))
             .arg(format!("-rss_limit_mb={MOST_MEMORY}"))
             .arg("-print_final_stats=1")
-            // With the last slash, which makes it a folder.
+            // The trailing slash makes it a folder.
             .arg(format!("-artifact_prefix={}/", findings.display()))
             .args([&grown, &committed(target)]);
         let ended = run(&mut fuzzer, &log)?;
@@ -136,7 +137,7 @@ impl Fuzz {
     }
 }
 
-/// What came of a target.
+/// The result of a target.
 struct Outcome {
     target: String,
     executions: Option<u64>,
@@ -170,26 +171,27 @@ fn table(outcomes: &[Outcome]) -> Table {
     table
 }
 
-/// The number after the last `mark` in what libFuzzer prints.
+/// The number after the last `mark` in the output of libFuzzer.
 fn after(text: &str, mark: &str) -> Option<u64> {
     let (_, rest) = text.rsplit_once(mark)?;
     rest.split_whitespace().next()?.parse().ok()
 }
 
-/// Where inputs and findings are kept that are not committed.
+/// Folder of inputs and findings that are not committed.
 struct Folder {
     path: PathBuf,
 }
 
 impl Folder {
-    /// A folder of a target, which is made where it is missing.
+    /// Returns a folder of a target, and creates it if it is missing.
     fn of(&self, target: &str, name: &str) -> Result<PathBuf> {
         let folder = self.path.join(target).join(name);
         fs::create_dir_all(&folder).with_context(|| format!("failed to make {}", folder.display()))?;
         Ok(folder)
     }
 
-    /// Replaces the committed corpus of a target by one that reaches all edges that it and the new inputs do, and no more.
+    /// Replaces the committed corpus of a target by the smallest one that reaches all edges of it and of the new
+    /// inputs.
     fn minimize(&self, program: &Path, target: &str) -> Result<()> {
         let committed = committed(target);
         // Beside it, and so on the same file system.
@@ -197,7 +199,7 @@ impl Folder {
         fs::create_dir_all(&smallest).with_context(|| format!("failed to make {}", smallest.display()))?;
         let log = self.path.join(target).join("log-of-merge");
         let mut merge = fuzzer(program, target);
-        // Without counters, inputs that reach the same edges another number of times are the same.
+        // Without counters, inputs that differ only in how often they reach an edge are the same.
         merge.args(["-set_cover_merge=1", "-use_counters=0"]).args([
             &smallest,
             &committed,
@@ -214,7 +216,7 @@ impl Folder {
     }
 }
 
-/// The corpus of a target that is committed.
+/// Folder of the committed corpus of a target.
 fn committed(target: &str) -> PathBuf {
     workspace_root().join("crates/fuzz/corpus").join(target)
 }
@@ -225,7 +227,7 @@ fn fuzzer(program: &Path, target: &str) -> Command {
     fuzzer
 }
 
-/// Runs it to its end, with what it prints in the file `log`.
+/// Runs the fuzzer to its end, with its output in the file `log`.
 fn run(fuzzer: &mut Command, log: &Path) -> Result<ExitStatus> {
     let failed = || format!("failed to write {}", log.display());
     let output = File::create(log).with_context(failed)?;
@@ -238,16 +240,16 @@ fn run(fuzzer: &mut Command, log: &Path) -> Result<ExitStatus> {
         .with_context(|| format!("failed to start {fuzzer:?}"))
 }
 
-/// Builds the program that fuzzes; where it is.
+/// Builds the fuzzer. Returns its path.
 fn build() -> Result<PathBuf> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let found = Command::new(&compiler).arg("--version").stdout(Stdio::null()).status();
     ensure!(
         found.is_ok_and(|status| status.success()),
-        "{compiler} is missing: libFuzzer takes a C++ compiler, such as that of `apt-get install g++`; CXX names another one"
+        "{compiler} is missing: libFuzzer needs a C++ compiler: install one (`apt-get install g++`), or name one with CXX"
     );
     eprintln!("building the fuzzer");
-    // All packages are named, so that dependencies have the features that they have in other builds and are not built again.
+    // All packages are named, so that dependencies have the same features as in other builds, and are not built again.
     built_executable(
         cargo("build")
             .args(["--locked", "--quiet", "--workspace", "--example", "fuzz"])

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: everything that can be said about the code without running it.
+//! `cargo xtask lint`: all static checks.
 
 mod arrows;
 mod circles;
@@ -21,14 +21,14 @@ use pagecast_testkit::firecracker::{build_guest, guest_command};
 use crate::cargo::{cargo, cargo_path, metadata};
 use crate::openapi;
 
-/// Platforms for which the library must compile, beside the one we are on.
+/// Platforms for which the library must compile, besides this one.
 const OTHER_PLATFORMS: [&str; 3] = [
     "aarch64-apple-darwin",
     "x86_64-pc-windows-gnu",
     "aarch64-unknown-linux-gnu",
 ];
 
-/// Something that must hold. An error says why it does not.
+/// A check. An error says what is wrong.
 struct Check {
     name: String,
     run: Box<dyn Fn() -> Result<()>>,
@@ -43,9 +43,9 @@ impl Check {
     }
 }
 
-/// Check everything that can be said about the code without running it
+/// Run all static checks
 ///
-/// All checks are run, also where some fail.
+/// All checks run, even if some fail.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Lint {}
 
@@ -102,7 +102,8 @@ fn checks() -> Vec<Check> {
         Check::new("clippy of the guest", clippy_of_the_guest),
         Check::new("rustdoc", || {
             tool::run(
-                // The examples have dependencies whose features clippy has used too: without them, most would be checked anew.
+                // The examples have dependencies whose features clippy used too: without them, most would be checked
+                // again.
                 cargo("doc")
                     .args(["--quiet", "--locked", "--workspace", "--no-deps"])
                     .args(["--lib", "--bins", "--examples"])
@@ -113,7 +114,7 @@ fn checks() -> Vec<Check> {
     ]
 }
 
-/// Runs the check and prints a line about it, and what is wrong.
+/// Runs the check, and prints a line about it, with its problems.
 fn holds(check: &Check) -> bool {
     let started = Instant::now();
     let spinner = Progress::spinner(check.name.clone());
@@ -128,7 +129,7 @@ fn holds(check: &Check) -> bool {
         Ok(()) => String::new(),
         Err(error) => format!("{error:#}\n\n"),
     };
-    // That nobody reads on is no reason to stop.
+    // A broken pipe does not stop the checks.
     let _ = write!(
         std::io::stdout(),
         "{verdict} {:<48} {seconds:6.1} s\n{problems}",
@@ -137,7 +138,7 @@ fn holds(check: &Check) -> bool {
     outcome.is_ok()
 }
 
-/// An error of a line for each problem, where there are any.
+/// An error with a line for each problem, if there are any.
 fn holds_no(problems: &[String]) -> Result<()> {
     ensure!(problems.is_empty(), "{}", problems.join("\n"));
     Ok(())
@@ -154,7 +155,7 @@ fn lock_files() -> Result<()> {
 }
 
 fn clippy_of_the_guest() -> Result<()> {
-    // Adds the guest's Rust target where it is missing.
+    // Adds the guest's Rust target if it is missing.
     build_guest()?;
     let target_folder = metadata()?.target_directory.join("pagecast/guest");
     tool::run(
@@ -165,10 +166,10 @@ fn clippy_of_the_guest() -> Result<()> {
     )
 }
 
-/// All platforms at once, so that each processor has something to do.
+/// Checks all platforms at once, to use all processors.
 fn clippy_for_other_platforms() -> Result<()> {
     let mut clippy = cargo("clippy");
-    // With the tests of the pure parts; those that need a simulated VMM are left out where there is no Linux.
+    // Includes the tests of the pure parts. Tests that need a simulated VMM exist on Linux only.
     clippy
         .args(["--quiet", "--locked", "--all-targets", "--keep-going"])
         .args(["--package", "pagecast", "--package", "pagecast-uffd"]);

@@ -1,4 +1,4 @@
-//! The one door to every task of this project: `cargo xtask TASK`.
+//! All tasks of this project: `cargo xtask TASK`.
 #![forbid(unsafe_code)]
 
 mod bench;

@@ -1,4 +1,4 @@
-//! `cargo xtask openapi`: the description of the control API, made from its code.
+//! `cargo xtask openapi`: the OpenAPI document of the control API, generated from its code.
 
 use std::fs;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::cargo::workspace_root;
 
-/// Where it is committed.
+/// Path of the committed document.
 const DOCUMENT: &str = "docs/openapi.json";
 
 /// Write the `OpenAPI` document of the control API
@@ -26,13 +26,13 @@ impl OpenApi {
     }
 }
 
-/// Makes sure that what is committed is what the code says.
+/// Checks that the committed document matches the code.
 pub(crate) fn check_committed() -> Result<()> {
     let committed = fs::read_to_string(workspace_root().join(DOCUMENT))
         .with_context(|| format!("failed to read {DOCUMENT}: run `cargo xtask openapi`"))?;
     ensure!(
         committed == pagecast_daemon::openapi(),
-        "{DOCUMENT} is not what the code says: run `cargo xtask openapi`"
+        "{DOCUMENT} does not match the code: run `cargo xtask openapi`"
     );
     Ok(())
 }

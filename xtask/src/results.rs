@@ -8,23 +8,23 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::cargo::{build_bench, workspace_root};
 
-/// Where tables and pictures go.
+/// Folder of tables and pictures.
 const FOLDER: &str = "docs/bench";
-/// Tables, in the folder.
+/// File of the tables in the folder.
 const TABLES: &str = "results.md";
 
-/// Measure everything with `pagecast-bench`, and put tables and pictures where the documentation shows them
+/// Measure everything with `pagecast-bench`, and write tables and pictures to the documentation
 ///
 /// Writes docs/bench.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Results {
-    /// More that `pagecast-bench` takes, such as --quick
+    /// Further arguments of `pagecast-bench`, such as --quick
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
 
 impl Results {
-    /// Measures and writes.
+    /// Measures, and writes the results.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let root = workspace_root();
         let mut bench = Command::new(build_bench()?);

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that tests need, then all of them.
+//! `cargo xtask test`: all tests, and everything that they need.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,27 +18,27 @@ const NEXTEST: CargoTool = CargoTool {
     version: "0.9.143",
 };
 
-/// Run all tests, with cargo-nextest, which is installed for it where it is missing
+/// Run all tests with cargo-nextest, which is installed if it is missing
 ///
-/// Gets what the tests need first: the simulated VMM, the tiny guest and its Rust target, Firecracker. In the end it
-/// says which tests were skipped on this machine, and why.
+/// First gets everything that the tests need: the simulated VMM, the tiny guest and its Rust target, Firecracker. At
+/// the end, lists the skipped tests, with the reasons.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Test {
-    /// Given to the test runner, such as the names of some tests; doc tests are left out then
+    /// Arguments of the test runner, such as the names of some tests; doc tests are left out then
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
 }
 
 impl Test {
-    /// The exit code of the test runner.
+    /// Returns the exit code of the test runner.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let skipped = SkippedTests::none_yet()?;
-        // Tests find `sim-vmm`, `pagecast` and the examples beside themselves.
+        // Tests look for `sim-vmm`, `pagecast` and the examples beside themselves.
         let build = status(cargo("build").args(["--locked", "--workspace", "--bins", "--examples"]))?;
         ensure!(build.success(), "the workspace does not build");
         prepare_firecracker()?;
 
-        // First, so that the closing line of the runner is the last.
+        // Doc tests run first, so that the summary of the runner comes last.
         let doc_tests = if self.args.is_empty() {
             exit_code(status(cargo("test").args(["--locked", "--workspace", "--doc"]))?)
         } else {
@@ -49,8 +49,8 @@ impl Test {
         Ok(if tests == ExitCode::SUCCESS { doc_tests } else { tests })
     }
 
-    /// cargo-nextest, which gives each test a process of its own. Many count what their process holds, limit it, or watch
-    /// its CPU time, so `cargo test` would not do.
+    /// Returns cargo-nextest, which gives each test a process of its own. Many tests count what their process holds,
+    /// limit it, or measure its CPU time, so `cargo test` does not work.
     fn runner(&self) -> Result<Command> {
         let mut runner = NEXTEST.command()?;
         runner.args(["run", "--locked", "--workspace"]).args(&self.args);
@@ -69,7 +69,7 @@ pub(crate) fn prepare_firecracker() -> Result<()> {
     visibly("getting the jailer", firecracker::jailer)
 }
 
-/// Says what is being got while it takes its time, and then where it is.
+/// Prints the name of a step, and then its result.
 fn visibly(what: &'static str, get: fn() -> Result<PathBuf>) -> Result<()> {
     let progress = Progress::start(what);
     let path = get()?;
@@ -79,11 +79,11 @@ fn visibly(what: &'static str, get: fn() -> Result<PathBuf>) -> Result<()> {
 
 fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().and_then(|code| u8::try_from(code).ok());
-    // None where a signal ended it.
+    // `None` if a signal ended it.
     code.map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
-/// The file in which tests note that they were skipped: runners hide what tests print that pass.
+/// The file in which tests note that they were skipped: runners hide the output of tests that pass.
 struct SkippedTests {
     path: PathBuf,
 }

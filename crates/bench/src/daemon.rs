@@ -1,4 +1,4 @@
-//! A `pagecast serve` process, asked through its control API.
+//! A `pagecast serve` process, called through its control API.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -15,20 +15,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::runtime::Runtime;
 
-/// The one template that it has here.
+/// The name of its only template.
 pub const TEMPLATE: &str = "template";
 
-/// How long it may take to start.
+/// Time that the start may take.
 const START_PATIENCE: Duration = Duration::from_secs(30);
-/// How often a start is looked at that says nothing.
+/// Time between two looks at a starting daemon.
 const START_PACE: Duration = Duration::from_millis(100);
-/// How long it may take to complete all forks and end.
+/// Time that completing all forks and the end may take.
 const STOP_PATIENCE: Duration = Duration::from_mins(2);
-/// How long forks may take to be where they are waited for.
+/// Time for forks to reach the awaited state.
 const FORK_PATIENCE: Duration = Duration::from_mins(1);
-/// How often they are looked at.
+/// Time between two looks at them.
 const FORK_PACE: Duration = Duration::from_millis(10);
-/// How many lines of its log an error shows.
+/// Number of log lines that an error shows.
 const TAIL_LINES: usize = 15;
 
 /// A daemon in a folder of its own, killed when this is dropped.
@@ -41,14 +41,15 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it with its run dir and log in `folder`, which must be there and its own, and waits until it is ready.
+    /// Starts a daemon with its run dir and log in `folder`, which must exist and be used for this alone. Waits until
+    /// it is ready.
     ///
     /// # Errors
     ///
     /// It cannot be started, or is not ready in time; with the end of its log.
     pub fn start(pagecast: &Path, folder: &Path, settings: &[&str]) -> Result<Self> {
         let (run_dir, log, notify) = (folder.join("run"), folder.join("log"), folder.join("notify"));
-        // As a service manager does, so that nothing is tried until it works.
+        // Uses the notification of service managers, so that no call has to be retried.
         let ready = UnixDatagram::bind(&notify).context("failed to bind a socket for its readiness")?;
         ready.set_read_timeout(Some(START_PACE))?;
         let child = Command::new(pagecast)
@@ -99,12 +100,12 @@ impl Daemon {
         }
     }
 
-    /// Its process id.
+    /// Its process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Makes a call, which may be made from any thread.
+    /// Makes a call. May be called from any thread.
     ///
     /// # Errors
     ///
@@ -117,14 +118,14 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// It is refused.
+    /// The daemon refuses it.
     pub fn add_template(&self, mem_file: &Path) -> Result<()> {
         self.call(async |client| client.add_template(TEMPLATE, &AddTemplate::new(mem_file)).await)
             .context("the template is refused")?;
         Ok(())
     }
 
-    /// Waits for the end of a fork, and what is known of it then.
+    /// Waits for the end of a fork. Returns its final state.
     ///
     /// # Errors
     ///
@@ -145,7 +146,7 @@ impl Daemon {
         }
     }
 
-    /// Waits until so many forks are in this state.
+    /// Waits until `count` forks are in this state.
     ///
     /// # Errors
     ///
@@ -166,11 +167,11 @@ impl Daemon {
         }
     }
 
-    /// Has it complete all forks and end (SIGTERM), and waits until it has.
+    /// Makes it complete all forks and end (SIGTERM), and waits for that.
     ///
     /// # Errors
     ///
-    /// It does not end in time, or not well.
+    /// It does not end in time, or fails.
     pub fn stop(&mut self) -> Result<()> {
         let pid = Pid::from_child(&self.child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("failed to open a pidfd of pagecast")?;
@@ -186,7 +187,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// The error, and the last that it said.
+    /// The error, with the end of its log.
     pub fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
@@ -198,7 +199,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // They fail only for a process that has ended, which is what is wanted.
+        // They fail only if the process has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

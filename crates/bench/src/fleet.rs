@@ -15,22 +15,22 @@ use pagecast_testkit::firecracker::{Kvm, binary, build_guest, has_guest_source, 
 pub use self::vmm::{Blank, Mismatches, Size, Template, Vmm, WRITE_EVERY};
 use crate::progress::Progress;
 
-/// What the forks run in.
+/// The kind of VMMs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The real Firecracker, with the tiny guest.
     Firecracker,
-    /// Simulated VMMs, and why.
+    /// Simulated VMMs, and the reason.
     Simulated(String),
 }
 
 impl Kind {
-    /// What can be had here. The guest is built from its source, and Firecracker fetched where that is needed, so both take
-    /// the source tree that we were built from.
+    /// Returns the kind that this machine can run. The guest is built from its source, and Firecracker may be fetched,
+    /// so both need the source tree of this build.
     ///
     /// # Errors
     ///
-    /// There is KVM that cannot be used: a machine that could run Firecracker must not pass by simulating.
+    /// KVM is there but cannot be used: such a machine must not simulate.
     pub fn here() -> Result<Self> {
         if let Kvm::Missing(why) = kvm()? {
             return Ok(Self::Simulated(why));
@@ -59,11 +59,12 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A template of this size in `folder`. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
+/// Creates a template of this size in `folder`. Simulated VMMs are processes of this program (see
+/// [`sim_vmm`](crate::sim_vmm)).
 ///
 /// # Errors
 ///
-/// It cannot be made.
+/// It cannot be created.
 pub fn create_template(kind: &Kind, folder: &Path, size: Size) -> Result<Box<dyn Template>> {
     let Size { mem_mib, data_mib } = size;
     let of_size = format!("{mem_mib} MiB, of which {data_mib} MiB data");
@@ -83,7 +84,7 @@ pub fn create_template(kind: &Kind, folder: &Path, size: Size) -> Result<Box<dyn
     })
 }
 
-/// Tells apart what forks write, by their numbers, as far as there are enough tags: 254.
+/// The tag of a fork, by which its writes differ from others'. There are 254 tags.
 pub fn tag(number: u32) -> NonZeroU8 {
     let tag = u8::try_from(number % 254).expect("it is less than 254");
     NonZeroU8::MIN.saturating_add(tag)
@@ -93,12 +94,12 @@ pub fn tag(number: u32) -> NonZeroU8 {
 ///
 /// # Errors
 ///
-/// The first of all, once all are done.
+/// The first error, once all have ended.
 pub fn at_once<I: Send, T: Send>(items: Vec<I>, work: impl Fn(I) -> Result<T> + Sync) -> Result<Vec<T>> {
     let work = &work;
     thread::scope(|scope| {
         let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || work(item))).collect();
-        // All are waited for before any outcome is looked at.
+        // All threads are joined before any result is looked at.
         let outcomes: Vec<_> = threads.into_iter().map(thread::ScopedJoinHandle::join).collect();
         let outcome = |joined: thread::Result<Result<T>>| joined.unwrap_or_else(|_| Err(anyhow!("a thread panicked")));
         outcomes.into_iter().map(outcome).collect()

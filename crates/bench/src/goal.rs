@@ -1,4 +1,4 @@
-//! What a measurement has to be, and whether it is.
+//! Goals of measurements, and their verdicts.
 
 use std::fmt;
 
@@ -6,13 +6,13 @@ use serde::Serialize;
 
 use crate::spread::Spread;
 
-/// What a measurement has to be.
+/// The goal of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Goal {
-    /// This, or lower.
+    /// At most this number.
     AtMost(f64),
-    /// This, or higher.
+    /// At least this number.
     AtLeast(f64),
 }
 
@@ -20,16 +20,16 @@ pub enum Goal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// All of the interval that has the median is where it should be.
+    /// The whole interval of the median meets it.
     Met,
-    /// None of it is.
+    /// The whole interval misses it.
     Missed,
-    /// A part of it is.
+    /// Only a part of the interval meets it.
     TooNoisyToTell,
 }
 
 impl Goal {
-    /// Whether it is met, as far as these measurements can tell.
+    /// Returns whether the goal is met, as far as these measurements show.
     pub fn verdict(self, measured: &Spread) -> Verdict {
         match (self.is_met(measured.low), self.is_met(measured.high)) {
             (true, true) => Verdict::Met,
@@ -38,7 +38,7 @@ impl Goal {
         }
     }
 
-    /// The number itself.
+    /// Returns the number.
     pub fn limit(self) -> f64 {
         match self {
             Self::AtMost(limit) | Self::AtLeast(limit) => limit,

@@ -1,12 +1,12 @@
-//! What `pagecast-bench` measures: each number beside its floor and its rivals, in one run, on this machine.
+//! The measurements of `pagecast-bench`: each number beside its floor and its rivals, in one run, on this machine.
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | [`section`] | what can be measured |
-//! | [`report`] | what came of it |
-//! | [`spread`], [`goal`] | statistics: medians, how sure they are, and what they have to be |
-//! | [`plots`] | pictures of it |
-//! | [`fleet`], [`daemon`], [`sim_vmm`] | many forks at once and the daemon that they are of, for other tools as well |
+//! | [`section`] | the sections |
+//! | [`report`] | the results |
+//! | [`spread`], [`goal`] | statistics: medians, their intervals, and goals |
+//! | [`plots`] | pictures of the results |
+//! | [`fleet`], [`daemon`], [`sim_vmm`] | many forks at once and their daemon, also for other tools |
 #![forbid(unsafe_code)]
 
 pub mod daemon;

@@ -1,4 +1,4 @@
-//! Where and when it was measured.
+//! The machine and time of a run.
 
 use std::fs;
 use std::time::SystemTime;
@@ -8,31 +8,31 @@ use serde::Serialize;
 
 use crate::spread::to_f64;
 
-/// Where and when it was measured. What the kernel does not tell is left out.
+/// The machine and time of a run. Facts that the kernel does not show are left out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     /// The kernel's release.
     pub kernel: String,
-    /// The processors' own name.
+    /// The name of the processors.
     pub processor: Option<String>,
-    /// How many there are.
+    /// Number of processors.
     pub processors: usize,
-    /// Whether it is itself a virtual machine.
+    /// Whether it is a virtual machine.
     pub virtual_machine: bool,
     /// All memory, in GiB.
     pub memory_gib: Option<f64>,
-    /// The load average of the last minute before it began: how busy others kept it.
+    /// The load average of the last minute before the run: the load by others.
     pub load_before: Option<f32>,
-    /// When huge pages are used for plain memory (`/sys/kernel/mm/transparent_hugepage/enabled`).
+    /// Use of huge pages for anonymous memory (`/sys/kernel/mm/transparent_hugepage/enabled`).
     pub transparent_hugepages: Option<String>,
-    /// When it began: RFC 3339, UTC.
+    /// Start of the run: RFC 3339, UTC.
     pub began: String,
     /// The version of pagecast.
     pub pagecast: &'static str,
 }
 
 impl Machine {
-    /// This one, now.
+    /// This machine, now.
     pub(crate) fn here() -> Self {
         let cpuinfo = procfs::CpuInfo::current().ok();
         let flags = cpuinfo.as_ref().and_then(|info| info.flags(0));
@@ -56,7 +56,7 @@ impl Machine {
         }
     }
 
-    /// In one line.
+    /// Formats it in one line.
     pub fn line(&self) -> String {
         let processor = self.processor.as_deref().unwrap_or("unknown processor");
         let machine = if self.virtual_machine { "VM" } else { "machine" };
@@ -73,7 +73,7 @@ impl Machine {
     }
 }
 
-/// The one in brackets.
+/// The word in brackets.
 fn chosen(modes: &str) -> Option<String> {
     let (_, rest) = modes.split_once('[')?;
     Some(rest.split_once(']')?.0.to_owned())

@@ -1,4 +1,4 @@
-//! The `pagecast-bench` command: what pagecast costs on this machine, beside floors and rivals.
+//! The `pagecast-bench` command: the cost of pagecast on this machine, beside floors and rivals.
 #![forbid(unsafe_code)]
 
 mod tables;
@@ -20,42 +20,42 @@ use pagecast_command::Output;
 
 use crate::tables::Tables;
 
-/// Where JSON goes if no file is named.
+/// The name that stands for stdout.
 const STDOUT: &str = "-";
 
-/// Measure what pagecast costs on this machine, beside the least that it could cost and beside others
+/// Measure the cost of pagecast on this machine, beside a floor and rivals
 ///
-/// Each number stands beside a floor, the smallest program that does the same job, and beside what others do. Who is
-/// compared takes turns, so that what disturbs the one disturbs the other; ratios are those of paired turns. Floors,
-/// rivals and what was done are named with the numbers.
+/// Each number stands beside a floor, the smallest program that does the same job, and beside the strategies of others.
+/// Subjects take turns, so that a disturbance affects all, and ratios are those of paired turns. The output describes
+/// floors, rivals and method.
 ///
-/// Real Firecrackers are measured where there is /dev/kvm and the source tree that this was built from (Firecracker itself
-/// is found by `PAGECAST_FIRECRACKER`, on PATH, or fetched), simulated VMMs elsewhere. Everything it starts it ends, and
-/// it leaves no files behind but those that were asked for.
+/// Real Firecrackers are measured if there is /dev/kvm and the source tree of this build, else simulated VMMs.
+/// Firecracker is found by `PAGECAST_FIRECRACKER` or on PATH, or fetched. All started processes are ended, and only
+/// requested files are left behind.
 ///
-/// The exit code is 0 also where a goal is missed, unless --check asks for 4; 1 if something failed, 128 and the signal
-/// if interrupted.
+/// The exit code is 0 even if a goal is missed, or 4 with --check; 1 if an error occurred, 128 and the signal if
+/// interrupted.
 #[derive(Debug, Parser)]
 #[command(name = "pagecast-bench", version)]
 #[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 struct Cli {
-    /// Measure less: all of it in under a minute
+    /// Measure less: all sections in under a minute
     #[arg(long)]
     quick: bool,
 
-    /// As little as shows that all of it works
+    /// Measure the minimum that shows that every section works
     #[arg(long, hide = true, conflicts_with = "quick")]
     tiny: bool,
 
-    /// Measure only this
+    /// Measure only this section
     #[arg(long, value_enum, value_name = "SECTION", num_args = 1.., value_delimiter = ',')]
     only: Vec<Section>,
 
-    /// Write all that was measured as JSON: into a file, or to stdout and nothing else there
+    /// Write all measurements as JSON to this file, or to stdout, which then gets nothing else
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = STDOUT)]
     json: Option<PathBuf>,
 
-    /// Draw what was measured, as SVG and PNG files in this folder
+    /// Draw the measurements as SVG and PNG files in this folder
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
 
@@ -63,16 +63,16 @@ struct Cli {
     #[arg(long)]
     markdown: bool,
 
-    /// Exit with 4 where a goal is missed
+    /// Exit with 4 if a goal is missed
     #[arg(long)]
     check: bool,
 
-    /// The command whose daemon is measured. Without it, the one beside this program, or else on PATH
+    /// The command whose daemon is measured [default: the one beside this program, else on PATH]
     #[arg(long, value_name = "PATH")]
     pagecast: Option<PathBuf>,
 }
 
-/// The exit code where a goal is missed and `--check` was given.
+/// The exit code for a missed goal with `--check`.
 const MISSED: u8 = 4;
 
 impl Cli {
@@ -95,10 +95,10 @@ impl Cli {
     fn measure(&self, interrupt: &Interrupt) -> Result<Report> {
         ensure!(
             !cfg!(debug_assertions) || self.tiny,
-            "this pagecast-bench was built without optimisation: its numbers would mean nothing (use `cargo xtask bench`, or build \
-             with --release)"
+            "this pagecast-bench was built without optimisation, so its numbers have no meaning: use `cargo xtask bench`, or build \
+             with --release"
         );
-        // What cannot be written is better known before the minutes have passed.
+        // Checked before the measurements, which take minutes.
         for folder in [self.plots.as_deref(), self.json.as_deref().and_then(Path::parent)] {
             let Some(folder) = folder.filter(|folder| !folder.as_os_str().is_empty()) else {
                 continue;
@@ -149,10 +149,10 @@ impl Cli {
         Ok(report)
     }
 
-    /// The command to run daemons of.
+    /// The command that starts daemons.
     fn pagecast(&self) -> Result<PathBuf> {
         if let Some(path) = &self.pagecast {
-            ensure!(path.is_file(), "--pagecast: {} is no file", path.display());
+            ensure!(path.is_file(), "--pagecast: {} is not a file", path.display());
             return Ok(path.clone());
         }
         let ourselves = std::env::current_exe().context("cannot find this program")?;

@@ -1,14 +1,14 @@
-//! What is measured, and in which unit.
+//! Measured quantities, and their units.
 
 use serde::Serialize;
 
-/// What is measured.
+/// A measured quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
-    /// Half of the faults took at most so long.
+    /// The median time of a fault.
     FaultP50Us,
-    /// 99 of 100 faults took at most so long.
+    /// The 99th percentile of the time of a fault.
     FaultP99Us,
     /// The slowest fault.
     FaultMaxUs,
@@ -16,53 +16,53 @@ pub enum Measure {
     FaultsPerSecond,
     /// CPU time of the server for each fault.
     CpuPerFaultUs,
-    /// From the start of a restore until the VMM runs.
+    /// Time from the start of a restore until the VMM runs.
     ResumedMs,
-    /// From the start of a restore until the working set has been read.
+    /// Time from the start of a restore until the working set has been read.
     ReadyMs,
-    /// The same, of the slowest 1%.
+    /// The same, 99th percentile.
     ReadyP99Ms,
-    /// Faults of one fork that the server has answered; none where the kernel answers them.
+    /// Faults of one fork that the server has answered; absent if the kernel answers them.
     DemandFaults,
-    /// Copied into the fork.
+    /// Data copied into the fork.
     InstalledMib,
-    /// Bytes a second.
+    /// Data per second.
     GibPerSecond,
-    /// How many processors the server kept busy.
+    /// Number of processors that the server kept busy.
     ProcessorsUsed,
-    /// For each page of 4 KiB.
+    /// Time for each page of 4 KiB.
     NanosPerPage,
     /// Memory that only this fork has.
     PrivateMib,
-    /// The same of all forks, added up.
+    /// The sum of that of all forks.
     PrivateSumMib,
-    /// The proportional set sizes of all forks, added up.
+    /// The sum of the proportional set sizes of all forks.
     PssMib,
-    /// The same as a multiple of the least that the forks could cost.
+    /// The same, relative to the least that the forks could cost.
     PssToLeast,
     /// CPU time of the server.
     ServerCpuSeconds,
     /// Resident memory of the server.
     ServerMib,
-    /// How often a thread of the server slept and woke.
+    /// Number of times that a thread of the server slept and woke.
     Wakeups,
     /// Open file descriptors of the server.
     Fds,
     /// Threads of the server.
     Threads,
-    /// To register a fork and have its VMM connected.
+    /// Time to register a fork and connect its VMM.
     StartMs,
-    /// To add a template.
+    /// Time to add a template.
     AddTemplateMs,
 }
 
 impl Measure {
-    /// The first of all, in their order.
+    /// The first, in their order.
     pub(crate) const FIRST: Self = Self::FaultP50Us;
-    /// The last of all.
+    /// The last.
     pub(crate) const LAST: Self = Self::AddTemplateMs;
 
-    /// The heading of its column: what it is and its unit.
+    /// Returns the heading of its column: name and unit.
     pub fn heading(self) -> &'static str {
         match self {
             Self::FaultP50Us => "p50, us",
@@ -92,7 +92,7 @@ impl Measure {
         }
     }
 
-    /// Whether it can be set beside what somebody else has: times and rates, not what is only there to be known.
+    /// Returns `true` if it is compared with other subjects: times and rates, not mere information.
     pub(crate) fn is_compared(self) -> bool {
         matches!(
             self,
@@ -107,7 +107,7 @@ impl Measure {
         )
     }
 
-    /// How many decimals of `value` are worth showing.
+    /// Formats `value` with a fitting number of decimals.
     pub fn show(self, value: f64) -> String {
         let decimals = match self {
             Self::FaultsPerSecond | Self::DemandFaults | Self::Wakeups | Self::Fds | Self::Threads => 0,
@@ -121,7 +121,7 @@ impl Measure {
     }
 }
 
-/// With a comma between thousands.
+/// Puts a comma between thousands.
 fn grouped(integer: &str) -> String {
     let (sign, digits) = match integer.strip_prefix('-') {
         Some(digits) => ("-", digits),

@@ -1,5 +1,4 @@
-//! Pictures of a report: one for each section and one of all goals, as SVG and PNG. Fonts are built in, so a machine needs
-//! none.
+//! Pictures of a report: one for each section and one of all goals, as SVG and PNG. Fonts are built in.
 
 mod bars;
 mod figures;
@@ -14,7 +13,7 @@ use anyhow::{Context as _, Result};
 use self::picture::Picture;
 use crate::report::Report;
 
-/// Draws all that there is something for into the folder, which must be there; what was written.
+/// Draws all pictures that have data into the folder, which must exist. Returns the written files.
 ///
 /// # Errors
 ///

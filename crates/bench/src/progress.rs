@@ -1,4 +1,4 @@
-//! What happens, on stderr: bars on a terminal, lines elsewhere.
+//! Progress on stderr: bars on a terminal, else lines.
 
 use std::time::Instant;
 

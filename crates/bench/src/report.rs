@@ -1,4 +1,4 @@
-//! What came of a run: for tables, JSON and plots alike.
+//! The results of a run, for tables, JSON and plots.
 
 use serde::Serialize;
 
@@ -9,64 +9,64 @@ use crate::samples::{Row, Samples, Subject};
 use crate::section::{Scale, Section};
 use crate::spread::Spread;
 
-/// How wide the middle half of a floor's own measurements may be, as a part of their median, before a section says that the
+/// If the middle half of a floor's own measurements is wider than this part of their median, a section reports that the
 /// machine is noisy.
 const NOISY: f64 = 0.25;
 
-/// What came of a run.
+/// The results of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// Where and when.
+    /// The machine and time.
     pub machine: Machine,
-    /// How much was measured.
+    /// The scale of the measurements.
     pub scale: Scale,
-    /// In the order in which they were measured.
+    /// The sections, in the order of measurement.
     pub sections: Vec<SectionReport>,
-    /// How long all of it took.
+    /// Duration of the run.
     pub seconds: f64,
 }
 
-/// What came of a section.
+/// The results of a section.
 #[derive(Clone, Debug, Serialize)]
 pub struct SectionReport {
-    /// Which one.
+    /// The section.
     pub section: Section,
-    /// What was done, in a few sentences.
+    /// The method, in a few sentences.
     pub about: Vec<String>,
-    /// All that was measured.
+    /// All measurements.
     pub rows: Vec<Row>,
-    /// What had to be.
+    /// The goals.
     pub goals: Vec<GoalReport>,
-    /// What makes the numbers worth less.
+    /// Reasons to trust the numbers less.
     pub warnings: Vec<String>,
-    /// How long it took.
+    /// Duration of the section.
     pub seconds: f64,
 }
 
-/// A goal, and what came of it.
+/// A goal and its result.
 #[derive(Clone, Debug, Serialize)]
 pub struct GoalReport {
-    /// What had to be like that.
+    /// The quantity with the goal.
     pub what: String,
-    /// What the measured ratio is to; none where the number itself is the goal.
+    /// The reference of the ratio; `None` if the goal is a number.
     pub to: Option<String>,
-    /// What had to be.
+    /// The goal.
     pub goal: Goal,
-    /// What was: the paired rounds' own ratios, or the number itself.
+    /// The measurement: the ratios of paired rounds, or the number.
     pub measured: Spread,
-    /// Whether it is.
+    /// The verdict.
     pub verdict: Verdict,
 }
 
 impl Report {
-    /// All goals, with the section that each is from.
+    /// Returns all goals, with their sections.
     pub fn goals(&self) -> impl Iterator<Item = (Section, &GoalReport)> {
         self.sections
             .iter()
             .flat_map(|section| section.goals.iter().map(|goal| (section.section, goal)))
     }
 
-    /// The section, where it was measured.
+    /// Returns the section, if it was measured.
     pub fn section(&self, section: Section) -> Option<&SectionReport> {
         self.sections.iter().find(|report| report.section == section)
     }
@@ -84,7 +84,7 @@ impl SectionReport {
         }
     }
 
-    /// Adds a goal, where there is a measurement for it.
+    /// Adds a goal, if it was measured.
     pub(crate) fn goal(&mut self, what: impl Into<String>, to: Option<&str>, goal: Goal, measured: Option<Spread>) {
         let Some(measured) = measured else { return };
         self.goals.push(GoalReport {
@@ -96,7 +96,7 @@ impl SectionReport {
         });
     }
 
-    /// Warns where what nothing of ours can change has varied by too much.
+    /// Warns if a floor's measurements, which our code cannot influence, have varied too much.
     pub(crate) fn warn_if_noisy(&mut self, samples: &Samples, floor: &Subject, measure: Measure) {
         let Some(noise) = samples.spread(floor, measure).map(|spread| spread.noise()) else {
             return;

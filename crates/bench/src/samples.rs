@@ -1,4 +1,4 @@
-//! What the rounds of a section came to, until it is made a report.
+//! Measurements of a section, until they become a report.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,12 @@ use serde::Serialize;
 use crate::measure::Measure;
 use crate::spread::Spread;
 
-/// Whose numbers they are: who was measured, and in which setting ("20 forks").
+/// The subject of a measurement: its name, and its setting ("20 forks").
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Subject {
-    /// In which setting; empty where there is but one.
+    /// The setting; empty if there is only one.
     pub setting: String,
-    /// Who.
+    /// The name.
     pub name: &'static str,
 }
 
@@ -23,41 +23,42 @@ impl Subject {
     }
 }
 
-/// A subject and all that was measured of it.
+/// A subject and all its measurements.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// Whose numbers they are.
+    /// The subject.
     #[serde(flatten)]
     pub subject: Subject,
-    /// The number behind the setting, for a plot: forks, or bytes of the template.
+    /// The number of the setting, for a plot: forks, or bytes of the template.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x: Option<u64>,
-    /// What was measured.
+    /// The measurements.
     pub values: BTreeMap<Measure, Value>,
 }
 
-/// What came of a measure of a subject.
+/// The value of a measure of a subject.
 #[derive(Clone, Debug, Serialize)]
 pub struct Value {
     /// In the unit of the measure.
     #[serde(flatten)]
     pub spread: Spread,
-    /// Of paired rounds, to another subject in the same setting.
+    /// The ratio of paired rounds to another subject in the same setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<Ratio>,
 }
 
-/// To another subject, of paired rounds.
+/// A ratio of paired rounds to another subject.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ratio {
-    /// The name of the other.
+    /// The name of the other subject.
     pub to: &'static str,
-    /// The rounds' own ratios.
+    /// The ratios of the rounds.
     #[serde(flatten)]
     pub spread: Spread,
 }
 
-/// Measurements in the order of their rounds, by subject and measure. Subjects stay in the order in which they came.
+/// Measurements in the order of their rounds, by subject and measure. Subjects keep the order of their first
+/// measurement.
 #[derive(Debug, Default)]
 pub(crate) struct Samples {
     subjects: Vec<(Subject, Option<u64>)>,
@@ -73,19 +74,19 @@ struct Sample {
 }
 
 impl Samples {
-    /// Makes a place for a subject, so that it comes before those that are measured earlier.
+    /// Adds a subject without measurements, so that it comes before later ones.
     pub(crate) fn expect(&mut self, subject: Subject, x: Option<u64>) {
         if self.index(&subject).is_none() {
             self.subjects.push((subject, x));
         }
     }
 
-    /// What is added from now on is of another round: only what is of the same round is set beside each other.
+    /// Starts another round: only measurements of the same round are compared.
     pub(crate) fn next_round(&mut self) {
         self.round += 1;
     }
 
-    /// Adds what this round came to.
+    /// Adds a measurement of this round.
     pub(crate) fn add(&mut self, subject: &Subject, measure: Measure, value: f64) {
         let index = self.index(subject).unwrap_or_else(|| {
             self.subjects.push((subject.clone(), None));
@@ -102,8 +103,8 @@ impl Samples {
         Spread::of(self.of(subject, measure)?.iter().map(|sample| sample.value))
     }
 
-    /// What each turn of one was to the turn of the other beside it: the one of the same round with the same number, or the
-    /// median of that round where there were not as many.
+    /// Returns the ratio of each turn of one subject to the paired turn of the other: that of the same round and
+    /// number, or the median of that round if it has fewer.
     pub(crate) fn ratio(&self, subject: &Subject, to: &Subject, measure: Measure) -> Option<Spread> {
         let (these, others) = (self.of(subject, measure)?, self.of(to, measure)?);
         let of_round = |samples: &[Sample], round: u32| -> Vec<f64> {
@@ -130,7 +131,7 @@ impl Samples {
         self.subjects.iter().position(|(known, _)| known == subject)
     }
 
-    /// All subjects that have numbers, each beside the one of this name in its own setting.
+    /// Returns all subjects with measurements, each beside the subject of this name in its setting.
     pub(crate) fn rows(&self, beside: &'static str) -> Vec<Row> {
         let row = |(index, (subject, x)): (usize, &(Subject, Option<u64>))| {
             let other = Subject::new(subject.setting.clone(), beside);

@@ -1,4 +1,4 @@
-//! What can be measured, and how much of it.
+//! The sections, and the scales of measurement.
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -22,7 +22,7 @@ pub enum Section {
 }
 
 impl Section {
-    /// All of them, in their order.
+    /// All sections, in their order.
     pub const ALL: [Self; 6] = [
         Self::Faults,
         Self::Ready,
@@ -32,7 +32,7 @@ impl Section {
         Self::Growth,
     ];
 
-    /// Its name, as on the command line.
+    /// Returns its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Faults => "faults",
@@ -45,20 +45,20 @@ impl Section {
     }
 }
 
-/// How much is measured.
+/// The scale of the measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scale {
-    /// As much as numbers to publish need.
+    /// Enough measurements to publish.
     Full,
     /// Less than a minute in all.
     Quick,
-    /// As little as shows that it works; its numbers mean nothing.
+    /// The minimum that shows that it works; its numbers have no meaning.
     Tiny,
 }
 
 impl Scale {
-    /// What fits it.
+    /// Returns the value for this scale.
     pub(crate) fn choose<T>(self, full: T, quick: T, tiny: T) -> T {
         match self {
             Self::Full => full,

@@ -23,25 +23,25 @@ use crate::progress::Progress;
 use crate::report::{Report, SectionReport};
 use crate::section::{Scale, Section};
 
-/// How long anything may take that is not measured.
+/// Time that steps which are not measured may take.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// What is to be measured.
+/// The benchmark to run.
 #[derive(Clone, Debug)]
 pub struct Bench {
-    /// What about.
+    /// The sections.
     pub sections: Vec<Section>,
-    /// How much.
+    /// The scale.
     pub scale: Scale,
-    /// The command, to run daemons of. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
+    /// The command that starts daemons. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
     pub pagecast: PathBuf,
 }
 
-/// Measures. What happens meanwhile is told on stderr; `done` gets each section as soon as it is there.
+/// Runs the benchmark. Reports progress on stderr; `done` gets each section when it is finished.
 ///
 /// # Errors
 ///
-/// Something that should work does not, or a signal came; those of `done`.
+/// A step fails, or a signal came; those of `done`.
 pub fn run(bench: &Bench, interrupt: &Interrupt, mut done: impl FnMut(&SectionReport) -> Result<()>) -> Result<Report> {
     let machine = Machine::here();
     let started = Instant::now();
@@ -50,7 +50,7 @@ pub fn run(bench: &Bench, interrupt: &Interrupt, mut done: impl FnMut(&SectionRe
         interrupt.check()?;
         let began = Instant::now();
         let measured = measure(*section, bench, interrupt);
-        // What fails after a signal fails because of it.
+        // A failure after a signal is caused by it.
         let measured = measured.map_err(|error| interrupt.check().err().unwrap_or(error));
         let mut report = measured.with_context(|| format!("the section \"{}\" failed", section.name()))?;
         report.seconds = began.elapsed().as_secs_f64();
@@ -81,7 +81,7 @@ fn rounds(section: Section, count: u32) -> Progress {
     Progress::of(section.name(), "rounds", count.into())
 }
 
-/// A folder that goes away with all that is in it.
+/// A temporary folder.
 fn folder() -> Result<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix("pagecast-bench-")

@@ -1,34 +1,34 @@
-//! Several measurements of the same.
+//! Statistics of repeated measurements.
 
 use serde::Serialize;
 
-/// How sure an [interval](Spread::low) is to have the median that endless rounds would come to.
+/// Confidence of the [interval](Spread::low) of the median.
 const CONFIDENCE: f64 = 0.95;
 
-/// Several measurements of the same: where they lie, and how sure their median is.
+/// Statistics of repeated measurements of the same quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
-    /// How many.
+    /// Number of measurements.
     pub count: usize,
-    /// The lowest.
+    /// The minimum.
     pub min: f64,
-    /// A quarter is at most this.
+    /// The first quartile.
     pub lower_quartile: f64,
-    /// The lower end of the interval that has the true median with 95% confidence (by the order of the measurements, so
-    /// whatever their distribution is); the lowest of all where there are fewer than six.
+    /// The lower end of the interval that has the true median with 95% confidence, for any distribution (sign test).
+    /// The minimum for fewer than six measurements.
     pub low: f64,
-    /// Half is at most this.
+    /// The median.
     pub median: f64,
     /// The upper end of that interval.
     pub high: f64,
-    /// Three quarters are at most this.
+    /// The third quartile.
     pub upper_quartile: f64,
-    /// The highest.
+    /// The maximum.
     pub max: f64,
 }
 
 impl Spread {
-    /// None where there are none, or one of them is no number.
+    /// `None` if there are no measurements, or one is not a number.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         if values.is_empty() || values.iter().any(|value| !value.is_finite()) {
@@ -49,14 +49,14 @@ impl Spread {
         })
     }
 
-    /// How wide the middle half is, as a part of the median.
+    /// Width of the middle half, relative to the median.
     pub fn noise(&self) -> f64 {
         (self.upper_quartile - self.lower_quartile) / self.median
     }
 }
 
-/// How many of so many values in order are left out on each side of the interval of their median: the most for which the
-/// chance that the median is further out, that of so few heads in as many tosses of a coin, stays small enough.
+/// Number of the `n` sorted values to leave out on each side of the interval of their median. It is the largest for
+/// which the median is outside with a small enough chance: that of so few heads in `n` tosses of a coin.
 fn outside_interval(count: usize) -> usize {
     let mut chance = 0.5_f64.powi(i32::try_from(count).unwrap_or(i32::MAX));
     let mut below = chance;
@@ -69,7 +69,7 @@ fn outside_interval(count: usize) -> usize {
     skipped.saturating_sub(1)
 }
 
-/// Between two values where it falls between them. They are in order, and there are some.
+/// Interpolates between two of the sorted values, of which there is at least one.
 pub(crate) fn quantile(values: &[f64], part: f64) -> f64 {
     let at = part * to_f64(values.len() as u64 - 1);
     let below = at.floor();
@@ -83,7 +83,7 @@ pub(crate) fn quantile(values: &[f64], part: f64) -> f64 {
     values[index] + (values[next] - values[index]) * (at - below)
 }
 
-/// As a number to calculate with.
+/// Converts to a number to calculate with.
 #[expect(clippy::cast_precision_loss, reason = "what is measured here is far below 2^52")]
 pub fn to_f64(value: u64) -> f64 {
     value as f64

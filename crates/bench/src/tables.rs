@@ -9,14 +9,14 @@ use pagecast_bench::report::{GoalReport, Report, SectionReport};
 use pagecast_bench::samples::{Row, Value};
 use pagecast_command::{Column, Output};
 
-/// How a report looks.
+/// The format of a report.
 pub(crate) struct Tables {
     pub(crate) output: Output,
     pub(crate) markdown: bool,
 }
 
 impl Tables {
-    /// All of a section.
+    /// Formats a section.
     pub(crate) fn section(&self, section: &SectionReport) -> String {
         let mut text = format!("\n{}\n\n", self.title(section.section.name()));
         for line in &section.about {
@@ -33,7 +33,7 @@ impl Tables {
         text
     }
 
-    /// Rows that were measured in the same way.
+    /// Rows with the same measures.
     fn rows(&self, rows: &[&Row]) -> String {
         let measures: Vec<Measure> = rows[0].values.keys().copied().collect();
         let has_settings = rows.iter().any(|row| !row.subject.setting.is_empty());
@@ -59,7 +59,7 @@ impl Tables {
         self.table(&columns, cells.collect())
     }
 
-    /// What is said once all has been measured.
+    /// Formats the summary after the last section.
     pub(crate) fn end(&self, report: &Report) -> String {
         let columns = [
             Column::Text("goal"),
@@ -120,7 +120,7 @@ fn goal_cells(goal: &GoalReport) -> Vec<Cell> {
     ]
 }
 
-/// Rows with the same measures, together.
+/// Groups of rows with the same measures.
 fn same_measures(rows: &[Row]) -> Vec<Vec<&Row>> {
     let mut groups: Vec<Vec<&Row>> = Vec::new();
     for row in rows {
@@ -135,7 +135,7 @@ fn same_measures(rows: &[Row]) -> Vec<Vec<&Row>> {
     groups
 }
 
-/// The median, how sure it is, and the ratio.
+/// The median, its interval, and the ratio.
 fn shown(measure: Measure, value: Option<&Value>) -> String {
     let Some(Value { spread, ratio }) = value else {
         return String::new();

@@ -1,4 +1,4 @@
-//! The result of the demo, for people and for machines.
+//! The result of the demo, for people and for programs.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
@@ -13,15 +13,15 @@ use serde::Serialize;
 use super::SIZE;
 use super::scenario::{Played, PlayedFork};
 
-/// What came of it all.
+/// The result.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    /// Why VMMs were simulated; none where Firecracker ran.
+    /// Why VMMs were simulated. `None` with Firecracker.
     simulated_because: Option<String>,
     backends: Vec<BackendReport>,
 }
 
-/// What came of the forks with one backend.
+/// The result of one backend.
 #[derive(Debug, Serialize)]
 struct BackendReport {
     asked: Backend,
@@ -37,15 +37,15 @@ struct ForkReport {
     pid: u32,
     /// Load and resume.
     resumed_ms: f64,
-    /// The same, and reading and checking the working set.
+    /// Load, resume, and reading and checking the working set.
     read_ms: f64,
-    /// Words, or pages where VMMs are simulated.
+    /// Wrong words, or pages if VMMs are simulated.
     mismatches: u64,
     first_mismatch: Option<String>,
     private_bytes: u64,
     pss_bytes: u64,
     rss_bytes: u64,
-    /// None where the kernel answers the faults.
+    /// `None` if the kernel answers the faults.
     demand_faults: Option<u64>,
 }
 
@@ -54,23 +54,23 @@ struct Totals {
     resumed_ms: Times,
     read_ms: Times,
     mismatches: u64,
-    /// Of the fork in the middle.
+    /// The median of the forks.
     private_bytes_a_fork: u64,
     pss_bytes_a_fork: u64,
-    /// Of all forks.
+    /// The sum of all forks.
     pss_bytes: u64,
-    /// What they would cost if each had its own copy of all that is resident in it.
+    /// Memory without sharing: the sum of all resident memory.
     unshared_bytes: u64,
     demand_faults: Option<u64>,
     /// The median of the forks' medians.
     fault_p50_us: Option<u64>,
-    /// The worst of the forks' 99th percentiles.
+    /// The maximum of the forks' 99th percentiles.
     fault_p99_us: Option<u64>,
     server_rss_bytes: u64,
     server_cpu_s: f64,
 }
 
-/// Of all forks.
+/// The sum of all forks.
 #[derive(Debug, Serialize)]
 struct Times {
     median: f64,
@@ -92,7 +92,7 @@ impl Report {
         self.backends.iter().map(|backend| backend.totals.mismatches).sum()
     }
 
-    /// On stdout, where nothing else is said.
+    /// Prints to stdout, which gets nothing else.
     pub(super) fn print(&self, json: bool) -> Result<()> {
         let text = if json {
             serde_json::to_string_pretty(self).context("failed to write JSON")? + "\n"
@@ -100,7 +100,7 @@ impl Report {
             self.for_people()
         };
         match std::io::stdout().write_all(text.as_bytes()) {
-            // Whoever reads it has seen enough.
+            // The reader has closed the pipe.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
             written => written.context("failed to write the result"),
         }
@@ -162,7 +162,7 @@ impl Report {
     }
 }
 
-/// A row of the table: what it is, and its value.
+/// A row of the table: its title and its value.
 type Row = (&'static str, fn(&Totals) -> String);
 
 const ROWS: [Row; 11] = [
@@ -259,7 +259,7 @@ impl Times {
     }
 }
 
-/// To the microsecond.
+/// Rounded to the microsecond.
 fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
@@ -269,7 +269,7 @@ fn median(mut values: Vec<u64>) -> u64 {
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
-/// To one digit after the point.
+/// Rounded to one decimal.
 pub(crate) fn mib(bytes: u64) -> String {
     let tenths = (bytes * 10 + (1 << 19)) >> 20;
     format!("{}.{}", tenths / 10, tenths % 10)

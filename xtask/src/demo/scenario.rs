@@ -1,4 +1,5 @@
-//! What forks of one template do, from their restore to their last look at their memory; the same for every backend.
+//! The life of the forks of one template, from their restore to the last check of their memory; the same for every
+//! backend.
 
 use std::ops::Range;
 use std::path::Path;
@@ -15,50 +16,50 @@ use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
 use super::SIZE;
 
-/// How much a guest is asked to check at once, in MiB, so that there is progress to show.
+/// MiB that a guest checks with one command, so that progress can be shown.
 const STEP_MIB: u32 = 8;
 
-/// Many forks of one template at once, with one backend, and a daemon of their own.
+/// Many forks of one template at once, with one backend and their own daemon.
 pub(super) struct Scenario<'a> {
     /// The command.
     pub(super) pagecast: &'a Path,
     pub(super) template: &'a dyn Template,
     pub(super) forks: u32,
-    /// What the daemon is asked for.
+    /// The backend to request.
     pub(super) backend: Backend,
     pub(super) interrupt: &'a Interrupt,
 }
 
-/// What came of it.
+/// The result.
 pub(super) struct Played {
     pub(super) asked: Backend,
-    /// What the daemon has chosen, and why.
+    /// The backend that the daemon chose, and its reason.
     pub(super) backend: Backend,
     pub(super) reason: String,
     pub(super) forks: Vec<PlayedFork>,
-    /// What the daemon held and had used when all forks had read all their memory.
+    /// Memory and CPU time of the daemon when all forks had read all their memory.
     pub(super) server: ProcessUse,
 }
 
-/// What came of one fork.
+/// The result of one fork.
 pub(super) struct PlayedFork {
-    /// From 1 on.
+    /// Its number, from 1 on.
     pub(super) number: u32,
     pub(super) pid: u32,
-    /// To load the template and resume.
+    /// Time to load the template and resume.
     pub(super) resumed_in: Duration,
-    /// The same, and to read and check the working set.
+    /// Time to load, resume, and read and check the working set.
     pub(super) read_in: Duration,
-    /// Of all times that it checked.
+    /// Wrong words of all checks.
     pub(super) mismatches: Mismatches,
-    /// After it had read and written its working set, while it was served.
+    /// Its memory after it had read and written its working set, while it was served.
     pub(super) memory: MemoryUse,
-    /// What the daemon says; nothing where the kernel answers the faults.
+    /// The daemon's counts; `None` if the kernel answers the faults.
     pub(super) faults: Option<Faults>,
     pub(super) fault_latency_us: Option<Latency>,
 }
 
-/// A fork that lives.
+/// A living fork.
 struct Fork {
     number: u32,
     vmm: Box<dyn Vmm>,
@@ -68,7 +69,8 @@ struct Fork {
 }
 
 impl Scenario<'_> {
-    /// Ends with the daemon gone and all forks ended. `folder` must be there, and for this alone.
+    /// Runs the scenario. At its end the daemon and all forks have ended. `folder` must exist, and be used for this
+    /// alone.
     pub(super) fn play(&self, folder: &Path) -> Result<Played> {
         let mut daemon = Daemon::start(self.pagecast, folder, &[])?;
         let played = self.play_with(&mut daemon);
@@ -125,7 +127,7 @@ impl Scenario<'_> {
         })
     }
 
-    /// Restores all at once; also what the daemon answered for one of them.
+    /// Restores all forks at once. Also returns the daemon's answer for one of them.
     fn restore(&self, daemon: &Daemon, vmms: Vec<Box<dyn Blank + '_>>) -> Result<(CreatedFork, Vec<Fork>)> {
         let progress = Progress::start(&format!(
             "restoring {} forks at once with `{}`",
@@ -160,7 +162,7 @@ impl Scenario<'_> {
         Ok((created, fork))
     }
 
-    /// Has all check this range at once. `done` is called for each as soon as it has, with the time of its start.
+    /// Has all forks check this range at once. Calls `done` for each, with the start time.
     fn check(
         &self,
         what: &str,
@@ -202,7 +204,7 @@ impl Scenario<'_> {
         Ok(())
     }
 
-    /// Of each fork, in their order. All must be served.
+    /// Returns the daemon's view of each fork, in their order. All must be served.
     fn what_the_daemon_tells(&self, daemon: &Daemon) -> Result<Vec<(Option<Faults>, Option<Latency>)>> {
         let told = (1..=self.forks).map(|number| {
             let fork = daemon.call(async |client| client.fork(&id(number)).await)?;

@@ -1,4 +1,4 @@
-//! Which crate may build on which, and what a dependency is for.
+//! Allowed dependencies between crates, and explanations of all others.
 
 use std::fs;
 
@@ -62,9 +62,9 @@ const MAY_USE: [(&str, &[&str]); 11] = [
         ],
     ),
 ];
-/// What the tests and benches of each of them may use too.
+/// Crates that the tests and benches of each may use, too.
 const TESTKIT: &str = "pagecast-testkit";
-/// Where each dependency has a line that says what it is for.
+/// The page with a line for each dependency.
 const EXPLANATIONS: &str = "docs/dependencies.md";
 
 /// `from` depends on `to`.
@@ -75,7 +75,7 @@ struct Arrow {
     kind: DependencyKind,
 }
 
-/// Arrows between crates of the workspace that should not be, a line for each.
+/// Returns the forbidden dependencies between crates of the workspace, one a line.
 pub(super) fn wrong_arrows(workspace: &Metadata) -> Vec<String> {
     let members: Vec<String> = workspace
         .workspace_packages()
@@ -89,7 +89,7 @@ pub(super) fn wrong_arrows(workspace: &Metadata) -> Vec<String> {
     wrong(&members, &inside)
 }
 
-/// Crates that the workspace is built with and that nothing is said about, a line for each use.
+/// Returns the dependencies of the workspace without an explanation, one a line.
 pub(super) fn unexplained_dependencies(workspace: &Metadata) -> Result<Vec<String>> {
     let path = workspace_root().join(EXPLANATIONS);
     let explanations = fs::read_to_string(path).with_context(|| format!("failed to read {EXPLANATIONS}"))?;
@@ -118,7 +118,7 @@ fn wrong(members: &[String], inside: &[Arrow]) -> Vec<String> {
     let unknown = members
         .iter()
         .filter(|name| may_use(name).is_none())
-        .map(|name| format!("what {name} may build on is not said in {}", file!()));
+        .map(|name| format!("the allowed dependencies of {name} are missing in {}", file!()));
     let misdirected = inside
         .iter()
         .filter(|arrow| {
@@ -134,12 +134,7 @@ fn unexplained(outside: &[Arrow], explanations: &str) -> Vec<String> {
         .iter()
         .filter(|arrow| arrow.kind == DependencyKind::Normal)
         .filter(|arrow| !explanations.contains(&format!("`{}`", arrow.to)))
-        .map(|arrow| {
-            format!(
-                "{EXPLANATIONS} does not say what {} uses `{}` for",
-                arrow.from, arrow.to
-            )
-        })
+        .map(|arrow| format!("{EXPLANATIONS} does not explain why {} uses `{}`", arrow.from, arrow.to))
         .collect()
 }
 

@@ -9,7 +9,7 @@ use proc_macro2::TokenStream;
 
 use crate::cargo::workspace_root;
 
-/// All files below the folder with this extension, but for what was built.
+/// Returns all files with this extension in the folder and its sub-folders, without build output.
 pub(super) fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = folder
@@ -29,7 +29,7 @@ pub(super) fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathB
     Ok(found)
 }
 
-/// A line `FILE:LINE: problem` for each line that `find` returns of a Rust file, but for those in `places`.
+/// Returns a line `FILE:LINE: problem` for each line that `find` returns for a Rust file, except those in `places`.
 pub(super) fn problems_in_rust(
     places: &[&str],
     problem: &str,

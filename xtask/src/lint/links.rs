@@ -1,4 +1,4 @@
-//! Links from one file of the documentation to another, or to a heading.
+//! Links between pages of the documentation and to their headings.
 
 use std::collections::HashSet;
 use std::fs;
@@ -10,7 +10,7 @@ use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 use super::files;
 use crate::cargo::workspace_root;
 
-/// Links that lead nowhere, a line for each. What is on other hosts is not asked for.
+/// Returns the broken links, one a line. Links to other hosts are not checked.
 pub(super) fn broken() -> Result<Vec<String>> {
     let root = workspace_root();
     let mut problems = Vec::new();
@@ -26,7 +26,7 @@ pub(super) fn broken() -> Result<Vec<String>> {
     Ok(problems)
 }
 
-/// Why the link from this page leads nowhere.
+/// Returns why the link from this page is broken.
 fn problem(page: &Path, link: &str) -> Option<String> {
     if is_elsewhere(link) {
         return None;
@@ -55,7 +55,7 @@ fn is_elsewhere(link: &str) -> bool {
         .is_some_and(|(scheme, _)| !scheme.is_empty() && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()))
 }
 
-/// What a page of Markdown links to, and what in it can be linked to.
+/// The links of a Markdown page, and its link targets.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Page {
     links: Vec<String>,
@@ -92,7 +92,7 @@ impl Page {
     }
 }
 
-/// As GitHub makes it of the text of a heading.
+/// The anchor that GitHub makes of the text of a heading.
 fn anchor(heading: &str) -> String {
     heading
         .to_lowercase()

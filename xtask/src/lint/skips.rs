@@ -1,21 +1,21 @@
-//! Tests report a skip through `pagecast_testkit::skip` only: it counts skips, and fails in CI where a skip is wrong.
+//! Tests must report a skip through `pagecast_testkit::skip`, which counts skips, and fails in CI if a skip is wrong.
 
 use anyhow::Result;
 use proc_macro2::{TokenStream, TokenTree};
 
 use super::files;
 
-/// Files that may print the word.
+/// Files that may print the word "skipped".
 const PLACES: [&str; 2] = ["crates/testkit/src/skip.rs", "xtask/src"];
 
 /// Macros that print.
 const PRINTING: [&str; 6] = ["print", "println", "eprint", "eprintln", "write", "writeln"];
 
-/// A line for each place where a skip is printed by hand.
+/// Returns the places where a skip is printed by hand, one a line.
 pub(super) fn printed_by_hand() -> Result<Vec<String>> {
     files::problems_in_rust(
         &PLACES,
-        "report with `pagecast_testkit::skip::skip` that a test is skipped",
+        "report a skipped test with `pagecast_testkit::skip::skip`",
         lines_that_print_it,
     )
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 
 use super::tool;
 
-/// Adds the target to the toolchain where it is missing.
+/// Adds the target to the toolchain if it is missing.
 pub(super) fn ensure_installed(target: &str) -> Result<()> {
     let output = Command::new("rustc")
         .args(["--print", "target-libdir", "--target", target])

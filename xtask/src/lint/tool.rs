@@ -1,4 +1,4 @@
-//! Runs tools whose output matters only where they fail.
+//! Tools whose output matters only if they fail.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Runs it to its end. A failure carries all that it said.
+/// Runs the tool to its end. A failure has all its output.
 pub(super) fn run(command: &mut Command) -> Result<()> {
     let output = command
         .env("CARGO_TERM_COLOR", colour())
@@ -24,7 +24,7 @@ pub(super) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// When such a tool, whose output is not a terminal, is to use colours: as we do.
+/// The colour setting for such a tool, whose output is no terminal: the same as ours.
 pub(super) fn colour() -> &'static str {
     if console::colors_enabled() { "always" } else { "never" }
 }

@@ -1,4 +1,4 @@
-//! `unsafe` is for the crate that wraps the kernel, and for what has no other way.
+//! `unsafe` is allowed only in the crate that wraps the kernel, and in a few other files.
 
 use anyhow::Result;
 use proc_macro2::{TokenStream, TokenTree};
@@ -8,7 +8,7 @@ use super::files;
 /// Files and folders that may hold unsafe code.
 const PLACES: [&str; 3] = ["crates/uffd", "crates/testkit/src/memory.rs", "crates/testkit/guest"];
 
-/// Where else there is unsafe code: a line for each place.
+/// Returns the places with unsafe code elsewhere, one a line.
 pub(super) fn misplaced() -> Result<Vec<String>> {
     files::problems_in_rust(
         &PLACES,
@@ -17,7 +17,7 @@ pub(super) fn misplaced() -> Result<Vec<String>> {
     )
 }
 
-/// The lines, from 1 on, with the keyword: not in a comment, a string or the name of a lint.
+/// Returns the lines, from 1 on, with the keyword outside of comments, strings and names of lints.
 fn lines_with_unsafe(tokens: TokenStream) -> Vec<usize> {
     let mut lines = Vec::new();
     collect(tokens, &mut lines);

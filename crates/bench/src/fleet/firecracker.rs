@@ -78,7 +78,7 @@ impl Blank for Started<'_> {
     }
 }
 
-/// What the fork with this tag writes: not what the template holds, nor zeros, nor what its neighbours write.
+/// The pattern that the fork with this tag writes: unlike the template's, zeros, and its neighbours'.
 fn written_pattern(tag: NonZeroU8) -> u8 {
     TEMPLATE_PATTERN.saturating_add(tag.get())
 }

@@ -16,14 +16,14 @@ use crate::sim_vmm;
 const MIB: u64 = 1 << 20;
 const PAGES_PER_MIB: u64 = MIB / LAYOUT_PAGE;
 
-/// A mem-file that is like the one of the tiny guest.
+/// A mem-file like that of the tiny guest.
 pub(super) struct Simulated {
     file: TemplateFile,
     size: Size,
 }
 
 impl Simulated {
-    /// Writes it into the folder.
+    /// Writes the template into the folder.
     pub(super) fn create(folder: &Path, size: Size) -> Result<Self> {
         let pages = |mib: u32| u64::from(mib) * PAGES_PER_MIB;
         let mut layout = Layout::default();

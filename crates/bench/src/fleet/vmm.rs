@@ -1,4 +1,4 @@
-//! What real and simulated VMMs have in common here.
+//! Traits of real and simulated VMMs.
 
 use std::num::NonZeroU8;
 use std::ops::Range;
@@ -8,30 +8,30 @@ use std::time::Duration;
 use anyhow::Result;
 use pagecast_client::fork::MemBackend;
 
-/// How large a template is.
+/// The size of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
     /// Memory of each guest, in MiB.
     pub mem_mib: u32,
-    /// How much of it the template has data for, in MiB: the working set of its forks. The rest is zeros.
+    /// MiB of it that the template has data for: the working set of its forks. The rest is zeros.
     pub data_mib: u32,
 }
 
-/// Of so many pages of the working set a fork writes one.
+/// A fork writes to one of this number of pages of the working set.
 pub const WRITE_EVERY: u32 = 8;
 
 /// A paused microVM to fork.
 pub trait Template: Sync {
-    /// Its memory.
+    /// Path of its memory file.
     fn mem_file(&self) -> &Path;
 
-    /// Where its data are, in MiB from the start.
+    /// The range of its data, in MiB from the start.
     fn working_set(&self) -> Range<u32>;
 
-    /// All memory that forks can check, in MiB from the start: the working set, and zeros after it.
+    /// The memory that forks can check, in MiB from the start: the working set, and zeros after it.
     fn whole(&self) -> Range<u32>;
 
-    /// Starts a VMM that has no memory yet.
+    /// Starts a VMM without memory.
     ///
     /// # Errors
     ///
@@ -41,11 +41,11 @@ pub trait Template: Sync {
 
 /// A VMM without a guest, in a process of its own.
 pub trait Blank: Send {
-    /// Its process id.
+    /// Its process ID.
     fn pid(&self) -> u32;
 
-    /// Has it load the template and resume, with memory from there; how long that took. The tag tells apart what forks
-    /// write: from 1 on, as far as there are enough.
+    /// Loads the template with memory from this backend, and resumes. Returns the time. Forks with different tags write
+    /// different patterns; tags start at 1.
     ///
     /// # Errors
     ///
@@ -55,7 +55,7 @@ pub trait Blank: Send {
 
 /// The VMM of a fork, in a process of its own that ends when this is dropped.
 pub trait Vmm: Send {
-    /// Its process id.
+    /// Its process ID.
     fn pid(&self) -> u32;
 
     /// Has the guest read a word of each page of a range in MiB.
@@ -80,17 +80,17 @@ pub trait Vmm: Send {
     fn write(&mut self, mib: Range<u32>) -> Result<()>;
 }
 
-/// What was not as it must be.
+/// Wrong content of a guest's memory.
 #[derive(Debug, Default)]
 pub struct Mismatches {
-    /// How many words, or pages where VMMs are simulated.
+    /// Number of wrong words, or of wrong pages if VMMs are simulated.
     pub count: u64,
-    /// The first: where, what it must be, what it was.
+    /// The first: its address, its expected and its actual content.
     pub first: Option<String>,
 }
 
 impl Mismatches {
-    /// Adds those that were found later.
+    /// Adds mismatches that were found later.
     pub fn add(&mut self, later: Self) {
         self.count += later.count;
         self.first = self.first.take().or(later.first);

@@ -1,4 +1,4 @@
-//! Dropping one file from the page cache, and looking whether it worked.
+//! Dropping one file from the page cache.
 
 use std::fs::File;
 use std::io::IoSliceMut;
@@ -11,14 +11,13 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::spread::to_f64;
 
-/// Drops the file's pages: only this file's, of the whole page cache. They must not be mapped by anybody; those that are
-/// dirty are written first.
+/// Drops the pages of this file from the page cache. No process may map them. Dirty pages are written first.
 pub(super) fn drop_from_page_cache(file: &File) -> Result<()> {
     file.sync_all().context("failed to write the template to disk")?;
     rustix::fs::fadvise(file, 0, None, Advice::DontNeed).context("failed to drop the template from the page cache")
 }
 
-/// Which part of these pages is in the page cache, from 0 to 1. Reads nothing from disk.
+/// Returns the part of these pages that is in the page cache, from 0 to 1. Reads nothing from disk.
 pub(super) fn cached(file: &File, runs: &[Range<u64>]) -> Result<f64> {
     let (mut looked, mut there) = (0_u64, 0_u64);
     let mut byte = [0];

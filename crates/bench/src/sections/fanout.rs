@@ -21,10 +21,10 @@ use crate::section::Section;
 use crate::spread::{mib, quantile, to_f64};
 
 const FILE: &str = "file";
-/// How often it is looked at whether something was learned.
+/// Time between two looks for a learned working set.
 const PACE: Duration = Duration::from_millis(10);
 
-/// A backend, what a fork is given ahead, and what that is called.
+/// A backend, its prefault, and their name.
 #[derive(Clone, Copy)]
 struct System {
     name: &'static str,
@@ -54,7 +54,7 @@ const SYSTEMS: [System; 3] = [
 struct Ready {
     vmm: Box<dyn Vmm>,
     resumed: Duration,
-    /// From the start of the restore until it had read its working set.
+    /// Time from the start of the restore until it had read its working set.
     read: Duration,
 }
 
@@ -114,7 +114,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Has one fork recorded: what it touches is kept beside the memory file, where all daemons find it.
+/// Has one fork recorded: its working set is kept beside the memory file, where all daemons find it.
 fn learn(bench: &Bench, template: &dyn Template) -> Result<()> {
     let folder = folder()?;
     let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
@@ -130,7 +130,7 @@ fn learn(bench: &Bench, template: &dyn Template) -> Result<()> {
     vmm.touch(template.working_set())?;
     drop(vmm);
     let deadline = Instant::now() + PATIENCE;
-    // The daemon knows it before it is kept.
+    // The daemon shows it before it is kept.
     while !WorkingSet::path_for(template.mem_file()).exists() {
         ensure!(
             Instant::now() < deadline,
@@ -175,7 +175,7 @@ fn play(
     let vmms = at_once((0..forks).collect(), |_| template.start())?;
     let blank = memory_of(vmms.iter().map(|vmm| vmm.pid()))?;
     let before = ProcessUse::of(daemon.pid())?.cpu_time;
-    // All are created before the first is restored, so that none has a start.
+    // All are created before the first is restored, so that none starts earlier.
     let mut ids = Vec::new();
     let created = (1..).zip(vmms).map(|(number, vmm)| {
         let wanted = CreateFork {

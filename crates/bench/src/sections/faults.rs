@@ -26,7 +26,7 @@ pub(crate) const FLOOR: &str = "floor: bare loop";
 pub(crate) const PAGECAST: &str = "pagecast";
 pub(crate) const RESIDENT: &str = "pagecast, resident template";
 
-/// So many forks at once, of which each touches so many pages a turn.
+/// Number of forks at once, and of pages that each touches a turn.
 #[derive(Clone, Copy)]
 struct Setting {
     forks: u32,
@@ -42,7 +42,7 @@ impl Setting {
     }
 }
 
-/// Forks that are served by one of the two.
+/// The forks of one of the two servers.
 struct Side {
     name: &'static str,
     vmms: Vec<SimVmm>,
@@ -112,7 +112,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Fresh servers with fresh forks, which take turns.
+/// New servers with new forks, which take turns.
 fn measure_set(
     set: u32,
     turns: u32,
@@ -122,7 +122,7 @@ fn measure_set(
     samples: &mut Samples,
 ) -> Result<()> {
     let spawn = || (0..setting.forks).map(|_| sim_vmm::spawn()).collect::<Result<Vec<_>>>();
-    // Each has a lease on a file of its own.
+    // Each has a lease on its own file.
     let [file, resident_file] = files;
     let folder = folder()?;
     let floor = Side {
@@ -176,10 +176,10 @@ fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples)
         .map(Job::join)
         .collect::<Result<Vec<LatencyReport>>>()?;
     let elapsed = started.elapsed();
-    // Floor and server run in this process, and nothing else does meanwhile.
+    // Floor and server run in this process, which does nothing else meanwhile.
     let cpu = own_cpu().saturating_sub(cpu_before);
     let faults = to_f64(setting.pages * u64::from(setting.forks));
-    // The forks' own figures differ little; the one in the middle stands for all.
+    // The figures of the forks differ little; the median stands for all.
     let mut middle = |key: fn(&LatencyReport) -> u64| {
         forks.sort_unstable_by_key(key);
         micros(key(&forks[forks.len() / 2]))

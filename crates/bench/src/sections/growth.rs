@@ -1,4 +1,4 @@
-//! How cost grows with forks and templates, and what idle forks cost.
+//! Growth of cost with forks and templates, and the cost of idle forks.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -21,18 +21,17 @@ use crate::section::{Scale, Section};
 use crate::sim_vmm;
 use crate::spread::{Spread, mib, to_f64};
 
-/// Each fork's memory where there are many.
+/// Memory of each fork.
 const FORK_BYTES: u64 = 1 << 30;
-/// It has data at the start of each so many pages, and holes between.
+/// Distance of its data pages, with holes between.
 const DATA_EVERY: u64 = (1 << 20) / LAYOUT_PAGE;
-/// So many pages of data there.
+/// Number of data pages in each.
 const DATA_PAGES: u64 = 16;
 
-/// How much larger a server may be that has done the same again and again: what it keeps for good is not much, and nothing
-/// grows with time.
+/// Limit of a server's growth between repetitions. It may keep a little memory, but must not grow with time.
 const GROWTH: f64 = 1.05;
 
-/// What is measured of a server with so many forks.
+/// Subjects of a server with this number of forks.
 pub(crate) const FORKS: &str = "forks of 1 GiB";
 const LOADED: &str = "all forks touch pages at once";
 const IDLE: &str = "idle afterwards";
@@ -40,23 +39,23 @@ const WAITING: &str = "and more that wait for a VMM";
 const ENDED: &str = "all forks ended";
 pub(crate) const TEMPLATES: &str = "one fork";
 
-/// How much of it.
+/// The scale of this section.
 struct Plan {
-    /// How many forks are served at a time, ascending.
+    /// Numbers of served forks, ascending.
     steps: &'static [u32],
-    /// How many more are registered without a VMM.
+    /// Number of further forks that are registered without a VMM.
     waiting: u32,
-    /// How long an idle server is watched.
+    /// Time for which an idle server is watched.
     idle: Duration,
-    /// How often all of it is done with the same server.
+    /// Number of repetitions with the same server.
     times: u32,
-    /// How many times each fork touches a page in each MiB of its memory.
+    /// Number of times that each fork touches a page in each MiB of its memory.
     loads: u64,
-    /// How large the templates are, in MiB, ascending.
+    /// Sizes of the templates in MiB, ascending.
     templates: &'static [u64],
-    /// How many pages are touched in each of them.
+    /// Number of pages touched in each of them.
     pages: u64,
-    /// How often.
+    /// Number of repetitions.
     rounds: u32,
 }
 
@@ -170,17 +169,17 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// What was seen of a server with many forks.
+/// Observations of a server with many forks.
 struct Many {
     peak_bytes: u64,
-    /// Each time that it was left alone.
+    /// At each repetition, when idle.
     idle_cpu_s: Vec<f64>,
-    /// The same.
+    /// At each repetition, when idle.
     idle_resident_bytes: Vec<u64>,
 }
 
 impl Many {
-    /// How much larger the server was the last time than the first, where there is more than one.
+    /// Growth of the server from the first repetition to the last, if there are several.
     fn grown(&self) -> Option<f64> {
         match self.idle_resident_bytes[..] {
             [first, .., last] => Some(to_f64(last) / to_f64(first)),
@@ -193,7 +192,7 @@ impl Many {
         let template = TemplateFile::create(many_model())?;
         progress.done("1 GiB, sparse");
         let folder = folder()?;
-        // Those that nobody connects to are to wait for as long as this takes.
+        // Forks without a VMM must wait for the whole section.
         let daemon = Daemon::start(&bench.pagecast, folder.path(), &["--connect-deadline", "1h"])?;
         daemon.add_template(template.path())?;
         let mut many = Self {
@@ -220,14 +219,14 @@ impl Many {
     }
 }
 
-/// One time that all forks are started, loaded, left alone and ended.
+/// One repetition: all forks are started, loaded, left alone and ended.
 struct Time<'a> {
     interrupt: &'a Interrupt,
     plan: &'a Plan,
     template: &'a TemplateFile,
     daemon: &'a Daemon,
     progress: &'a Progress,
-    /// Counted from 0.
+    /// Number of the repetition, from 0.
     number: u32,
 }
 
@@ -273,12 +272,12 @@ impl Time<'_> {
         );
         add(samples, &loaded, &seen);
 
-        // Not to wait for something, but to see that nothing happens.
+        // Sleeps to watch that nothing happens.
         std::thread::sleep(plan.idle);
         let idle = watch.end()?;
         add(samples, &Subject::new(self.title(most), IDLE), &idle);
         many.idle_cpu_s.push(idle.cpu.as_secs_f64());
-        // Before more forks wait beside these, the last time.
+        // Before more forks wait beside these, in the last repetition.
         many.idle_resident_bytes.push(idle.resident_bytes);
         many.peak_bytes = many.peak_bytes.max(peak_bytes(self.daemon.pid())?);
 
@@ -294,7 +293,7 @@ impl Time<'_> {
         Ok(())
     }
 
-    /// The last time, registers many more forks, for which no VMM comes; their ids.
+    /// In the last repetition, registers many more forks, for which no VMM comes. Returns their IDs.
     fn wait_beside(&self, served: usize, watch: &mut Watch, samples: &mut Samples) -> Result<Vec<String>> {
         if self.number + 1 < self.plan.times || self.plan.waiting == 0 {
             return Ok(Vec::new());
@@ -316,7 +315,7 @@ impl Time<'_> {
         Ok(ids)
     }
 
-    /// So many forks, this time.
+    /// The setting: number of forks and repetition.
     fn title(&self, forks: usize) -> String {
         match self.plan.times {
             1 => forks.to_string(),
@@ -345,7 +344,7 @@ impl Time<'_> {
         Ok(vmm)
     }
 
-    /// Has all VMMs touch pages at once; how many.
+    /// Has all VMMs touch pages at once. Returns the number of pages.
     fn load(&self, vmms: &[SimVmm]) -> Result<u64> {
         let every = NonZeroU32::new(u32::try_from(DATA_EVERY)?).context("a MiB has pages")?;
         let mut faults = 0;
@@ -399,7 +398,7 @@ fn many_model() -> TemplateModel {
     }
 }
 
-/// One fork of a template of so many bytes, which has data on as many pages as are touched, evenly spread.
+/// One fork of a template of this size, which has data on as many pages as are touched, evenly spread.
 fn measure_template(bench: &Bench, size: u64, plan: &Plan, round: u32, samples: &mut Samples) -> Result<()> {
     let every = size / LAYOUT_PAGE / plan.pages;
     let holes = (0..plan.pages).map(|page| page * every + 1..(page + 1) * every);
@@ -425,7 +424,7 @@ fn measure_template(bench: &Bench, size: u64, plan: &Plan, round: u32, samples: 
     };
     let started = Instant::now();
     let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
-    // The model is large where the template is, and nothing here is checked against it.
+    // The model is as large as the template, and is not checked here.
     let connect = Connect::new(created.mem_backend.backend_path, &TemplateModel::of_data(size, 1));
     vmm.run(connect)?;
     daemon.await_state(ForkState::Serving, 1)?;

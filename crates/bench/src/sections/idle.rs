@@ -1,4 +1,4 @@
-//! Looking at a server from outside: what it holds, what it uses, how often it wakes.
+//! Observation of a server from outside: memory, CPU time, wakes.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,30 +7,30 @@ use anyhow::{Context as _, Result};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 use procfs::process::Process;
 
-/// What a server has used since some moment.
+/// The resources that a server has used since a moment.
 pub(super) struct Watch {
     pid: u32,
     started: Instant,
     threads: HashMap<i32, Thread>,
 }
 
-/// What a thread has come to so far.
+/// The counters of a thread.
 #[derive(Clone, Copy, Debug, Default)]
 struct Thread {
-    /// How often it has slept.
+    /// Number of sleeps.
     sleeps: u64,
     /// Nanoseconds on a processor.
     cpu: u64,
 }
 
-/// What it came to.
+/// The difference between two moments.
 pub(super) struct Seen {
     pub(super) elapsed: Duration,
-    /// Less what threads that have ended meanwhile used last.
+    /// Without the last usage of threads that have ended meanwhile.
     pub(super) cpu: Duration,
-    /// How often a thread of it slept and woke.
+    /// Number of sleeps and wakes of its threads.
     pub(super) wakeups: u64,
-    /// Now, exactly.
+    /// Resident memory now, exact.
     pub(super) resident_bytes: u64,
     pub(super) fds: usize,
     pub(super) threads: u64,
@@ -45,7 +45,7 @@ impl Watch {
         })
     }
 
-    /// What has been since, and now. The next begins.
+    /// Returns the usage since the last call, and starts the next period.
     pub(super) fn end(&mut self) -> Result<Seen> {
         let elapsed = self.started.elapsed();
         let threads = threads(self.pid)?;
@@ -54,7 +54,7 @@ impl Watch {
         let seen = Seen {
             elapsed,
             cpu: Duration::from_nanos(added(&self.threads, &threads, |thread| thread.cpu)),
-            // One for each thread that has ended, of which no more is known.
+            // One for each ended thread, of which no more is known.
             wakeups: ended + added(&self.threads, &threads, |thread| thread.sleeps),
             // The counter in `stat` is not exact.
             resident_bytes: MemoryUse::of(self.pid)?.rss_bytes,
@@ -66,17 +66,17 @@ impl Watch {
     }
 }
 
-/// The most that was ever resident, in bytes.
+/// The peak of resident memory, in bytes.
 pub(super) fn peak_bytes(pid: u32) -> Result<u64> {
     let status = Process::new(pid.try_into()?)?.status()?;
     Ok(status.vmhwm.context("the kernel does not tell the peak")? << 10)
 }
 
-/// What each of its threads has come to so far.
+/// Reads the counters of all its threads.
 fn threads(pid: u32) -> Result<HashMap<i32, Thread>> {
     let mut threads = HashMap::new();
     for task in Process::new(pid.try_into()?)?.tasks()? {
-        // One that has ended meanwhile does nothing more.
+        // A thread that has ended meanwhile.
         let Ok((tid, status, times)) = task.and_then(|task| Ok((task.tid, task.status()?, task.schedstat()?))) else {
             continue;
         };
@@ -89,7 +89,7 @@ fn threads(pid: u32) -> Result<HashMap<i32, Thread>> {
     Ok(threads)
 }
 
-/// How much more there is than before, in threads that have not ended.
+/// Sum of the increase in threads that have not ended.
 fn added(before: &HashMap<i32, Thread>, after: &HashMap<i32, Thread>, of: fn(&Thread) -> u64) -> u64 {
     let of_thread = |(tid, now): (&i32, &Thread)| of(now).saturating_sub(before.get(tid).map_or(0, of));
     after.iter().map(of_thread).sum()

@@ -1,4 +1,4 @@
-//! A page server in this very process, so that its CPU time can be told to the microsecond.
+//! A page server in this process, so that its CPU time can be measured to the microsecond.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,14 +17,14 @@ use tempfile::TempDir;
 
 use super::{PATIENCE, folder};
 
-/// A server for forks of one template, with a lease on it as a daemon has.
+/// A server for forks of one template, with a lease on it as in a daemon.
 pub(super) struct InProcess {
     server: Server,
     template: Template,
     mem_file: Arc<MemFile>,
-    /// What is locked in memory; let go before the lease is.
+    /// The locked template; dropped before the lease.
     locked: Vec<Locked>,
-    /// None where the file system has none: then the template is looked at for each fault.
+    /// `None` if the file system has no leases: then the template is checked for each fault.
     _lease: Option<Lease>,
     folder: TempDir,
     recordings: Receiver<Arc<Recording>>,
@@ -35,7 +35,7 @@ impl InProcess {
         let (tell, recordings) = channel();
         let server = Server::builder().observer(move |event| {
             if let ForkEvent::Recorded { recording, .. } = event {
-                // Nobody listens only where nobody asked for it.
+                // The receiver exists only if recordings were requested.
                 let _ = tell.send(recording);
             }
         });
@@ -67,7 +67,7 @@ impl InProcess {
         Ok(self.server.register(id, &self.template, &wanted(options))?)
     }
 
-    /// Connects a VMM to a new fork that is given nothing ahead, and waits until it is served.
+    /// Connects a VMM to a new fork without prefault, and waits until it is served.
     pub(super) fn connect(&self, number: usize, vmm: &SimVmm, model: &TemplateModel) -> Result<Fork> {
         let fork = self.register(number, |options| options.prefault(Prefault::None))?;
         vmm.run(Connect::new(fork.socket_path(), model))?;
@@ -76,12 +76,12 @@ impl InProcess {
         Ok(fork)
     }
 
-    /// Looks at all of the template for zeros, as a daemon does in the background.
+    /// Searches the template for zeros, as a daemon does in the background.
     pub(super) fn find_zeros(&self) {
         self.template.find_zeros(Instant::now() + PATIENCE);
     }
 
-    /// Has one fork visit these pages, and takes what was recorded of it as the template's working set; its size in bytes.
+    /// Has one fork visit these pages, and makes its recording the template's working set. Returns its size in bytes.
     pub(super) fn learn(&self, vmm: &SimVmm, model: &TemplateModel, runs: &[Range<u64>]) -> Result<u64> {
         let fork = self.register(usize::MAX, ForkOptions::record)?;
         vmm.run(Resume {
@@ -99,13 +99,13 @@ impl InProcess {
         Ok(size)
     }
 
-    /// Ends, and kills all VMMs.
+    /// Ends the server, and kills all VMMs.
     pub(super) fn end(self) -> Result<()> {
         self.server.kill(PATIENCE).context("the server does not end")
     }
 }
 
-/// CPU time that this process has used so far.
+/// CPU time that this process has used.
 pub(super) fn own_cpu() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }

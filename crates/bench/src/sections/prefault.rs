@@ -22,9 +22,9 @@ use crate::spread::to_f64;
 
 pub(crate) const FLOOR: &str = "floor: one thread of bulk UFFDIO_COPY";
 pub(crate) const PAGECAST: &str = "pagecast, prefault of all";
-/// What the floor copies at once: more is no faster.
+/// Bytes that the floor copies with one call: more is no faster.
 const CHUNK: usize = 2 << 20;
-/// How often it is looked at whether all is installed.
+/// Time between two looks at the progress.
 const PACE: Duration = Duration::from_micros(200);
 
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {

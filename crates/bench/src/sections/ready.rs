@@ -30,26 +30,26 @@ use crate::section::Section;
 use crate::sim_vmm;
 use crate::spread::{mib, to_f64};
 
-/// How often it is looked at whether a template is resident.
+/// Time between two looks for a resident template.
 const PACE: Duration = Duration::from_millis(5);
-/// A template like the other, in a file of its own, which is made resident.
+/// A template like the other, in another file, which is made resident.
 const HOT: &str = "hot";
 
-/// What of a cold file may be in the page cache although it was dropped.
+/// Part of a dropped file that may still be in the page cache.
 const STILL_CACHED: f64 = 0.02;
 
-/// Who gets a fork ready.
+/// A subject of this section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum System {
     /// A mapping of the template, without pagecast.
     Plain { cold: bool },
     /// A fork with `file`.
     File { cold: bool },
-    /// A fork with `file` of a template that was made resident.
+    /// A fork with `file` of a resident template.
     Hot,
-    /// A fork with `uffd` that is given nothing ahead.
+    /// A fork with `uffd` without prefault.
     OnDemand,
-    /// A fork with `uffd` and the working set that another one has shown.
+    /// A fork with `uffd` and the working set of another fork.
     Prefault,
     /// The bare loop.
     BareLoop,
@@ -98,23 +98,23 @@ pub(crate) const FILE: &str = "file";
 pub(crate) const ON_DEMAND: &str = "uffd, on demand";
 pub(crate) const PREFAULT: &str = "uffd, prefault";
 
-/// Those that take no time.
+/// Subjects that need no disk.
 const QUICK_ONES: [System; 3] = [System::Plain { cold: false }, System::File { cold: false }, System::Hot];
 
-/// All that is the same for all rounds.
+/// The state that all rounds share.
 struct Setup {
     set: WorkingSet,
     template: TemplateFile,
-    /// Of the template.
+    /// The template.
     file: File,
-    /// The template that is resident.
+    /// The resident template.
     _hot: TemplateFile,
-    /// Why it is not.
+    /// The reason if there is none.
     not_hot: Option<String>,
     bytes: Arc<[u8]>,
     daemon: Daemon,
     server: InProcess,
-    /// How many forks the server has had.
+    /// Number of forks that the server has had.
     forks: Cell<usize>,
     folder: TempDir,
     /// Whether all of the template is in the page cache.
@@ -124,7 +124,7 @@ struct Setup {
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
     let count: u32 = scale.choose(25, 3, 1);
-    // What takes no time is done more often, so that its median is as sure.
+    // Fast subjects are measured more often, so that their medians are as certain.
     let repeats: u32 = scale.choose(4, 4, 1);
     let (template, working_set): (u64, u64) = scale.choose((512, 64), (512, 64), (16, 2));
     let setup = Setup::new(bench, WorkingSet::new(template << 20, working_set << 20))?;
@@ -156,7 +156,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     for round in 0..count {
         for system in in_turn(&systems, round) {
             interrupt.check()?;
-            // Disks are slow, and vary little beside what they are compared with.
+            // Disks are slow, and vary little compared with the others.
             if system.is_cold() && round % 2 == 1 {
                 continue;
             }
@@ -213,8 +213,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Adds it to the daemon, and has it made resident as a host has it that has just started; why that cannot be had here,
-/// such as too little memory that may be locked.
+/// Adds it to the daemon, and makes it resident, as on a newly started host. Returns the reason if that is not possible
+/// here, such as the limit of locked memory.
 fn make_resident(daemon: &Daemon, template: &TemplateFile) -> Result<Option<String>> {
     let file = File::open(template.path()).context("failed to open the template")?;
     drop_from_page_cache(&file)?;
@@ -232,7 +232,7 @@ fn make_resident(daemon: &Daemon, template: &TemplateFile) -> Result<Option<Stri
             Some(warmth) if warmth.state == WarmthState::Warming => {}
             failed => {
                 let error = failed.and_then(|warmth| warmth.error);
-                return Ok(Some(error.unwrap_or_else(|| "it says not why".to_owned())));
+                return Ok(Some(error.unwrap_or_else(|| "no reason is given".to_owned())));
             }
         }
         ensure!(Instant::now() < deadline, "the template does not become resident");
@@ -276,8 +276,8 @@ impl Setup {
         })
     }
 
-    /// Drops the template from the page cache. Pages that the server has mapped stay there until it notices that the last
-    /// fork has ended, so this is tried until they are gone.
+    /// Drops the template from the page cache. Pages that the server maps stay until it notices the end of the last
+    /// fork, so this is repeated until they are gone.
     fn drop_until_gone(&self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -323,7 +323,7 @@ impl Setup {
         Ok(())
     }
 
-    /// Lets a VMM have memory from there.
+    /// Gives a VMM memory from this source.
     fn resume(&self, vmm: &SimVmm, memory: Memory) -> Result<Resumed> {
         vmm.run(Resume {
             memory,
@@ -346,13 +346,13 @@ impl Setup {
         let fork = self.server.register(number, |options| options.prefault(prefault))?;
         let connect = Connect::new(fork.socket_path(), self.template.model());
         let resumed = self.resume(vmm, Memory::Uffd(connect))?;
-        // A page is counted after the guest has been woken: the end of the fork is after all of that.
+        // A page is counted after the guest was woken: the fork ends after all of that.
         vmm.kill()?;
         let status = fork.wait(PATIENCE, ForkState::is_end);
         Ok((resumed, status.stats.installed_bytes))
     }
 
-    /// A fork of the daemon's.
+    /// A fork of the daemon.
     fn file(&self, vmm: SimVmm, template: &str) -> Result<(Resumed, u64)> {
         let wanted = CreateFork {
             backend: Some(Backend::File),

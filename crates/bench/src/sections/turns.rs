@@ -1,6 +1,6 @@
-//! Taking turns, so that what disturbs the one disturbs the other.
+//! Turns, so that a disturbance affects all subjects.
 
-/// All items, from another one on in each round: nobody is always the first after somebody else.
+/// Returns all items, starting with another one in each round, so that the order changes.
 pub(super) fn in_turn<T: Copy>(items: &[T], round: u32) -> Vec<T> {
     let mut turns = items.to_vec();
     if !turns.is_empty() {

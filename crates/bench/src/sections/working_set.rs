@@ -1,4 +1,4 @@
-//! A template as snapshots are, mostly zeros, and the working set of its forks.
+//! A template like a snapshot, mostly zeros, and the working set of its forks.
 
 use std::fs::File;
 use std::ops::Range;
@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt as _;
 use anyhow::{Context as _, Result};
 use pagecast_testkit::template_file::{LAYOUT_PAGE, Layout, TemplateFile, TemplateModel};
 
-/// Of so many pages one has data: 80% are zeros, as snapshots of real guests have been found to be.
+/// One page of this number has data: 80% are zeros, as in snapshots of real guests.
 const DATA_ONE_IN: u64 = 5;
-/// Data come in runs of 1 to twice as many pages less one.
+/// Data come in runs of 1 to twice this number of pages, less one.
 const MEAN_RUN: u64 = 16;
 
-/// A template and what its forks read of it, in this order.
+/// A template, and the pages that its forks read, in this order.
 #[derive(Clone, Debug)]
 pub(super) struct WorkingSet {
     pub(super) model: TemplateModel,
@@ -21,8 +21,9 @@ pub(super) struct WorkingSet {
 }
 
 impl WorkingSet {
-    /// A template of `template` bytes, a fifth of it data in runs of random lengths, the rest zeros that are written out, as
-    /// Firecracker does; and a working set of `size` bytes of its data, run after run in random order. Always the same.
+    /// Creates a template of `template` bytes: a fifth of it data in runs of random lengths, the rest zeros that are
+    /// written out, as Firecracker does. Its working set is `size` bytes of its data, run after run in random order.
+    /// The result is always the same.
     pub(super) fn new(template: u64, size: u64) -> Self {
         let mut random = fastrand::Rng::with_seed(7);
         let pages = template / LAYOUT_PAGE;
@@ -30,7 +31,7 @@ impl WorkingSet {
         let mut at = 0;
         while at < pages {
             let data = random.u64(1..2 * MEAN_RUN).min(pages - at);
-            // Not in step with the run before, so that a run may begin anywhere in what the kernel reads at once.
+            // Not in step with the run before, so that a run may begin anywhere in the kernel's readahead.
             let zero = random.u64(0..2 * (DATA_ONE_IN - 1) * MEAN_RUN).min(pages - at - data);
             runs.push(at..at + data);
             if zero > 0 {
@@ -78,7 +79,7 @@ impl WorkingSet {
         Ok(template)
     }
 
-    /// How much is read, in bytes.
+    /// Size of the working set in bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.runs.iter().map(|run| run.end - run.start).sum::<u64>() * LAYOUT_PAGE
     }

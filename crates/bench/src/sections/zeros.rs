@@ -21,19 +21,19 @@ use crate::section::Section;
 use crate::sim_vmm;
 use crate::spread::to_f64;
 
-/// The template begins with so many pages of data; the rest are zeros.
+/// Number of data pages at the start of the template; the rest are zeros.
 const DATA_PAGES: u64 = 256;
 
-/// How often it is looked at whether zeros have been given back.
+/// Time between two looks for zeros that were given back.
 const PACE: Duration = Duration::from_millis(1);
 
-/// How fresh memory is touched first, as a setting.
+/// The settings: the first access to fresh memory.
 pub(crate) const WRITTEN: &str = "written";
 pub(crate) const ANONYMOUS: &str = "floor: plain anonymous memory";
 pub(crate) const UFFD: &str = "uffd, given back";
 const BARE_LOOP: &str = "rival: a page a fault";
 
-/// How fresh memory is touched.
+/// The source of fresh memory.
 #[derive(Clone, Copy)]
 enum Touch {
     Write,
@@ -74,7 +74,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
                 interrupt.check()?;
                 let vmm = sim_vmm::spawn()?;
                 let folder = folder()?;
-                // The loop takes as long for each page, so a part of them tells as much.
+                // The loop takes the same time for each page, so a part of them is enough.
                 let mut touched = zeros.clone();
                 match system {
                     ANONYMOUS => vmm.run(MapAnonymous {
@@ -124,7 +124,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Waits until so many bytes of zeros have been given back to the kernel, which happens once, at the start of a fork.
+/// Waits until this number of bytes of zeros has been given back to the kernel, once, at the start of a fork.
 fn wait_until_given_back(fork: &Fork, bytes: u64) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
