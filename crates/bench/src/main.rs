@@ -95,8 +95,8 @@ impl Cli {
     fn measure(&self, interrupt: &Interrupt) -> Result<Report> {
         ensure!(
             !cfg!(debug_assertions) || self.tiny,
-            "this pagecast-bench was built without optimisation, so its numbers have no meaning: use `cargo xtask bench`, or build \
-             with --release"
+            "this pagecast-bench was built without optimisation, so its numbers have no meaning: use `cargo xtask bench`, or \
+             build with --release"
         );
         // Checked before the measurements, which take minutes.
         for folder in [self.plots.as_deref(), self.json.as_deref().and_then(Path::parent)] {

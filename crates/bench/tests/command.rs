@@ -284,7 +284,7 @@ fn a_pagecast_that_is_not_there_is_an_error_at_once() {
     let refused = output(&["--tiny", "--pagecast", "/no/such/pagecast"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        text(&refused.stderr).contains("/no/such/pagecast is no file"),
+        text(&refused.stderr).contains("/no/such/pagecast is not a file"),
         "{refused:?}"
     );
 }

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use crate::hugepages::HugePages;
 use crate::skip::skip;
 
-/// A cgroup beneath the one that the test is in. Dropping it takes this process out of it and removes it, once the others in
-/// it are dead.
+/// A cgroup below that of the test. Dropping it moves this process out and removes it, once its other processes are
+/// dead.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -17,25 +17,25 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes one that limits memory. `None`, and says that the test is skipped, where there can be none.
+    /// Creates one that limits memory. `None`, and a reported skip, if none can be created.
     ///
     /// # Errors
     ///
-    /// The kernel does not say which cgroups this process is in.
+    /// The cgroups of this process cannot be read.
     pub fn new() -> Result<Option<Self>> {
         Self::of("memory", "memory.limit_in_bytes", "memory.max")
     }
 
-    /// Makes one that limits how many threads there are. `None`, and says that the test is skipped, where there can be none.
+    /// Creates one that limits the number of threads. `None`, and a reported skip, if none can be created.
     ///
     /// # Errors
     ///
-    /// The kernel does not say which cgroups this process is in.
+    /// The cgroups of this process cannot be read.
     pub fn of_threads() -> Result<Option<Self>> {
         Self::of("pids", "pids.max", "pids.max")
     }
 
-    /// One of a controller, whose limit is in a file of this name in version 1, and of that name in version 2.
+    /// Creates one of a controller, with the names of its limit file in version 1 and in version 2.
     fn of(controller: &str, limit_v1: &'static str, limit_v2: &'static str) -> Result<Option<Self>> {
         let groups = procfs::process::Process::myself()?.cgroups()?;
         let ours = |wanted: &dyn Fn(&procfs::ProcessCGroup) -> bool| {
@@ -62,16 +62,16 @@ impl Cgroup {
                 return Ok(Some(cgroup));
             }
         }
-        skip(&format!("no cgroup of {controller} can be made here"));
+        skip(&format!("no cgroup of {controller} can be created here"));
         Ok(None)
     }
 
-    /// Where it is in the file system.
+    /// Its folder in the file system.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Takes a process in.
+    /// Moves a process into it.
     ///
     /// # Errors
     ///
@@ -81,19 +81,19 @@ impl Cgroup {
             .with_context(|| format!("cannot move process {pid} to {}", self.path.display()))
     }
 
-    /// What is charged to it, in bytes.
+    /// Returns the bytes that are charged to it.
     ///
     /// # Errors
     ///
-    /// The kernel does not say.
+    /// The kernel does not show them.
     pub fn used(&self) -> Result<u64> {
         let used = ["memory.usage_in_bytes", "memory.current"]
             .into_iter()
             .find_map(|name| fs::read_to_string(self.path.join(name)).ok());
-        Ok(used.context("the cgroup does not say what it uses")?.trim().parse()?)
+        Ok(used.context("the cgroup does not show its usage")?.trim().parse()?)
     }
 
-    /// Limits it to `n` bytes or threads. Threads that are there already stay, but no more begin.
+    /// Limits it to `n` bytes or threads. Existing threads stay, but no more can start.
     ///
     /// # Errors
     ///
@@ -109,23 +109,25 @@ impl Drop for Cgroup {
         if let Some(parent) = self.path.parent() {
             let _ = fs::write(parent.join("cgroup.procs"), std::process::id().to_string());
         }
-        // Where somebody in it lives, an empty folder is left.
+        // If a process in it lives, an empty folder is left.
         let _ = fs::remove_dir(&self.path);
     }
 }
 
-/// A cgroup that this process is in and that limits the hugepages it installs. Dropping it takes this process out again.
+/// A cgroup that this process is in and that limits the hugepages it installs. Dropping it moves this process out
+/// again.
 #[derive(Debug)]
 pub struct HugetlbCgroup {
     path: PathBuf,
     root: PathBuf,
-    /// The controller was off before.
+    /// Whether the controller was off before.
     enabled: bool,
 }
 
 impl HugetlbCgroup {
-    /// Makes one and moves this process there, whose children stay where they are. `None`, and says that the test is skipped,
-    /// where there can be none. The controller is on for the whole machine meanwhile, which `_alone` says nobody else changes.
+    /// Creates one and moves this process into it; its children stay where they are. `None`, and a reported skip, if
+    /// none can be created. Meanwhile the controller is on for the whole machine; `_alone` ensures that no other test
+    /// changes it.
     ///
     /// # Errors
     ///
@@ -163,7 +165,7 @@ impl HugetlbCgroup {
         Ok(Some(cgroup))
     }
 
-    /// Where it is in the file system.
+    /// Its folder in the file system.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -177,11 +179,11 @@ impl HugetlbCgroup {
         fs::write(self.path.join("hugetlb.2MB.max"), (pages << 21).to_string()).context("failed to limit hugepages")
     }
 
-    /// How many bytes of hugepages are charged to it.
+    /// Returns the bytes of hugepages that are charged to it.
     ///
     /// # Errors
     ///
-    /// The kernel does not say.
+    /// The kernel does not show them.
     pub fn used(&self) -> Result<u64> {
         Ok(fs::read_to_string(self.path.join("hugetlb.2MB.current"))?
             .trim()
@@ -196,7 +198,7 @@ fn move_self(to: &Path) -> Result<()> {
 
 impl Drop for HugetlbCgroup {
     fn drop(&mut self) {
-        // There is nobody to tell.
+        // An error cannot be reported here.
         let _ = move_self(&self.root);
         let _ = fs::remove_dir(&self.path);
         if self.enabled {

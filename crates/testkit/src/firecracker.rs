@@ -15,9 +15,9 @@
 //! # }
 //! ```
 //!
-//! Everything it needs it gets by itself and keeps under `target/pagecast`: the Firecracker binary ([`binary`]) and the
-//! guest, built from `crates/testkit/guest`, whose documentation says what the guest can do and why it is made this
-//! way. Many test processes may do this at once.
+//! It fetches or builds all it needs, and keeps it in `target/pagecast`: the Firecracker binary ([`binary`]) and the
+//! guest, built from `crates/testkit/guest`, whose documentation describes its commands and design. Many test processes
+//! may do this at once.
 
 mod binary;
 mod cache;

@@ -1,4 +1,4 @@
-//! The smallest page servers that could do the same job: what others are measured against.
+//! The smallest page servers that do the same job, to compare others with.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -14,19 +14,19 @@ use serde::Deserialize;
 
 const PAGE: u64 = 4096;
 
-/// What a floor does when a fault comes.
+/// The reaction of a floor to a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
-    /// A blocking `read` of a fault, `UFFDIO_COPY` of one page from memory, again. It is also what Firecracker's example
-    /// of a handler does on demand, less a `poll` before each read and with the bytes at hand rather than in a mapped file.
+    /// Repeats a blocking `read` of a fault and `UFFDIO_COPY` of one page. Firecracker's example handler does the same
+    /// on demand, but with a `poll` before each read, and from a mapped file instead of memory.
     Demand,
-    /// At the first fault `UFFDIO_COPY` of all that the guest has, in one call: the strategy of Firecracker's other
-    /// example, which gives every page at once.
+    /// `UFFDIO_COPY` of all the guest's memory at the first fault, in one call: the strategy of Firecracker's other
+    /// example, which installs every page at once.
     AllAtFirstFault,
 }
 
-/// A bare loop for each VMM, on a thread of its own. It checks nothing, counts nothing, knows no removal and never ends: its
-/// threads stay blocked in `read` until this process exits.
+/// A bare loop for each VMM, on a thread of its own. It checks nothing, counts nothing, knows no removal and never
+/// ends: its threads stay blocked in `read` until this process exits.
 #[derive(Debug)]
 pub struct Floor {
     socket: PathBuf,
@@ -41,7 +41,7 @@ struct Region {
 }
 
 impl Floor {
-    /// Serves the mem-file at `template` on demand, to as many as `vmms` VMMs at `socket`. The file is read into memory
+    /// Serves the mem-file at `template` on demand, to up to `vmms` VMMs at `socket`. The file is read into memory
     /// first.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Floor {
         Self::start_with(Strategy::Demand, socket, &read(template)?, vmms)
     }
 
-    /// The same with another strategy, and a template that is in memory already.
+    /// Serves with another strategy, and a template that is already in memory.
     ///
     /// # Errors
     ///
@@ -76,31 +76,31 @@ impl Floor {
         })
     }
 
-    /// Where VMMs connect.
+    /// Path of the socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Waits until as many VMMs as it was made for have shaken hands.
+    /// Waits until all its VMMs have finished their handshake.
     pub fn wait_until_all_have_connected(self) {
-        // It reports what goes wrong by itself.
+        // Errors are reported by the thread itself.
         let _ = self.accepting.join();
     }
 }
 
-/// One thread that copies a whole template into a VMM as fast as `UFFDIO_COPY` goes, without a fault: what bulk prefault is
-/// measured against.
+/// One thread that copies a whole template into a VMM with `UFFDIO_COPY`, without a fault, for comparison with bulk
+/// prefault.
 #[derive(Debug)]
 pub struct BulkCopy {
     copying: JoinHandle<Result<Copied>>,
 }
 
-/// A whole template was copied.
+/// The result of copying a whole template.
 #[derive(Clone, Copy, Debug)]
 pub struct Copied {
-    /// How much.
+    /// Bytes copied.
     pub bytes: u64,
-    /// From the first call of `UFFDIO_COPY` to the end of the last.
+    /// Time from the first call of `UFFDIO_COPY` to the end of the last.
     pub took: Duration,
 }
 
@@ -120,7 +120,7 @@ impl BulkCopy {
         Ok(Self { copying })
     }
 
-    /// Waits until it is done.
+    /// Waits for the end of the copy.
     ///
     /// # Errors
     ///
@@ -132,7 +132,7 @@ impl BulkCopy {
     }
 }
 
-/// All of a mem-file, in memory.
+/// Reads a whole mem-file into memory.
 ///
 /// # Errors
 ///
@@ -150,19 +150,19 @@ fn accept(listener: &UnixListener) -> Result<(Uffd, Vec<Region>)> {
     let (stream, _) = listener.accept()?;
     let mut message = vec![0; 64 * 1024];
     let mut fds = Vec::new();
-    // The message and its file descriptor are sent at once; wait for it the simplest way.
+    // The message and its file descriptor are sent at once, so one blocking read is enough.
     rustix::event::poll(
         &mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)],
         None,
     )?;
     let received = fd_passing::receive(stream.as_fd(), &mut message, &mut fds)?;
     let Some(fd) = fds.pop() else {
-        bail!("no userfaultfd came");
+        bail!("no userfaultfd was received");
     };
     let uffd = Uffd::from_received(fd)?;
     rustix::fs::fcntl_setfl(&uffd, OFlags::empty())?;
     let regions = serde_json::from_slice(message.get(..received.bytes).unwrap_or_default())?;
-    // As long as the VMM lives.
+    // Until the VMM ends.
     std::mem::forget(stream);
     Ok((uffd, regions))
 }
@@ -175,7 +175,7 @@ fn serve(strategy: Strategy, uffd: &Uffd, regions: &[Region], template: &[u8]) {
             match strategy {
                 Strategy::Demand => copy_page(uffd, regions, template, fault.address.get() & !(PAGE - 1)),
                 Strategy::AllAtFirstFault => {
-                    // Whoever comes later finds its page in place, and was woken by the copy.
+                    // Later faults on the page find it installed, and were woken by the copy.
                     let _ = copy_all(uffd, regions, template, usize::MAX);
                 }
             }

@@ -1,7 +1,7 @@
-//! A FUSE mount with one file in it, whose server is this process: the kernel keeps its attributes in a cache for an hour,
-//! as clients of a file server do for some seconds.
+//! A FUSE mount with one file, served by this process. The kernel caches its attributes for an hour, as clients of a
+//! file server do for some seconds.
 //!
-//! Speaks just so much of the protocol (`linux/fuse.h`) as a reader of the file needs.
+//! Implements only the part of the protocol (`linux/fuse.h`) that a reader of the file needs.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,16 +15,16 @@ use tempfile::TempDir;
 
 use crate::skip::skip;
 
-/// How long the kernel may keep what it was told, in seconds.
+/// Time for which the kernel may cache attributes, in seconds.
 const VALID: u64 = 3600;
 
 /// The inode number of the file; that of the folder is 1.
 const INODE: u64 = 2;
 
-/// Requests are at most so long: their data are those of writes, which there are none of.
+/// Longest request. Longer ones have data of writes, which this file does not take.
 const LONGEST_REQUEST: usize = 1 << 18;
 
-/// What the server has.
+/// The state of the server.
 #[derive(Debug)]
 struct Served {
     bytes: Vec<u8>,
@@ -40,7 +40,7 @@ pub struct FuseFile {
 }
 
 impl FuseFile {
-    /// A file of these bytes. `None`, and says that the test is skipped, if FUSE cannot be mounted here.
+    /// Mounts a file with these bytes. `None`, and a reported skip, if FUSE cannot be mounted here.
     pub fn mount(bytes: Vec<u8>) -> Option<Self> {
         match Self::try_mount(bytes) {
             Ok(mounted) => Some(mounted),
@@ -82,17 +82,17 @@ impl FuseFile {
         Ok(Self { folder, served })
     }
 
-    /// Where the file is.
+    /// Path of the file.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("mem")
     }
 
-    /// Where it is mounted.
+    /// The mount point.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Replaces the bytes on the server by as many others. The kernel is not told.
+    /// Replaces the bytes on the server by as many others, without telling the kernel.
     pub fn overwrite(&self, bytes: Vec<u8>) {
         let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
         served.bytes = bytes;
@@ -109,7 +109,7 @@ impl Drop for FuseFile {
 
 fn serve(mut device: File, served: &Mutex<Served>) {
     let mut request = vec![0; LONGEST_REQUEST];
-    // ENODEV once it is unmounted.
+    // ENODEV after the unmount.
     while let Ok(len) = device.read(&mut request) {
         let Some((opcode, unique, node, body)) = split(request.get(..len).unwrap_or_default()) else {
             return;
@@ -142,7 +142,7 @@ fn split(request: &[u8]) -> Option<(u32, u64, u64, &[u8])> {
     Some((opcode, number(8)?, number(16)?, request.get(40..)?))
 }
 
-/// `None` for what is not answered.
+/// `None` for requests without an answer.
 fn answer(opcode: u32, node: u64, body: &[u8], served: &Served) -> Option<Result<Vec<u8>, rustix::io::Errno>> {
     Some(match opcode {
         // LOOKUP

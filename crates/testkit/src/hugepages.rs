@@ -13,26 +13,26 @@ const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 const OVERCOMMIT: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 const SURPLUS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/surplus_hugepages";
 
-/// A reservation of 2 MiB pages for tests that need them. Dropping it gives the pages back.
+/// A reservation of 2 MiB pages for a test. Dropping it gives the pages back.
 ///
-/// There is one at a time on a machine: others wait, in other processes too. So no test takes the pages that another
-/// one counts on, and the pool has its old size afterwards.
+/// A machine has one at a time: others wait, in other processes too. So no test takes pages that another one needs, and
+/// the pool has its old size afterwards.
 #[derive(Debug)]
 pub struct HugePages {
     // Holds the lock.
     pool: File,
     before: u64,
-    /// How many pages the kernel was allowed to add before that was changed.
+    /// Number of pages that the kernel was allowed to add before.
     overcommit_before: Option<u64>,
 }
 
 impl HugePages {
-    /// Adds this many pages of 2 MiB to the system's pool, waiting for others to be done first. Where that is not
-    /// permitted, or there is no memory for it, it prints why the test is skipped and answers `None`.
+    /// Adds this number of pages of 2 MiB to the system's pool, after waiting for others. `None`, and a reported skip,
+    /// if that is not permitted, or there is no memory for it.
     ///
     /// # Errors
     ///
-    /// If the pool does not behave like one.
+    /// The files of the pool cannot be read or have unexpected content.
     pub fn reserve(pages: u64) -> Result<Option<Self>> {
         let pool = match OpenOptions::new().read(true).write(true).open(POOL) {
             Ok(pool) => pool,
@@ -55,7 +55,7 @@ impl HugePages {
             overcommit_before: None,
         };
         resize(&reserved.pool, before + pages)?;
-        // The kernel reserves what it can find, and says nothing.
+        // The kernel reserves the pages that it can find, without an error.
         let added = size(&reserved.pool)?.saturating_sub(before);
         if added < pages {
             skip((Need::Hugepages(pages), format_args!("the system found {added}")));
@@ -67,7 +67,7 @@ impl HugePages {
 }
 
 impl HugePages {
-    /// Allows the kernel to add this many pages to the pool while somebody needs them, until this is dropped.
+    /// Allows the kernel to add this number of pages to the pool while they are needed, until this is dropped.
     ///
     /// # Errors
     ///
@@ -79,8 +79,7 @@ impl HugePages {
     }
 }
 
-/// Waits for pages of processes that have just died: the kernel gives them back some time after their end, and until then
-/// they count among those that were added.
+/// Waits for the pages of processes that have just died: the kernel returns them some time after their end.
 fn wait_until_free(pages: u64) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -90,14 +89,14 @@ fn wait_until_free(pages: u64) -> Result<()> {
         }
         ensure!(
             Instant::now() < deadline,
-            "of the pages of 2 MiB that were added, {free} are free and {pages} are needed: who uses the others?"
+            "of the pages of 2 MiB that were added, {free} are free and {pages} are needed: another process uses the rest"
         );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// The pages that the pool is to have. Not those beyond that, which go when whoever still holds them does: taken for a part
-/// of it, they would stay for good when the old size is given back.
+/// Returns the configured size of the pool. Surplus pages are not counted, since they go with their last user: counted,
+/// they would stay for good when the old size is restored.
 fn size(mut pool: &File) -> Result<u64> {
     let mut text = String::new();
     pool.rewind()
@@ -120,7 +119,7 @@ fn resize(mut pool: &File, pages: u64) -> Result<()> {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // There is nobody to tell, and the lock must go in any case.
+        // An error cannot be reported here, and the lock must be released.
         if let Some(before) = self.overcommit_before {
             let _ = std::fs::write(OVERCOMMIT, before.to_string());
         }

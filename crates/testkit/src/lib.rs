@@ -2,18 +2,18 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | [`sim_vmm`] | a process that does what Firecracker does, and checks every byte it is given |
+//! | [`sim_vmm`] | a process that behaves like Firecracker, and checks every byte it gets |
 //! | [`peer`] | peers that do what Firecracker never does |
 //! | [`firecracker`] | the real Firecracker, with a tiny guest that checks its memory |
-//! | [`template_file`] | mem-files that know what is in them |
-//! | [`pattern`] | bytes that tell where they belong |
-//! | [`process`] | what a process holds |
-//! | [`fuse_file`] | a file on a server whose attributes the kernel keeps in a cache |
-//! | [`floor`] | the smallest page server, to measure others against |
+//! | [`template_file`] | mem-files with known content |
+//! | [`pattern`] | bytes that depend on their position |
+//! | [`process`] | resources of a process |
+//! | [`fuse_file`] | a file on a server whose attributes the kernel caches |
+//! | [`floor`] | the smallest page server, to compare others with |
 //! | [`cgroup`] | a memory cgroup for the time of a test |
 //! | [`hugepages`] | hugepages for the time of a test |
-//! | [`mounted`] | file systems of a test's own |
-//! | [`skip`] | tests that cannot run here, and say so |
+//! | [`mounted`] | file systems that a test mounts |
+//! | [`skip`] | tests that cannot run on this machine |
 #![deny(unsafe_code)]
 
 pub mod cgroup;

@@ -1,4 +1,4 @@
-//! Guest memory of the simulated VMM: the only module of the testkit that is `unsafe`.
+//! Guest memory of the simulated VMM: the only module of the testkit with `unsafe`.
 #![expect(
     unsafe_code,
     reason = "mapping memory and touching it behind the compiler's back is what a VMM does"
@@ -40,15 +40,15 @@ impl PageSize {
     }
 }
 
-/// A mapping as Firecracker makes one for a guest: of anonymous memory, or of a mem-file.
+/// A mapping like that of Firecracker for a guest: of anonymous memory, or of a mem-file.
 ///
-/// The address is private to this module and memory is reached by word or byte index only, so nobody holds a reference
-/// into it: its content changes whenever whoever serves it installs a page.
+/// The address is private to this module, and memory is reached by word or byte index only. So there is no reference
+/// into it: its content changes whenever a page is installed.
 #[derive(Debug)]
 pub(crate) struct GuestMemory {
     start: NonNull<c_void>,
     len: usize,
-    /// Of a mem-file rather than anonymous.
+    /// Whether it maps a mem-file rather than anonymous memory.
     of_file: bool,
 }
 
@@ -81,8 +81,8 @@ impl GuestMemory {
         })
     }
 
-    /// Maps `len` bytes of a mem-file from `offset` on (whole pages), as Firecracker does for a `File` backend: what is
-    /// only read is the file's, what is written is this process's own.
+    /// Maps `len` bytes of a mem-file from `offset` on (whole pages), as Firecracker does for a `File` backend: reads
+    /// share the file's pages, writes are private to this process.
     pub(crate) fn map_file(file: impl AsFd, offset: u64, len: u64) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -98,7 +98,7 @@ impl GuestMemory {
         })
     }
 
-    /// Where it is.
+    /// Its address range.
     pub(crate) fn range(&self) -> HostRange {
         let start = HostAddr::new(self.start.addr().get() as u64);
         HostRange::new(start, ByteLen::new(self.len as u64)).expect("a mapping is not empty and ends before the end")
@@ -119,7 +119,7 @@ impl GuestMemory {
 
     /// Gives the pages of the bytes `range` back (`MADV_DONTNEED`). Waits until the server has read the removal.
     ///
-    /// Refused for a mem-file, whose bytes would come back; a VMM does something else there.
+    /// Refused for a mem-file, whose bytes would come back.
     pub(crate) fn remove(&self, range: Range<usize>) -> io::Result<()> {
         if self.of_file {
             return Err(io::ErrorKind::Unsupported.into());
@@ -138,7 +138,7 @@ impl GuestMemory {
 
     /// Reads the word at byte `offset`, a multiple of eight. Blocks while its page is absent.
     pub(crate) fn load(&self, offset: usize) -> u64 {
-        // Handing the value to a black box keeps a load whose value nobody uses.
+        // A black box keeps the load, even if its value is not used.
         std::hint::black_box(self.word(offset).load(Ordering::Relaxed))
     }
 
@@ -170,7 +170,7 @@ impl Drop for GuestMemory {
     }
 }
 
-/// A userfaultfd that has not been through `UFFDIO_API`, for peers that do not play by the rules.
+/// A userfaultfd without `UFFDIO_API`, for peers that break the rules.
 pub(crate) fn uffd_without_api() -> io::Result<OwnedFd> {
     // SAFETY: making the object does nothing to memory; without `UFFDIO_API` it never will.
     Ok(unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK)? })

@@ -1,4 +1,4 @@
-//! File systems that a test mounts for itself, unmounted when they are dropped.
+//! File systems that a test mounts, unmounted when dropped.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,10 +8,10 @@ use tempfile::TempDir;
 
 use crate::skip::skip;
 
-/// The size of the images of file systems, in bytes: XFS takes no less. They are sparse files.
+/// Size of the images of file systems, in bytes: XFS needs that much. They are sparse files.
 const IMAGE: u64 = 400 << 20;
 
-/// A file system of a test's own.
+/// A file system of a test.
 #[derive(Debug)]
 pub struct Mounted {
     /// Mount points, in the order of mounting.
@@ -20,7 +20,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// An overlay file system whose layers are on a tmpfs. `None`, and says that the test is skipped, if it cannot be mounted.
+    /// Mounts an overlay file system with its layers on a tmpfs. `None`, and a reported skip, if it cannot be mounted.
     pub fn overlay() -> Option<Self> {
         let mounted = Self::tmpfs()?;
         let layer = |name: &str| mounted.folder.path().join("mnt").join(name);
@@ -40,7 +40,7 @@ impl Mounted {
         mounted.taken(done, merged)
     }
 
-    /// A tmpfs, with the same condition.
+    /// Mounts a tmpfs, with the same condition.
     pub fn tmpfs() -> Option<Self> {
         let mounted = Self::unmounted()?;
         let point = mounted.folder.path().join("mnt");
@@ -48,7 +48,7 @@ impl Mounted {
         mounted.taken(done, point)
     }
 
-    /// A new file system of this type (`ext4`, `xfs`, `btrfs`) in a file, with the same condition.
+    /// Mounts a new file system of this type (`ext4`, `xfs`, `btrfs`) in a file, with the same condition.
     pub fn image(kind: &str) -> Option<Self> {
         let mounted = Self::unmounted()?;
         let (image, point) = (mounted.folder.path().join("image"), mounted.folder.path().join("mnt"));
@@ -65,12 +65,12 @@ impl Mounted {
         mounted.taken(made, point)
     }
 
-    /// Where it is mounted.
+    /// The mount point.
     pub fn path(&self) -> &Path {
         self.points.last().map_or(self.folder.path(), PathBuf::as_path)
     }
 
-    /// The upper layer of an overlay, by a path that does not go through it.
+    /// The upper layer of an overlay, by a path that does not lead through it.
     pub fn upper(&self) -> PathBuf {
         self.folder.path().join("mnt/upper")
     }
@@ -101,7 +101,7 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         for point in self.points.iter().rev() {
-            // Lazily: what is still open there goes later.
+            // Lazily: files that are still open keep the mount until they are closed.
             if let Err(error) = run(Command::new("umount").arg("-l").arg(point)) {
                 eprintln!("failed to unmount {}: {error:#}", point.display());
             }

@@ -1,12 +1,12 @@
-//! Bytes that tell where they belong.
+//! Bytes that depend on their position.
 
 /// The size of a word of a pattern, in bytes.
 pub const WORD_SIZE: usize = 8;
 
 /// Gives every aligned 8-byte word of a memory image a value that depends on its offset.
 ///
-/// A page from the wrong offset, of another template or full of zeros is noticed. Words of templates are odd, words
-/// written by guests are even and never zero: neither is ever taken for the other, nor for memory that was never filled.
+/// So a page from the wrong offset, of another template or full of zeros is noticed. Words of templates are odd; words
+/// written by guests are even and never zero. So neither is taken for the other, nor for memory that was never filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pattern {
     key: u64,
@@ -19,14 +19,14 @@ enum Kind {
     Written,
 }
 
-/// A word that is not what it should be.
+/// A word with wrong content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WrongWord {
-    /// Where, in bytes from the start of the image.
+    /// Its offset in the image, in bytes.
     pub offset: u64,
-    /// What should be there.
+    /// The expected word.
     pub expected: u64,
-    /// What is there.
+    /// The actual word.
     pub found: u64,
 }
 
@@ -39,7 +39,7 @@ impl Pattern {
         }
     }
 
-    /// The pattern that a guest of the template with this seed writes the `generation`th time.
+    /// The pattern that a guest of the template with this seed writes with this `generation`.
     pub const fn of_writes(seed: u64, generation: u32) -> Self {
         Self {
             key: mix(mix(seed) ^ generation as u64),
@@ -67,13 +67,13 @@ impl Pattern {
         }
     }
 
-    /// The first word of `page`, which lies at `offset`, that is not of this pattern.
+    /// Returns the first word of `page`, at `offset`, that is not of this pattern.
     pub fn first_wrong_word(self, offset: u64, page: &[u8]) -> Option<WrongWord> {
         first_wrong_word(offset, page, |offset| self.word(offset))
     }
 }
 
-/// The first word of `page`, which lies at `offset`, that is not what `expected` says for its offset.
+/// Returns the first word of `page`, at `offset`, that differs from `expected` for its offset.
 pub(crate) fn first_wrong_word(offset: u64, page: &[u8], expected: impl Fn(u64) -> u64) -> Option<WrongWord> {
     let (words, _) = page.as_chunks::<WORD_SIZE>();
     words

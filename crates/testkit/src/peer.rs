@@ -1,4 +1,4 @@
-//! Peers that do not behave: any handshake, out of any process.
+//! Peers that break the rules: any handshake, from any process.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,33 +12,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::uffd_without_api;
 
-/// Connect and send what nobody in his right mind would.
+/// Connects and sends any message.
 ///
-/// For the simulated VMM to run, in a process of its own: the server may kill its peer.
+/// Runs in a process of its own, the simulated VMM, since the server may kill its peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RawHandshake {
     /// The socket of the page server.
     pub socket: PathBuf,
-    /// What is sent, in this order. Nothing, for a peer that connects and stays silent.
+    /// The pieces to send, in this order. Empty for a peer that connects and stays silent.
     pub pieces: Vec<Piece>,
-    /// How long it pauses between two pieces, in milliseconds, so that they do not arrive as one.
+    /// Pause between two pieces in milliseconds, so that they do not arrive as one.
     pub pause_ms: u64,
-    /// What it does when all is sent.
+    /// The behaviour after the last piece.
     pub then: Then,
-    /// How long it waits for the server to close the connection, in milliseconds.
+    /// Time to wait for the server to close the connection, in milliseconds.
     pub within_ms: u64,
 }
 
 /// One piece of a message, sent by one `sendmsg`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Piece {
-    /// Its bytes. Without any, nothing is sent, file descriptors neither.
+    /// Its bytes. If it has none, nothing is sent, no file descriptors either.
     pub bytes: Bytes,
-    /// The file descriptors that go with it.
+    /// The file descriptors that are sent with it.
     pub fds: Vec<FdKind>,
 }
 
-/// Bytes, kept readable where they are text.
+/// Bytes, readable if they are text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bytes {
@@ -70,21 +70,21 @@ impl From<&[u8]> for Bytes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FdKind {
-    /// A userfaultfd as Firecracker sends it, except that nothing is registered.
+    /// A userfaultfd like Firecracker's, except that nothing is registered.
     Uffd,
-    /// A userfaultfd that has not been through `UFFDIO_API`.
+    /// A userfaultfd without `UFFDIO_API`.
     UffdWithoutApi,
     /// `/dev/null`.
     DevNull,
-    /// The end of a pipe.
+    /// One end of a pipe.
     Pipe,
-    /// Memory with a file descriptor.
+    /// A memfd.
     Memfd,
     /// A TCP socket whose last `close` waits an hour for the other side to read.
     LingeringSocket,
 }
 
-/// What a peer does after its last piece.
+/// The behaviour of a peer after its last piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Then {
@@ -92,12 +92,13 @@ pub enum Then {
     KeepOpen,
     /// Closes the connection at once.
     Close,
-    /// Sends its last piece again and again, without file descriptors, until the server closes the connection.
+    /// Sends its last piece repeatedly, without file descriptors, until the server closes the connection.
     RepeatLast,
 }
 
 impl RawHandshake {
-    /// A peer that sends `message` in one piece with `fds`, then waits up to a minute for the server to hang up.
+    /// Creates a peer that sends `message` in one piece with `fds`, then waits up to a minute for the server to close
+    /// the connection.
     pub fn new(socket: impl Into<PathBuf>, message: impl AsRef<[u8]>, fds: &[FdKind]) -> Self {
         Self {
             socket: socket.into(),
@@ -111,7 +112,7 @@ impl RawHandshake {
         }
     }
 
-    /// A peer that connects and says nothing, for up to a minute.
+    /// Creates a peer that connects and stays silent, for up to a minute.
     pub fn silent(socket: impl Into<PathBuf>) -> Self {
         Self {
             pieces: Vec::new(),
@@ -119,8 +120,7 @@ impl RawHandshake {
         }
     }
 
-    /// The same message cut into pieces of `length` bytes; file descriptors go with the first piece of what they went
-    /// with before.
+    /// Cuts the message into pieces of `length` bytes. File descriptors stay with the first piece of theirs.
     #[must_use]
     pub fn in_pieces_of(mut self, length: usize) -> Self {
         self.pieces = self
@@ -138,17 +138,17 @@ impl RawHandshake {
     }
 }
 
-/// How the server took it.
+/// The reaction of the server.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct RawReport {
-    /// Bytes the kernel took for the server; it need not have read them.
+    /// Bytes that the kernel accepted for the server, which may not have read them.
     pub sent: u64,
-    /// When the server had closed the connection, in microseconds from the connect. `None`: it had not in time, or the
-    /// peer closed it itself.
+    /// Time from the connect until the server had closed the connection, in microseconds. `None` if it had not in time,
+    /// or the peer closed it itself.
     pub closed_after_us: Option<u64>,
 }
 
-/// Plays the peer. Returns as soon as the server has closed the connection, and after `within_ms` at the latest.
+/// Runs the peer. Returns once the server has closed the connection, after `within_ms` at the latest.
 pub(crate) fn play(handshake: &RawHandshake) -> Result<RawReport> {
     let stream = connect(&handshake.socket)?;
     let started = Instant::now();
@@ -195,7 +195,7 @@ pub(crate) fn connect(socket: &Path) -> Result<UnixStream> {
     UnixStream::connect(socket).with_context(|| format!("failed to connect to {}", socket.display()))
 }
 
-/// Waits until the other side has closed the connection, and says whether it had by the deadline.
+/// Waits until the other side has closed the connection. Returns whether it had by the deadline.
 pub(crate) fn await_close(mut stream: &UnixStream, deadline: Instant) -> Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -205,7 +205,7 @@ pub(crate) fn await_close(mut stream: &UnixStream, deadline: Instant) -> Result<
         stream.set_read_timeout(Some(left))?;
         match stream.read(&mut [0; 4096]) {
             Ok(0) => return Ok(true),
-            // A page server says nothing, but if it does, that is no end.
+            // A page server sends nothing, but bytes are not the end.
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(true),
             Err(error) if is_timeout(error.kind()) => {}
@@ -270,7 +270,7 @@ fn open(kind: FdKind) -> Result<OwnedFd> {
 fn lingering_socket() -> Result<OwnedFd> {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
     let mut stream = std::net::TcpStream::connect(listener.local_addr()?)?;
-    // It reads nothing as long as this process lives.
+    // It reads nothing while this process lives.
     Box::leak(Box::new(listener.accept()?));
     stream.set_nonblocking(true)?;
     let bytes = vec![0; 1 << 16];

@@ -1,4 +1,4 @@
-//! What a process holds, to find leaks and to see what it shares.
+//! Resources of a process, to find leaks and shared memory.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use procfs::process::Process;
 
-/// What a process holds at one moment.
+/// Resources of a process at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessUse {
     /// Open file descriptors.
@@ -20,11 +20,11 @@ pub struct ProcessUse {
 }
 
 impl ProcessUse {
-    /// What the process `pid` holds now.
+    /// Returns the current resources of the process `pid`.
     ///
     /// # Errors
     ///
-    /// There is no such process, or it is not ours to look at.
+    /// There is no such process, or this user may not read them.
     pub fn of(pid: u32) -> Result<Self> {
         let process = process(pid)?;
         let stat = process.stat()?;
@@ -40,24 +40,24 @@ impl ProcessUse {
 /// The memory of a process as its share of the host's (`smaps_rollup`), in bytes. Hugepages are counted apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// All that is resident.
+    /// Resident memory (RSS).
     pub rss_bytes: u64,
-    /// The same, with what is shared divided by the number of processes that share it.
+    /// Resident memory, each shared page divided by the number of processes that map it (PSS).
     pub pss_bytes: u64,
-    /// What no other process maps.
+    /// Memory that no other process maps.
     pub private_bytes: u64,
-    /// What others map too.
+    /// Memory that other processes map, too.
     pub shared_bytes: u64,
     /// Hugepages, private and shared.
     pub hugetlb_bytes: u64,
 }
 
 impl MemoryUse {
-    /// The memory of the process `pid` now.
+    /// Returns the memory of the process `pid`.
     ///
     /// # Errors
     ///
-    /// There is no such process, or it is not ours to look at.
+    /// There is no such process, or this user may not read it.
     pub fn of(pid: u32) -> Result<Self> {
         let rollup = process(pid)?.smaps_rollup()?.memory_map_rollup;
         let map = rollup
@@ -77,16 +77,16 @@ impl MemoryUse {
     }
 }
 
-/// The open file descriptors of this process and what each refers to, for the message of a leak test.
+/// Returns the open file descriptors of this process and their files, for the message of a leak test.
 ///
 /// # Errors
 ///
-/// `/proc` is not there.
+/// `/proc` is missing.
 pub fn own_fds() -> Result<BTreeMap<i32, String>> {
     let mut fds = BTreeMap::new();
     for entry in std::fs::read_dir("/proc/self/fd")? {
         let entry = entry?;
-        // The one that lists the directory is gone by the time anybody looks.
+        // The descriptor of the listing itself is closed by now.
         if let Ok(target) = std::fs::read_link(entry.path()) {
             let number = entry.file_name().to_string_lossy().parse()?;
             fds.insert(number, target.to_string_lossy().into_owned());

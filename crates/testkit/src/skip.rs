@@ -8,7 +8,7 @@ use std::path::Path;
 use pagecast_uffd::lease::LeaseBreaks;
 use rustix::thread::CapabilitySet;
 
-/// What a test needs and says that this machine has not. In CI, the test fails if the machine has it: then the test is wrong.
+/// A requirement of a test. If this machine has it, skipping the test for it in CI is a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Need {
@@ -33,7 +33,7 @@ pub enum Need {
 }
 
 impl Need {
-    /// Whether this machine has it, as seen apart from the test.
+    /// Checks, apart from the test, whether this machine has it.
     pub fn is_there(self) -> bool {
         match self {
             Self::Kvm => cfg!(target_arch = "x86_64") && Path::new("/dev/kvm").exists(),
@@ -78,7 +78,7 @@ impl fmt::Display for Need {
     }
 }
 
-/// Why a test is skipped, and what it needs if that can be looked for apart from the test.
+/// The reason for a skip, and the missing requirement if it can be checked apart from the test.
 #[derive(Clone, Debug)]
 pub struct Skip {
     need: Option<Need>,
@@ -118,9 +118,9 @@ impl From<&String> for Skip {
     }
 }
 
-/// Says why the rest of a test is skipped: on its output, and in the file that the variable `PAGECAST_SKIPPED` names, since
-/// test runners hide the output of tests that pass. Takes a [`Need`], a need with a reason, or a reason that only the test
-/// itself can look for.
+/// Reports why the rest of a test is skipped: on its output, and in the file named by the variable `PAGECAST_SKIPPED`,
+/// since test runners hide the output of tests that pass. Takes a [`Need`], a need with a reason, or a reason that only
+/// the test itself can check.
 ///
 /// # Panics
 ///
@@ -137,7 +137,7 @@ pub fn skip(skip: impl Into<Skip>) {
         return;
     };
     let test = std::thread::current().name().unwrap_or("main").to_owned();
-    // One write of one line: tests that run at once do not mix theirs.
+    // One write of one line, so that tests that run at once do not mix theirs.
     let line = format!("{test}: {}\n", reason.replace('\n', " "));
     let file = std::fs::File::options().create(true).append(true).open(&path);
     if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
@@ -145,19 +145,19 @@ pub fn skip(skip: impl Into<Skip>) {
     }
 }
 
-/// Whether a skip for lack of this is wrong, because the machine has it.
+/// Returns `true` if a skip for this need is wrong, because the machine has it.
 fn is_wrong(need: Option<Need>) -> bool {
     need.is_some_and(Need::is_there)
 }
 
-/// As CI services and `.ci/run` say it.
+/// Set by CI services and `.ci/run`.
 fn in_ci() -> bool {
     std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false" && ci != "0")
 }
 
 fn has_leases() -> anyhow::Result<bool> {
     let file = tempfile::NamedTempFile::new()?;
-    // A lease for reading needs a file that nobody has open for writing.
+    // A lease for reading needs a file that is not open for writing.
     let file = file.into_temp_path();
     let read = std::fs::File::open(&file)?;
     Ok(LeaseBreaks::on_this_thread()?.take_read_lease(read.as_fd()).is_ok())
@@ -196,7 +196,7 @@ mod tests {
         assert!(!is_wrong(None));
     }
 
-    /// Runs the test below in a process of its own, with this in `CI`: whether it passes, and what it says.
+    /// Runs the test below in a process of its own, with this value of `CI`. Returns whether it passes, and its output.
     fn in_process(test: &str, ci: &str) -> (bool, String) {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", &format!("skip::tests::{test}"), "--ignored", "--nocapture"])

@@ -1,4 +1,4 @@
-//! Mem-files that know what is in them.
+//! Mem-files with known content.
 
 use std::fs::File;
 use std::num::NonZeroU64;
@@ -12,41 +12,41 @@ use tempfile::TempDir;
 
 use crate::pattern::{Pattern, first_wrong_word};
 
-/// The size of the pages a [`Layout`] counts in, in bytes; also where guests have larger ones.
+/// Size of the pages of a [`Layout`] in bytes, for guests with larger pages, too.
 pub const LAYOUT_PAGE: u64 = LAYOUT_PAGE_LEN as u64;
 
 /// The same, for lengths in memory.
 pub(crate) const LAYOUT_PAGE_LEN: usize = 4096;
 
-/// Read and written at once.
+/// Bytes that are read or written at once.
 const CHUNK: usize = 1 << 20;
 
-/// What every word of a template is.
+/// The content of a template.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateModel {
     /// Its size in bytes, a multiple of [`LAYOUT_PAGE`].
     pub size: u64,
-    /// Which pattern its data has; another for every template of a test, so that one is never taken for the other.
+    /// The pattern of its data; different for every template of a test, so that none is taken for another.
     pub seed: u64,
-    /// Where it has no data.
+    /// Its zeros.
     pub layout: Layout,
 }
 
-/// Where a template has zeros. Pages are counted in [`LAYOUT_PAGE`]s; what is not mentioned is data.
+/// The zeros of a template, counted in [`LAYOUT_PAGE`]s. All other pages are data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
-    /// Of every so many pages the last one is written as zeros.
+    /// The last of every `n` pages is written as zeros.
     pub zero_every: Option<NonZeroU64>,
     /// Ranges of pages that are holes of the file, in ascending order.
     pub holes: Vec<Range<u64>>,
 }
 
-/// What a page of a template holds.
+/// The content of a page of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
     /// The words of this pattern.
     Pattern(Pattern),
-    /// Zeros, be it in a hole or written out.
+    /// Zeros, in a hole or written out.
     Zero,
 }
 
@@ -61,7 +61,7 @@ impl Expected {
 }
 
 impl TemplateModel {
-    /// A template of `size` bytes of data, no zeros in it.
+    /// A template of `size` bytes of data, without zeros.
     pub fn of_data(size: u64, seed: u64) -> Self {
         Self {
             size,
@@ -70,7 +70,7 @@ impl TemplateModel {
         }
     }
 
-    /// What the page around `offset` holds.
+    /// Returns the content of the page around `offset`.
     pub fn expected(&self, offset: u64) -> Expected {
         let page = offset / LAYOUT_PAGE;
         let zero = self
@@ -91,17 +91,17 @@ impl TemplateModel {
     }
 }
 
-/// A mem-file on disk and what should be in it.
+/// A mem-file on disk and its expected content.
 #[derive(Debug)]
 pub struct TemplateFile {
     path: PathBuf,
     model: TemplateModel,
     identity: Identity,
-    /// Removed with the fixture, where it was made for it.
+    /// Removed when this is dropped, if it was created for it.
     _directory: Option<TempDir>,
 }
 
-/// What of a file's metadata changes when somebody replaces, truncates or writes it.
+/// The metadata that changes when a file is replaced, truncated or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -111,7 +111,7 @@ struct Identity {
 }
 
 impl TemplateFile {
-    /// Makes the mem-file in a directory of its own, which goes when this is dropped.
+    /// Creates the mem-file in a temporary folder, removed when this is dropped.
     ///
     /// # Errors
     ///
@@ -125,11 +125,11 @@ impl TemplateFile {
         })
     }
 
-    /// Makes the mem-file at `path`, where nothing may be yet. It stays when this is dropped.
+    /// Creates the mem-file at `path`, which must not exist. It is kept when this is dropped.
     ///
     /// # Errors
     ///
-    /// The size is not whole pages, something is there, or the file cannot be written.
+    /// The size is not whole pages, the path exists, or the file cannot be written.
     pub fn create_at(path: &Path, model: TemplateModel) -> Result<Self> {
         ensure!(
             model.size.is_multiple_of(LAYOUT_PAGE),
@@ -145,28 +145,27 @@ impl TemplateFile {
         })
     }
 
-    /// Where it is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What should be in it.
+    /// Expected content of the file.
     pub fn model(&self) -> &TemplateModel {
         &self.model
     }
 
-    /// Makes sure that the file is the one that was made, of the same size, never written since, and that every byte is
-    /// what it was.
+    /// Checks that the file is the created one, of the same size, never written since, and with the same bytes.
     ///
     /// # Errors
     ///
-    /// What has changed, or why the file cannot be read.
+    /// The change, or why the file cannot be read.
     pub fn check_untouched(&self) -> Result<()> {
         let file = File::open(&self.path).with_context(|| format!("failed to open {}", self.path.display()))?;
         let identity = Identity::of(&file)?;
         ensure!(
             identity == self.identity,
-            "the template was touched: it was {:?} and is {identity:?}",
+            "the template was changed: it was {:?} and is {identity:?}",
             self.identity
         );
         let mut buffer = vec![0; CHUNK];
@@ -178,7 +177,7 @@ impl TemplateFile {
             for (page, offset) in chunk.chunks(LAYOUT_PAGE_LEN).zip((offset..).step_by(LAYOUT_PAGE_LEN)) {
                 let expected = self.model.expected(offset);
                 let wrong = first_wrong_word(offset, page, |offset| expected.word(offset));
-                ensure!(wrong.is_none(), "the template was touched: {wrong:x?}");
+                ensure!(wrong.is_none(), "the template was changed: {wrong:x?}");
             }
             offset += u64::try_from(length)?;
         }
@@ -260,7 +259,7 @@ mod tests {
         let template = mixed();
         let file = File::options().write(true).open(template.path()).unwrap();
         file.write_all_at(&[1], 12 * LAYOUT_PAGE).unwrap();
-        // Whoever restores the time still has to answer for the bytes.
+        // Restoring the mtime does not hide changed bytes.
         let modified = rustix::fs::Timespec {
             tv_sec: template.identity.modified.0,
             tv_nsec: template.identity.modified.1,

@@ -1,4 +1,4 @@
-//! How the kernel makes transparent huge pages, set for a test.
+//! The kernel's setting for transparent huge pages, for a test.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -9,9 +9,9 @@ use crate::skip::skip;
 
 const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
-/// A setting of this machine for transparent huge pages, for the time of a test. Dropping it brings the old one back.
+/// The machine's setting for transparent huge pages, for the time of a test. Dropping it restores the old one.
 ///
-/// There is one at a time on a machine: others wait, in other processes too.
+/// A machine has one at a time: others wait, in other processes too.
 #[derive(Debug)]
 pub struct TransparentHugePages {
     // Holds the lock.
@@ -20,12 +20,12 @@ pub struct TransparentHugePages {
 }
 
 impl TransparentHugePages {
-    /// Sets `always`, `madvise` or `never`, waiting for others to be done first. Where that is not permitted, it prints why the
-    /// test is skipped and answers `None`.
+    /// Sets `always`, `madvise` or `never`, after waiting for others. `None`, and a reported skip, if that is not
+    /// permitted.
     ///
     /// # Errors
     ///
-    /// If the setting does not behave like one.
+    /// The file of the setting cannot be read or has unexpected content.
     pub fn set(value: &str) -> Result<Option<Self>> {
         let setting = match OpenOptions::new().read(true).write(true).open(SETTING) {
             Ok(setting) => setting,
@@ -62,7 +62,7 @@ impl TransparentHugePages {
 
 impl Drop for TransparentHugePages {
     fn drop(&mut self) {
-        // There is nobody to tell, and the lock must go in any case.
+        // An error cannot be reported here, and the lock must be released.
         let _ = self.write(&self.before);
     }
 }

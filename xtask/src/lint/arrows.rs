@@ -196,7 +196,7 @@ mod tests {
         let problems = unexplained(&outside, "| `serde_json` | … |\n| `rustix` | … |");
         assert_eq!(
             problems,
-            ["docs/dependencies.md does not say what pagecast uses `serde` for"]
+            ["docs/dependencies.md does not explain why pagecast uses `serde`"]
         );
     }
 }

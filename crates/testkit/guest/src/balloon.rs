@@ -1,5 +1,4 @@
-//! A driver for Firecracker's balloon: gives memory back to the host. Polls, as there is nothing else to do meanwhile.
-//! Runs in ring 3.
+//! A driver for Firecracker's balloon, which gives memory back to the host. It polls, and runs in ring 3.
 //!
 //! The device is a virtio balloon behind virtio-mmio (version 1.2 of the virtio specification, 4.2 and 5.5).
 
@@ -10,7 +9,7 @@ use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 
 use crate::memory;
 
-/// How the command line names a device: `virtio_mmio.device=4K@0xd0000000:5`.
+/// The form of a device on the command line: `virtio_mmio.device=4K@0xd0000000:5`.
 const ARGUMENT: &str = "virtio_mmio.device=";
 const MAGIC: u32 = 0x7472_6976;
 const BALLOON: u32 = 5;
@@ -35,20 +34,20 @@ const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
 const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
-/// Of the upper half of the features: the device is none from before the specification. The only one we accept.
+/// A feature in the upper half: the device conforms to the specification, version 1. We accept only this one.
 const VERSION_1: u32 = 1;
 const USED_BUFFER: u32 = 1;
-/// Of the two queues a balloon must have. The other is for taking memory back, which needs no asking here.
+/// The first of the two queues that a balloon must have. The other takes memory back, which needs no request here.
 const INFLATE: usize = 0;
 
 /// A queue of one buffer. The rings start with their flags, which stay zero.
 #[repr(C, align(16))]
 struct Queue {
-    /// Address; length, flags and the next descriptor, of which only the length is ever set.
+    /// Address; length, flags and the next descriptor, of which only the length is set.
     descriptor: [AtomicU64; 2],
     /// Flags; index; the descriptor, which is always the first.
     available: [AtomicU16; 3],
-    /// Flags; index; and what was used, which can be only one thing.
+    /// Flags; index; and the used element, which can be only one.
     used: Aligned<[AtomicU16; 6]>,
 }
 
@@ -62,15 +61,15 @@ static QUEUES: [Queue; 2] = [const {
         used: Aligned([const { AtomicU16::new(0) }; 6]),
     }
 }; 2];
-/// The page numbers of one request: 1 MiB of pages, which is also the most that Firecracker takes.
+/// The page numbers of one request: 1 MiB of pages, the most that Firecracker takes.
 static PAGES: [AtomicU32; memory::PAGES_PER_MIB] = [const { AtomicU32::new(0) }; memory::PAGES_PER_MIB];
-/// Where the registers are; 0 if there is no balloon.
+/// Address of the registers; 0 if there is no balloon.
 static REGISTERS: AtomicUsize = AtomicUsize::new(0);
 
-/// Finds the balloon by the command line, and sets it up. Most guests have none.
+/// Finds the balloon on the command line, and sets it up. Most guests have none.
 pub(crate) fn set_up(command_line: usize) -> Result<(), &'static str> {
-    // SAFETY: the boot protocol promises a text that ends with a zero; Firecracker puts it below our image, where nobody
-    // writes. Everything is identity mapped.
+    // SAFETY: the boot protocol promises a text that ends with a zero; Firecracker puts it below our image, which
+    // nothing writes to. Everything is identity mapped.
     let text = unsafe { CStr::from_ptr(ptr::with_exposed_provenance::<c_char>(command_line)) };
     let text = text.to_str().map_err(|_| "the command line is not text")?;
     let devices = text
@@ -89,7 +88,7 @@ pub(crate) fn set_up(command_line: usize) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The steps, and their order, are those of section 3.1.1.
+/// The steps and their order are those of section 3.1.1.
 fn activate(registers: usize) -> Result<(), &'static str> {
     write(registers, STATUS, 0);
     write(registers, STATUS, ACKNOWLEDGE);
@@ -115,13 +114,13 @@ fn activate(registers: usize) -> Result<(), &'static str> {
     let working = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
     write(registers, STATUS, working);
     if read(registers, STATUS) != working {
-        return Err("the balloon refuses to work with us");
+        return Err("the balloon refuses our features");
     }
     REGISTERS.store(registers, Ordering::Relaxed);
     Ok(())
 }
 
-/// Gives whole MiB back, one after the other. They are zeros from then on.
+/// Gives whole MiB back, one after the other. They read as zeros from then on.
 pub(crate) fn inflate(pages: Range<usize>) -> Result<(), &'static str> {
     let registers = REGISTERS.load(Ordering::Relaxed);
     if registers == 0 {
@@ -137,7 +136,7 @@ pub(crate) fn inflate(pages: Range<usize>) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Hands [`PAGES`] over and waits until the device is done with them.
+/// Gives [`PAGES`] to the device, and waits until it is done with them.
 fn request(registers: usize) {
     let Queue {
         descriptor: [start, length],
@@ -149,8 +148,8 @@ fn request(registers: usize) {
     let next = available.load(Ordering::Relaxed).wrapping_add(1);
     available.store(next, Ordering::Release);
     write(registers, QUEUE_NOTIFY, 0);
-    // Firecracker up to 1.12.0 calls the buffer used before it drops the pages; all versions interrupt after that. So the
-    // interrupt is what we wait for: who reads too early sees the old bytes, and what is written too early is lost.
+    // Firecracker up to 1.12.0 marks the buffer as used before it drops the pages; all versions interrupt after that.
+    // So this waits for the interrupt. An earlier read gets the old bytes, and an earlier write is lost.
     while {
         while read(registers, INTERRUPT_STATUS) & USED_BUFFER == 0 {}
         write(registers, INTERRUPT_ACK, USED_BUFFER);
@@ -168,7 +167,7 @@ fn write(registers: usize, offset: usize, value: u32) {
     unsafe { ptr::with_exposed_provenance_mut::<u32>(registers + offset).write_volatile(value) }
 }
 
-/// Where the device finds it: our image is identity mapped, far below 4 GiB.
+/// The address for the device: our image is identity mapped, far below 4 GiB.
 fn address<T>(of: &T) -> u32 {
     low_half(ptr::from_ref(of).expose_provenance())
 }

@@ -1,4 +1,4 @@
-//! Lines in, lines out. Runs in ring 3.
+//! Commands: a line in, a line out. Runs in ring 3.
 
 use core::fmt::{self, Write as _};
 use core::ops::Range;
@@ -9,7 +9,7 @@ use crate::{balloon, cpu};
 
 const MIB: usize = 1 << 20;
 
-/// What ring 0 and ring 3 hand to each other, past the ring change in assembly.
+/// Data that ring 0 and ring 3 exchange, past the ring change in assembly.
 #[repr(C)]
 pub(crate) struct Exchange {
     pub(crate) line: [u8; 128],
@@ -56,7 +56,7 @@ impl Exchange {
             .and_then(|line| str::from_utf8(line).ok())
             .ok_or("not text")?;
         let mut words = text.split_ascii_whitespace();
-        // A reply that does not fit is cut, and the host notices; all of them are far shorter than the text.
+        // A reply that does not fit is cut, which the host notices. All replies are far shorter than the text.
         let _ = match words.next() {
             Some("ping") => writeln!(self.reply, "ok ping"),
             Some("write") => {

@@ -1,4 +1,4 @@
-//! Segments, page tables, interrupts, ports: what ring 0 needs to start ring 3 and to sleep.
+//! Segments, page tables, interrupts, ports: everything that ring 0 needs to start ring 3 and to sleep.
 
 use core::arch::{asm, global_asm};
 use core::fmt::Write as _;
@@ -18,19 +18,19 @@ unsafe extern "C" {
     static trap_stack_top: u8;
 }
 
-/// Memory that can be used: Firecracker puts RAM below 3 GiB at its own address.
+/// Usable memory: Firecracker puts RAM below 3 GiB at its own address.
 pub(crate) const RAM_GIB: usize = 3;
-/// Devices are in the GiB above.
+/// Devices are in the next GiB.
 const MAPPED_GIB: usize = RAM_GIB + 1;
 
 const PRESENT_WRITABLE_USER: u64 = 0b111;
 const LARGE: u64 = 1 << 7;
 const RING0_CODE: u16 = 0x08;
 const TASK_STATE: u16 = 0x28;
-/// Where the interrupt controller is told to deliver IRQ 0; the serial port is IRQ 4.
+/// The vector of IRQ 0; the serial port is IRQ 4.
 const FIRST_IRQ_VECTOR: u8 = 0x20;
 const SERIAL_IRQ: u8 = 4;
-/// What the interrupt controller delivers when an interrupt went away before it was taken.
+/// The vector of an interrupt that went away before it was taken.
 const SPURIOUS_IRQ: u8 = 7;
 
 #[repr(C, align(4096))]
@@ -62,7 +62,7 @@ static mut TASK: TaskState = TaskState([0; 26]);
 static mut INTERRUPTS: InterruptTable = InterruptTable([[0; 2]; 64]);
 static mut TOP: PageTable = PageTable([0; 512]);
 static mut GIBS: PageTable = PageTable([0; 512]);
-/// One page table per GiB. Filled at compile time, as loops in ring 0 can be slow (see the crate's documentation).
+/// One page table per GiB. Filled at compile time, since loops in ring 0 can be slow (see the crate's documentation).
 static MIBS: [PageTable; MAPPED_GIB] = [identity(0), identity(1), identity(2), identity(3)];
 
 const fn identity(gib: u64) -> PageTable {
@@ -75,9 +75,9 @@ const fn identity(gib: u64) -> PageTable {
     table
 }
 
-/// An identity map that ring 3 may use, our own segments and task state, and handlers for what we expect.
+/// Loads an identity map that ring 3 may use, segments, task state, and handlers for the expected interrupts.
 pub(crate) fn set_up() {
-    // SAFETY: called once, before anything else runs on the only CPU, so nobody else looks at these tables; they are
+    // SAFETY: called once, before anything else runs on the only CPU, so nothing else uses these tables; they are
     // static, so the addresses handed to the CPU stay valid. The new map covers all of the old one.
     unsafe {
         TOP.0[0] = &raw const GIBS as u64 | PRESENT_WRITABLE_USER;
@@ -119,7 +119,7 @@ pub(crate) fn set_up() {
             task = in(reg) TASK_STATE,
         );
     }
-    // The legacy interrupt controllers: edge triggered, cascaded, everything masked but the serial port.
+    // The legacy interrupt controllers: edge triggered, cascaded, all masked but the serial port.
     for (port, value) in [
         (0x20, 0x11),
         (0xa0, 0x11),
@@ -147,7 +147,7 @@ fn low_half(value: u64) -> u32 {
     value as u32
 }
 
-/// Where usable memory ends, according to the memory map (e820) in the boot parameters; at most [`RAM_GIB`].
+/// Returns the end of usable memory, from the memory map (e820) in the boot parameters; at most [`RAM_GIB`].
 pub(crate) fn ram_end(boot_params: *const u8) -> usize {
     const COUNT: usize = 0x1e8;
     const TABLE: usize = 0x2d0;
@@ -175,7 +175,7 @@ pub(crate) fn ram_end(boot_params: *const u8) -> usize {
         .unwrap_or(0)
 }
 
-/// Where the command line is, according to the boot parameters: a text that ends with a zero.
+/// Returns the command line, from the boot parameters: a text that ends with a zero.
 pub(crate) fn command_line(boot_params: *const u8) -> usize {
     const POINTER: usize = 0x228;
 
@@ -186,19 +186,19 @@ pub(crate) fn command_line(boot_params: *const u8) -> usize {
 
 /// Runs a function in ring 3 and waits for it.
 pub(crate) fn run_in_ring3(function: extern "C" fn(&mut Exchange), argument: &mut Exchange) {
-    // SAFETY: ring 3 shares our address space and has a stack of its own; `set_up` loaded what the way there and back
-    // needs. Nothing else runs meanwhile.
+    // SAFETY: ring 3 shares our address space and has its own stack; `set_up` loaded all that the ring changes need.
+    // Nothing else runs meanwhile.
     unsafe { run_in_ring3_raw(function, argument) }
 }
 
-/// Sleeps until an interrupt, then turns interrupts off again. An interrupt that is already due is not missed: `sti`
-/// takes effect only after the instruction that follows it.
+/// Sleeps until an interrupt, then disables interrupts again. A pending interrupt is not missed: `sti` takes effect
+/// only after the instruction that follows it.
 pub(crate) fn sleep() {
     // SAFETY: the only interrupt that is not masked has a handler that keeps all registers.
     unsafe { asm!("sti", "hlt", "cli") }
 }
 
-/// Resets through the keyboard controller, on which Firecracker exits.
+/// Resets through the keyboard controller, at which Firecracker exits.
 pub(crate) fn reset() -> ! {
     write_port(0x64, 0xfe);
     loop {

@@ -14,10 +14,10 @@
 //! | `inflate START COUNT` | `ok inflate pages=N ticks=T`: gave the pages back to the host through Firecracker's balloon, a request for each MiB, and waited until the host had dropped them. They may be written again |
 //! | `halt` | `ok halt`, then the guest resets and Firecracker exits |
 //!
-//! Anything else gets `err` and a reason. The guest remembers in its own memory which pattern each page must hold (so
-//! a snapshot carries it); pages never written, or given back since, must read as zeros. `D` is a digest of these notes for the range
-//! (FNV-1a of one byte a page), so that the host notices if the notes themselves were lost. `T` is in ticks of the time
-//! stamp counter.
+//! Any other line gets `err` and a reason. The guest notes in its own memory which pattern each page must hold, so that
+//! a snapshot has the notes. Pages that were never written, or given back since, must read as zeros. `D` is a digest of
+//! the notes for the range (FNV-1a of one byte a page), so that the host notices lost notes. `T` is in ticks of the
+//! time stamp counter.
 //!
 //! # Two rings
 //!
@@ -60,6 +60,6 @@ extern "C" fn start(boot_params: *const u8) -> ! {
 
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
-    // In ring 3 this faults, which the exception handler reports; in ring 0 it is reported the same way.
+    // In ring 3 this faults, and the exception handler reports it. In ring 0 it is reported in the same way.
     cpu::fault()
 }

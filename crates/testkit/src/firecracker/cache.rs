@@ -1,11 +1,11 @@
-//! `target/pagecast`: what is fetched or built once and then used by many test processes.
+//! `target/pagecast`: files that are fetched or built once, and then used by many test processes.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-/// The folder, which exists afterwards.
+/// Returns the folder, and creates it if it is missing.
 pub(crate) fn folder() -> Result<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     // A relative CARGO_TARGET_DIR is relative to where cargo ran, which for this workspace is its root.
@@ -17,7 +17,7 @@ pub(crate) fn folder() -> Result<PathBuf> {
         .with_context(|| format!("failed to resolve {}", folder.display()))
 }
 
-/// Keeps other processes (and threads) that ask for the same name waiting for as long as the file lives.
+/// Locks this name against other processes and threads, until the file is dropped.
 pub(crate) fn lock(name: &str) -> Result<File> {
     let path = folder()?.join(format!("{name}.lock"));
     let file = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;

@@ -10,51 +10,51 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// What `write` did.
+/// The result of `write`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
     /// Pages of 4 KiB.
     pub pages: u64,
-    /// How long the guest took, in ticks of its time stamp counter.
+    /// Time in the guest, in ticks of its time stamp counter.
     pub ticks: u64,
-    /// How long it took for us.
+    /// Time on the host.
     pub elapsed: Duration,
 }
 
-/// What `verify` found.
+/// The result of `verify`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
     /// Pages of 4 KiB.
     pub pages: u64,
-    /// Words of 8 bytes that were not what they must be.
+    /// Words of 8 bytes with wrong content.
     pub mismatches: u64,
-    /// The first of them: its guest-physical address, what it must be, what it was.
+    /// The first of them: its guest-physical address, its expected and its actual content.
     pub first_bad: Option<String>,
-    /// How long the guest took, in ticks of its time stamp counter.
+    /// Time in the guest, in ticks of its time stamp counter.
     pub ticks: u64,
-    /// How long it took for us.
+    /// Time on the host.
     pub elapsed: Duration,
 }
 
-/// What `touch` did.
+/// The result of `touch`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Touched {
     /// Pages of 4 KiB.
     pub pages: u64,
-    /// How long the guest took, in ticks of its time stamp counter.
+    /// Time in the guest, in ticks of its time stamp counter.
     pub ticks: u64,
-    /// How long it took for us.
+    /// Time on the host.
     pub elapsed: Duration,
 }
 
-/// What `inflate` did.
+/// The result of `inflate`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inflated {
     /// Pages of 4 KiB.
     pub pages: u64,
-    /// How long the guest took, in ticks of its time stamp counter.
+    /// Time in the guest, in ticks of its time stamp counter.
     pub ticks: u64,
-    /// How long it took for us.
+    /// Time on the host.
     pub elapsed: Duration,
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Console {
 impl Console {
     pub(crate) fn new(input: ChildStdin, output: ChildStdout) -> Self {
         let (sender, lines) = mpsc::channel();
-        // Ends with Firecracker, whose end of the pipe then closes.
+        // The thread ends with Firecracker, whose end of the pipe then closes.
         thread::spawn(move || {
             for line in BufReader::new(output).lines() {
                 let Ok(line) = line else { break };

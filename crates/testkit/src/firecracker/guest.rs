@@ -11,12 +11,12 @@ use super::{cache, tool};
 const TARGET: &str = "x86_64-unknown-none";
 const NAME: &str = "pagecast-guest";
 
-/// Builds the tiny guest if it is not up to date; the path of its ELF file. Whoever boots it need not ask for this, but
-/// may want the download of its Rust target, where that is missing, to happen before some time is measured.
+/// Builds the tiny guest if it is not up to date, and returns the path of its ELF file. Booting does this, too. Call it
+/// first if the download of its Rust target must not be measured.
 ///
 /// # Errors
 ///
-/// If its Rust target is missing and cannot be added, or it does not build.
+/// Its Rust target is missing and cannot be added, or the guest does not build.
 pub fn build_guest() -> Result<PathBuf> {
     let target_folder = cache::folder()?.join("guest");
     let _lock = cache::lock("guest")?;
@@ -31,7 +31,7 @@ pub fn build_guest() -> Result<PathBuf> {
     Ok(target_folder.join(TARGET).join("release").join(NAME))
 }
 
-/// Whether the source of the guest is where it was when this was built: a program that is carried to another machine has
+/// Returns `true` if the source of the guest exists at the path of this build. On another machine there is none.
 /// to do without the guest.
 pub fn has_guest_source() -> bool {
     folder().join("Cargo.toml").is_file()
@@ -52,8 +52,8 @@ fn ensure_target_is_installed() -> Result<()> {
     Ok(())
 }
 
-/// A tool in the guest's folder, where the guest's own `.cargo/config.toml` holds, and nothing that is set for the
-/// build of the workspace.
+/// A tool in the guest's folder, with the guest's own `.cargo/config.toml`, and without settings for the build of the
+/// workspace.
 pub fn guest_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.current_dir(folder());
@@ -65,8 +65,8 @@ pub fn guest_command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Whether a variable would make cargo build something else than the guest's own configuration says. Tests run with
-/// those of the workspace's build: its flags and target, the wrappers of clippy and of coverage tools.
+/// Returns `true` if a variable would override the guest's configuration of cargo. Tests run with the variables of the
+/// workspace's build: its flags and target, and the wrappers of clippy and of coverage tools.
 fn is_about_another_build(name: &str) -> bool {
     let kept = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_"];
     (name.starts_with("CARGO_") && !kept.iter().any(|prefix| name.starts_with(prefix)))

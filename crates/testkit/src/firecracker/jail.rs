@@ -1,4 +1,4 @@
-//! The real jailer: a Firecracker in a root directory of its own, as another user, in a PID namespace and a cgroup.
+//! The real jailer: a Firecracker with its own root directory, user, PID namespace and cgroup.
 
 use std::path::{Path, PathBuf};
 
@@ -74,7 +74,7 @@ impl Jail {
         self.place.jailer().gid()
     }
 
-    /// The cgroup that Firecracker is put in, if this host has one for memory.
+    /// The cgroup of Firecracker, if this host has one for memory.
     pub fn cgroup(&self) -> Option<&Path> {
         self.cgroup.as_deref()
     }
@@ -84,7 +84,7 @@ impl Jail {
         &self.place
     }
 
-    /// Whether the root directory of a process is this jail's.
+    /// Returns `true` if the root directory of a process is that of this jail.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Whether this machine can run Firecracker at all.
+//! Whether this machine can run Firecracker.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -7,17 +7,17 @@ use anyhow::{Context as _, Result};
 
 const DEVICE: &str = "/dev/kvm";
 
-/// What [`kvm`] found.
+/// The result of [`kvm`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kvm {
-    /// Firecracker runs here.
+    /// Firecracker can run here.
     Usable,
-    /// It cannot run here, and why.
+    /// Firecracker cannot run here, for this reason.
     Missing(String),
 }
 
 impl Kvm {
-    /// For tests, which print why they are skipped and return if this is true.
+    /// For tests: reports the skip and returns `true` if Firecracker cannot run here.
     pub fn skips(&self) -> bool {
         match self {
             Self::Usable => false,
@@ -29,11 +29,11 @@ impl Kvm {
     }
 }
 
-/// Whether this machine can run Firecracker with the tiny guest.
+/// Checks whether this machine can run Firecracker with the tiny guest.
 ///
 /// # Errors
 ///
-/// If there is a KVM device that cannot be opened: a machine that could run Firecracker must not pass by skipping.
+/// There is a KVM device that cannot be opened: a machine that could run Firecracker must not skip.
 pub fn kvm() -> Result<Kvm> {
     if !cfg!(target_arch = "x86_64") {
         return Ok(Kvm::Missing("the tiny guest needs an x86-64 host".to_owned()));

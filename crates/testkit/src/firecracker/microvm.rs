@@ -25,20 +25,20 @@ pub struct BlankVmm {
 }
 
 impl BlankVmm {
-    /// Starts one, and waits until it takes requests.
+    /// Starts Firecracker, and waits until its API answers.
     ///
     /// # Errors
     ///
-    /// If Firecracker cannot be had, or does not come up.
+    /// Firecracker is missing, or does not start.
     pub fn start() -> Result<Self> {
         Ok(Self::from(Vmm::start()?))
     }
 
-    /// Starts one in a jail. Paths that it gets later are those of the host.
+    /// Starts Firecracker in a jail. Later paths are those of the host.
     ///
     /// # Errors
     ///
-    /// If the jailer or Firecracker does not come up.
+    /// The jailer or Firecracker does not start.
     pub fn start_in(jail: Jail) -> Result<Self> {
         Ok(Self::from(Vmm::start_in(jail)?))
     }
@@ -50,16 +50,16 @@ impl BlankVmm {
         }
     }
 
-    /// Firecracker's process id.
+    /// Returns Firecracker's process ID.
     pub fn pid(&self) -> u32 {
         self.vmm.pid()
     }
 
-    /// Has it load the snapshot and resume the guest; how long that took.
+    /// Loads the snapshot and resumes the guest. Returns the time.
     ///
     /// # Errors
     ///
-    /// If Firecracker refuses.
+    /// Firecracker refuses.
     pub fn restore(self, snapshot: &Snapshot, backend: &MemBackend) -> Result<(MicroVm, Duration)> {
         self.load(snapshot, backend, true)
     }
@@ -79,10 +79,9 @@ impl BlankVmm {
     }
 }
 
-/// A Firecracker process of our own, in a temporary folder of its own. Dropping it kills the process and removes the
-/// folder.
+/// A Firecracker process in a temporary folder of its own. Dropping it kills the process and removes the folder.
 ///
-/// Every error tells the last that Firecracker said.
+/// Every error has the end of Firecracker's log.
 #[derive(Debug)]
 pub struct MicroVm {
     vmm: Vmm,
@@ -92,11 +91,11 @@ pub struct MicroVm {
 }
 
 impl MicroVm {
-    /// Boots the tiny guest, with its memory as it is at the start, and waits until it takes commands.
+    /// Boots the tiny guest, with its memory as at the start, and waits until it accepts commands.
     ///
     /// # Errors
     ///
-    /// If Firecracker or the guest cannot be had, or the guest does not come up.
+    /// Firecracker or the guest is missing, or the guest does not start.
     pub fn boot(options: &SnapshotOptions) -> Result<Self> {
         let mem_mib = options.mem_mib;
         let kernel = build_guest()?;
@@ -107,7 +106,7 @@ impl MicroVm {
             &json!({ "vcpu_count": 1, "mem_size_mib": mem_mib, "huge_pages": huge_pages }),
         )?;
         if options.balloon {
-            // The guest gives back what it is told to give: there is no size that Firecracker has to want first.
+            // The guest gives back memory on command, so Firecracker requests no size.
             vm.put("/balloon", &json!({ "amount_mib": 0, "deflate_on_oom": false }))?;
         }
         if let Some(drive) = &options.drive {
@@ -131,62 +130,62 @@ impl MicroVm {
         Ok(vm)
     }
 
-    /// A fork of the snapshot, still paused, and how long the load took.
+    /// Loads a fork of the snapshot, still paused. Returns the time of the load, too.
     ///
     /// # Errors
     ///
-    /// If Firecracker cannot be had or refuses.
+    /// Firecracker is missing or refuses.
     pub fn restore_paused(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
         BlankVmm::start()?.load(snapshot, backend, false)
     }
 
-    /// A fork of the snapshot, running, and how long it took to load and resume it.
+    /// Loads and resumes a fork of the snapshot. Returns the time of both, too.
     ///
     /// # Errors
     ///
-    /// If Firecracker cannot be had or refuses.
+    /// Firecracker is missing or refuses.
     pub fn restore(snapshot: &Snapshot, backend: &MemBackend) -> Result<(Self, Duration)> {
         BlankVmm::start()?.restore(snapshot, backend)
     }
 
-    /// How long each later command may take, instead of a minute.
+    /// Sets the time that each later command may take, instead of a minute.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }
 
-    /// Firecracker's process id, which is its own until the `MicroVm` is dropped or killed.
+    /// Returns Firecracker's process ID, which is its own until the `MicroVm` is dropped or killed.
     pub fn pid(&self) -> u32 {
         self.vmm.pid()
     }
 
-    /// Where it is confined, if it is.
+    /// Returns its jail, if it has one.
     pub fn jail(&self) -> Option<&Jail> {
         self.vmm.jail()
     }
 
-    /// What the kernel says about Firecracker's memory, the guest's included.
+    /// Returns the memory of Firecracker, the guest's included.
     ///
     /// # Errors
     ///
-    /// If Firecracker has ended.
+    /// Firecracker has ended.
     pub fn memory(&self) -> Result<MemoryUse> {
         MemoryUse::of(self.pid()).map_err(|error| self.vmm.explain(&error))
     }
 
-    /// Pauses the guest; how long that took.
+    /// Pauses the guest. Returns the time.
     ///
     /// # Errors
     ///
-    /// If Firecracker refuses.
+    /// Firecracker refuses.
     pub fn pause(&self) -> Result<Duration> {
         self.set_state("Paused")
     }
 
-    /// Resumes a paused guest; how long that took.
+    /// Resumes a paused guest. Returns the time.
     ///
     /// # Errors
     ///
-    /// If Firecracker refuses.
+    /// Firecracker refuses.
     pub fn resume(&self) -> Result<Duration> {
         self.set_state("Resumed")
     }
@@ -203,36 +202,36 @@ impl MicroVm {
         self.vmm.call(Method::PUT, path, body).map(drop)
     }
 
-    /// Asks whether the guest is there; how long the answer took.
+    /// Pings the guest. Returns the time until its answer.
     ///
     /// # Errors
     ///
-    /// If the guest does not answer in time.
+    /// The guest does not answer in time.
     pub fn ping(&mut self) -> Result<Duration> {
         self.command("ping", |_, elapsed| Ok(elapsed))
     }
 
-    /// Gives every `every`th page (by page number) of the range a pattern: words that depend on their address and on
-    /// the pattern's number, which is never 0 unless zeros are wanted. The guest remembers it.
+    /// Writes a pattern to every `every`th page (by page number) of the range: words that depend on their address and
+    /// on the pattern's number, which is 0 for zeros only. The guest notes it.
     ///
-    /// Forks that are to be told apart write different patterns.
+    /// Forks write different patterns, to tell them apart.
     ///
     /// # Errors
     ///
-    /// If the range is not the guest's, or there is no answer in time.
+    /// The range is not the guest's, or there is no answer in time.
     pub fn write(&mut self, range: GuestRange, every: u32, pattern: u8) -> Result<Written> {
         let written = self.command(&format!("write {range} {every} {pattern}"), Reply::into_written)?;
         self.patterns.write(range, every, pattern);
         Ok(written)
     }
 
-    /// Has the guest read every word of the range and compare it with what it wrote there last, or with zero where it
-    /// never wrote or has given the memory back since.
+    /// Has the guest read every word of the range and compare it with its last write, or with zero if there was none or
+    /// the memory was given back since.
     ///
     /// # Errors
     ///
-    /// If the range is not the guest's, or there is no answer in time, or the guest has lost its notes on what it wrote.
-    /// Mismatches are not an error.
+    /// The range is not the guest's, there is no answer in time, or the guest has lost its notes on its writes.
+    /// Mismatches are no error.
     pub fn verify(&mut self, range: GuestRange) -> Result<Verified> {
         let (digest, verified) = self.command(&format!("verify {range}"), |reply, elapsed| {
             Ok((reply.field::<u64>("patterns")?, reply.into_verified(elapsed)?))
@@ -248,41 +247,40 @@ impl MicroVm {
     ///
     /// # Errors
     ///
-    /// If the range is not the guest's, or there is no answer in time.
+    /// The range is not the guest's, or there is no answer in time.
     pub fn touch(&mut self, range: GuestRange) -> Result<Touched> {
         self.command(&format!("touch {range}"), Reply::into_touched)
     }
 
-    /// Has the guest give the range back to the host through its balloon, which must have been asked for before it was
-    /// booted, and waits until Firecracker has dropped the pages. They must read as zeros from then on, and may be
-    /// written again.
+    /// Has the guest give the range back to the host through its balloon, which must be configured before the boot.
+    /// Waits until Firecracker has dropped the pages. They must read as zeros from then on, and may be written again.
     ///
     /// # Errors
     ///
-    /// If the range is not the guest's, or it has no balloon, or there is no answer in time.
+    /// The range is not the guest's, it has no balloon, or there is no answer in time.
     pub fn inflate(&mut self, range: GuestRange) -> Result<Inflated> {
         let inflated = self.command(&format!("inflate {range}"), Reply::into_inflated)?;
         self.patterns.write(range, 1, 0);
         Ok(inflated)
     }
 
-    /// Starts a `verify` and does not wait for it. Nothing else can be asked of the guest afterwards, so this is for
-    /// forks that are killed, or lose their page server, in the middle of it.
+    /// Starts a `verify` and does not wait for it. The guest takes no other command afterwards, so this is for forks
+    /// that are killed, or lose their page server, in the middle of it.
     ///
     /// # Errors
     ///
-    /// If Firecracker has ended.
+    /// Firecracker has ended.
     pub fn start_verify(&mut self, range: GuestRange) -> Result<()> {
         self.console
             .send(&format!("verify {range}"))
             .map_err(|error| self.vmm.explain(&error))
     }
 
-    /// Has the guest reset, and waits until Firecracker has ended by itself.
+    /// Resets the guest, and waits until Firecracker has ended by itself.
     ///
     /// # Errors
     ///
-    /// If either does not happen in time.
+    /// One of them does not happen in time.
     pub fn halt(&mut self) -> Result<ExitStatus> {
         self.command("halt", |_, _| Ok(()))?;
         self.vmm.wait(self.timeout)
@@ -292,7 +290,7 @@ impl MicroVm {
     ///
     /// # Errors
     ///
-    /// If the kernel refuses.
+    /// The kernel refuses.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         self.vmm.kill()
     }

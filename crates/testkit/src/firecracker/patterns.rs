@@ -1,4 +1,4 @@
-//! What each page of a guest must hold, as we know it from what we told the guest to write.
+//! The expected pattern of each page of a guest, from the commands that it got.
 
 use anyhow::{Context as _, Result};
 
@@ -8,8 +8,9 @@ const PAGES_PER_MIB: usize = 256;
 
 /// The number of the pattern of each page, from guest-physical address 0 on; 0 is zeros.
 ///
-/// The guest keeps the same notes, and checks its memory against them. But they are in that memory: where it reads as
-/// zeros, so may they, and every page looks right. Hence it tells the digest of its notes, which must be that of ours.
+/// The guest keeps the same notes, and checks its memory against them. But they are in that memory: if it reads as
+/// zeros, so may the notes, and every page looks right. So the guest sends a digest of its notes, which must match that
+/// of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Patterns(Vec<u8>);
 
@@ -84,7 +85,7 @@ mod tests {
 
     #[test]
     fn the_digest_is_fnv_1a() -> Result<()> {
-        // Nothing hashed gives the offset basis.
+        // Hashing nothing gives the offset basis.
         assert_eq!(Patterns::zeros(4).digest(mib(2, 0))?, 0xcbf2_9ce4_8422_2325);
         Ok(())
     }

@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use super::GuestRange;
 use super::patterns::Patterns;
 
-/// What the guest of a snapshot looks like.
+/// Options of the guest of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotOptions {
     /// Memory of the guest, at most 3 GiB.
     pub mem_mib: u32,
-    /// How much of it, from [`GuestRange::FIRST_MIB`] on, is filled with the pattern. The rest stays zero.
+    /// Part of it that is filled with the pattern, from [`GuestRange::FIRST_MIB`] on. The rest stays zero.
     pub fill_mib: u32,
-    /// The pattern's number, 1 to 255. Templates that are to be told apart have different patterns.
+    /// Number of the pattern, 1 to 255. Different templates get different patterns.
     pub pattern: u8,
-    /// Back the guest with 2 MiB pages of hugetlbfs, which must be reserved for as long as the snapshot is created and
-    /// for each fork (see [`HugePages`](crate::hugepages::HugePages)).
+    /// Back the guest with 2 MiB pages of hugetlbfs, which must be reserved during the creation and for each fork (see
+    /// [`HugePages`](crate::hugepages::HugePages)).
     pub huge_pages: bool,
     /// Give the guest a balloon, so that it can give memory back (see [`MicroVm::inflate`]).
     pub balloon: bool,
@@ -26,9 +26,9 @@ pub struct SnapshotOptions {
 /// A drive of a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drive {
-    /// Its file, which has to exist, with some bytes in it.
+    /// Its file, which must exist and must not be empty.
     pub path: PathBuf,
-    /// Whether Firecracker opens it for reading only.
+    /// Whether Firecracker opens it read-only.
     pub read_only: bool,
 }
 
@@ -52,9 +52,9 @@ pub struct Snapshot {
     pub mem_path: PathBuf,
     /// The rest of its state.
     pub vmstate_path: PathBuf,
-    /// What was filled with the pattern.
+    /// The range that was filled with the pattern.
     pub filled: GuestRange,
-    /// All memory under test: what was filled and, after it, what stayed zero.
+    /// All memory under test: the filled range and the zeros after it.
     pub whole: GuestRange,
     pub(crate) patterns: Patterns,
 }

@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Runs a tool to its end; what it printed on its standard output. A failure carries what it said on the other one.
+/// Runs a tool to its end, and returns its stdout. A failure has its stderr.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())

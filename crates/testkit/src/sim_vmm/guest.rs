@@ -1,4 +1,4 @@
-//! The guest of a simulated VMM: its memory, and what it knows about every page of it.
+//! The guest of a simulated VMM: its memory, and the expected content of every page.
 
 use std::num::NonZeroU32;
 use std::ops::Range;
@@ -20,11 +20,11 @@ pub(crate) struct Guest {
     pub(crate) regions: Vec<GuestRegion>,
     pub(crate) page_size: u64,
     pub(crate) template: TemplateModel,
-    /// Firecracker's own copy of the userfaultfd, unless it was to be closed.
+    /// Firecracker's own copy of the userfaultfd, unless it is to be closed.
     pub(crate) uffd: Option<Uffd>,
-    /// The handshake socket, unless it was to be closed.
+    /// The handshake socket, unless it is to be closed.
     pub(crate) socket: Option<UnixStream>,
-    /// Nothing is removed any more.
+    /// Set when nothing is removed any more.
     pub(crate) races_are_over: AtomicBool,
 }
 
@@ -32,25 +32,26 @@ pub(crate) struct Guest {
 #[derive(Debug)]
 pub(crate) struct GuestRegion {
     pub(crate) memory: GuestMemory,
-    /// Where in the template it starts, in bytes.
+    /// Its offset in the template, in bytes.
     offset: u64,
     /// The number of its first page among all pages of the guest.
     first_page: u64,
-    /// How many pages it has.
+    /// Number of its pages.
     pages: u64,
-    /// One for each page, made when somebody first asks: whoever only touches pages needs none, and would measure them.
+    /// One for each page, made at the first use: commands that only touch pages need none, and would measure their
+    /// creation.
     states: OnceLock<Box<[PageState]>>,
 }
 
-/// What has happened to a page. Readers take no lock, so that they race with removals; changes exclude each other.
+/// The history of a page. Readers take no lock, so that they race with removals; changes exclude each other.
 #[derive(Debug, Default)]
 struct PageState {
     version: AtomicU64,
     changing: Mutex<()>,
 }
 
-/// The history of a page and how often it changed, in one word (a sequence lock): the upper half counts, and is odd
-/// while a change is under way; the lower half is the history before that change.
+/// The history of a page and its number of changes, in one word (a sequence lock): the upper half counts, and is odd
+/// during a change; the lower half is the history before that change.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Version(u64);
 
@@ -87,20 +88,20 @@ impl PageState {
         Version(self.version.load(Ordering::Acquire))
     }
 
-    /// The version after everything that was read before this call.
+    /// The version after all reads before this call.
     fn version_after_reads(&self) -> Version {
         fence(Ordering::Acquire);
         Version(self.version.load(Ordering::Relaxed))
     }
 
-    /// Announces a change, before anything of it can be seen. The caller excludes others.
+    /// Announces a change before any of its effects. The caller excludes other changes.
     fn begin_change(&self) {
         let version = Version(self.version.load(Ordering::Relaxed));
         self.version.store(version.next(version.history()).0, Ordering::Relaxed);
         fence(Ordering::Release);
     }
 
-    /// Ends a change: from now on this is what the page holds.
+    /// Ends a change: the page has this history from now on.
     fn end_change(&self, history: History) {
         let version = Version(self.version.load(Ordering::Relaxed));
         self.version.store(version.next(history).0, Ordering::Release);
@@ -114,9 +115,9 @@ struct Page<'a> {
     region: &'a GuestRegion,
     /// Its number in the region.
     index: usize,
-    /// Where it is in the region, in bytes.
+    /// Its offset in the region, in bytes.
     start: usize,
-    /// Where its content is in the template, in bytes.
+    /// The offset of its content in the template, in bytes.
     offset: u64,
 }
 
@@ -126,11 +127,11 @@ impl<'a> Page<'a> {
     }
 }
 
-/// The first words that were wrong in a look at a page.
+/// The first wrong words in a check of a page.
 #[derive(Default)]
 struct Look {
     wrong: Option<Mismatch>,
-    /// Template bytes although the page had been removed.
+    /// A template byte in a page that had been removed.
     stale: Option<Mismatch>,
 }
 
@@ -162,7 +163,7 @@ impl Guest {
         uffd.context("the userfaultfd was closed after the handshake")
     }
 
-    /// How many pages it has.
+    /// Returns the number of pages.
     pub(crate) fn pages(&self) -> u64 {
         self.regions.last().map_or(0, GuestRegion::last_page)
     }
@@ -173,16 +174,16 @@ impl Guest {
         page.region.memory.load(page.start);
     }
 
-    /// Writes a word of a page and makes no note of it: what it holds cannot be checked afterwards.
+    /// Writes a word of a page without noting it: the page cannot be checked afterwards.
     pub(crate) fn scribble(&self, number: u64) {
         let page = self.page(number);
         page.region.memory.store(page.start, number | 1);
     }
 
-    /// Reads a page and checks every word of it.
+    /// Reads a page and checks every word.
     ///
-    /// The first look takes no lock, so it races with removals as vCPUs do. Where a change was under way meanwhile, it
-    /// only tells whether there were bytes that nothing can excuse; a second look, with changes excluded, is exact.
+    /// The first check takes no lock, so it races with removals as vCPUs do. If there was a change meanwhile, it
+    /// reports only bytes that are wrong in any case. A second check, with changes excluded, is exact.
     pub(crate) fn check(&self, number: u64, checked: &mut Checked) {
         let page = self.page(number);
         let state = page.state();
@@ -221,7 +222,7 @@ impl Guest {
         });
     }
 
-    /// Gives a range of pages back; one system call per region that has some of them.
+    /// Gives a range of pages back, with one system call for each region.
     pub(crate) fn remove(&self, range: &Range<u64>) -> Result<()> {
         ensure!(range.end <= self.pages(), "{range:?} is not all within the guest");
         for region in &self.regions {
@@ -240,7 +241,7 @@ impl Guest {
         let last = usize::try_from(range.end - region.first_page)?;
         let page_size = usize::try_from(self.page_size)?;
         let states = &region.states()[first..last];
-        // In ascending order, and nobody waits for a page with a higher one locked.
+        // In ascending order. No thread waits for a page while it has a higher one locked.
         let no_other_changes: Vec<_> = states.iter().map(PageState::exclude_changes).collect();
         states.iter().for_each(PageState::begin_change);
         let outcome = region.memory.remove(first * page_size..last * page_size);
@@ -309,8 +310,8 @@ impl Guest {
     }
 }
 
-/// Whether a write to a page covers the word at this offset of the template. The words between keep what they were: they
-/// tell whether the page had been right when the write faulted it in.
+/// Returns `true` if a write to a page covers the word at this offset of the template. The words between keep their
+/// content, which shows whether the page was right when the write faulted it in.
 fn is_written(offset: u64) -> bool {
     (offset / WORD_SIZE as u64).is_multiple_of(2)
 }

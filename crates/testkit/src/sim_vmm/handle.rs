@@ -1,4 +1,4 @@
-//! The test's side: starts a simulated VMM, asks, waits.
+//! The test's side of a simulated VMM: starts it, sends requests, waits for answers.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write as _};
@@ -19,10 +19,10 @@ use serde_json::Value;
 
 use super::protocol::{Answer, Command, Request, Work};
 
-/// How long anything may take, unless the test says otherwise.
+/// Time for any request, unless the test sets another.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A simulated VMM in a process of its own, killed and reaped when this is dropped.
+/// A simulated VMM in a process of its own, killed and reaped when dropped.
 #[derive(Debug)]
 pub struct SimVmm {
     pid: u32,
@@ -33,7 +33,7 @@ pub struct SimVmm {
     answers: Arc<Answers>,
 }
 
-/// Something a simulated VMM is doing. Dropping it does not stop it.
+/// A running request. Dropping it does not stop it.
 #[derive(Debug)]
 #[must_use]
 pub struct Job<T> {
@@ -43,7 +43,7 @@ pub struct Job<T> {
     report: PhantomData<fn() -> T>,
 }
 
-/// Answers that have come and were not asked for yet.
+/// Answers that have come and were not yet fetched.
 #[derive(Debug)]
 struct Answers {
     pid: u32,
@@ -54,33 +54,33 @@ struct Answers {
 #[derive(Debug, Default)]
 struct Inbox {
     answers: HashMap<u64, Result<Value, String>>,
-    /// No more will come.
+    /// No more answers will come.
     ended: bool,
 }
 
 impl SimVmm {
-    /// Starts one.
+    /// Starts a simulated VMM.
     ///
     /// # Errors
     ///
-    /// The binary is not there (the error says how to build it), or cannot be started.
+    /// The binary is missing (the error has the command to build it), or cannot be started.
     pub fn spawn() -> Result<Self> {
         Self::spawn_by(std::process::Command::new(binary()?))
     }
 
-    /// Starts one as another user. Takes root, and a binary that this user may execute.
+    /// Starts one as another user. Needs root, and a binary that this user may execute.
     ///
     /// # Errors
     ///
-    /// As for [`spawn`](Self::spawn).
+    /// Those of [`spawn`](Self::spawn).
     pub fn spawn_as(uid: u32) -> Result<Self> {
         let mut command = std::process::Command::new(binary()?);
         command.uid(uid);
         Self::spawn_by(command)
     }
 
-    /// Starts one by a command of the caller's: a program that calls [`run`](super::run) and does nothing else with its
-    /// stdin and stdout.
+    /// Starts one by a command of the caller: a program that calls [`run`](super::run) and uses its stdin and stdout
+    /// for nothing else.
     ///
     /// # Errors
     ///
@@ -112,12 +112,12 @@ impl SimVmm {
         })
     }
 
-    /// Its process id.
+    /// Returns its process ID.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Has it do something and waits up to a minute for the report.
+    /// Sends a request and waits up to a minute for the report.
     ///
     /// # Errors
     ///
@@ -126,7 +126,7 @@ impl SimVmm {
         self.start(work)?.join()
     }
 
-    /// Has it do something meanwhile. What it does at the same time runs on threads of their own.
+    /// Sends a request without waiting. Requests run on threads of their own.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl SimVmm {
         self.send(work.into())
     }
 
-    /// Has it exit by itself with this code, and reaps it.
+    /// Makes it exit with this code, and reaps it.
     ///
     /// # Errors
     ///
@@ -145,17 +145,17 @@ impl SimVmm {
         self.wait()
     }
 
-    /// Has it abort (SIGABRT), and reaps it.
+    /// Makes it abort (SIGABRT), and reaps it.
     ///
     /// # Errors
     ///
-    /// As for [`exit`](Self::exit).
+    /// Those of [`exit`](Self::exit).
     pub fn abort(&self) -> Result<ExitStatus> {
         let _no_answer: Job<()> = self.send(Command::Abort)?;
         self.wait()
     }
 
-    /// Kills it (SIGKILL), and reaps it. No error where it is dead already.
+    /// Kills it (SIGKILL), and reaps it. Succeeds if it is already dead.
     ///
     /// # Errors
     ///
@@ -165,7 +165,7 @@ impl SimVmm {
         self.wait()
     }
 
-    /// Waits up to a minute until it has died, by whatever cause, and reaps it.
+    /// Waits up to a minute until it has died, for any reason, and reaps it.
     ///
     /// # Errors
     ///
@@ -198,7 +198,7 @@ impl SimVmm {
 }
 
 impl AsFd for SimVmm {
-    /// A pidfd: readable once it has exited.
+    /// Returns a pidfd, which is readable once it has exited.
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
@@ -206,7 +206,7 @@ impl AsFd for SimVmm {
 
 impl Drop for SimVmm {
     fn drop(&mut self) {
-        // Where this fails it is dead already, or nothing can be done about it.
+        // If this fails it is already dead, or nothing can be done.
         let _ = self.pidfd.kill();
         let _ = lock(&self.child).wait();
     }
@@ -222,18 +222,18 @@ impl<T: DeserializeOwned> Job<T> {
         self.join_within(PATIENCE)
     }
 
-    /// Waits for the report, as long as `patience` allows.
+    /// Waits up to `patience` for the report.
     ///
     /// # Errors
     ///
-    /// As for [`join`](Self::join).
+    /// Those of [`join`](Self::join).
     pub fn join_within(self, patience: Duration) -> Result<T> {
         let Self { id, name, answers, .. } = self;
         let value = answers.wait(id, name, Instant::now() + patience)?;
         serde_json::from_value(value).with_context(|| format!("sim-vmm answered {name} with something else"))
     }
 
-    /// Whether it has ended, well or not.
+    /// Returns `true` if the request has ended, with or without success.
     pub fn is_done(&self) -> bool {
         let inbox = lock(&self.answers.inbox);
         inbox.ended || inbox.answers.contains_key(&self.id)
@@ -245,7 +245,7 @@ impl Answers {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
             match serde_json::from_str::<Answer>(&line) {
                 Ok(answer) => lock(&self.inbox).answers.insert(answer.id, answer.result),
-                // Half a line of a process that was killed.
+                // A partial line of a process that was killed.
                 Err(_) => break,
             };
             self.changed.notify_all();

@@ -1,4 +1,4 @@
-//! The process side: reads requests, becomes a guest, answers.
+//! The process of a simulated VMM: reads requests, becomes a guest, answers.
 
 use std::fs::File;
 use std::io::{BufRead, Write as _};
@@ -25,7 +25,7 @@ use crate::template_file::{Layout, TemplateModel};
 
 /// Runs a simulated VMM on stdin and stdout until stdin ends.
 ///
-/// This thread never touches guest memory, so it can always hear that its test has gone.
+/// This thread never touches guest memory, so it always notices the end of its test.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ pub fn run() -> Result<()> {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
-        // A thread that died alone would leave the test waiting for its answer.
+        // If only one thread died, the test would wait for its answer.
         std::process::abort();
     }));
     let machine = Arc::new(Machine::default());
@@ -55,7 +55,7 @@ fn answer(answer: &Answer) {
     let mut line = serde_json::to_string(answer).expect("an answer has string keys only");
     line.push('\n');
     let mut stdout = std::io::stdout().lock();
-    // Nobody to answer to: the test has gone, and this process goes with stdin.
+    // The test has gone, and this process ends with stdin.
     let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
 }
 
@@ -115,7 +115,7 @@ impl Machine {
         self.guest.get().context("not connected yet")
     }
 
-    /// What Firecracker does to restore memory from a `Uffd` backend (`guest_memory_from_uffd` and
+    /// Does what Firecracker does to restore memory from a `Uffd` backend (`guest_memory_from_uffd` and
     /// `send_uffd_handshake` in its `persist.rs`), in that order.
     fn connect(&self, connect: &Connect) -> Result<Connected> {
         ensure!(self.guest.get().is_none(), "connected already");
@@ -160,7 +160,8 @@ impl Machine {
         Ok(Connected { base_host_virt_addrs })
     }
 
-    /// What Firecracker does to restore memory from a `File` backend (`guest_memory_from_file` in its `persist.rs`).
+    /// Does what Firecracker does to restore memory from a `File` backend (`guest_memory_from_file` in its
+    /// `persist.rs`).
     fn map_file(&self, map: &MapFile) -> Result<()> {
         let page_size = PageSize::Base.bytes();
         let path = map.path.display();
@@ -242,7 +243,7 @@ fn handshake(connect: &Connect, bases: &[u64]) -> serde_json::Result<String> {
             size: region.size,
             offset: region.offset,
             page_size: (connect.form != HandshakeForm::ArrayPageSizeKib).then_some(page_size),
-            // In bytes, whatever its name says: so does Firecracker.
+            // In bytes despite its name, as in Firecracker.
             page_size_kib: page_size,
         })
         .collect();

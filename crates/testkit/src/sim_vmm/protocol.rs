@@ -1,4 +1,4 @@
-//! What a test asks of a simulated VMM and what it answers: lines of JSON over its stdin and stdout.
+//! Requests to a simulated VMM and its answers: lines of JSON over its stdin and stdout.
 
 use std::num::NonZeroU32;
 use std::ops::Range;
@@ -12,21 +12,21 @@ use crate::memory::PageSize;
 use crate::peer::{RawHandshake, RawReport};
 use crate::template_file::TemplateModel;
 
-/// A line on the sim's stdin. Each runs on a thread of its own, so that the next does not wait for it.
+/// A line on its stdin. Each runs on a thread of its own, so that the next does not wait for it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) id: u64,
     pub(crate) command: Command,
 }
 
-/// A line on the sim's stdout, whenever the request with this id is done.
+/// A line on its stdout, when the request with this ID is done.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Answer {
     pub(crate) id: u64,
     pub(crate) result: Result<serde_json::Value, String>,
 }
 
-/// Everything a simulated VMM can be asked to do.
+/// All requests.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
@@ -71,7 +71,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// What it is called, for messages.
+    /// Its name, for messages.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
@@ -97,9 +97,9 @@ impl Command {
     }
 }
 
-/// A command that is answered, with a report of its own type.
+/// A request with an answer of its own type.
 pub trait Work: Into<Command> {
-    /// What comes back.
+    /// The type of the answer.
     type Report: DeserializeOwned;
 }
 
@@ -138,33 +138,34 @@ work! {
 }
 
 /// Become a guest: map the regions, create a userfaultfd, register, connect and send the handshake, in Firecracker's
-/// order. Once per process, unless it failed.
+/// order. Once a process, unless it failed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Connect {
     /// The socket of the page server.
     pub socket: PathBuf,
-    /// What the memory should hold.
+    /// The expected content of the memory.
     pub template: TemplateModel,
     /// The guest's memory.
     pub regions: Vec<Region>,
     /// The size of the guest's pages.
     pub page_size: PageSize,
-    /// How the handshake is written.
+    /// The format of the handshake.
     pub form: HandshakeForm,
-    /// Whether the socket stays open for life, as from Firecracker 1.12 on; before, it was closed at once.
+    /// Whether the socket stays open for life, as from Firecracker 1.12 on. Before, it was closed at once.
     pub keep_socket: bool,
     /// Whether the process keeps its own copy of the userfaultfd, as Firecracker does.
     pub keep_uffd: bool,
-    /// The features asked of the userfaultfd ([`Features`]); Firecracker's are `EVENT_REMOVE`.
+    /// The features to request for the userfaultfd ([`Features`]); Firecracker requests `EVENT_REMOVE`.
     pub feature_bits: u64,
-    /// What its memory is registered for.
+    /// The faults that its memory is registered for.
     pub registered: Registered,
-    /// Whether the message is sent byte by byte, the userfaultfd with the first one, instead of at once.
+    /// Whether the message is sent byte by byte, with the userfaultfd in the first, instead of at once.
     pub byte_by_byte: bool,
 }
 
 impl Connect {
-    /// What Firecracker does for a guest of 4 KiB pages whose memory is one region, all of `template`.
+    /// The request that corresponds to Firecracker, for a guest of 4 KiB pages whose memory is one region, all of
+    /// `template`.
     pub fn new(socket: impl Into<PathBuf>, template: &TemplateModel) -> Self {
         Self {
             socket: socket.into(),
@@ -184,13 +185,13 @@ impl Connect {
     }
 }
 
-/// What the memory of a guest is registered for with its userfaultfd.
+/// The faults that a guest's memory is registered for with its userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Registered {
     /// Missing pages, as Firecracker does.
     Missing,
-    /// Missing pages and write protection, as a VMM does that tracks which pages are written.
+    /// Missing pages and write protection, as in a VMM that tracks which pages are written.
     WriteProtected,
 }
 
@@ -199,17 +200,17 @@ pub enum Registered {
 pub struct Region {
     /// Its size in bytes, whole pages.
     pub size: u64,
-    /// Where in the template its content starts, in bytes.
+    /// The offset of its content in the template, in bytes.
     pub offset: u64,
 }
 
-/// How a handshake is written.
+/// The format of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HandshakeForm {
     /// A bare array of regions with `page_size` and `page_size_kib`, both in bytes: Firecracker's.
     Array,
-    /// The same without `page_size`, as some versions had it.
+    /// The same without `page_size`, as in some versions.
     ArrayPageSizeKib,
     /// An object with the array in `mappings`.
     Object,
@@ -218,18 +219,18 @@ pub enum HandshakeForm {
 /// The handshake was sent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Connected {
-    /// Where each region is in the process's memory, in the order asked for.
+    /// The address of each region in the process's memory, in the order of the request.
     pub base_host_virt_addrs: Vec<u64>,
 }
 
-/// Become a guest whose memory is one region of 4 KiB pages, all of a mem-file, mapped privately: what Firecracker does
-/// with a `File` backend. No page server is asked, and nothing can be removed. Once per process, unless it failed; instead
-/// of [`Connect`].
+/// Become a guest whose memory is one region of 4 KiB pages, all of a mem-file, mapped privately, as Firecracker does
+/// with a `File` backend. It needs no page server, and nothing can be removed. Once a process, unless it failed;
+/// instead of [`Connect`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MapFile {
     /// The mem-file.
     pub path: PathBuf,
-    /// What it should hold.
+    /// Its expected content.
     pub template: TemplateModel,
 }
 
@@ -243,25 +244,25 @@ impl MapFile {
     }
 }
 
-/// Become a guest whose memory is plain anonymous memory, which the kernel fills with zeros by itself: what nobody can be
-/// faster than for pages without content. Once per process, unless it failed; instead of [`Connect`].
+/// Become a guest with plain anonymous memory, which the kernel fills with zeros: the lower bound for pages without
+/// content. Once a process, unless it failed; instead of [`Connect`].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct MapAnonymous {
     /// Its size in bytes, whole pages of 4 KiB.
     pub size: u64,
 }
 
-/// Become a guest and visit its working set at once, as a VM that is resumed does. Nobody is asked between the two, so
-/// that nothing else is in the times.
+/// Become a guest and visit its working set at once, like a resumed VM. There is no request between the two, so that
+/// the times have nothing else.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Resume {
-    /// Where the guest's memory comes from.
+    /// The source of the guest's memory.
     pub memory: Memory,
     /// Its working set.
     pub visit: Visit,
 }
 
-/// Where a guest's memory comes from.
+/// The source of a guest's memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Memory {
@@ -283,25 +284,25 @@ pub struct Resumed {
 /// Wait until the server closes the connection of [`Connect`].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct AwaitClose {
-    /// How long at most, in milliseconds.
+    /// Maximum time in milliseconds.
     pub within_ms: u64,
 }
 
 /// Whether the server closed the connection.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Closed {
-    /// After how many microseconds of waiting, or `None` where it was still open in the end.
+    /// Time of waiting in microseconds. `None` if it was still open at the end.
     pub after_us: Option<u64>,
 }
 
-/// Which of a guest's pages: they are counted through all its regions, in the order of [`Connect::regions`].
+/// A selection of a guest's pages, which are counted through all its regions, in the order of [`Connect::regions`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
     /// The first page.
     pub start: u64,
-    /// The page after the last, or `None` for all the guest has.
+    /// The page after the last; `None` for all pages.
     pub end: Option<u64>,
-    /// Every so many pages from `start` on; 1 is all of them.
+    /// Every `n`th page from `start` on; 1 for all.
     pub every: NonZeroU32,
 }
 
@@ -322,14 +323,14 @@ impl Pages {
         }
     }
 
-    /// Of these pages only every `n`th, from the first on.
+    /// Selects every `n`th of these pages, from the first on.
     #[must_use]
     pub const fn every(self, n: NonZeroU32) -> Self {
         Self { every: n, ..self }
     }
 }
 
-/// In which order pages are visited.
+/// The order in which pages are visited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
@@ -339,7 +340,7 @@ pub enum Order {
     Random(u64),
 }
 
-/// How the pages of a command are spread over its threads.
+/// The distribution of a command's pages over its threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Share {
@@ -355,13 +356,13 @@ pub enum Share {
 pub struct Read {
     /// Which pages.
     pub pages: Pages,
-    /// How many threads.
+    /// Number of threads.
     pub threads: usize,
-    /// In which order; with [`Order::Random`] each pass and each thread of [`Share::Everything`] has its own.
+    /// The order; with [`Order::Random`] each pass and each thread of [`Share::Everything`] has its own.
     pub order: Order,
-    /// What each thread visits.
+    /// The pages of each thread.
     pub share: Share,
-    /// How often.
+    /// Number of passes.
     pub passes: u32,
 }
 
@@ -378,23 +379,23 @@ impl Default for Read {
     }
 }
 
-/// What was found.
+/// The result of a read.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ReadReport {
-    /// The outcome of the checks.
+    /// The result of the checks.
     pub checked: Checked,
-    /// From the first touch to the end of the last check, in microseconds.
+    /// Time from the first touch to the end of the last check, in microseconds.
     pub elapsed_us: u64,
 }
 
-/// The outcome of checking pages.
+/// The result of checking pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checked {
-    /// Pages checked; a page counts as often as it was visited.
+    /// Pages checked; a page counts once for each visit.
     pub pages: u64,
-    /// Of these, those that held a wrong word.
+    /// Pages of them with a wrong word.
     pub mismatches: u64,
-    /// Of the mismatches, those with template bytes in a page that had been removed.
+    /// Mismatches with template bytes in a page that had been removed.
     pub stale: u64,
     /// The first mismatch of the first thread that met one.
     pub first_mismatch: Option<Mismatch>,
@@ -405,48 +406,48 @@ pub struct Checked {
 pub struct Mismatch {
     /// Its page, as [`Pages`] counts.
     pub page: u64,
-    /// Where it is in the process's memory.
+    /// Its address in the process's memory.
     pub address: u64,
-    /// Where it is in the template, in bytes.
+    /// Its offset in the template, in bytes.
     pub offset: u64,
-    /// What should be there.
+    /// The expected word.
     pub expected: u64,
-    /// What is there.
+    /// The actual word.
     pub found: u64,
-    /// What had happened to the page.
+    /// The history of the page.
     pub history: History,
 }
 
-/// What a guest has done to a page.
+/// The history of a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct History {
-    /// It was removed at least once: never again may it show template bytes.
+    /// It was removed at least once: it may never show template bytes again.
     pub removed: bool,
-    /// It was written after that, the last time with this generation.
+    /// It was written after that, last with this generation.
     pub written: Option<NonZeroU32>,
 }
 
-/// Write to pages: every other word, so that the words between tell whether the page was right when it was written to.
+/// Write every other word of pages, so that the words between show whether the page was right when it was written to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Write {
     /// Which pages.
     pub pages: Pages,
-    /// Which pattern; at most 2^31 - 1.
+    /// The pattern; at most 2^31 - 1.
     pub generation: NonZeroU32,
-    /// How many threads, each writing its share.
+    /// Number of threads, each with its share.
     pub threads: usize,
 }
 
-/// Pages were touched.
+/// The result of touching pages.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Touched {
-    /// How many.
+    /// Number of pages.
     pub pages: u64,
-    /// From the first to the end of the last, in microseconds.
+    /// Time from the first to the end of the last, in microseconds.
     pub elapsed_us: u64,
 }
 
-/// Give pages back with `MADV_DONTNEED`, as a balloon does: each of the ranges by one call (one per region it spans).
+/// Give pages back with `MADV_DONTNEED`, like a balloon: one call for each range and region.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Remove {
     /// Ranges of pages, as [`Pages`] counts.
@@ -460,20 +461,20 @@ impl Remove {
     }
 }
 
-/// Remove random ranges from one thread, in bursts and half of them around pages that others visit just then, while those
-/// others read random pages, check them, and write to one in eight.
-/// In the end every page of the guest is checked once more.
+/// Remove random ranges from one thread, in bursts, half of them around pages that readers visit at that moment.
+/// Meanwhile the readers read random pages, check them, and write to one in eight. At the end every page of the guest
+/// is checked once more.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct RemoveRace {
-    /// For how long, in milliseconds, unless [`EndRaces`] comes first.
+    /// Duration in milliseconds, unless [`EndRaces`] comes first.
     pub millis: u64,
-    /// How many threads read.
+    /// Number of readers.
     pub threads: usize,
-    /// What chance starts from.
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 
-/// Register the memory with the userfaultfd again and again, until [`EndRaces`] comes. No VMM does it.
+/// Register the memory with the userfaultfd again and again, until [`EndRaces`] comes. No real VMM does this.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct RegisterAgain;
 
@@ -481,75 +482,75 @@ pub struct RegisterAgain;
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct EndRaces;
 
-/// What came of a race.
+/// The result of a race.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RaceReport {
-    /// The outcome of all checks.
+    /// The result of all checks.
     pub checked: Checked,
     /// Ranges removed.
     pub removals: u64,
     /// Pages written.
     pub writes: u64,
-    /// All in all, in microseconds.
+    /// Total time in microseconds.
     pub elapsed_us: u64,
 }
 
-/// Touch pages that nobody has touched yet, one after the other from one thread, and measure each.
+/// Touch pages for the first time, one after the other from one thread, and measure each.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Latency {
-    /// Which pages. That they are absent is up to the caller.
+    /// The pages. The caller ensures that they are absent.
     pub pages: Pages,
     /// In which order.
     pub order: Order,
 }
 
-/// How long touches took.
+/// Times of touches.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct LatencyReport {
-    /// How many were measured.
+    /// Number of measured touches.
     pub count: u64,
-    /// Half of them took at most so many nanoseconds.
+    /// The median in nanoseconds.
     pub p50_ns: u64,
-    /// 90% of them took at most so many nanoseconds.
+    /// The 90th percentile in nanoseconds.
     pub p90_ns: u64,
-    /// 99% of them took at most so many nanoseconds.
+    /// The 99th percentile in nanoseconds.
     pub p99_ns: u64,
-    /// The slowest, in nanoseconds.
+    /// The maximum in nanoseconds.
     pub max_ns: u64,
-    /// From the first to the end of the last, in nanoseconds.
+    /// Time from the first to the end of the last, in nanoseconds.
     pub total_ns: u64,
 }
 
-/// Read the first word of pages as fast as it goes, and check nothing.
+/// Read the first word of pages as fast as possible, without checks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Touch {
     /// Which pages.
     pub pages: Pages,
-    /// How many threads, each with its share.
+    /// Number of threads, each with its share.
     pub threads: usize,
     /// In which order.
     pub order: Order,
 }
 
-/// Touch a word of pages in this very order from one thread, as fast as it goes, and check nothing.
+/// Touch a word of pages in this order from one thread, as fast as possible, without checks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Visit {
     /// Ranges of pages, as [`Pages`] counts, one after the other.
     pub runs: Vec<Range<u64>>,
-    /// Whether the word is written instead of read. No note is made of it: such pages cannot be checked any more.
+    /// Whether to write the word instead of reading it. The write is not noted: such pages cannot be checked any more.
     pub write: bool,
 }
 
-/// Pages were visited.
+/// The result of visiting pages.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Visited {
-    /// How many.
+    /// Number of pages.
     pub pages: u64,
-    /// From the first to the end of the last, in nanoseconds.
+    /// Time from the first to the end of the last, in nanoseconds.
     pub elapsed_ns: u64,
 }
 
-/// Register one more page that the handshake did not mention, and touch it. Answered only if somebody installs it.
+/// Register one more page that is not in the handshake, and touch it. Answers only if a page is installed.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct TouchOutside;
 

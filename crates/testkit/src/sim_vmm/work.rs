@@ -1,4 +1,4 @@
-//! What a connected simulated VMM does with its memory.
+//! Work of a connected simulated VMM on its memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,23 +15,23 @@ use super::protocol::{
 use crate::memory::{GuestMemory, PageSize};
 use crate::peer::micros;
 
-/// The most pages a race removes at once.
+/// Most pages that a race removes at once.
 const LONGEST_REMOVAL: u64 = 32;
 
-/// How many removals follow each other before the readers of a race get a chance, and how many visits that is, at most.
+/// Number of removals in a burst, and most visits between two bursts.
 ///
-/// While one removal follows another, no install succeeds (`UFFDIO_COPY` gives `EAGAIN`): without a break the readers
+/// While removals follow each other, no install succeeds (`UFFDIO_COPY` gives `EAGAIN`). Without a pause the readers
 /// would all wait, and nothing would race.
 const LONGEST_BURST: u64 = 8;
 
-/// Of so many visits of a race one is a write.
+/// One visit of a race in this number is a write.
 const WRITE_ONE_IN: u32 = 8;
 
-/// What the threads of a race know of each other.
+/// State that the threads of a race share.
 #[derive(Default)]
 struct Race {
     over: AtomicBool,
-    /// The page each reader is at.
+    /// The current page of each reader.
     visiting: Vec<AtomicU64>,
     visits: AtomicU64,
     writes: AtomicU64,
@@ -132,11 +132,11 @@ pub(crate) fn remove_race(guest: &Guest, race: &RemoveRace) -> Result<RaceReport
         });
         let readers: Vec<_> = readers.collect();
         let removals = remove_until(guest, fastrand::Rng::with_seed(race.seed), &state, end);
-        // Before anything can fail: the readers wait for it.
+        // Before any step that can fail: the readers wait for it.
         state.over.store(true, Ordering::Relaxed);
         (join_all(readers), removals)
     });
-    // What an install left behind that came too late for the readers above.
+    // Checks the pages of installs that came too late for the readers above.
     let all: Vec<u64> = (0..guest.pages()).collect();
     checked.merge(&check_all(guest, &[all]));
     Ok(RaceReport {
@@ -168,7 +168,7 @@ pub(crate) fn touch_outside(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Checks random pages, and writes to some, until told to stop.
+/// Checks random pages, and writes to some, until the end of the race.
 fn visit_until(guest: &Guest, mut random: fastrand::Rng, at: &AtomicU64, race: &Race, remover: &Thread) -> Checked {
     let mut checked = Checked::default();
     while !race.over.load(Ordering::Relaxed) {
@@ -187,15 +187,15 @@ fn visit_until(guest: &Guest, mut random: fastrand::Rng, at: &AtomicU64, race: &
     checked
 }
 
-/// Removes random ranges, burst by burst, until the time is over, and says how many. Does not end while every reader
-/// waits: whoever asked for the race has a deadline for that.
+/// Removes random ranges, burst by burst, until the time is over, and returns their number. Does not end while every
+/// reader waits: the caller has a deadline for that.
 fn remove_until(guest: &Guest, mut random: fastrand::Rng, race: &Race, end: Instant) -> Result<u64> {
     let mut removals = 0;
     while Instant::now() < end && !guest.races_are_over.load(Ordering::Relaxed) {
         let burst = random.u64(1..=LONGEST_BURST);
         for _ in 0..burst {
             let length = random.u64(1..=LONGEST_REMOVAL);
-            // Half of them around a page that somebody may be waiting for: that is where servers go wrong.
+            // Half of them are around a page that a reader may be waiting for, where bugs are most likely.
             let start = if random.bool() {
                 random.u64(0..guest.pages())
             } else {
@@ -259,7 +259,7 @@ fn select(guest: &Guest, pages: &Pages) -> Result<Vec<u64>> {
     Ok((start..end).step_by(usize::try_from(pages.every.get())?).collect())
 }
 
-/// What each thread visits, in its order.
+/// The pages of each thread, in its order.
 fn spread(pages: &[u64], threads: usize, order: Order, share: Share, pass: u32) -> Vec<Vec<u64>> {
     let shuffled = |stream: usize| {
         let mut pages = pages.to_vec();
