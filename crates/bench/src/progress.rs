@@ -11,7 +11,7 @@ pub fn say(line: &str) {
     stderr::write_line(format!("{line}\n").as_bytes());
 }
 
-/// A step that takes its time. If it is dropped before it is done, only its bar vanishes.
+/// A step that takes time. If it is dropped before its end, only its bar vanishes.
 #[derive(Debug)]
 pub struct Progress {
     bar: progress::Progress,
@@ -20,12 +20,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Begins a step whose length is not known.
+    /// Starts a step of unknown length.
     pub fn start(what: &str) -> Self {
         Self::with_bar(what, progress::Progress::spinner(what.to_owned()))
     }
 
-    /// Begins a step that ends after `count` of `unit`, a name in the plural.
+    /// Starts a step that ends after `count` of `unit`, a name in the plural.
     pub fn of(what: &str, unit: &'static str, count: u64) -> Self {
         Self::with_bar(
             what,
@@ -44,17 +44,17 @@ impl Progress {
         }
     }
 
-    /// Adds to what is done.
+    /// Adds to the progress.
     pub fn advance(&self, count: u64) {
         self.bar.advance(count);
     }
 
-    /// Ends the step, and says what came of it.
+    /// Ends the step with this result.
     pub fn done(self, outcome: &str) {
         self.end(style("ok").green(), outcome);
     }
 
-    /// Ends the step, and says what went wrong.
+    /// Ends the step with this result, which is wrong.
     pub fn failed(self, outcome: &str) {
         self.end(style("FAILED").red().bold(), outcome);
     }

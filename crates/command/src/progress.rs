@@ -1,4 +1,4 @@
-//! How far something is, on standard error: a bar or a spinner on a terminal, nothing elsewhere.
+//! Progress on standard error: a bar or a spinner on a terminal, else nothing.
 
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,23 +11,23 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Time between two drawings.
 const PACE: Duration = Duration::from_millis(100);
 
-/// Time that a terminal has to take the last drawing.
+/// Time that a terminal gets for the last drawing.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// A bar or spinner. Dropping it clears it.
 ///
-/// A thread draws it: a stopped terminal (Ctrl-S) blocks whoever draws, and the caller may have signals to handle and processes
-/// to end.
+/// A thread draws it: a stopped terminal (Ctrl-S) blocks the drawing thread, and the caller may have signals to handle
+/// and processes to end.
 #[derive(Debug)]
 pub struct Progress {
     done: Arc<AtomicU64>,
     /// Stops the thread when it is dropped.
     stop: Option<Sender<()>>,
-    /// Said once, when the thread has stopped. In a mutex, since threads share the bar that they advance.
+    /// Sent once, when the thread has stopped. In a mutex, since threads share the bar that they advance.
     stopped: Mutex<Receiver<()>>,
 }
 
-/// What a bar counts.
+/// The unit of a bar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Things with this name, in the plural.
@@ -37,7 +37,7 @@ pub enum Unit {
 }
 
 impl Progress {
-    /// A bar for something that ends at `length` of `unit`.
+    /// Starts a bar for a step that ends at `length` of `unit`.
     pub fn bar(what: impl Into<Cow<'static, str>> + Send + 'static, length: u64, unit: Unit) -> Self {
         Self::draw(move || {
             let counts = match unit {
@@ -49,7 +49,7 @@ impl Progress {
         })
     }
 
-    /// A spinner for something whose length is not known.
+    /// Starts a spinner for a step of unknown length.
     pub fn spinner(what: impl Into<Cow<'static, str>> + Send + 'static) -> Self {
         Self::draw(move || {
             let style = style("{spinner:.cyan} {msg} {elapsed:.dim}");
@@ -57,7 +57,7 @@ impl Progress {
         })
     }
 
-    /// Draws nothing if no thread can be had.
+    /// Draws nothing if no thread can be started.
     fn draw(make: impl FnOnce() -> ProgressBar + Send + 'static) -> Self {
         let done = Arc::<AtomicU64>::default();
         let ((stop, is_stopped), (has_stopped, stopped)) = (channel::<()>(), channel());
@@ -79,12 +79,12 @@ impl Progress {
         }
     }
 
-    /// Sets how much is done, in units of the bar.
+    /// Sets the progress, in units of the bar.
     pub fn set(&self, done: u64) {
         self.done.store(done, Ordering::Relaxed);
     }
 
-    /// Adds to what is done, in units of the bar.
+    /// Adds to the progress, in units of the bar.
     pub fn advance(&self, by: u64) {
         self.done.fetch_add(by, Ordering::Relaxed);
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
-/// How long the kernel may take to let go of the cgroup of processes that have ended.
+/// Time that the kernel may take to release the cgroup of ended processes.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Time between two tries.
 const PACE: Duration = Duration::from_millis(10);
@@ -29,7 +29,7 @@ impl CgroupVersion {
         }
     }
 
-    /// As the jailer wants it.
+    /// In the form of the jailer's arguments.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::V1 => "1",
@@ -43,7 +43,7 @@ impl CgroupVersion {
 ///
 /// # Errors
 ///
-/// A process lives on in one of them.
+/// A process in one of them is still alive.
 pub fn remove_cgroups(parent: &OsStr) -> io::Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let cgroups = mounts.lines().filter_map(|line| {
@@ -66,7 +66,7 @@ fn remove(path: &Path) -> io::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
         match fs::remove_dir(path) {
-            // The kernel is not done with the processes that have ended.
+            // The kernel has not yet removed the ended processes.
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
                 std::thread::sleep(PACE);
             }

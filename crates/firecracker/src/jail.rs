@@ -8,7 +8,7 @@
 //!             api.sock, vmstate
 //! ```
 //!
-//! The jailer copies the mounts of the host when it starts. So a mount that is to be in the jail must be there by then.
+//! The jailer copies the mounts of the host when it starts. So a mount in the jail must be made before that.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -29,7 +29,7 @@ const ROOT: &str = "root";
 const VMSTATE: &str = "vmstate";
 const STDOUT: &str = "stdout";
 const STDERR: &str = "stderr";
-/// How long killed processes may take to end.
+/// Time that killed processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Settings of the jailer for all jails below one folder.
@@ -41,7 +41,7 @@ pub struct Jailer {
     cgroups: Vec<String>,
 }
 
-/// The place of one Firecracker that is to be jailed.
+/// The folder of one jailed Firecracker.
 #[derive(Debug)]
 pub struct Jail {
     jailer: Jailer,
@@ -50,9 +50,10 @@ pub struct Jail {
 }
 
 impl Jailer {
-    /// Firecrackers in jails below the folder `base` run as the user `uid` and the group `gid`.
+    /// Jails Firecrackers below the folder `base`, as the user `uid` and the group `gid`.
     ///
-    /// Makes this process a subreaper: a jailer ends once it has started its Firecracker, which becomes our child then.
+    /// Makes this process a subreaper: a jailer exits after it has started its Firecracker, which then becomes our
+    /// child.
     ///
     /// # Errors
     ///
@@ -67,8 +68,8 @@ impl Jailer {
         })
     }
 
-    /// Puts each Firecracker into a cgroup with these settings, `FILE=VALUE` each. The parent of the cgroups is named as the
-    /// folder `base`; [`remove_cgroups`](crate::remove_cgroups) removes it.
+    /// Puts each Firecracker into a cgroup with these settings, `FILE=VALUE` each. The parent of the cgroups is named
+    /// after the folder `base`; [`remove_cgroups`](crate::remove_cgroups) removes it.
     #[must_use]
     pub fn with_cgroups(mut self, settings: impl IntoIterator<Item = String>) -> Self {
         self.cgroups.extend(settings);
@@ -127,7 +128,7 @@ impl Jail {
         &self.jailer
     }
 
-    /// The path of `path` as Firecracker sees it. `path` itself if it is outside of the jail.
+    /// The path in the jail of the file at `path`; `path` itself if it is outside of the jail.
     pub fn inside(&self, path: &Path) -> PathBuf {
         match path.strip_prefix(self.root()) {
             Ok(inside) => Path::new("/").join(inside),
@@ -141,7 +142,7 @@ impl Jail {
     ///
     /// `vmstate` is no regular file, or cannot be copied.
     pub fn copy_vmstate(&self, vmstate: &Path) -> io::Result<PathBuf> {
-        // Copying a pipe would never come to an end.
+        // Copying a pipe would never end.
         if !fs::metadata(vmstate)?.is_file() {
             return Err(io::Error::other("the state file is not a regular file"));
         }
@@ -151,7 +152,7 @@ impl Jail {
         Ok(self.inside(&copy))
     }
 
-    /// Creates an empty file in the root directory that Firecracker may write.
+    /// Creates an empty file in the root directory, writable for Firecracker.
     pub(crate) fn create_file(&self, name: &str) -> io::Result<PathBuf> {
         let path = self.root().join(name);
         File::create(&path)?;
@@ -172,7 +173,7 @@ impl Jail {
         self.folder.join(STDERR)
     }
 
-    /// Adds the arguments of the jailer to `command`, which starts it. Those of Firecracker are to follow.
+    /// Adds the arguments of the jailer to `command`, which starts it. The caller appends those of Firecracker.
     pub(crate) fn add_arguments(&self, command: &mut Command) {
         let Jailer {
             base,
@@ -208,16 +209,16 @@ impl Jail {
         let pid = fs::read_to_string(self.root().join(name))?;
         let pid = pid.trim().parse().map_err(io::Error::other)?;
         let process = Process::open(pid)?;
-        // The process is a child that nobody else waits for, so its pid is not another's by now.
+        // The process is a child and we alone wait for it, so the process ID is still its own.
         if !self.confines(pid)? {
             return Err(io::Error::other(
-                "the process that the jailer has started is not in the jail",
+                "the process that the jailer started is not in the jail",
             ));
         }
         Ok(process)
     }
 
-    /// Whether the root directory of the process `pid` is that of the jail.
+    /// Returns `true` if the root directory of the process `pid` is that of the jail.
     ///
     /// # Errors
     ///
@@ -227,12 +228,12 @@ impl Jail {
     }
 }
 
-/// Kills all processes whose root directory is that of a jail in `folder`, which holds the folders of jails. Waits for their
+/// Kills all processes whose root directory is that of a jail in `folder`, the parent of jails, and waits for their
 /// end.
 ///
 /// # Errors
 ///
-/// A process lives on.
+/// A process does not end.
 pub fn kill_jailed(folder: &Path) -> io::Result<()> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let roots: BTreeMap<_, _> = entries
@@ -254,7 +255,7 @@ pub fn kill_jailed(folder: &Path) -> io::Result<()> {
         let Some(pidfd) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
             continue;
         };
-        // Asked again, now that the pid cannot become another process's.
+        // Checked again: the pidfd now holds the process.
         if is_jailed() && pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
             killed.push(pidfd);
         }

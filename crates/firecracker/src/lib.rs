@@ -1,7 +1,7 @@
-//! Starts Firecrackers, jailed or not, and asks them to load a snapshot.
+//! Starts Firecrackers, jailed or not, and calls their API.
 //!
-//! [`Vmm`] is one Firecracker: a [`Process`] in a folder of its own or in a [`Jail`], and its API. All of it is async, on the
-//! runtime in which the [`Vmm`] was started.
+//! [`Vmm`] is one Firecracker: a [`Process`] in a folder of its own or in a [`Jail`], and its API. All of it is async,
+//! on the runtime in which the [`Vmm`] was started.
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
 

@@ -1,4 +1,4 @@
-//! A child process that is watched through a pidfd.
+//! A child process with its pidfd.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 
-/// A child of this process that nobody else waits for. Dropping it kills it, and does not wait for its end.
+/// A child of this process, for which nothing else waits. Dropping it kills it, without waiting for its end.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
@@ -21,7 +21,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Watches the child `pid`, which nobody has waited for.
+    /// Opens the child `pid`, which has not been waited for.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl Process {
         })
     }
 
-    /// The process id. It is not used again until this is dropped.
+    /// Returns the process ID. It is not reused before this is dropped.
     pub fn pid(&self) -> i32 {
         self.pid
     }
@@ -54,7 +54,7 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// Somebody else has waited for the process.
+    /// The process has been waited for elsewhere.
     pub async fn wait(&self) -> io::Result<ExitStatus> {
         self.ended.get_or_try_init(|| self.reap()).await.copied()
     }
@@ -64,7 +64,7 @@ impl Process {
         drop(self.pidfd.readable().await?);
         let status = waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), WaitIdOptions::EXITED)?;
         let status = status.ok_or(io::ErrorKind::WouldBlock)?;
-        // In the encoding of wait(2).
+        // Encoded as by wait(2).
         let exited = status.exit_status().map(|code| code << 8);
         Ok(ExitStatus::from_raw(
             exited.or(status.terminating_signal()).unwrap_or_default(),
@@ -94,7 +94,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The kernel has no reason to refuse, because the process is a child.
+        // It is our child: the kernel cannot refuse.
         let _ = self.send_kill();
     }
 }

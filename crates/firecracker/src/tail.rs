@@ -1,4 +1,4 @@
-//! The end of what a process wrote.
+//! The end of a process's output.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use pagecast_command::harmless;
 
-/// How much of the end of a file is read.
+/// Number of bytes that are read at the end of a file.
 const BYTES: u64 = 8192;
-/// How many lines of it are shown.
+/// Number of lines that are shown.
 const LINES: usize = 15;
 
 /// The last lines of each file under its title, indented. Empty if the files are.

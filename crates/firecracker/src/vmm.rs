@@ -1,4 +1,4 @@
-//! One Firecracker: its process, its API, and what it wrote.
+//! One Firecracker: its process, its API, and its output.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,70 +20,70 @@ const LOG: &str = "log";
 const STDOUT: &str = "stdout";
 const STDERR: &str = "stderr";
 
-/// Time between two looks whether the API is there.
+/// Time between two attempts to connect to the API.
 const PACE: Duration = Duration::from_millis(2);
-/// How long the process may take to end after its connection broke.
+/// Time between a broken connection and the end of the process.
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
 const LOG_TITLE: &str = "its log ends with";
 const STDERR_TITLE: &str = "its stderr ends with";
 
-/// The serial console of a guest: what it reads, and what it prints.
+/// The serial console of a guest: its input, and its output.
 pub type Pipes = (ChildStdin, ChildStdout);
 
-/// A Firecracker that is a child of this process. Dropping it kills it, and does not wait for its end.
+/// A Firecracker that is a child of this process. Dropping it kills it, without waiting for its end.
 #[derive(Debug)]
 pub struct Vmm {
     process: Process,
     pipes: Option<Pipes>,
-    /// What it writes, each with a title.
+    /// Files with its output, and a title for each.
     output: [(PathBuf, &'static str); 2],
     api: UnixHttp,
-    /// How long each answer may take.
+    /// Time that it has for each answer.
     patience: Duration,
 }
 
-/// What becomes of Firecracker's stdin and stdout, which are the serial console of its guest.
+/// The use of Firecracker's stdin and stdout, which are the serial console of its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Console {
-    /// The guest reads nothing. What it prints goes to a file beside Firecracker's log.
+    /// The guest reads nothing. Its output goes to a file beside Firecracker's log.
     File,
     /// The caller gets them as pipes: [`Vmm::take_pipes`].
     Pipes,
 }
 
-/// Why a Firecracker does not do what it should.
+/// Why a Firecracker cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {
     /// Its folder, or a file in it, cannot be created.
-    #[error("cannot make its folder {}", folder.display())]
+    #[error("cannot create its folder {}", folder.display())]
     Folder {
-        /// The folder.
+        /// Path of the folder.
         folder: PathBuf,
-        /// Why not.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
     /// Firecracker, or the jailer, cannot be started.
     #[error("cannot start Firecracker")]
     Start(#[source] io::Error),
-    /// The jailer has ended with an error.
+    /// The jailer failed.
     #[error("the jailer failed ({status}){said}")]
     Jailer {
-        /// How it ended.
+        /// Its exit status.
         status: ExitStatus,
-        /// The last lines that it wrote, indented.
+        /// The last lines of its output, indented.
         said: String,
     },
     /// The jailer did not end in time.
     #[error("the jailer has not started Firecracker within {0:?}")]
     JailerHangs(Duration),
     /// The API could not be reached in time.
-    #[error("Firecracker's API is not there within {0:?}")]
+    #[error("Firecracker's API socket does not accept connections within {0:?}")]
     Silent(Duration),
-    /// The kernel does not tell whether Firecracker has ended.
-    #[error("cannot look after Firecracker")]
+    /// The kernel cannot wait for Firecracker.
+    #[error("cannot wait for Firecracker")]
     Wait(#[source] io::Error),
     /// Firecracker has ended.
     #[error("Firecracker has ended ({0})")]
@@ -93,7 +93,7 @@ pub enum VmmError {
     NoAnswer {
         /// Method and path of the request.
         call: String,
-        /// Why not.
+        /// The error of the connection.
         #[source]
         source: HttpError,
     },
@@ -102,14 +102,14 @@ pub enum VmmError {
     Refused {
         /// Method and path of the request.
         call: String,
-        /// Why, in Firecracker's own words.
+        /// The reason, in Firecracker's words.
         reason: String,
     },
 }
 
 impl Vmm {
-    /// Starts a Firecracker by `command`, which names its program. It works in `folder`, which is created if it is missing. Each
-    /// answer of its API may take as long as `patience`.
+    /// Starts a Firecracker by `command`, which names its program. It runs in `folder`, which is created if it is
+    /// missing. `patience` is the time for each answer of its API.
     ///
     /// # Errors
     ///
@@ -127,7 +127,7 @@ impl Vmm {
     ) -> Result<Self, VmmError> {
         let mut files = || {
             fs::create_dir_all(folder)?;
-            // Firecracker wants its log to exist.
+            // Firecracker needs its log file to exist.
             File::create(folder.join(LOG))?;
             command.stderr(File::create(folder.join(STDERR))?);
             console.connect(&mut command, &folder.join(STDOUT))
@@ -150,8 +150,8 @@ impl Vmm {
         })
     }
 
-    /// Starts a Firecracker in `jail` by `command`, which names the program of the jailer. The jailer may take as long as
-    /// `patience`, and so may each answer of the API.
+    /// Starts a Firecracker in `jail` by `command`, which names the program of the jailer. `patience` is the time for
+    /// the jailer, and for each answer of the API.
     ///
     /// # Errors
     ///
@@ -168,7 +168,7 @@ impl Vmm {
             command.stderr(File::create(jail.stderr())?);
             console.connect(&mut command, &jail.stdout())?;
             match console {
-                // The log goes to stdout: what is jailed could replace a file in the jail.
+                // The log goes to stdout: the jailed process could replace a file in the jail.
                 Console::File => Ok(jail.stdout()),
                 Console::Pipes => {
                     command.args(["--log-path", LOG]);
@@ -199,25 +199,24 @@ impl Vmm {
         })
     }
 
-    /// Firecracker's process id in the PID namespace of the caller.
+    /// Returns Firecracker's process ID in the PID namespace of the caller.
     pub fn pid(&self) -> i32 {
         self.process.pid()
     }
 
-    /// Takes the serial console of the guest. `None` without [`Console::Pipes`], and if they were
-    /// taken before.
+    /// Takes the serial console of the guest. `None` without [`Console::Pipes`], and after the first call.
     pub fn take_pipes(&mut self) -> Option<Pipes> {
         self.pipes.take()
     }
 
-    /// Waits until the API can be used.
+    /// Waits until the API accepts connections.
     ///
     /// # Errors
     ///
     /// Firecracker has ended, or takes too long.
     pub async fn listens(&self) -> Result<(), VmmError> {
         let listening = async {
-            // Nothing tells of it: a socket file appears some time before Firecracker listens there.
+            // Polling, since no event says when the socket accepts connections. Its file appears earlier.
             while UnixStream::connect(self.api.socket()).await.is_err() {
                 tokio::time::sleep(PACE).await;
             }
@@ -230,22 +229,22 @@ impl Vmm {
         }
     }
 
-    /// Loads a snapshot, and resumes the guest if `resume` is set. Paths are those that Firecracker sees. Returns the time that
-    /// it took.
+    /// Loads a snapshot, and resumes the guest if `resume` is set. Paths are those that Firecracker sees. Returns the
+    /// time it took.
     ///
     /// # Errors
     ///
-    /// As of [`call`](Self::call).
+    /// Those of [`call`](Self::call).
     pub async fn load(&self, vmstate: &Path, mem_backend: &MemBackend, resume: bool) -> Result<Duration, VmmError> {
         let body = json!({ "snapshot_path": vmstate, "mem_backend": mem_backend, "resume_vm": resume });
         self.call(Method::PUT, "/snapshot/load", &body).await
     }
 
-    /// Resumes the guest. Returns the time that it took.
+    /// Resumes the guest. Returns the time it took.
     ///
     /// # Errors
     ///
-    /// As of [`call`](Self::call).
+    /// Those of [`call`](Self::call).
     pub async fn resume(&self) -> Result<Duration, VmmError> {
         self.call(Method::PATCH, "/vm", &json!({ "state": "Resumed" })).await
     }
@@ -258,7 +257,7 @@ impl Vmm {
     pub async fn call(&self, method: Method, path: &str, body: &Value) -> Result<Duration, VmmError> {
         let call = format!("{method} {path}");
         let started = Instant::now();
-        // If Firecracker ends meanwhile, the connection breaks, and there may have been an answer before that.
+        // If Firecracker ends meanwhile, the connection breaks. An answer may have come before.
         let body = body.to_string().into_bytes();
         let answered = self.api.request(method, path, Some(body)).await;
         let took = started.elapsed();
@@ -269,7 +268,7 @@ impl Vmm {
                 reason: reason(&answer),
             }),
             Err(source @ HttpError::TimedOut { .. }) => Err(VmmError::NoAnswer { call, source }),
-            // Connections of a process break shortly before it can be waited for.
+            // The connection breaks shortly before the process can be waited for.
             Err(source) => match tokio::time::timeout(END_PATIENCE, self.process.wait()).await {
                 Ok(ended) => Err(as_error(ended)),
                 Err(_) => Err(VmmError::NoAnswer { call, source }),
@@ -291,14 +290,14 @@ impl Vmm {
         self.process.kill().await.map_err(VmmError::Wait)
     }
 
-    /// The last lines that Firecracker wrote, indented. Empty if it wrote nothing.
+    /// Returns the last lines of Firecracker's output, indented. Empty if there are none.
     pub fn last_words(&self) -> String {
         tail::of_files(&self.output)
     }
 }
 
 impl Console {
-    /// Sets stdin and stdout of `command`; `file` is the file for what the guest prints.
+    /// Sets stdin and stdout of `command`; `file` is the file for the guest's output.
     fn connect(self, command: &mut Command, file: &Path) -> io::Result<()> {
         match self {
             Self::File => command.stdin(Stdio::null()).stdout(File::create(file)?),
@@ -313,7 +312,7 @@ fn spawn(mut command: Command) -> Result<(Process, Option<Pipes>), VmmError> {
     let mut child = command.spawn().map_err(VmmError::Start)?;
     let pid = i32::try_from(child.id()).expect("a pid is a positive i32");
     let process = Process::open(pid).map_err(|source| {
-        // A child that is not watched would be lost.
+        // A child without a pidfd would be lost.
         let _ = child.kill();
         VmmError::Start(source)
     })?;
@@ -324,7 +323,7 @@ fn as_error(ended: io::Result<ExitStatus>) -> VmmError {
     ended.map_or_else(VmmError::Wait, VmmError::Ended)
 }
 
-/// Firecracker's own words, which it wraps as `{"fault_message": …}`.
+/// Firecracker's message, which is wrapped as `{"fault_message": …}`.
 fn reason(answer: &Answer) -> String {
     let wrapped = serde_json::from_slice::<Value>(&answer.body).ok();
     let message = wrapped.as_ref().and_then(|body| body.get("fault_message")?.as_str());

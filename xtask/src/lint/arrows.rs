@@ -7,7 +7,7 @@ use cargo_metadata::{DependencyKind, Metadata};
 
 use crate::cargo::workspace_root;
 
-/// What each crate of the workspace may build on. Arrows point one way: see `docs/architecture.md`.
+/// The crates that each crate of the workspace may depend on. Arrows point one way: see `docs/architecture.md`.
 const MAY_USE: [(&str, &[&str]); 11] = [
     ("pagecast-uffd", &[]),
     ("pagecast", &["pagecast-uffd"]),
@@ -29,7 +29,7 @@ const MAY_USE: [(&str, &[&str]); 11] = [
     ),
     ("pagecast-command", &[]),
     ("pagecast-firecracker", &["pagecast-client", "pagecast-command"]),
-    // It asks a daemon, and is none.
+    // It calls a daemon, but contains none.
     (
         "pagecast-bench",
         &[

@@ -1,7 +1,7 @@
-//! The jailer of a run, and what the daemon puts into its jails.
+//! The jailer of a run, and the files that the daemon places in its jails.
 //!
-//! A fork is made before its jailer starts: the jailer copies the mounts of the host, and what the daemon puts into the jail
-//! may be a mount.
+//! A fork is created before its jailer starts. The jailer copies the mounts of the host, and the daemon may mount files
+//! in the jail.
 
 use std::fs;
 use std::path::PathBuf;
@@ -49,7 +49,8 @@ pub(crate) struct JailerArgs {
 }
 
 impl JailerArgs {
-    /// The program of the jailer and its settings, if a jailer is asked for. It is there, and may be used.
+    /// The program of the jailer and its settings, if one is named. Checks that it exists and that this user may run
+    /// it.
     pub(crate) fn find(&self) -> Result<Option<(PathBuf, Jailer)>> {
         let (Some(path), Some(uid), Some(gid)) = (&self.jailer, self.uid, self.gid) else {
             return Ok(None);
@@ -64,7 +65,7 @@ impl JailerArgs {
             path.display()
         );
         let base = self.chroot_base_dir.clone().unwrap_or_else(|| CHROOT_BASE.into());
-        fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
+        fs::create_dir_all(&base).with_context(|| format!("cannot create {}", base.display()))?;
         let jailer = Jailer::new(base, uid, gid).context("cannot become a subreaper")?;
         Ok(Some((path, jailer.with_cgroups(self.cgroup.iter().cloned()))))
     }

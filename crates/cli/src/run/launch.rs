@@ -65,14 +65,14 @@ pub(crate) enum LaunchError {
     },
 }
 
-/// What Firecracker is to load, by the paths that it sees.
+/// The snapshot to load, by the paths that Firecracker sees.
 #[derive(Debug)]
 struct Snapshot {
     vmstate: PathBuf,
     mem_backend: MemBackend,
 }
 
-/// What the daemon knows of a fork.
+/// Whether the daemon knows a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registered {
     /// The daemon may know it.
@@ -148,7 +148,7 @@ impl Launch {
         if *self.stage.borrow() == Stage::End {
             return Ok(());
         }
-        // If it ends here, what the jailer has started by then is ended with the folder of the run.
+        // If the run ends here, processes that the jailer has started are killed with the folder of the run.
         let start = Vmm::start_in(&jail, exec::command(program), Console::File, plan.patience);
         let Some(started) = self.unless_ended(start).await else {
             return Ok(());
@@ -165,7 +165,7 @@ impl Launch {
         Ok(())
     }
 
-    /// Lives on with a Firecracker, which ends with this. One that is jailed is a fork already.
+    /// Runs a started Firecracker until its end. A jailed one already has a fork.
     async fn live_as(&mut self, plan: &Plan, vmm: Vmm, jailed: Option<Snapshot>, registered: &mut Registered) {
         if let Err(error) = self.live_with(plan, &vmm, jailed, registered).await {
             self.tell(Turn::Failed(error));

@@ -2,15 +2,15 @@
 
 use pagecast_command::stderr;
 
-/// Begins to write lines through [`stderr`], panics included.
+/// Starts to write lines through [`stderr`], panics included.
 pub(crate) fn start_saying() {
     stderr::start(|lines| {
-        format!("pagecast: lines that nobody has read in time, and that were dropped: {lines}\n").into_bytes()
+        format!("pagecast: lines dropped because stderr was not read in time: {lines}\n").into_bytes()
     });
     std::panic::set_hook(Box::new(|panic| say(&stderr::describe_panic(panic))));
 }
 
-/// Prints the text on stderr, on a line of its own.
+/// Writes a line to stderr.
 pub(crate) fn say(line: &str) {
     stderr::write_line(format!("pagecast: {line}\n").as_bytes());
 }

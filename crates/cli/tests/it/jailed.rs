@@ -435,7 +435,7 @@ fn a_memory_file_that_the_jailed_user_cannot_read_is_told_of() {
     assert_eq!(run.status.code(), Some(5), "{run:?}");
     let report: Value = serde_json::from_slice(&run.stdout).unwrap();
     let error = report["forks"][0]["error"].as_str().unwrap();
-    assert!(error.contains("has to be readable for that user"), "{error}");
+    assert!(error.contains("must be readable for that user"), "{error}");
     assert_nothing_is_left(&host);
 }
 

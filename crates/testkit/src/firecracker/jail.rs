@@ -10,12 +10,12 @@ use tempfile::TempDir;
 use super::binary;
 use crate::skip::{Need, skip};
 
-/// The memory that a cgroup allows, in bytes: more than a Firecracker with the tiny guest needs.
+/// The memory limit of a cgroup in bytes: more than a Firecracker with the tiny guest needs.
 const MEMORY_LIMIT: u64 = 2 << 30;
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// A place where one Firecracker is to be confined. Its root directory exists before it is started, so that sockets and files
-/// can be put there. Dropping it removes the folder and the cgroup, in which no process may be left.
+/// The jail of one Firecracker. Its root directory exists before the start, so that sockets and files can be placed
+/// there. Dropping it removes the folder and the cgroup, in which no process may be left.
 #[derive(Debug)]
 pub struct Jail {
     place: pagecast_firecracker::Jail,
@@ -24,12 +24,12 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// Creates the root directory for a Firecracker that is to run as this user and group. `None`, and says that the test is
-    /// skipped, if this process is not root.
+    /// Creates the root directory for a Firecracker that runs as this user and group. `None`, and a reported skip, if
+    /// this process is not root.
     ///
     /// # Errors
     ///
-    /// Firecracker cannot be had, or the folder cannot be created.
+    /// Firecracker is missing, or the folder cannot be created.
     pub fn new(uid: u32, gid: u32) -> Result<Option<Self>> {
         if !geteuid().is_root() {
             skip((Need::Root, "for the jailer"));
@@ -56,7 +56,7 @@ impl Jail {
         Ok(Some(Self { place, cgroup, base }))
     }
 
-    /// The only one below its folder.
+    /// The only jail below its folder.
     const ID: &str = "jailed";
 
     /// The root directory of the Firecracker, as the host sees it.
@@ -79,7 +79,7 @@ impl Jail {
         self.cgroup.as_deref()
     }
 
-    /// The place itself.
+    /// The jail itself.
     pub(crate) fn place(&self) -> &pagecast_firecracker::Jail {
         &self.place
     }

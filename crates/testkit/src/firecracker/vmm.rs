@@ -1,4 +1,4 @@
-//! Firecracker for callers that wait: each call ends when Firecracker has answered.
+//! Firecracker for blocking callers.
 
 use std::path::Path;
 use std::process::{Command, ExitStatus};
@@ -17,10 +17,10 @@ use super::{Jail, MemBackend, binary, jailer};
 /// The longest request writes the snapshot of a large guest to a slow disk.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// A Firecracker in a temporary folder of its own, or in a jail. Dropping it kills it, waits for its end, and removes the
-/// folder or the jail.
+/// A Firecracker in a temporary folder, or in a jail. Dropping it kills it, waits for its end, and removes the folder
+/// or the jail.
 ///
-/// Every error has the last lines that Firecracker wrote.
+/// Every error has the end of Firecracker's log.
 #[derive(Debug)]
 pub(crate) struct Vmm {
     firecracker: pagecast_firecracker::Vmm,
@@ -28,7 +28,7 @@ pub(crate) struct Vmm {
     runtime: Runtime,
 }
 
-/// Where a Firecracker has its files.
+/// The folder of Firecracker's files.
 #[derive(Debug)]
 enum Place {
     Folder(#[expect(dead_code, reason = "removed when it is dropped")] TempDir),
@@ -57,7 +57,7 @@ impl Vmm {
         Self::started(vmm, Place::Jail(jail), runtime)
     }
 
-    /// Waits until the API can be used.
+    /// Waits until the API accepts connections.
     fn started(mut firecracker: pagecast_firecracker::Vmm, place: Place, runtime: Runtime) -> Result<(Self, Pipes)> {
         let pipes = firecracker
             .take_pipes()
@@ -82,7 +82,7 @@ impl Vmm {
         }
     }
 
-    /// Loads a snapshot by the paths of the host. Returns the time that it took.
+    /// Loads a snapshot by the paths of the host. Returns the time it took.
     pub(crate) fn load(&self, vmstate: &Path, backend: &MemBackend, resume: bool) -> Result<Duration> {
         let (backend_type, path) = match backend {
             MemBackend::File(path) => (BackendType::File, path),
@@ -123,7 +123,7 @@ impl Vmm {
         outcome.map_err(|error| self.explain(&error.into()))
     }
 
-    /// The error, and the last lines that Firecracker wrote.
+    /// The error, with the end of Firecracker's log.
     pub(crate) fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
         anyhow!("{error:#}{}", self.firecracker.last_words())
     }
@@ -131,7 +131,7 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // It fails only for a process that has ended, which is what is wanted.
+        // It fails only if the process has already ended.
         let _ = self.kill();
     }
 }
