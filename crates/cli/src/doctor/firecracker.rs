@@ -70,6 +70,6 @@ mod tests {
         let finding = judged(None);
         let (status, found, _) = finding.parts();
         assert_eq!(status, Status::Warn);
-        assert_eq!(found, "firecracker --version does not answer like a Firecracker");
+        assert_eq!(found, "firecracker --version does not answer like Firecracker");
     }
 }

@@ -158,7 +158,7 @@ mod tests {
             found.starts_with("cannot tell: /proc/sys/kernel/osrelease: "),
             "{found}"
         );
-        assert!(fix.contains("mounted"), "{fix}");
+        assert!(fix.contains("mount /proc"), "{fix}");
     }
 
     #[test]

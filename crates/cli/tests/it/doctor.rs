@@ -87,7 +87,7 @@ fn what_failed_is_said_with_its_fix_and_is_exit_code_4() {
     let column = |line: &str, word: &str| line.find(word).unwrap();
     assert_eq!(column(lines[at], "/dev/null"), column(lines[at + 1], "fix:"));
     assert!(
-        said.ends_with(" fail: this host cannot serve forks until what failed is fixed\n"),
+        said.ends_with(" fail: this host cannot serve forks until the failures are fixed\n"),
         "{said}"
     );
     assert!(!said.contains('\u{1b}') && !said.contains('\t'), "{said}");
