@@ -32,7 +32,7 @@ pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, Stri
     if let Some(what) = facts.needs_faults {
         return match wanted {
             Backend::File => Err(format!(
-                "with `file` the kernel answers the faults, so {what} cannot be had; use `uffd` or `auto`"
+                "with `file` the kernel answers the faults, so {what} is not possible; use `uffd` or `auto`"
             )),
             Backend::Uffd => Ok((wanted, "it was asked for".to_owned())),
             Backend::Auto => Ok((Backend::Uffd, format!("only `uffd` has {what}"))),
@@ -71,7 +71,7 @@ fn best(facts: Facts<'_>) -> (Backend, String) {
     if facts.of_file {
         return (
             Backend::File,
-            "path is where the memory file is to be, which only `file` takes".to_owned(),
+            "path is the place of a memory file, which only `file` has".to_owned(),
         );
     }
     match facts.remote {

@@ -192,7 +192,7 @@ fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
     };
     match Errno::from_raw_os_error(syscall.get()) {
         Errno::NOSYS if backend == Backend::File => {
-            warn!("this kernel has no userfaultfd: only forks with `file` can be had");
+            warn!("this kernel has no userfaultfd: only forks with `file` are possible");
             Ok(())
         }
         Errno::NOSYS => Err(StartError::NoUserfaultfd),

@@ -24,17 +24,17 @@ pub enum StartError {
     )]
     NoUserfaultfd,
     /// The page server.
-    #[error("the page server does not start")]
+    #[error("the page server cannot start")]
     Server(#[source] pagecast::server::Error),
     /// A thread.
-    #[error("a thread does not start")]
+    #[error("a thread cannot start")]
     Thread {
         /// Why not.
         #[source]
         source: io::Error,
     },
     /// What an earlier daemon has kept.
-    #[error("what an earlier daemon has kept in the run dir cannot be read")]
+    #[error("the state of an earlier daemon in the run dir cannot be read")]
     State {
         /// Why not.
         #[source]

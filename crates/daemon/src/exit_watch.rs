@@ -87,7 +87,7 @@ impl Shared {
             events.clear();
             match epoll::wait(&self.epoll, spare_capacity(&mut events), None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return error!(%errno, "exits of VMMs are not noticed any more"),
+                Err(errno) => return error!(%errno, "exits of VMMs are no longer noticed"),
             }
             for event in &events {
                 let number = event.data.u64();

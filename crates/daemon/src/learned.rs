@@ -69,10 +69,10 @@ pub(crate) fn keep(template: &Template) {
         }
         // Nothing is wrong.
         Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
-            debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be looked for again");
+            debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be searched for again");
         }
         Err(error) => {
-            warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be looked for again");
+            warn!(template = %name, error = chain(&error), "its zeros cannot be kept beside the memory file, and will be searched for again");
         }
     }
 }
@@ -92,7 +92,7 @@ fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
             }
         });
     if let Err(error) = spawned {
-        debug!(template = %template.name, %error, "no thread to keep what is known of the template: it is found anew next time");
+        debug!(template = %template.name, %error, "no thread to keep zeros and working set of the template: the zeros will be searched for again");
     }
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
                 template = %template.name,
                 fork = %fork.id,
                 recorded_bytes,
-                "the recorded fork has ended before it had touched much: nothing is learned from it"
+                "the recorded fork ended before it had touched much: its recording is dropped"
             );
             return;
         }
@@ -152,7 +152,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         recorded_bytes,
         size_bytes,
         recordings,
-        "working set learned"
+        "recording added to the working set"
     );
 }
 
@@ -165,7 +165,7 @@ pub(crate) fn tell_switched_off(template: &Template) {
             template = %template.name,
             precision = score.precision,
             forks = score.forks,
-            "forks use too little of the working set and are not given it any more, until something else is learned"
+            "forks use too little of the working set: it is not prefaulted until the next recording"
         );
     }
 }

@@ -21,7 +21,7 @@ pub(crate) fn survive<T>(task: &'static str, part: impl FnOnce() -> T) -> Option
                 event = "task_panicked",
                 task,
                 error = what.unwrap_or("no message"),
-                "a defect of pagecast: a part of the task was left out, and the task goes on"
+                "a bug of pagecast: a task left out a part of its work, and goes on"
             );
         })
         .ok()

@@ -38,7 +38,7 @@ pub(crate) enum PlaceError {
         path: PathBuf,
     },
     /// The folder of the path is not there, or not ours to use.
-    #[error("the folder of {} cannot be opened: {source}; make it first", path.display())]
+    #[error("the folder of {} cannot be opened: {source}; create it first", path.display())]
     Folder {
         /// The path, with its last name.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub(crate) enum PlaceError {
         source: io::Error,
     },
     /// Something is at the path, and is left there.
-    #[error("{what} is at {} already; remove it, or ask for another path", path.display())]
+    #[error("{what} is already at {}; remove it, or request another path", path.display())]
     Exists {
         /// The path.
         path: PathBuf,
@@ -69,7 +69,7 @@ pub(crate) enum PlaceError {
     },
     /// What is at the path after placing is not the template, or its folder is no longer the one that was looked at:
     /// somebody else changes them at the same time.
-    #[error("somebody else changes {} or its folder while the template is placed there; use another path", path.display())]
+    #[error("another process changes {} or its folder while the template is placed there; use another path", path.display())]
     Interfered {
         /// The path.
         path: PathBuf,
@@ -104,7 +104,7 @@ fn why_no_link(error: &io::Error) -> String {
              the file system has no links"
                 .to_owned()
         }
-        Some(Errno::MLINK) => "the template has as many as can be".to_owned(),
+        Some(Errno::MLINK) => "the template has the maximum number of links".to_owned(),
         Some(Errno::NOENT) => "the template has been deleted".to_owned(),
         _ => error.to_string(),
     }

@@ -29,7 +29,7 @@ use crate::inode::InodeId;
 pub(crate) enum ProtectError {
     /// The mode of the file is not ours to change.
     #[error(
-        "the write permissions of the file cannot be changed: it is immutable, or belongs to somebody else; run as its \
+        "the write permissions of the file cannot be changed: it is immutable, or belongs to another user; run as its \
          owner or with CAP_FOWNER, or do not protect it"
     )]
     Permission,
@@ -46,7 +46,7 @@ pub(crate) enum ProtectError {
     #[error("its file system is mounted read-only here; mount it writable, or do not protect it")]
     ReadOnlyFileSystem,
     /// The file given is not the one that this is about.
-    #[error("another file is in place of the one that was protected: {given}, was {protected}")]
+    #[error("the protected file was replaced: it is {given}, was {protected}")]
     OtherFile {
         /// The file that this is about.
         protected: InodeId,
@@ -288,7 +288,7 @@ fn mark(file: BorrowedFd<'_>, change: Change) {
         Ok(set(trusted).or_else(|_| set(user))?)
     };
     if let Err(error) = marked() {
-        warn!(%error, "the memory file cannot be marked as protected by pagecast: if the run dir is lost, nobody undoes that");
+        warn!(%error, "the memory file cannot be marked as protected by pagecast: if the run dir is lost, the protection is not undone");
     }
 }
 

@@ -91,7 +91,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
                 warn!(
                     event = "staying",
                     error = pagecast::server::chain(&error),
-                    "cannot stop, goes on; a second signal kills the VMMs that are left"
+                    "cannot stop, still serving; a second signal kills the remaining VMMs"
                 );
             }
         }
@@ -102,7 +102,7 @@ async fn kill(daemon: &Daemon) -> Ended {
     let killed = daemon.kill(KILL_TIMEOUT).await;
     warn!(event = "killing", "second signal: VMMs are killed");
     if let Err(error) = killed {
-        warn!(%error, "not all have died");
+        warn!(%error, "some VMMs have not died");
     }
     Ended::Killed
 }

@@ -30,7 +30,7 @@ impl FromStr for TemplateName {
     fn from_str(name: &str) -> Result<Self, String> {
         name.parse().map(Self).map_err(|_| {
             format!(
-                "{name:?} is no name of a template: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+                "{name:?} is not a template name: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
             )
         })
     }

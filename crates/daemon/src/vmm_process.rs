@@ -41,7 +41,7 @@ pub(crate) enum VmmError {
     },
     /// We may not kill it, so we could not keep it from reading wrong bytes.
     #[error(
-        "the process {pid} belongs to somebody else, and pagecast must be able to kill the VMM of a template that changes; \
+        "the process {pid} belongs to another user, and pagecast must be able to kill the VMM of a template that changes; \
          run pagecast as the user of the VMM, or with CAP_KILL"
     )]
     NotOurs {

@@ -222,7 +222,7 @@ fn a_live_socket_is_refused_and_a_stale_one_replaced() {
         .unwrap();
     assert_eq!(second.status.code(), Some(1));
     let said = String::from_utf8(second.stderr).unwrap();
-    assert!(said.contains("somebody listens at"), "{said}");
+    assert!(said.contains("another process listens at"), "{said}");
     assert!(second.stdout.is_empty());
     let socket = handle.socket.clone();
     // Killed, so it leaves its socket file.

@@ -23,7 +23,7 @@ impl Service {
             return Err(refuse(
                 ErrorCode::InvalidField,
                 format_args!(
-                    "prefault: {prefault} would hide from the recording what the fork touches; leave it out, or say `none`"
+                    "prefault: {prefault} installs pages that the recording would miss; leave it out, or use `none`"
                 ),
             ));
         }
@@ -70,7 +70,7 @@ impl Service {
             remote: template.file.as_ref().and_then(|file| file.mem_file.remote()),
             needs_faults: match wanted.prefault {
                 _ if wanted.record => Some("a recording"),
-                Some(Prefault::All) => Some("a prefault of everything"),
+                Some(Prefault::All) => Some("a prefault of all pages"),
                 _ => None,
             },
             of_socket: socket_field(wanted),

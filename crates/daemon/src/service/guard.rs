@@ -92,7 +92,7 @@ impl Service {
             }
             Err(error) => {
                 self.withdraw(template, how, gently);
-                warn!(template = %template.name, %error, "no thread could be had to end the forks of a template: the thread that noticed the change ended them");
+                warn!(template = %template.name, %error, "no thread could be started to end the forks of a template: the thread that noticed the change ended them");
             }
         }
     }
@@ -146,7 +146,7 @@ impl Service {
         if all_ended != Some(true) {
             error!(template = %template.name, "a fork or a read of the template does not end");
         }
-        info!(event = "template_withdrawn", template = %template.name, uffd = served.unwrap_or_default(), file = forks.len(), "forks of the template have been ended");
+        info!(event = "template_withdrawn", template = %template.name, uffd = served.unwrap_or_default(), file = forks.len(), "all forks of the template have ended");
     }
 
     /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
@@ -291,7 +291,7 @@ fn kill_untracked(template: &Template, file: &LocalFile, places: &[&Placement], 
     let untracked = match untracked_vmms(file, places) {
         Ok(untracked) => untracked,
         Err(error) => {
-            error!(template = %template.name, %error, "cannot find out who maps the template, and may read wrong bytes");
+            error!(template = %template.name, %error, "cannot find the processes that map the template, which may read wrong bytes");
             return Vec::new();
         }
     };

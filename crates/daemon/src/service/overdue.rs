@@ -48,7 +48,7 @@ impl Service {
                 // They are overdue still.
                 Ok(None) => tokio::time::sleep(AGAIN).await,
                 Err(error) => {
-                    return error!(%error, "the daemon stops: forks with `file` that are overdue are not ended any more");
+                    return error!(%error, "the daemon stops: overdue forks with `file` no longer end");
                 }
             }
         }
@@ -70,7 +70,7 @@ impl Service {
                 for (_, file) in &overdue {
                     self.await_vmm(file);
                 }
-                return warn!(%error, "cannot find out who maps a template");
+                return warn!(%error, "cannot find the processes that map a template");
             }
         };
         for (fork, file) in overdue {
@@ -81,7 +81,7 @@ impl Service {
                     fork = %fork.id,
                     pid = process.pid,
                     error = %process.why,
-                    "a process that cannot be looked at may be its VMM: it waits on; delete it if it has none"
+                    "a process that pagecast may not inspect may be its VMM: the fork still waits; delete it if it has no VMM"
                 );
             }
             let not_mapped = format!(

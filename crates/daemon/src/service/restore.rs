@@ -117,7 +117,7 @@ impl Service {
                         event = "template_lost",
                         template = name,
                         why,
-                        "template lost; what was done to its file is undone"
+                        "template lost; the protection of its file is undone"
                     );
                     if let Err(error) = undone {
                         error!(
@@ -233,7 +233,7 @@ fn remove_place(template: &str, place: Option<&Place>) {
         warn!(
             template,
             error = chain(&error),
-            "its memory file cannot be taken away from the run dir"
+            "its memory file cannot be removed from the run dir"
         );
     }
 }

@@ -85,7 +85,7 @@ impl Service {
                 Err(error) => {
                     return Err(refuse(
                         ErrorCode::TemplateInvalid,
-                        format_args!("vmstate_path: cannot look at {}: {error}", path.display()),
+                        format_args!("vmstate_path: cannot check {}: {error}", path.display()),
                     ));
                 }
             }
@@ -97,7 +97,7 @@ impl Service {
         if let (Some(said), Some(asked)) = (said, add.page_size)
             && said != asked
         {
-            warn!(vmstate = ?add.vmstate_path, said, asked, "the snapshot has pages of another size than the template is added with");
+            warn!(vmstate = ?add.vmstate_path, said, asked, "the page size of the snapshot differs from the requested one");
         }
         Ok(FileSpec {
             spec: Spec {
@@ -187,7 +187,7 @@ impl Service {
         match self.protects_too(&planned) {
             None => {
                 if !planned.is_nothing() && spec.protect == Protection::None {
-                    info!(path = %spec.mem_path.display(), "protected by an earlier pagecast, which has lost its note of that: removing the template undoes it");
+                    info!(path = %spec.mem_path.display(), "protected by an earlier pagecast, whose run dir is lost: removing the template undoes it");
                 }
                 Ok(planned)
             }
@@ -230,7 +230,7 @@ impl Service {
                 format_args!("mem_path: {}", chain(&error)),
             )),
             Err(error) => {
-                warn!(template = %name, error = chain(&error), "no lease: a change will only be noticed once it has happened");
+                warn!(template = %name, error = chain(&error), "no lease: a write will be noticed afterwards only");
                 Ok(None)
             }
         }
@@ -270,7 +270,7 @@ impl Service {
                 warn!(
                     template = %name,
                     error = chain(&error),
-                    "forks with `file` get the template's own path, which may come to lead elsewhere"
+                    "forks with `file` get the template's own path, which may name another file later"
                 );
                 None
             }
@@ -446,7 +446,7 @@ fn take_away(name: &TemplateName, placement: &Placement) {
 }
 
 fn warn_not_taken_away(name: &TemplateName, error: &dyn std::error::Error) {
-    warn!(template = %name, error = chain(error), "its memory file cannot be taken away from the run dir");
+    warn!(template = %name, error = chain(error), "its memory file cannot be removed from the run dir");
 }
 
 /// The template that is there, where it is the one that was asked for.
@@ -470,7 +470,10 @@ fn same(there: &Arc<Template>, wanted: &FileSpec) -> Result<Arc<Template>, ApiEr
 pub(super) fn check(template: &Template) -> Result<(), ApiError> {
     template.check().map_err(|error| match error {
         SourceError::Changed { how } => changed(template, &how),
-        error => internal("compare the memory file with what it was, which may pass", &error),
+        error => internal(
+            "compare the memory file with its earlier state, which may succeed later",
+            &error,
+        ),
     })
 }
 

@@ -428,7 +428,7 @@ fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     rig.service().remove_fork("f", false).unwrap();
     let refused = rig.service().remove_template("t").unwrap_err();
     assert_eq!(refused.code, ErrorCode::TemplateInUse);
-    assert!(refused.message.contains("cannot be looked at"), "{}", refused.message);
+    assert!(refused.message.contains("may not inspect"), "{}", refused.message);
     drop(mapper);
 }
 

@@ -53,7 +53,7 @@ impl Service {
                 event = "template_warming",
                 template = name,
                 resident,
-                "bringing the template into memory"
+                "reading the template into memory"
             );
         }
         drop(asking);
@@ -73,7 +73,7 @@ impl Service {
         info!(
             event = "template_cooled",
             template = name,
-            "the template is no longer kept in memory"
+            "the template is no longer locked in memory"
         );
         kept
     }

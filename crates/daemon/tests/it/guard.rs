@@ -249,7 +249,7 @@ fn moved(how: &str, change: impl FnOnce(&Fixture, &Path)) -> Fixture {
 
 #[test]
 fn a_template_that_is_replaced_is_what_it_was_for_its_forks_and_refused_to_new_ones() {
-    let fixture = moved("another file is in its place", |fixture, path| {
+    let fixture = moved("replaced by another file", |fixture, path| {
         let other = fixture.folder.path().join("other");
         std::fs::write(&other, [7; 8192]).unwrap();
         std::fs::rename(&other, path).unwrap();
@@ -259,7 +259,7 @@ fn a_template_that_is_replaced_is_what_it_was_for_its_forks_and_refused_to_new_o
 
 #[test]
 fn a_template_that_is_renamed_is_what_it_was_for_its_forks_and_refused_to_new_ones() {
-    let fixture = moved("cannot be looked at", |_, path| {
+    let fixture = moved("path cannot be checked", |_, path| {
         std::fs::rename(path, path.with_extension("away")).unwrap();
     });
     let add = json!({ "mem_path": fixture.file.path().with_extension("away") });
@@ -268,7 +268,7 @@ fn a_template_that_is_renamed_is_what_it_was_for_its_forks_and_refused_to_new_on
 
 #[test]
 fn a_template_that_is_deleted_is_what_it_was_for_its_forks_and_refused_to_new_ones() {
-    let fixture = moved("cannot be looked at", |_, path| std::fs::remove_file(path).unwrap());
+    let fixture = moved("path cannot be checked", |_, path| std::fs::remove_file(path).unwrap());
     let add = json!({ "mem_path": fixture.file.path() });
     fixture
         .send("PUT", "/v1/templates/t", &add)

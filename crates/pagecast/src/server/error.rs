@@ -58,7 +58,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// Somebody listens at the path of the socket.
-    #[error("somebody listens at {} already", path.display())]
+    #[error("another process listens at {}", path.display())]
     SocketInUse {
         /// Which path.
         path: PathBuf,
@@ -95,7 +95,7 @@ pub enum CloseError {
 /// Completing forks takes more memory than there is. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "completing {} would install up to {needed} bytes, and {available} can be spared {place}: free memory, or end or kill \
+    "completing {} would install up to {needed} bytes, and {available} are available {place}: free memory, or end or kill \
      some VMMs", count(*forks)
 )]
 #[non_exhaustive]

@@ -26,7 +26,7 @@ pub enum Refusal {
         expected: u32,
     },
     /// It cannot be told who connected.
-    #[error("it cannot be told who connected: {message}")]
+    #[error("the peer is unknown: {message}")]
     Unknown {
         /// Why.
         message: String,
@@ -46,7 +46,7 @@ pub enum Refusal {
         deadline: Duration,
     },
     /// It hung up in the middle.
-    #[error("it hung up before the handshake was complete")]
+    #[error("it closed the connection before the handshake was complete")]
     HungUp,
     /// The socket failed.
     #[error("its socket failed: {errno}")]
@@ -64,7 +64,7 @@ pub enum Refusal {
         count: usize,
     },
     /// It sent file descriptors that could not be taken.
-    #[error("it sent file descriptors that could not be taken: too many are open here (see `ulimit -n`)")]
+    #[error("it sent file descriptors that could not be received: too many are open here (see `ulimit -n`)")]
     FdsLost,
     /// What it sent is no userfaultfd.
     #[error("{message}")]
@@ -106,7 +106,7 @@ pub enum Refusal {
     Template(SourceError),
     /// The pool of hugepages, or our own cgroup, is too small for it.
     #[error(
-        "it may need {needed} hugepages of 2 MiB and {available} can be had and are not promised to other forks: {}",
+        "it may need {needed} hugepages of 2 MiB and {available} are available and not promised to other forks: {}",
         more_hugepages(needed.saturating_sub(*available), cgroup.as_deref())
     )]
     NotEnoughHugepages {

@@ -190,7 +190,7 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     let _lock = lock_folder(path).map_err(|errno| match errno {
         Errno::WOULDBLOCK => Error::SocketPath {
             path: path.to_owned(),
-            reason: "somebody has locked its folder, so the file that a dead server has left there cannot be replaced",
+            reason: "another process has locked its folder, so the file of a dead server there cannot be replaced",
         },
         errno => failed(path, errno),
     })?;
@@ -200,7 +200,7 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     if !stale.is_socket {
         return Err(Error::SocketPath {
             path: path.to_owned(),
-            reason: "something that is not a socket is there",
+            reason: "there is another file than a socket",
         });
     }
     if stale.is_in_use() {

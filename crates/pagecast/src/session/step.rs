@@ -141,7 +141,7 @@ pub enum Violation {
         flags: FaultFlags,
     },
     /// An event that the features agreed on do not include.
-    #[error("an event that was not agreed on: {what}")]
+    #[error("an event that a VMM may not request: {what}")]
     UnexpectedEvent {
         /// Which.
         what: &'static str,

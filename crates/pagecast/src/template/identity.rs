@@ -70,7 +70,7 @@ impl Identity {
     pub fn difference(&self, now: &Self) -> Option<String> {
         if self.inode() != now.inode() {
             Some(format!(
-                "another file is in its place (device and inode {:?}, was {:?})",
+                "it was replaced by another file (device and inode {:?}, was {:?})",
                 now.inode(),
                 self.inode()
             ))
@@ -201,7 +201,7 @@ impl KeptIdentity {
     /// The same, whatever the ctime is.
     pub(super) fn difference_but_ctime(&self, now: &Self) -> Option<String> {
         self.file.difference(&now.file).or_else(|| {
-            (self.born != now.born).then(|| "another file is in its place, made at another time".to_owned())
+            (self.born != now.born).then(|| "it was replaced by another file, with another birth time".to_owned())
         })
     }
 }
@@ -286,10 +286,9 @@ impl FileState {
     pub fn written(&self, now: &Self, is_explained: bool) -> Option<String> {
         match self.change(now) {
             Change::Written(how) => Some(how),
-            Change::Unexplained if !is_explained => Some(
-                "it was written, and its mtime set back: its ctime has changed, and nothing else that would explain it"
-                    .to_owned(),
-            ),
+            Change::Unexplained if !is_explained => {
+                Some("it was written, and its mtime set back: its ctime has changed without another reason".to_owned())
+            }
             Change::None | Change::Metadata | Change::Unexplained => None,
         }
     }

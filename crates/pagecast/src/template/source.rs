@@ -148,7 +148,7 @@ pub trait MappedPages: Send + Sync + 'static {
 #[non_exhaustive]
 pub enum SourceError {
     /// It ends before what was asked for.
-    #[error("the template ends before byte {end}: it was truncated, or more was asked for than it has")]
+    #[error("the template ends before byte {end}: it was truncated, or a read exceeds its length")]
     Truncated {
         /// The end of what was asked for.
         end: u64,
@@ -160,7 +160,7 @@ pub enum SourceError {
         how: String,
     },
     /// It cannot be read here and never will be: for example, because what holds the bytes was deleted.
-    #[error("the template cannot be read at {at} any more: {how}")]
+    #[error("the template can no longer be read at {at}: {how}")]
     Unreadable {
         /// Where.
         at: TemplateOffset,

@@ -40,10 +40,10 @@ pub struct Lease {
 #[non_exhaustive]
 pub enum LeaseError {
     /// The mem-file has a lease.
-    #[error("the mem-file has a lease already")]
+    #[error("the mem-file already has a lease")]
     Held,
     /// Somebody has it open for writing, or mapped so that it can be written.
-    #[error("somebody has the mem-file open for writing, or mapped shared and writable")]
+    #[error("another process has the mem-file open for writing, or mapped shared and writable")]
     OpenForWriting,
     /// It belongs to another user.
     #[error("the mem-file belongs to another user: take a lease as its owner, or with CAP_LEASE")]

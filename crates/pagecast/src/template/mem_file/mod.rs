@@ -290,7 +290,7 @@ impl MemFile {
         let now = std::fs::metadata(&self.path).map_err(|error| match error.kind() {
             // It leads to nothing, which is what it would be told again.
             ErrorKind::NotFound | ErrorKind::NotADirectory => SourceError::Changed {
-                how: format!("its path cannot be looked at: {error}"),
+                how: format!("its path cannot be checked: {error}"),
             },
             _ => Self::io_error(TemplateOffset::new(0))(error),
         })?;

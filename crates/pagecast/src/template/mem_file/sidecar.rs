@@ -36,7 +36,7 @@ const OTHERS_WRITE: u32 = 0o022;
 #[non_exhaustive]
 pub enum SidecarError {
     /// There is none.
-    #[error("there is none")]
+    #[error("the file does not exist")]
     Missing,
     /// It is of another mem-file, or of this one before it was written, or of another version of pagecast.
     #[error("it is stale: {how}")]
@@ -51,7 +51,7 @@ pub enum SidecarError {
         what: &'static str,
     },
     /// It has more bytes than one of this mem-file can have.
-    #[error("it has {size} bytes, where {most} are the most")]
+    #[error("it has {size} bytes, and the maximum is {most}")]
     TooLarge {
         /// How many bytes it has.
         size: u64,
@@ -179,7 +179,9 @@ pub(in crate::template) fn read(path: &Path, most_body: u64, owner: Option<u32>)
         })?;
     let metadata = file.metadata().map_err(cannot("look at"))?;
     if !metadata.is_file() {
-        return Err(SidecarError::Damaged { what: "it is no file" });
+        return Err(SidecarError::Damaged {
+            what: "it is not a file",
+        });
     }
     let ours = rustix::process::geteuid().as_raw();
     if metadata.uid() != ours && metadata.uid() != 0 && Some(metadata.uid()) != owner {
@@ -189,7 +191,7 @@ pub(in crate::template) fn read(path: &Path, most_body: u64, owner: Option<u32>)
     }
     if metadata.mode() & OTHERS_WRITE != 0 {
         return Err(SidecarError::Untrusted {
-            why: "others than its owner may write it",
+            why: "users other than its owner may write it",
         });
     }
     let most = most_body.saturating_add((HEAD + CHECKSUM) as u64);

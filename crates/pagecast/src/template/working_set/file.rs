@@ -85,7 +85,7 @@ impl WorkingSet {
             u64::from(entry.page) < template.get() / PageSize::SMALLEST && (1..=MOST_WEIGHT).contains(&entry.weight)
         };
         if !entries.iter().all(sound) {
-            return Err(damaged("it has a page that cannot be"));
+            return Err(damaged("it has an impossible page"));
         }
         if !entries.is_sorted_by_key(Entry::order) {
             return Err(damaged("its pages are out of order"));

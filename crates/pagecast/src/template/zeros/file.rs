@@ -40,7 +40,7 @@ pub enum KeepError {
     #[error("the mem-file was written just before it was opened")]
     TooFresh,
     /// Somebody may have the mem-file open or mapped for writing: there is no lease on it, or it is broken.
-    #[error("there is no lease on the mem-file, so it might be written without a trace")]
+    #[error("there is no lease on the mem-file, so it could be written unnoticed")]
     NotLeased,
     /// The map cannot be written beside it.
     #[error(transparent)]
