@@ -1,9 +1,9 @@
 #!/bin/sh
-# Restores a stock Firecracker from a snapshot through pagecast, with nothing but curl.
+# Restores a stock Firecracker from a snapshot through pagecast, with curl only.
 #
 #   restore.sh SNAPSHOT.MEM SNAPSHOT.VMSTATE [auto|uffd|file]
 #
-# Runs until the guest has ended; its console is stdin and stdout. PAGECAST and FIRECRACKER name the programs, where they
+# Runs until the guest has ended; its console is stdin and stdout. PAGECAST and FIRECRACKER name the programs, if they
 # are not on PATH.
 set -eu
 mem=$(realpath "$1")
@@ -13,7 +13,7 @@ backend=${3:-auto}
 dir=$(mktemp -d)
 daemon='' vm=''
 clean_up() {
-    # Firecracker first: it must not outlive what serves it. Who has ended needs no signal.
+    # Firecracker first: it must not outlive its page server. Ended processes need no signal.
     for pid in $vm $daemon; do
         kill "$pid" 2>/dev/null || true
         wait "$pid" || true

@@ -4,7 +4,7 @@
 #   restore.sh SNAPSHOT.MEM SNAPSHOT.VMSTATE UID GID [uffd|file]
 #
 # Firecracker runs as UID and GID, in a root directory and a PID namespace of its own. Runs until the guest has ended; its
-# console is stdin and stdout. PAGECAST, FIRECRACKER and JAILER name the programs, where they are not on PATH.
+# console is stdin and stdout. PAGECAST, FIRECRACKER and JAILER name the programs, if they are not on PATH.
 #
 # The host needs /dev/userfaultfd for uffd (Linux 6.1): the jailer puts it into the jail. With file, the memory file must be
 # readable for UID, since it keeps its owner and mode.
@@ -21,7 +21,7 @@ dir=$(mktemp -d)
 jail=$dir/$(basename "$firecracker")/one/root
 daemon='' vm=''
 clean_up() {
-    # Firecracker first: it must not outlive what serves it. It is no child of this shell, so it cannot be waited for.
+    # Firecracker first: it must not outlive its page server. It is no child of this shell, so it cannot be waited for.
     if [ -n "$vm" ]; then kill -KILL "$vm" 2>/dev/null || true; fi
     if [ -n "$daemon" ]; then
         kill "$daemon" 2>/dev/null || true

@@ -23,24 +23,25 @@ use crate::report::{Format, Line, Reporter};
 #[command(after_help = "\
 Signals:
   SIGTERM, SIGINT, SIGQUIT
-                   complete all forks (install the rest of their memory), so that they run on without a server, and exit.
-                   Where that does not fit into memory, say so and stay. A second of these signals kills their VMMs.
-  SIGHUP, and all others that can be caught, are no faults and would end a process
-                   do the same, and never kill. A signal that is ignored at the start, as by nohup, stays ignored.
-  SIGIO, SIGXFSZ   do nothing.
+                   Complete all forks (install the rest of their memory), so that they run on without a server, and exit.
+                   If memory is short, report it and keep serving. A second of these signals kills their VMMs.
+  SIGHUP, other signals
+                   The same, but never kill. These are the signals that can be caught, are no faults, and end a process by
+                   default. A signal that is ignored at the start, as by nohup, stays ignored.
+  SIGIO, SIGXFSZ   No effect.
   SIGSTOP, SIGTSTP (Ctrl-Z)
-                   suspend the server, and with it each fork at its next page fault, until SIGCONT.
+                   Suspend the server, and with it each fork at its next page fault, until SIGCONT.
 
-Lines for which stderr has no room are dropped, and counted in a line once there is room again.
+If stderr is not read, lines are dropped, and counted in a line once it is read again.
 
-While it serves, whoever opens the template for writing is held up, all forks are completed (those that cannot be are
-killed, since a wrong byte is worse), and this exits.
+If another process opens the template for writing, it is held up until all forks are complete. VMMs of forks that cannot be
+completed are killed, since a wrong byte is worse. Then this exits.
 
 Exit codes:
   0  stopped by a signal; no VMM was hurt
   1  could not start, or failed, or the template was opened for writing
   2  wrong usage
-  3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served have been killed")]
+  3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served were killed")]
 pub(crate) struct Handle {
     /// Path of the socket to listen on. A stale socket file at this path is replaced.
     #[arg(long, value_name = "PATH")]
@@ -248,7 +249,7 @@ impl Handling {
                     self.reporter.report(&Line::Vacating { forks });
                 }
                 Happening::Vacated(all) => {
-                    // The writer goes on.
+                    // The writer continues.
                     self.lease = None;
                     // Once its threads have ended, all events have been sent.
                     if all && self.server.close(CLOSE_PATIENCE).is_ok() {

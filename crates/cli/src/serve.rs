@@ -16,22 +16,23 @@ use crate::KILLED;
 #[command(after_help = "\
 Signals:
   SIGTERM, SIGINT, SIGQUIT
-                   complete all forks with `uffd`, so that they run on without a daemon, and exit. Where that does not fit
-                   into memory, say so and stay. A second of these signals kills their VMMs. Forks with `file` need no
-                   daemon; templates and they are found again by the next daemon of this run dir.
-  SIGHUP, and all others that can be caught, are no faults and would end a process
-                   do the same, and never kill. A signal that is ignored at the start, as by nohup, stays ignored.
-  SIGIO, SIGXFSZ   do nothing.
+                   Complete all forks with `uffd`, so that they run on without a daemon, and exit. If memory is short,
+                   report it and keep serving. A second of these signals kills their VMMs. Forks with `file` need no
+                   daemon. The next daemon of this run dir takes up templates and forks with `file`.
+  SIGHUP, other signals
+                   The same, but never kill. These are the signals that can be caught, are no faults, and end a process by
+                   default. A signal that is ignored at the start, as by nohup, stays ignored.
+  SIGIO, SIGXFSZ   No effect.
   SIGSTOP, SIGTSTP (Ctrl-Z)
-                   suspend the daemon, and with it each fork with `uffd` at its next page fault, until SIGCONT.
+                   Suspend the daemon, and with it each fork with `uffd` at its next page fault, until SIGCONT.
 
-Log lines for which stderr has no room are dropped, and counted in a line once there is room again.
+If stderr is not read, log lines are dropped, and counted in a line once it is read again.
 
 Exit codes:
   0  stopped by a signal; no VMM was hurt
   1  could not start, or failed
   2  wrong usage
-  3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served have been killed")]
+  3  stopped by a second SIGTERM, SIGINT or SIGQUIT; the VMMs that were still served were killed")]
 pub(crate) struct Serve {
     /// Read settings from this file.
     #[arg(long, value_name = "FILE")]

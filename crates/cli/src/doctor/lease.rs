@@ -1,4 +1,4 @@
-//! File leases (`fcntl(2)`): the kernel tells the holder before somebody opens a template for writing.
+//! File leases (`fcntl(2)`): the kernel notifies the holder before a process opens a template for writing.
 
 use super::finding::Finding;
 use super::host::{Host, unknown};

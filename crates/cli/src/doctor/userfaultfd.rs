@@ -1,4 +1,4 @@
-//! Whether a VMM can create the userfaultfd that it will send us.
+//! Whether a VMM can create the userfaultfd that it sends to the page server.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
@@ -28,8 +28,8 @@ fn create(features: Features) -> Result<(), CreateError> {
     Uffd::create(options).map(drop)
 }
 
-/// Creates one like Firecracker: from the device where there is one, and only where there is none by the system call. A
-/// device that does not open is the end of it, whatever the system call would say.
+/// Creates one like Firecracker: from the device if it exists, else by the system call. A device that does not open is a
+/// failure, even if the system call would succeed.
 fn creation(device: &io::Result<()>, create: Create) -> Finding {
     let check = "userfaultfd";
     let way = match device {
@@ -38,7 +38,7 @@ fn creation(device: &io::Result<()>, create: Create) -> Finding {
         Err(error) => {
             return Finding::fail(
                 check,
-                format!("{DEVICE}: {error}; Firecracker does not try the system call where the device exists"),
+                format!("{DEVICE}: {error}; Firecracker does not try the system call if the device exists"),
                 device::give_access(DEVICE),
             );
         }
@@ -55,7 +55,7 @@ fn creation(device: &io::Result<()>, create: Create) -> Finding {
     }
 }
 
-/// What Firecracker asks for, and what guests with 2 MiB pages need.
+/// The features that Firecracker requests, and those that guests with 2 MiB pages need.
 fn features(create: Create) -> Finding {
     let check = "userfaultfd_features";
     match create(Features::EVENT_REMOVE) {
@@ -63,14 +63,14 @@ fn features(create: Create) -> Finding {
         Err(CreateError::Features { source, .. }) => {
             return Finding::fail(
                 check,
-                format!("EVENT_REMOVE, which Firecracker asks for, is missing: {source}"),
+                format!("EVENT_REMOVE, which Firecracker requests, is missing: {source}"),
                 "use Linux 4.11 or newer",
             );
         }
         Err(_) => {
             return Finding::fail(
                 check,
-                "not known: no userfaultfd could be created",
+                "unknown: no userfaultfd could be created",
                 "fix userfaultfd first",
             );
         }
@@ -88,7 +88,7 @@ fn features(create: Create) -> Finding {
     }
 }
 
-/// Whether VMMs of other users, too, may create one.
+/// Whether VMMs of other users may create one.
 fn others(host: &Host) -> Finding {
     let check = "userfaultfd_users";
     match host.path(DEVICE).metadata() {
@@ -98,8 +98,8 @@ fn others(host: &Host) -> Finding {
                 "every user may".to_owned()
             } else {
                 format!(
-                    "{DEVICE} has mode {mode:o}, owner {uid}:{gid}: VMMs of others need access, which Firecracker's jailer \
-                     gives them"
+                    "{DEVICE} has mode {mode:o}, owner {uid}:{gid}: VMMs of other users need access, which Firecracker's \
+                     jailer gives them"
                 )
             };
             Finding::ok(check, found)
@@ -113,7 +113,7 @@ fn others(host: &Host) -> Finding {
                 "sysctl -w vm.unprivileged_userfaultfd=1, or use Linux 6.1 or newer with /dev/userfaultfd",
             ),
             Ok(_) => Finding::ok(check, "every user may (vm.unprivileged_userfaultfd)"),
-            // Linux before 5.2 does not ask who it is.
+            // Before Linux 5.2 every user may.
             Err(error) if error.kind() == ErrorKind::NotFound && host.path("/proc/sys/vm").is_dir() => {
                 Finding::ok(check, "every user may")
             }
