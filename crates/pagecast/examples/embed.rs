@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: embed MEM_FILE SOCKET".into());
     };
 
-    // Opened once, for any number of forks.
+    // Opened once, for `n` forks.
     let template = Template::open(mem_file.as_ref())?;
     let server = Server::builder()
         .observer(|event| {
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mem_backend = serde_json::json!({ "backend_type": "Uffd", "backend_path": fork.socket_path() });
     println!("{mem_backend}");
 
-    // The server answers faults on threads of its own; this one may do what it likes meanwhile.
+    // The server answers faults on threads of its own; this one is free meanwhile.
     let status = fork.wait(A_YEAR, ForkState::is_end);
     println!("{} after {} faults", status.state, status.stats.faults.demand);
 

@@ -1,4 +1,4 @@
-//! A panel of bars, or of dots where numbers are too far apart for bars.
+//! A panel of bars, or of dots if numbers differ by orders of magnitude.
 
 use super::picture::{Anchor, FAINT_TEXT, GOAL, GRID, Ink, Picture, Point, TEXT, at};
 use super::render::width;
@@ -11,32 +11,32 @@ const LABEL_SIZE: f64 = 12.0;
 const NOTE_SIZE: f64 = 12.0;
 const TICK_SIZE: f64 = 11.0;
 
-/// How numbers become lengths.
+/// The scale of the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Axis {
-    /// From zero on: bars.
+    /// Linear, from zero on: bars.
     Linear,
-    /// Dots.
+    /// Logarithmic: dots.
     Logarithmic,
 }
 
-/// One number.
+/// One row: a number.
 #[derive(Clone, Debug)]
 pub(super) struct Bar {
-    /// Rows with the same group stay together. It is drawn before the label of the first.
+    /// Rows of the same group stay together. The group is drawn before the label of its first row.
     pub(super) group: String,
     pub(super) label: String,
     pub(super) value: f64,
-    /// The interval around it.
+    /// The interval of the number.
     pub(super) between: (f64, f64),
     pub(super) ink: Ink,
-    /// Behind the bar.
+    /// A text after the bar.
     pub(super) note: String,
-    /// Where it is to be at most or at least.
+    /// The goal, at most or at least.
     pub(super) goal: Option<f64>,
 }
 
-/// Bars with something in common, below each other.
+/// A title and its rows, below each other.
 #[derive(Clone, Debug)]
 pub(super) struct Bars {
     pub(super) title: String,
@@ -49,7 +49,7 @@ impl Bars {
         TITLE + self.tops().last().map_or(0.0, |top| top + ROW) + AXIS
     }
 
-    /// The upper edge of each row, from that of the first.
+    /// Returns the upper edge of each row, relative to the first.
     fn tops(&self) -> Vec<f64> {
         let mut top = 0.0;
         let mut tops = Vec::new();
@@ -65,7 +65,7 @@ impl Bars {
         tops
     }
 
-    /// Draws it with its upper left corner there.
+    /// Draws the panel with its upper left corner at this point.
     pub(super) fn draw(&self, picture: &mut Picture, corner: Point, panel_width: f64) {
         let widest = |texts: &mut dyn Iterator<Item = &String>, size: f64| {
             texts.map(|text| width(text, size)).fold(0.0, f64::max)
@@ -125,7 +125,7 @@ impl Bars {
     }
 }
 
-/// From numbers to places.
+/// Maps numbers to positions.
 pub(super) struct Scale {
     axis: Axis,
     from: f64,
@@ -174,7 +174,7 @@ impl Scale {
         self.left + part * (self.right - self.left)
     }
 
-    /// Round numbers within, and how they are written.
+    /// Returns round numbers in the range, with their labels.
     fn ticks(&self) -> Vec<(f64, String)> {
         match self.axis {
             Axis::Linear => {
@@ -216,7 +216,7 @@ pub(super) fn round_step(step: f64) -> f64 {
     round.unwrap_or(10.0) * power
 }
 
-/// A round number in few letters.
+/// Formats a round number in few letters.
 pub(super) fn short(value: f64) -> String {
     let (value, unit) = match value {
         _ if value >= 1e6 => (value / 1e6, "M"),

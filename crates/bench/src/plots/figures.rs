@@ -1,4 +1,4 @@
-//! Which pictures there are of a report.
+//! The pictures of a report.
 
 use super::bars::{Axis, Bar, Bars, ROW};
 use super::lines::{self, Line, Lines};
@@ -18,7 +18,7 @@ const MARGIN: f64 = 28.0;
 const HEAD: f64 = 64.0;
 const FOOT: f64 = 30.0;
 
-/// Each with its name, where there is something to draw.
+/// Returns the pictures that have data, with their names.
 pub(super) fn all(report: &Report) -> Vec<(&'static str, Picture)> {
     let of_section = |section: Section, draw: fn(&SectionReport) -> Option<Figure>| {
         let figure = draw(report.section(section)?)?;
@@ -38,7 +38,7 @@ pub(super) fn all(report: &Report) -> Vec<(&'static str, Picture)> {
     .collect()
 }
 
-/// A title, panels beside or below each other, and where it is from.
+/// A title, panels beside or below each other, and a footer.
 struct Figure {
     title: &'static str,
     subtitle: String,
@@ -93,7 +93,7 @@ impl Figure {
     }
 }
 
-/// A picture with title and foot, and room for so much between them.
+/// Creates a picture with title and footer, and space of this height between them.
 fn framed(title: &str, subtitle: &str, report: &Report, body: f64) -> Picture {
     let mut picture = Picture::new(WIDTH, HEAD + body + FOOT + 6.0);
     picture.bold(at(MARGIN, 24.0), title, TEXT, 17.0, Anchor::Start);
@@ -119,7 +119,7 @@ fn ink(name: &str) -> Ink {
     }
 }
 
-/// What of a row is drawn as a bar.
+/// The part of a row that is drawn as a bar.
 fn bar(row: &Row, measure: Measure, group: &str, unit: &str) -> Option<Bar> {
     let value = row.values.get(&measure)?;
     let ratio = value.ratio.as_ref().map(|ratio| ratio.spread.median);
@@ -145,7 +145,7 @@ fn short_ratio(ratio: f64) -> String {
     }
 }
 
-/// A panel of one measure of all rows that have it.
+/// Creates a panel of one measure, with all rows that have it.
 fn panel(section: &SectionReport, title: &str, measure: Measure, unit: &str, axis: Axis) -> Option<Panel> {
     let rows: Vec<Bar> = section
         .rows
@@ -161,7 +161,7 @@ fn panel(section: &SectionReport, title: &str, measure: Measure, unit: &str, axi
     })
 }
 
-/// Marks where a row has to be, that is, at so many times another one.
+/// Marks the goal of a row, as a multiple of another row.
 fn mark(panel: &mut Panel, group: &str, label: &str, times: f64, other: &str) {
     let Panel::Bars(bars) = panel else { return };
     let of = |label: &str| {
@@ -227,7 +227,7 @@ fn ready_figure(section: &SectionReport) -> Option<Figure> {
     })
 }
 
-/// The first clause of it, for a subtitle.
+/// Returns the first clause, for a subtitle.
 fn sentence(text: &str) -> String {
     text.split_once(';').map_or(text, |(first, _)| first).to_owned()
 }
@@ -367,7 +367,7 @@ fn growing(
     })
 }
 
-/// How far from its limit each goal is, on one axis.
+/// Creates the figure of all goals, each relative to its limit, on one axis.
 fn goals_picture(report: &Report) -> Option<Picture> {
     const LEAST: f64 = 0.25;
     const MOST: f64 = 4.0;

@@ -1,4 +1,4 @@
-//! A panel of lines over something that grows.
+//! A panel of lines over a growing quantity.
 
 use super::bars::{round_step, short};
 use super::picture::{Anchor, FAINT_TEXT, GOAL, GRID, Ink, Picture, Point, TEXT, at};
@@ -12,31 +12,31 @@ const RIGHT: f64 = 26.0;
 const TICK_SIZE: f64 = 11.0;
 const LABEL_SIZE: f64 = 12.0;
 
-/// A number that grows, or does not.
+/// A line.
 #[derive(Clone, Debug)]
 pub(super) struct Line {
     pub(super) label: String,
     pub(super) ink: Ink,
-    /// Where it is, its number, and the interval around that.
+    /// A point: its position, its number, and its interval.
     pub(super) points: Vec<(f64, f64, (f64, f64))>,
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct Lines {
     pub(super) title: String,
-    /// What grows.
+    /// The quantity on the x axis.
     pub(super) x_title: String,
-    /// Whether it grows by factors, rather than by steps.
+    /// Whether it grows by factors rather than by steps.
     pub(super) by_factors: bool,
-    /// Where there is a tick, and what it says.
+    /// Positions of the ticks, and their labels.
     pub(super) x_ticks: Vec<(f64, String)>,
     pub(super) series: Vec<Line>,
-    /// What all have to be below, and what it is called.
+    /// The upper limit of all lines, and its label.
     pub(super) goal: Option<(f64, String)>,
 }
 
 impl Lines {
-    /// Draws it with its upper left corner there.
+    /// Draws the panel with its upper left corner at this point.
     pub(super) fn draw(&self, picture: &mut Picture, corner: Point, width: f64) {
         let (left, right) = (corner.x + LEFT, corner.x + width - RIGHT);
         let (top, bottom) = (corner.y + TITLE, corner.y + HEIGHT - AXIS);

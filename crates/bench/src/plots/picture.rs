@@ -1,6 +1,6 @@
-//! A picture as a list of shapes, so that it looks the same whatever it is written as.
+//! A picture as a list of shapes, so that all file formats look the same.
 
-/// Where something is, in pixels from the upper left, before a PNG makes them smaller.
+/// A position in pixels from the upper left, before a PNG scales it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Point {
     pub(super) x: f64,
@@ -11,7 +11,7 @@ pub(super) fn at(x: f64, y: f64) -> Point {
     Point { x, y }
 }
 
-/// A colour, and how much of what is behind it it hides.
+/// A colour with its opacity.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Ink {
     pub(super) rgb: [u8; 3],
@@ -39,27 +39,27 @@ pub(super) const BACKGROUND: Ink = Ink::of(255, 255, 255);
 pub(super) const TEXT: Ink = Ink::of(36, 41, 47);
 pub(super) const FAINT_TEXT: Ink = Ink::of(101, 109, 118);
 pub(super) const GRID: Ink = Ink::of(225, 228, 232);
-/// What nobody can be faster than.
+/// The colour of floors.
 pub(super) const FLOOR: Ink = Ink::of(139, 148, 158);
-/// What others do.
+/// The colour of rivals.
 pub(super) const RIVAL: Ink = Ink::of(212, 145, 47);
-/// pagecast's `uffd`.
+/// The colour of pagecast's `uffd`.
 pub(super) const OURS: Ink = Ink::of(31, 111, 235);
-/// pagecast's `uffd` with a working set.
+/// The colour of pagecast's `uffd` with a working set.
 pub(super) const OURS_AHEAD: Ink = Ink::of(130, 80, 223);
-/// pagecast's `file`.
+/// The colour of pagecast's `file`.
 pub(super) const OURS_FILE: Ink = Ink::of(26, 137, 99);
 pub(super) const GOAL: Ink = Ink::of(207, 34, 46);
 pub(super) const MET: Ink = Ink::of(26, 137, 99);
 pub(super) const UNKNOWN: Ink = Ink::of(191, 135, 0);
 
-/// Where a text is of its point.
+/// The position of a text relative to its point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Anchor {
-    /// It begins there.
+    /// The text begins at the point.
     Start,
     Middle,
-    /// It ends there.
+    /// The text ends at the point.
     End,
 }
 
@@ -82,7 +82,7 @@ pub(super) enum Shape {
         radius: f64,
         ink: Ink,
     },
-    /// The point is at half of its height.
+    /// The point is at half the height of the text.
     Text {
         point: Point,
         text: String,
@@ -93,7 +93,7 @@ pub(super) enum Shape {
     },
 }
 
-/// Shapes, each over those before it.
+/// Shapes, each over the earlier ones.
 #[derive(Clone, Debug)]
 pub(super) struct Picture {
     pub(super) width: f64,

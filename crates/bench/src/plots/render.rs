@@ -15,22 +15,22 @@ use plotters::style::{Color as _, FontDesc, FontFamily, FontStyle, RGBAColor, RG
 
 use super::picture::{Anchor, BACKGROUND, Ink, Picture, Point, Shape};
 
-/// How many pixels a PNG has for one of a picture: screens are dense.
+/// Pixels of a PNG for one pixel of the picture: screens are dense.
 const PNG_SCALE: f64 = 2.0;
-/// What an SVG asks for: it is shown in what the viewer has of that kind, which is as wide as the built-in font, or nearly so.
+/// The font family in an SVG. Viewers use a font of that kind, about as wide as the built-in one.
 const FAMILY: &str = "sans-serif";
 /// plotters takes the size of a font as the height of its lines, and an SVG as that of its letter m.
 const LINE_HEIGHT: f64 = 1.24;
-/// How far below the middle of a text its letters stand, in parts of its size: half the height of an x.
+/// Distance of the baseline from the middle of a text, as a part of its size: half the height of an x.
 const HALF_X: f64 = 0.27;
-/// A dash, and as much between two of them, in pixels.
+/// Length of a dash, and of the gap after it, in pixels.
 const DASH: f64 = 5.0;
 
 pub(super) fn svg(picture: &Picture, path: &Path) -> Result<()> {
-    // plotters wants to know a font even where it only names it.
+    // plotters needs a font even if it only writes its name.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
-        // It fails only for what is no font.
+        // It fails only for data that is no font.
         let _ = register_font(FAMILY, FontStyle::Normal, notosans::REGULAR_TTF);
     });
     let area = SVGBackend::new(path, size(picture, 1.0)).into_drawing_area();
@@ -42,13 +42,13 @@ pub(super) fn png(picture: &Picture, path: &Path) -> Result<()> {
     render(picture, &area, PNG_SCALE, drawn_text)
 }
 
-/// How wide a text is, in pixels.
+/// Returns the width of a text in pixels.
 pub(super) fn width(text: &str, size: f64) -> f64 {
     let font = BuiltIn::of(false, size);
     f64::from(font.glyphs(text).1)
 }
 
-/// The built-in font in a size.
+/// Returns the built-in font in this size.
 struct BuiltIn {
     font: PxScaleFont<FontRef<'static>>,
 }
@@ -69,7 +69,7 @@ impl BuiltIn {
         }
     }
 
-    /// The letters of a text, each with how far from its start it is, and how long it is.
+    /// Returns the letters of a text, each with its offset, and the total width.
     fn glyphs(&self, text: &str) -> (Vec<(Glyph, f32)>, f32) {
         let mut glyphs: Vec<(Glyph, f32)> = Vec::new();
         let mut along = 0.0;
@@ -96,7 +96,7 @@ struct Words<'a> {
     anchor: Anchor,
 }
 
-/// Names font and place.
+/// Names the font and the position.
 fn named_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>) -> Drawn<B> {
     let style = if words.bold { FontStyle::Bold } else { FontStyle::Normal };
     let font = FontDesc::new(FontFamily::Name(FAMILY), words.size * LINE_HEIGHT, style);
@@ -110,7 +110,7 @@ fn named_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>
     area.draw(&Text::new(words.text, place, style))
 }
 
-/// Draws letter by letter. plotters could do it, but sets letters without the space that belongs before each.
+/// Draws letter by letter, since plotters sets letters without the space that belongs before each.
 fn drawn_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>) -> Drawn<B> {
     let built_in = BuiltIn::of(words.bold, words.size);
     let (glyphs, width) = built_in.glyphs(words.text);
@@ -145,7 +145,7 @@ fn drawn_text<B: DrawingBackend>(area: &DrawingArea<B, Shift>, words: &Words<'_>
 
 type Drawn<B> = Result<(), DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
 
-/// How a backend writes.
+/// The output of a backend.
 type Write<B> = fn(&DrawingArea<B, Shift>, &Words<'_>) -> Drawn<B>;
 
 fn render<B: DrawingBackend>(

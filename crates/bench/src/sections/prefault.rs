@@ -1,4 +1,4 @@
-//! How fast memory is installed that nobody waits for.
+//! The speed of prefault.
 
 use std::time::{Duration, Instant};
 
