@@ -1,4 +1,4 @@
-//! `cargo xtask openapi`: the OpenAPI document of the control API, generated from its code.
+//! `cargo xtask openapi`: the `OpenAPI` document of the control API, generated from its code.
 
 use std::fs;
 use std::process::ExitCode;

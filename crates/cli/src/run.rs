@@ -5,14 +5,14 @@
 //! | [`setup`] | checks and preparations before anything is started |
 //! | [`firecracker`] | checks of the Firecracker binary |
 //! | [`exec`] | child processes that the kernel kills when we end |
-//! | [`vmm`] | one Firecracker process |
+//! | [`advice`] | advice for a snapshot that Firecracker does not load |
 //! | [`drives`] | files that two microVMs would write to |
-//! | [`jail`] | Firecrackers that the jailer starts |
+//! | [`jail`] | the jailer of a run, and the files that the daemon places in its jails |
 //! | [`launch`] | one fork, from its creation to its end |
 //! | [`fleet`] | all forks of a run |
 //! | [`folder`] | the folder of a run, and the folders that killed runs left |
 //! | [`life`], [`interrupt`] | reasons for an early end: the daemon's end, signals |
-//! | [`report`], [`table`], [`progress`] | results and progress |
+//! | [`report`], [`table`], [`say`](mod@say) | results, and lines on standard error |
 //! | [`train`] | one fork, to record the pages that it touches first |
 
 mod advice;

@@ -27,7 +27,7 @@ pub(crate) struct Fleet {
     lives: JoinSet<(usize, Registered)>,
     stage: watch::Sender<Stage>,
     events: mpsc::UnboundedReceiver<Event>,
-    /// MicroVMs that have loaded their snapshot.
+    /// Those microVMs that have loaded their snapshot.
     loaded: Vec<Loaded>,
 }
 
