@@ -115,7 +115,7 @@ impl Service {
     pub(super) fn forget_saved(&self, fork: &Fork) {
         let forget = || self.run_dir.forget(Saved::Fork, fork.id.as_str());
         if let Some(Err(error)) = self.registry.unless_replaced(fork, forget) {
-            warn!(fork = %fork.id, %error, "cannot forget its state in the run dir");
+            warn!(fork = %fork.id, %error, "its state in the run dir cannot be deleted");
         }
     }
 

@@ -63,8 +63,8 @@ impl Service {
         };
         // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
         let timeout = VACATE_TIMEOUT.min(lease_break_time() * 2 / 3);
-        self.begin_withdrawal(&template, "somebody opens it for writing", Some(timeout));
-        warn!(event = "template_lease_broken", template = %template.name, "somebody opens the template for writing and is held up until no fork reads it any more");
+        self.begin_withdrawal(&template, "another process opens it for writing", Some(timeout));
+        warn!(event = "template_lease_broken", template = %template.name, "another process opens the template for writing, and waits until no fork reads it");
     }
 
     /// Takes a template away that was written while nobody looked.
@@ -299,7 +299,7 @@ fn kill_untracked(template: &Template, file: &LocalFile, places: &[&Placement], 
     vmms.retain(|vmm| already.iter().all(|killed| killed.vmm.pid() != vmm.pid()));
     let outcomes: Vec<_> = vmms.iter().map(VmmProcess::kill).collect();
     for (pid, why) in &untracked.unknown {
-        error!(event = "vmm_unknown", template = %template.name, pid, error = %why, "a process that cannot be looked at may map the template, and read wrong bytes");
+        error!(event = "vmm_unknown", template = %template.name, pid, error = %why, "a process that pagecast may not inspect may map the template, and read wrong bytes");
     }
     for (vmm, outcome) in vmms.iter().zip(outcomes) {
         warn!(event = "vmm_killed", template = %template.name, pid = vmm.pid(), "killed: it maps the template by a path of forks with `file`");

@@ -42,7 +42,7 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
     drop(given_up);
     match (is_last, file.warmth.told(), error) {
         (true, _, Some(error)) => {
-            warn!(event = "template_not_warmed", template = %template.name, error, "cannot be brought into memory");
+            warn!(event = "template_not_warmed", template = %template.name, error, "the template cannot be read into memory");
         }
         (true, Some(told), None) => info!(
             event = "template_warmed",
@@ -50,7 +50,7 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
             read_bytes = told.read_bytes,
             huge_bytes = told.huge_bytes,
             locked_bytes = told.locked_bytes,
-            "template brought into memory"
+            "template read into memory"
         ),
         _ => {}
     }

@@ -117,7 +117,7 @@ impl Registry {
         if !state.busy.insert(name.clone()) {
             return Err(refuse(
                 ErrorCode::TemplateExists,
-                format_args!("a template named {name} is just being added or removed"),
+                format_args!("a template named {name} is being added or removed"),
             ));
         }
         Ok(Name::Free(TakenName::new(self, name)))
@@ -164,9 +164,7 @@ impl Registry {
         if state.forks.len().saturating_sub(state.ended.len()) >= most {
             return Err(refuse(
                 ErrorCode::TooManyForks,
-                format_args!(
-                    "{most} forks wait or live, which is all that the daemon takes (max_forks): end some first"
-                ),
+                format_args!("{most} forks wait or live, which is the maximum (max_forks): end some first"),
             ));
         }
         let id = match wanted {
@@ -258,7 +256,7 @@ impl State {
             self.last_id += 1;
             let id: ForkId = format!("fork-{}", self.last_id)
                 .parse()
-                .map_err(|error| internal("make up an id", &error))?;
+                .map_err(|error| internal("choose an id", &error))?;
             if !self.forks.contains_key(&id) {
                 return Ok(id);
             }

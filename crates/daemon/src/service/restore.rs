@@ -107,7 +107,7 @@ impl Service {
                         }
                     }
                     self.registry.restore_template(template);
-                    info!(event = "template_found", template = name, "template found again");
+                    info!(event = "template_found", template = name, "template taken up");
                 }
                 Err(why) => {
                     let undone = saved.protection.undo_at(&saved.spec.mem_path);
@@ -212,7 +212,7 @@ impl Service {
 
     pub(super) fn forget_saved_as(&self, id: &str) {
         if let Err(error) = self.run_dir.forget(Saved::Fork, id) {
-            warn!(fork = id, %error, "cannot forget its state in the run dir");
+            warn!(fork = id, %error, "its state in the run dir cannot be deleted");
         }
     }
 

@@ -110,7 +110,7 @@ pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
     // All processes are looked at once, however many forks wait.
     let holders = match vmm_process::holders(&waiting.iter().map(|(_, file)| file.file.inode()).collect()) {
         Ok(holders) => holders,
-        Err(error) => return warn!(%error, "cannot find out who maps a template"),
+        Err(error) => return warn!(%error, "cannot find the processes that map a template"),
     };
     for (fork, file) in waiting {
         let inode = file.file.inode();
@@ -171,7 +171,7 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
     });
     service.registry.restore_fork(Arc::clone(&fork));
     service.start(&fork);
-    info!(event = "fork_found", fork = %fork.id, pid, "fork found again");
+    info!(event = "fork_found", fork = %fork.id, pid, "fork taken up");
 }
 
 /// Takes away the memory file of a fork that is no more, and forgets the fork.
@@ -187,7 +187,7 @@ fn forget_place(service: &Arc<Service>, id: &str, saved: &SavedFork) {
     }
     service.forget_saved_as(id);
     if let Some(Err(error)) = removed {
-        warn!(fork = id, error = chain(&error), "its memory file cannot be taken away");
+        warn!(fork = id, error = chain(&error), "its memory file cannot be removed");
     }
 }
 
@@ -220,10 +220,7 @@ impl Lifecycle for FileFork {
     fn complete(&self, fork: &Fork) -> Result<(), ApiError> {
         Err(refuse(
             ErrorCode::NotCompletable,
-            format_args!(
-                "fork {} has the backend `file`: its VMM does without the daemon anyway",
-                fork.id
-            ),
+            format_args!("fork {} has the backend `file`: its VMM needs no daemon", fork.id),
         ))
     }
 
@@ -287,7 +284,7 @@ fn take_place_away(service: &Arc<Service>, fork: &FileFork) -> Result<(), PlaceE
 }
 
 fn warn_place_stays(fork: &Fork, error: &PlaceError) {
-    warn!(fork = %fork.id, error = chain(error), "its memory file cannot be taken away");
+    warn!(fork = %fork.id, error = chain(error), "its memory file cannot be removed");
 }
 
 /// Says beside the reason for `file` what was done ahead of the fork.

@@ -92,7 +92,7 @@ pub(super) fn find_vmm(id: &str, saved: &SavedFork) -> Option<Arc<VmmProcess>> {
             error!(
                 fork = id,
                 error = chain(&error),
-                "its VMM may live, and cannot be found"
+                "its VMM may be alive, and cannot be found"
             );
             None
         }

@@ -30,7 +30,7 @@ fn check_fields(order: &Order<'_>) -> Result<(), String> {
     match (&order.wanted.path, socket_field(order.wanted)) {
         (None, _) => Ok(()),
         (Some(_), Some(field)) => Err(format!(
-            "path: it takes `file`, and {field} takes `uffd`; leave one of them out"
+            "path needs `file`, and {field} needs `uffd`; leave one of them out"
         )),
         (Some(_), None) => Err(format!(
             "path: a fork with `uffd` gets a socket, not a file; use socket_path. It has `uffd` because {reason}"
@@ -107,7 +107,7 @@ pub(in crate::service) fn end_orphan(service: &Service, id: &str, saved: &SavedF
             fork = id,
             pid = vmm.pid(),
             killed,
-            "the daemon that served this VMM has died, and it would hang for ever"
+            "the daemon that served this VMM has died, and the VMM would hang forever"
         );
     }
     service.forget_saved_as(id);
