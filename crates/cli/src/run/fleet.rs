@@ -144,7 +144,7 @@ impl Fleet {
     }
 }
 
-/// The value of the future, or what it panicked with: then too, what it was about can be ended in good order.
+/// The value of the future, or its panic, so that the caller can still clean up.
 pub(crate) async fn catching_panics<T>(future: impl Future<Output = T>) -> std::thread::Result<T> {
     let mut future = std::pin::pin!(future);
     std::future::poll_fn(|context| {

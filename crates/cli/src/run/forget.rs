@@ -11,7 +11,7 @@ use crate::daemon::DaemonError;
 /// Time that the daemon has to forget forks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Has the daemon forget forks, all at once. Why it does not, a line for each, where it has not forgotten them anyway.
+/// Has the daemon forget forks, all at once. Returns the problems, one a line.
 pub(super) async fn forget(client: &Client, ids: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut removals = JoinSet::new();
     for id in ids {
@@ -40,23 +40,23 @@ pub(super) async fn forget(client: &Client, ids: impl IntoIterator<Item = String
     let late = all.await.is_err();
     if let Some(error) = unreachable {
         problems.push(format!(
-            "forks may be left at the daemon: {:#}",
+            "the daemon may still have the forks: {:#}",
             anyhow::Error::from(error)
         ));
     } else if late {
         problems.push(format!(
-            "forks may be left at the daemon, which does not answer within {PATIENCE:?}"
+            "the daemon may still have the forks, and does not answer within {PATIENCE:?}"
         ));
     }
     problems
 }
 
-/// Cleans up after runs that were killed; what could not be done, a line each.
+/// Cleans up after runs that were killed. Returns the problems, one a line.
 pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
     let mut problems = Vec::new();
     for folder in left {
         if let Err(error) = folder.end_jailed() {
-            problems.push(format!("{}, which a run left: {error}", folder.path().display()));
+            problems.push(format!("{}, left by a killed run: {error}", folder.path().display()));
             continue;
         }
         if let Some(socket) = folder.socket() {
@@ -68,7 +68,10 @@ pub(crate) async fn clean_up(left: Vec<LeftFolder>) -> Vec<String> {
         }
         let path = folder.path().to_owned();
         if let Err(error) = folder.remove() {
-            problems.push(format!("cannot remove {}, which a run left: {error}", path.display()));
+            problems.push(format!(
+                "cannot remove {}, left by a killed run: {error}",
+                path.display()
+            ));
         }
     }
     problems

@@ -8,7 +8,7 @@ use pagecast_firecracker::Jailer;
 
 use super::firecracker::Firecracker;
 
-/// What is the same for all forks of a run.
+/// Settings that all forks of a run share.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) client: Client,
@@ -17,7 +17,7 @@ pub(crate) struct Plan {
     pub(crate) jailer: Option<(PathBuf, Jailer)>,
     pub(crate) wanted: Wanted,
     pub(crate) vmstate: PathBuf,
-    /// How long each step of each fork may take.
+    /// Time that each step of each fork may take.
     pub(crate) patience: Duration,
 }
 

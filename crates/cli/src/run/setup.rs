@@ -42,7 +42,7 @@ pub(crate) struct Starting {
     jailer: JailerArgs,
 }
 
-/// What there is before the first Firecracker is started.
+/// The state before the first Firecracker is started.
 pub(crate) struct Prepared {
     pub(crate) plan: Plan,
     pub(crate) daemon: Life,

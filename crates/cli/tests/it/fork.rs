@@ -94,10 +94,10 @@ fn a_fork_is_listed_shown_completed_and_removed() {
     assert_eq!(shown["faults"]["demand"], SIZE / 4096);
     let shown = daemon.prints(&["fork", "show", "a"]);
     for part in [
-        "state      serving\n".to_owned(),
-        format!("pid        {}\n", vmm.pid()),
-        "guest has  4.00 MiB\n".to_owned(),
-        "memory     ".to_owned(),
+        "state         serving\n".to_owned(),
+        format!("pid           {}\n", vmm.pid()),
+        "guest memory  4.00 MiB\n".to_owned(),
+        "memory        ".to_owned(),
     ] {
         assert!(shown.contains(&part), "{part:?} is not in:\n{shown}");
     }
@@ -132,10 +132,10 @@ fn a_recorded_fork_teaches_its_template_what_the_next_gets_ahead() {
     assert!(
         daemon
             .prints(&["fork", "show", "recorded"])
-            .contains("recording  goes on\n")
+            .contains("recording     running\n")
     );
     recorded.run(Read::default()).unwrap();
-    let said = "recording  4.00 MiB learned from\n";
+    let said = "recording     4.00 MiB added to the working set\n";
     eventually("it is learned from", || {
         daemon.prints(&["fork", "show", "recorded"]).contains(said)
     });
@@ -149,7 +149,7 @@ fn a_recorded_fork_teaches_its_template_what_the_next_gets_ahead() {
     });
     let shown = daemon.prints(&["fork", "show", "ahead"]);
     assert!(
-        shown.contains("prefault   working-set; first faults: 0 not foreseen"),
+        shown.contains("prefault      working-set; first faults: 0 not foreseen"),
         "{shown}"
     );
 }

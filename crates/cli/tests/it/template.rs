@@ -187,7 +187,7 @@ fn a_template_is_brought_into_memory_kept_there_and_let_go() {
         (&"warm".into(), &true.into(), &SIZE.into())
     );
     let shown = daemon.prints(&["template", "show", "base"]);
-    assert!(shown.contains("; 4.00 MiB kept there\n"), "{shown}");
+    assert!(shown.contains("; 4.00 MiB locked\n"), "{shown}");
     assert_eq!(resident(&daemon.prints(&["template", "ls"])).unwrap(), "4.00 MiB");
     let status = daemon.json(&["status"]);
     assert_eq!(status["templates"][0]["warmth"]["locked_bytes"], SIZE);

@@ -230,7 +230,7 @@ impl Service {
             watched = true;
             survive("watch", || {
                 if let Some(how) = template.file.as_ref().and_then(|file| file.new_ownership_change()) {
-                    warn!(event = "template_owner_changed", template = %template.name, how, "owner or mode of the template has been changed, as by `chown -R` of a folder with a hard link of it");
+                    warn!(event = "template_owner_changed", template = %template.name, how, "owner or mode of the template has changed, as by `chown -R` of a folder with a hard link of it");
                 }
             });
             survive("watch", || {

@@ -48,8 +48,8 @@ impl Service {
 
 fn complete_idle_fork(fork: &Fork) {
     match backends::of(fork).complete(fork) {
-        Ok(()) => info!(event = "fork_idle", fork = %fork.id, "has no faults any more, is being completed"),
-        Err(error) => warn!(fork = %fork.id, error = error.message, "idle, and cannot be completed now"),
+        Ok(()) => info!(event = "fork_idle", fork = %fork.id, "fork is idle, and is being completed"),
+        Err(error) => warn!(fork = %fork.id, error = error.message, "fork is idle, but cannot be completed now"),
     }
 }
 

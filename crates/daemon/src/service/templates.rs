@@ -122,7 +122,7 @@ impl Service {
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!(
-                    "mem_path: {} has {} bytes, which is no multiple of the page size of {} bytes",
+                    "mem_path: {} has {} bytes, which is not a multiple of the page size of {} bytes",
                     wanted.mem_path.display(),
                     mem_file.len(),
                     wanted.spec.page_size
@@ -381,7 +381,7 @@ fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<
     let untracked = untracked_vmms(file, &place).map_err(|error| {
         refuse(
             ErrorCode::TemplateInUse,
-            format_args!("cannot find out who maps {name}: {error}"),
+            format_args!("cannot find the processes that map {name}: {error}"),
         )
     })?;
     let untold: Vec<String> = untracked
@@ -394,7 +394,7 @@ fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<
         return Err(refuse(
             ErrorCode::TemplateInUse,
             format_args!(
-                "forks of {name} live whose pid was not told: {}; end them first",
+                "VMMs whose pid was not given map {name}: {}; end them first",
                 abridged(&untold)
             ),
         ));
@@ -405,7 +405,7 @@ fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<
         return Err(refuse(
             ErrorCode::TemplateInUse,
             format_args!(
-                "processes that cannot be looked at may map {name}: {}; end them, or run pagecast with CAP_SYS_PTRACE",
+                "processes that pagecast may not inspect may map {name}: {}; end them, or run pagecast with CAP_SYS_PTRACE",
                 abridged(&unknown)
             ),
         ));
@@ -435,7 +435,7 @@ fn undo(template: &Template, file: &LocalFile, other: Option<&(TemplateName, Arc
         warn_not_taken_away(&template.name, &error);
     }
     if let Some((other, Err(error))) = enforced {
-        warn!(template = %other, error = chain(&error), "it is not protected any more");
+        warn!(template = %other, error = chain(&error), "it is no longer protected");
     }
 }
 

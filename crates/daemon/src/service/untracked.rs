@@ -13,7 +13,7 @@ use crate::local_file::LocalFile;
 use crate::placement::{How, Placement};
 use crate::vmm_process::{self, VmmError, VmmProcess};
 
-/// Processes whose pid was not told.
+/// Processes whose pid was not given.
 #[derive(Default)]
 pub(super) struct UntrackedVmms {
     /// VMMs that map the file of a template by a path that only forks are told.

@@ -92,7 +92,7 @@ pub(super) fn warm_again(template: &Arc<Template>) {
         begin(template, file, wanted, true)
     });
     if let Err(error) = begun {
-        warn!(event = "template_not_warmed", template = %template.name, error = error.message, "cannot be kept in memory any more");
+        warn!(event = "template_not_warmed", template = %template.name, error = error.message, "the template can no longer be locked in memory");
     }
 }
 
@@ -130,7 +130,7 @@ fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, reside
         .spawn(move || loading::fulfil(&warmed, &of, &wish));
     spawned.map(drop).map_err(|error| {
         file.warmth.cool();
-        internal("bring the template into memory", &error)
+        internal("read the template into memory", &error)
     })
 }
 

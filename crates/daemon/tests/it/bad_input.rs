@@ -32,7 +32,7 @@ fn a_bad_body_is_refused_and_its_field_named() {
         (b"{", 400, "bad_request", "not JSON"),
         (b"nonsense", 400, "bad_request", "not JSON"),
         (b"{} {}", 422, "invalid_field", "template"),
-        (br#"{"template":"t"} {}"#, 400, "bad_request", "goes on"),
+        (br#"{"template":"t"} {}"#, 400, "bad_request", "data after its end"),
         (b"\xff\xfe", 400, "bad_request", "not JSON"),
         (b"{\"template\":\"\xff\"}", 400, "bad_request", "not JSON"),
         (b"[]", 422, "invalid_field", "an object"),

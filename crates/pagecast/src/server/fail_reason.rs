@@ -71,7 +71,7 @@ pub enum FailReason {
         errno: Errno,
     },
     /// The VMM has registered memory again that was just unregistered to complete the fork.
-    #[error("the VMM has registered its memory again after it was unregistered for good")]
+    #[error("the VMM has registered its memory again after it was unregistered")]
     RegisteredAgain,
     /// The VMM has made its userfaultfd blocking, so that its faults are not reported any more.
     #[error("the VMM has cleared O_NONBLOCK of its userfaultfd")]

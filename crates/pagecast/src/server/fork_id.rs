@@ -12,7 +12,7 @@ pub struct ForkId(Arc<str>);
 
 /// What is not the name of a fork.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{id:?} is no fork id: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")]
+#[error("{id:?} is not a fork id: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")]
 pub struct InvalidForkId {
     id: String,
 }

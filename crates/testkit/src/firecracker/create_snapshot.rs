@@ -12,7 +12,7 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// If any of these fails, or the options do not fit each other.
+    /// One of these fails, or the options do not fit each other.
     pub fn create(options: &SnapshotOptions, folder: &Path) -> Result<Self> {
         let whole_mib = options.mem_mib.saturating_sub(GuestRange::FIRST_MIB);
         ensure!(

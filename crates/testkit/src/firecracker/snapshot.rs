@@ -59,7 +59,7 @@ pub struct Snapshot {
     pub(crate) patterns: Patterns,
 }
 
-/// Where a restored Firecracker gets its guest's memory from.
+/// The source of a restored guest's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MemBackend {
     /// A mem-file that it maps itself.
