@@ -53,7 +53,13 @@ impl Test {
     /// limit it, or measure its CPU time, so `cargo test` does not work.
     fn runner(&self) -> Result<Command> {
         let mut runner = NEXTEST.command()?;
-        runner.args(["run", "--locked", "--workspace"]).args(&self.args);
+        runner.args(["run", "--locked", "--workspace"]);
+        // Tests wait for processes and timers: one more at a time than there are processors keeps these busy.
+        if !self.args.iter().any(|arg| arg.starts_with("--test-threads")) {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            runner.arg(format!("--test-threads={}", processors + 1));
+        }
+        runner.args(&self.args);
         Ok(runner)
     }
 }

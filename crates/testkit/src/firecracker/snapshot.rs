@@ -17,7 +17,7 @@ pub struct SnapshotOptions {
     /// Back the guest with 2 MiB pages of hugetlbfs, which must be reserved during the creation and for each fork (see
     /// [`HugePages`](crate::hugepages::HugePages)).
     pub huge_pages: bool,
-    /// Give the guest a balloon, so that it can give memory back (see [`MicroVm::inflate`]).
+    /// Give the guest a balloon, so that it can give memory back (see [`MicroVm::inflate`](super::MicroVm::inflate)).
     pub balloon: bool,
     /// Give the guest a drive. It does not use it, but each microVM of the snapshot opens its file.
     pub drive: Option<Drive>,
