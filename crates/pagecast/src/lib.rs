@@ -7,6 +7,7 @@
 //! | [`template`] | sources of pages | files |
 //! | [`server`] | sockets, workers, the life of forks | Linux |
 //! | `cgroup` | memory and hugepages left in cgroups | Linux |
+//! | `memory` | memory left on the host | Linux |
 //!
 //! # Example
 //!
@@ -39,6 +40,8 @@
 #[cfg(target_os = "linux")]
 pub mod cgroup;
 pub mod handshake;
+#[cfg(target_os = "linux")]
+pub mod memory;
 mod page;
 mod page_set;
 #[cfg(target_os = "linux")]

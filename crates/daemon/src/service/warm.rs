@@ -4,10 +4,10 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagecast::cgroup::MemoryCgroup;
+use pagecast::memory;
 use pagecast::template::Wanted;
 use pagecast_client::template::WarmthState;
 use pagecast_client::{ApiError, ErrorCode};
-use procfs::Current;
 use tracing::{info, warn};
 
 use super::refusal::{internal, refuse};
@@ -18,9 +18,6 @@ use crate::template::Template;
 
 /// How long zeros are looked for where a template would not fit into memory without knowing them.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// This part of the memory that is available is left to everybody else.
-const SPARE_PART: u64 = 16;
 
 impl Service {
     /// Begins to bring a template into memory, where with `resident` it stays.
@@ -142,7 +139,7 @@ fn check_room(template: &Template, file: &LocalFile, wanted: u64, resident: bool
     // It is let go first.
     let locked = told.map_or(0, |told| told.locked_bytes);
     let check = |room: Option<u64>, place: &str| {
-        let Some(room) = room.map(|bytes| bytes - bytes / SPARE_PART) else {
+        let Some(room) = room.map(memory::usable) else {
             return Ok(());
         };
         if wanted <= room.saturating_add(locked) {
@@ -157,8 +154,7 @@ fn check_room(template: &Template, file: &LocalFile, wanted: u64, resident: bool
             ),
         ))
     };
-    let available = procfs::Meminfo::current().ok().and_then(|info| info.mem_available);
-    check(available, "on this host")?;
+    check(memory::host_available(), "on this host")?;
     for cgroup in MemoryCgroup::own() {
         let room = if resident { cgroup.available() } else { cgroup.limit() };
         check(room, &format!("in the cgroup {}", cgroup.folder().display()))?;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::fork_record::ForkRecord;
 use super::fork_status::ForkState;
-use super::memory::{SPARE_PART, host_available};
 use super::refusal::Refusal;
 use super::registry::Registry;
 use crate::cgroup::HugetlbCgroup;
+use crate::memory;
 use crate::handshake::Layout;
 use crate::page::PageSize;
 use crate::session::Region;
@@ -48,7 +48,7 @@ impl HugeRoom {
     /// As it is now.
     pub(super) fn now() -> Self {
         let mut room = Self {
-            pages: pool(Path::new(POOL), host_available()),
+            pages: pool(Path::new(POOL), memory::host_available()),
             cgroup: None,
         };
         for cgroup in HugetlbCgroup::own() {
@@ -75,7 +75,7 @@ fn pool(pool: &Path, host_available: Option<u64>) -> u64 {
             .unwrap_or(0)
     };
     let may_be_added = read("nr_overcommit_hugepages").saturating_sub(read("surplus_hugepages"));
-    let memory = host_available.map_or(u64::MAX, |bytes| (bytes - bytes / SPARE_PART) / PageSize::Huge.bytes());
+    let memory = host_available.map_or(u64::MAX, |bytes| memory::usable(bytes) / PageSize::Huge.bytes());
     let free = read("free_hugepages").saturating_add(may_be_added.min(memory));
     free.saturating_sub(read("resv_hugepages"))
 }

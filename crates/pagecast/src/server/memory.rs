@@ -4,18 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use procfs::Current;
-
 use super::error::NotEnoughMemory;
 use super::fork_record::ForkRecord;
 use super::hugepages::HugeRoom;
 use crate::cgroup::MemoryCgroup;
+use crate::memory;
 use crate::page::PageSize;
 use crate::session::Region;
 use crate::template::{Template, TemplateOffset, ZeroMap};
-
-/// What is never used up: this part of what is available stays for everybody else.
-pub(super) const SPARE_PART: u64 = 16;
 
 /// What completing some forks takes, at most.
 #[derive(Clone, Copy, Debug, Default)]
@@ -119,7 +115,7 @@ struct Room {
 impl Room {
     fn now() -> Self {
         Self {
-            host: host_available(),
+            host: memory::host_available(),
             huge: HugeRoom::now(),
             cgroups: BTreeMap::new(),
         }
@@ -133,7 +129,7 @@ impl Room {
     ) -> Result<(), NotEnoughMemory> {
         let forks = demand.forks;
         let check = |needed: u64, available: Option<u64>, place: &dyn Fn() -> String| {
-            let Some(available) = available.map(|bytes| bytes - bytes / SPARE_PART) else {
+            let Some(available) = available.map(memory::usable) else {
                 return Ok(());
             };
             if needed <= available {
@@ -208,19 +204,4 @@ fn bytes_not_zero(region: &Region, zeros: &ZeroMap) -> u64 {
     let pages = 0..region.pages() as u64;
     let data = pages.filter(|index| !zeros.covers(TemplateOffset::new(start + index * page.bytes()), page.len()));
     data.count() as u64 * page.bytes()
-}
-
-/// What the host can give without swapping.
-pub(super) fn host_available() -> Option<u64> {
-    procfs::Meminfo::current().ok()?.mem_available
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_host_says_what_it_has() {
-        assert!(host_available().unwrap() > 0);
-    }
 }
