@@ -1,7 +1,7 @@
-//! The thread that listens, accepts and shakes hands with VMMs, so that no worker has to.
+//! The thread that listens, accepts and carries out the handshakes with VMMs, so that no worker has to.
 //!
-//! A connection is a VMM from when it sends a file descriptor: from then on its fork is served, or has failed with the
-//! reason. A connection that ends before is refused and reported, and its fork waits on.
+//! A connection that sends a file descriptor is a VMM: its fork is then either served, or has failed with a reason. A
+//! connection that ends before that is refused and reported, and its fork waits on.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,10 +33,10 @@ use crate::session::Session;
 const EPOLL_EVENTS: usize = 64;
 const INBOX: u64 = u64::MAX;
 
-/// How long to accept nobody when there is no file descriptor left for it.
+/// How long to accept no connection if there is no file descriptor left for it.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What others ask of the acceptor.
+/// Requests of other threads to the acceptor.
 pub(super) enum Request {
     Listen(Listener),
     /// Take no VMM for this fork any more.
@@ -49,12 +49,12 @@ enum Entry {
     Listener(Listener),
     Handshaking {
         handshaking: Box<Handshaking>,
-        /// The slot of the listener it came through, which stays as long as this is here.
+        /// The slot of the listener that it came through. The listener stays as long as this handshake.
         listener: usize,
     },
 }
 
-/// What of an [`Entry`] has to be known while it is not borrowed.
+/// The kind of an [`Entry`], known while the entry is not borrowed.
 enum Kind {
     Listener,
     Handshaking,
@@ -68,7 +68,7 @@ pub(super) struct Acceptor {
     disposal: Arc<Disposal>,
     deadlines: Deadlines,
     entries: Slab<Entry>,
-    /// Nobody is accepted until then.
+    /// No connection is accepted until then.
     paused: Option<Instant>,
     stopping: bool,
 }
@@ -106,7 +106,7 @@ impl Acceptor {
             let timeout = self.timeout();
             let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
                 Ok((events, _)) => &*events,
-                // Only EINTR is possible for an epoll of our own.
+                // Only EINTR is possible for our own epoll.
                 Err(_) => continue,
             };
             let mut has_messages = false;
@@ -151,7 +151,7 @@ impl Acceptor {
 
     fn listen(&mut self, listener: Listener) {
         if listener.one().is_some_and(|record| record.state().is_end()) {
-            // Forgotten before it came here.
+            // The fork ended before the listener came here.
             return self.disposal.remove_later(listener.socket);
         }
         let flags = self.listener_flags(&listener);
@@ -179,7 +179,7 @@ impl Acceptor {
         for slot in self.slots(|entry| is_listener_of(entry, record)) {
             self.remove_listener(slot);
         }
-        // Else its VMM has shaken hands meanwhile and is served: nobody but this thread ends the waiting.
+        // Otherwise its VMM has completed the handshake meanwhile and is served: only this thread ends the waiting.
         if record.state() == ForkState::Waiting {
             let reason = match record.requested() {
                 // There is no VMM to kill.
@@ -214,8 +214,8 @@ impl Acceptor {
         }
     }
 
-    /// Closes a socket, removes its file and refuses those that are in their handshake there. The fork that it was for,
-    /// where that was one.
+    /// Closes a socket, removes its file and refuses the handshakes that are under way there. Returns the fork, if the
+    /// socket was for one.
     fn remove_listener(&mut self, slot: usize) -> Option<Arc<ForkRecord>> {
         for other in self.slots(|entry| matches!(entry, Entry::Handshaking { listener, .. } if *listener == slot)) {
             if let Some((handshaking, listener)) = self.remove_handshake(other) {
@@ -233,7 +233,7 @@ impl Acceptor {
         record
     }
 
-    /// Takes a handshake out, with the slot of its listener.
+    /// Removes a handshake. Returns it with the slot of its listener.
     fn remove_handshake(&mut self, slot: usize) -> Option<(Box<Handshaking>, usize)> {
         if !matches!(self.kind(slot), Some(Kind::Handshaking)) {
             return None;
@@ -241,7 +241,7 @@ impl Acceptor {
         let Some(Entry::Handshaking { handshaking, listener }) = self.entries.try_remove(slot) else {
             return None;
         };
-        // Closing would do where nobody else has a copy, and nobody has; being sure costs nothing.
+        // Closing the socket would do, since there is no other copy of it; being sure costs nothing.
         let _ = epoll::delete(&self.epoll, &*handshaking);
         self.count_handshake(listener, Listener::end_handshake);
         Some((handshaking, listener))
@@ -264,7 +264,7 @@ impl Acceptor {
         }
     }
 
-    /// Waits for connections to a listener, if one could be accepted now.
+    /// Watches a listener for connections, if one could be accepted now.
     fn watch(&mut self, slot: usize) {
         if let Some(Entry::Listener(listener)) = self.entries.get(slot) {
             let data = EventData::new_u64(slot as u64);
@@ -288,7 +288,8 @@ impl Acceptor {
         match listener.socket.accept() {
             Ok(stream) => self.begin_handshake(stream, slot, user),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            // Gone before we got to it, or no file descriptor left: it stays in the queue and would wake us at once.
+            // The peer is gone, or there is no file descriptor left. The connection stays in the queue and would wake
+            // us at once.
             Err(_) => self.pause(Some(Instant::now() + ACCEPT_PAUSE)),
         }
     }
@@ -317,7 +318,7 @@ impl Acceptor {
             Ok(()) => {
                 entry.insert(Entry::Handshaking { handshaking, listener });
                 self.count_handshake(listener, Listener::begin_handshake);
-                // Firecracker has sent its message by now, more often than not.
+                // Firecracker has usually sent its message by now.
                 self.receive(slot);
             }
             Err(errno) => {
@@ -339,8 +340,8 @@ impl Acceptor {
         }
     }
 
-    /// Ends a handshake, whose message is complete or was refused. If it has sent a file descriptor, its fork is served or
-    /// has failed. If not, it is refused, and its fork waits on.
+    /// Ends a handshake whose message is complete or was refused. If a file descriptor was sent, the fork is served or
+    /// has failed. If not, the connection is refused, and the fork waits on.
     fn conclude(&mut self, slot: usize, received: Result<(), Refusal>) {
         let Some((mut handshaking, listener)) = self.remove_handshake(slot) else {
             return;
@@ -365,7 +366,7 @@ impl Acceptor {
         }
         match checked {
             Ok(layout) => {
-                // Never `None`: what was checked is there.
+                // Never `None`: the check has found both parts.
                 if let Some(handshaken) = handshaking.into_handshaken(layout) {
                     self.hand_over(record, handshaken);
                 }
@@ -387,7 +388,7 @@ impl Acceptor {
             layout,
         } = handshaken;
         let regions = layout.regions().iter().map(|(_, region)| *region).collect();
-        // Set here only, once a fork.
+        // Set only here, once for each fork.
         let _ = record.regions.set(regions);
         record.set_serving();
         let session = Session::new(layout.into_regions());
@@ -400,7 +401,7 @@ impl Acceptor {
         });
     }
 
-    /// Counts and reports a connection that was refused, and whose fork waits on.
+    /// Counts and reports a refused connection. Its fork waits on.
     fn refuse(&mut self, listener: usize, pid: Option<i32>, refusal: Refusal) {
         let Some(listener) = self.listener(listener) else {
             return;
@@ -443,8 +444,8 @@ impl Acceptor {
         }
     }
 
-    /// The time in which the VMM of a fork had to connect is over. One that has sent its userfaultfd may still end its
-    /// handshake in time, which ends the waiting in any case.
+    /// Ends the waiting of a fork whose VMM has not connected in time. If one has sent its userfaultfd, its handshake
+    /// may still complete in time, which ends the waiting in any case.
     fn end_waiting(&mut self, slot: usize) {
         let vmms = self.entries.iter().filter_map(|(_, entry)| match entry {
             Entry::Handshaking { handshaking, listener } if *listener == slot && handshaking.has_sent_fd() => {

@@ -1,4 +1,4 @@
-//! Which completions are begun: those that the memory suffices for.
+//! The decision which completions begin: those that there is memory for.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use super::memory;
 use super::registry::Registry;
 use crate::template::Template;
 
-/// How long completing one fork looks for zeros if memory is short without them.
+/// How long completing one fork searches for zeros if memory is short without them.
 pub(super) const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
 impl Registry {
-    /// Requests the completion of one fork. Zeros of the templates are looked for first, for a bounded time, if the memory
-    /// does not suffice by what is known of them.
+    /// Requests the completion of one fork. If memory is short with the known zeros of the templates, searches for more
+    /// first, for a bounded time.
     pub(super) fn complete(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
         let mut forks = Vec::new();
         let state = self.complete_if_fitting(record, &mut forks).or_else(|_| {
@@ -25,14 +25,14 @@ impl Registry {
         record.may_be_completed(state)
     }
 
-    /// Requests the completion of a fork if it is served, and if there is memory for it and the others that are being
-    /// completed: `forks` becomes all of them. Returns the fork's state, which tells whether the completion was requested.
+    /// Requests the completion of a fork if it is served, and if there is memory for it and all others under way. Sets
+    /// `forks` to all of them. Returns the state of the fork, which shows whether the completion was requested.
     fn complete_if_fitting(
         &self,
         record: &Arc<ForkRecord>,
         forks: &mut Vec<Arc<ForkRecord>>,
     ) -> Result<ForkState, NotEnoughMemory> {
-        // It guards no data, so a panic under it leaves nothing behind.
+        // The lock guards no data, so a panic under it leaves nothing behind.
         let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         *forks = self.serving();
         forks.retain(|fork| Arc::ptr_eq(fork, record) || fork.completion_is_requested());
@@ -42,8 +42,8 @@ impl Registry {
         Ok(record.request_completion(Asker::Request))
     }
 
-    /// Requests, for a caller who takes the template away, the completion of as many of its forks as there is memory for, and
-    /// time to find that out. Returns whether those are all that are served.
+    /// Requests the completion of as many forks of a template as memory and time allow, for a caller that takes the
+    /// template away. Returns `true` if those are all forks of it that are served.
     pub(super) fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
         let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         let (completing, mut wanted): (Vec<_>, Vec<_>) = self

@@ -1,4 +1,4 @@
-//! How a server is to be.
+//! The configuration of a server.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use super::registry::{Observer, Registry};
 use super::workers::{WorkerOptions, Workers};
 use crate::priority;
 
-/// How many bytes a second a completion installs at most, unless another number is set.
+/// The default of the most bytes a second that a completion installs.
 const COMPLETION_RATE: u64 = 1 << 30;
 
-/// How a server is to be.
+/// The configuration of a server.
 pub struct Builder {
     workers: Option<usize>,
     deadlines: Deadlines,
@@ -41,54 +41,54 @@ impl Builder {
         }
     }
 
-    /// How many threads answer faults; at least one. Forks are spread evenly over them.
+    /// The number of threads that answer faults; at least one. Forks are spread evenly over them.
     ///
-    /// By default two a processor, no more than 16, of which the first forks get one of their own each, while those that come
-    /// after them share one a processor, or all where this process may not raise the priority of a thread (`CAP_SYS_NICE`).
+    /// Default: two per processor, at most 16. The first forks get a thread each. Later forks share one thread per
+    /// processor, or all threads if this process may not raise the priority of a thread (`CAP_SYS_NICE`).
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers.max(1));
         self
     }
 
-    /// How long to wait for what.
+    /// Sets how long the server waits.
     #[must_use]
     pub fn deadlines(mut self, deadlines: Deadlines) -> Self {
         self.deadlines = deadlines;
         self
     }
 
-    /// How many bytes a second the completion of one fork installs at most, where nobody waits for it; by default 1 GiB,
-    /// which leaves others a part of the memory's bandwidth. `None` for as many as can be.
+    /// The most bytes a second that the completion of one fork installs while no caller waits for it. Default: 1 GiB,
+    /// which leaves others a part of the memory bandwidth. `None` for no limit.
     ///
-    /// [`close`](Server::close) and [`vacate`](Server::vacate) do not heed this.
+    /// [`close`](Server::close) and [`vacate`](Server::vacate) ignore this.
     #[must_use]
     pub fn completion_rate(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {
         self.completion_rate = bytes_per_second;
         self
     }
 
-    /// On how many threads at most a fork is filled (prefaulted, completed) at a time, whatever else runs on this host: on all
-    /// of them while no other fork is filled, on one while others have the rest. By default on one, and on as many more as
-    /// there are idle processors, at most three.
+    /// The most threads that fill (prefault, complete) one fork at a time, whatever else runs on this host. A fork is
+    /// filled on all of them while no other fork is, and on one while others have the rest. Default: one, and one more
+    /// for each idle processor, at most three more.
     #[must_use]
     pub fn fill_threads(mut self, threads: NonZeroUsize) -> Self {
         self.fill_threads = Some(threads);
         self
     }
 
-    /// How long a worker looks for the next fault without sleeping after it has answered one; by default not at all.
+    /// How long a worker checks for the next fault without sleeping after it has answered one. Default: zero.
     ///
-    /// Where cores are free this saves the time that waking a thread on another core takes, which can be most of a fault.
-    /// Meanwhile a worker uses its core in full, which is then not there for a vCPU; it sleeps once no fault came for so long.
+    /// If cores are free, this saves the time to wake a thread on another core, which can be most of a fault. Meanwhile
+    /// a worker uses its core in full, which no vCPU can use then. The worker sleeps if no fault comes for this time.
     #[must_use]
     pub fn busy_poll(mut self, time: Duration) -> Self {
         self.busy_poll = time;
         self
     }
 
-    /// Whom to tell of every turn in the life of every fork. Called on the threads that serve faults, so it must not
-    /// block: send it to a channel, count it.
+    /// Sets the callback for every event of every fork. It is called on the threads that serve faults, so it must not
+    /// block: send the event to a channel, or count it.
     #[must_use]
     pub fn observer(mut self, observer: impl Fn(ForkEvent) + Send + Sync + 'static) -> Self {
         self.observer = Box::new(observer);
@@ -99,7 +99,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// [`Error::System`] where a thread or file descriptor cannot be had; [`Error::Unsupported`] where this is not Linux.
+    /// [`Error::System`] if a thread or file descriptor cannot be created; [`Error::Unsupported`] if this is not Linux.
     pub fn start(self) -> Result<Server, Error> {
         let failed = |source| Error::System {
             what: "start the server's threads",

@@ -1,4 +1,4 @@
-//! What happens to the pages of a fork, counted.
+//! Counters of the pages of a fork.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +21,7 @@ impl Counter {
     }
 }
 
-/// What happens to a fork's pages, counted.
+/// Counters of a fork's pages.
 #[derive(Debug)]
 pub(super) struct Counters {
     pub(super) demand: Counter,
@@ -31,14 +31,14 @@ pub(super) struct Counters {
     pub(super) retried: Counter,
     pub(super) slow: Counter,
     pub(super) installed_bytes: Counter,
-    /// Zeros that the kernel fills in by itself.
+    /// Bytes of zeros that the kernel fills in by itself.
     pub(super) given_back_bytes: Counter,
     pub(super) late: Counter,
     pub(super) missed: Counter,
     pub(super) held_out_used: Counter,
-    /// From reading a fault to its page being in place.
+    /// From reading a fault until its page is installed.
     pub(super) fault_latency: LatencyRecorder,
-    /// What the kernel took for putting a page in place that somebody waited for.
+    /// The time of the kernel to install a page that a vCPU waits for.
     pub(super) install_latency: LatencyRecorder,
 }
 

@@ -1,15 +1,15 @@
-//! How long a server waits for what.
+//! How long a server waits.
 
 use std::time::Duration;
 
-/// How long to wait for what.
+/// How long a server waits.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
     /// For a VMM to connect to a registered fork.
     pub connect: Duration,
-    /// From connecting to the end of the handshake message.
+    /// From the connection to the end of the handshake message.
     pub handshake: Duration,
-    /// For the template to be read, or for memory to become free, before a fault is given up and its VMM killed.
+    /// For the template to be read, or for memory to become free. After that, the fault fails and its VMM is killed.
     pub fault: Duration,
 }
 

@@ -1,8 +1,8 @@
-//! Closing what peers have sent and removing socket files, on threads of their own, because both can block.
+//! Closes files that peers have sent and removes socket files, on its own threads, because both can block.
 //!
-//! `close` of a file descriptor that a peer has sent waits for the peer if it is of a FUSE file, and lingers if it is a
-//! socket that was told to. A folder that others can read can be locked by them for as long as they like: a `getdents` into
-//! memory whose page fault is not answered holds the folder's lock, and `unlink` takes it.
+//! Closing a file descriptor from a peer waits for the peer if the file is on FUSE. It lingers if the file is a socket
+//! with `SO_LINGER`. Users who can read a folder can lock it for any time: a `getdents` into memory whose page
+//! fault is not answered holds the lock of the folder, and `unlink` takes it.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use super::socket_file::SocketFile;
 
-/// How many threads there are at most. Each value whose drop blocks takes one.
+/// The maximum number of threads. Each value whose drop blocks takes one.
 const MOST_THREADS: usize = 64;
 
-/// How long a thread without work stays, except the last one.
+/// How long a thread without work stays. The last one always stays.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// Drops values without making the caller wait.
+/// Drops values without blocking the caller.
 pub(super) struct Disposal {
     shared: Arc<Shared>,
 }
@@ -44,7 +44,7 @@ enum Job {
 }
 
 impl Disposal {
-    /// Starts the first of its threads.
+    /// Starts the first thread.
     pub(super) fn start() -> std::io::Result<Arc<Self>> {
         let this = Self { shared: Arc::default() };
         let mut state = this.shared.state();
@@ -63,7 +63,7 @@ impl Disposal {
         self.add(Job::Remove(socket));
     }
 
-    /// Waits until no socket file at `path` is being removed, or until then.
+    /// Waits until no socket file at `path` is being removed, but no longer than `until`.
     pub(super) fn wait_removed(&self, path: &Path, until: Instant) {
         let is_removed = |state: &State| state.removing.iter().all(|removing| removing != path);
         self.shared.wait(until, is_removed);
@@ -81,7 +81,7 @@ impl Disposal {
         }
         state.queue.push_back(job);
         if state.queue.len() > state.idle && state.threads < MOST_THREADS {
-            // If there can be no thread now, the next that has done its work takes it.
+            // If no thread can be started now, the next idle thread takes the job.
             let _ = self.shared.start_thread(&mut state);
         }
         drop(state);
@@ -90,7 +90,7 @@ impl Disposal {
 }
 
 impl Drop for Disposal {
-    /// Its threads end once the queue is empty. They are not waited for.
+    /// Lets the threads end once the queue is empty, without waiting for them.
     fn drop(&mut self) {
         self.shared.state().stopping = true;
         self.shared.changed.notify_all();

@@ -1,4 +1,4 @@
-//! What the calls of a server can answer instead.
+//! The errors of the calls of a server.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -14,16 +14,16 @@ pub enum Error {
     /// This platform has no userfaultfd: restore with the `File` backend instead.
     #[error("a page server needs Linux; elsewhere, restore with the `File` backend")]
     Unsupported,
-    /// The operating system refused something the server itself needs.
+    /// The operating system refused a resource that the server needs.
     #[error("cannot {what}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
         /// Why it failed.
         #[source]
         source: std::io::Error,
     },
-    /// A fork of this name exists.
+    /// A fork with this name exists.
     #[error("a fork named {0} exists")]
     ForkExists(ForkId),
     /// The prefix of names leaves no room for a number.
@@ -46,27 +46,27 @@ pub enum Error {
     /// Completing the fork takes more memory than there is.
     #[error(transparent)]
     NotEnoughMemory(#[from] NotEnoughMemory),
-    /// The template is not what it was when it was opened.
+    /// The template has changed since it was opened, or cannot be checked.
     #[error("the template cannot be forked")]
     Template(#[source] SourceError),
-    /// The path of the socket cannot be one.
+    /// The path cannot be used for a socket.
     #[error("{} cannot be the path of a socket: {reason}", path.display())]
     SocketPath {
-        /// Which path.
+        /// The path.
         path: PathBuf,
         /// Why not.
         reason: &'static str,
     },
-    /// Somebody listens at the path of the socket.
+    /// Another process listens at the path of the socket.
     #[error("another process listens at {}", path.display())]
     SocketInUse {
-        /// Which path.
+        /// The path.
         path: PathBuf,
     },
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error("cannot listen at {}", path.display())]
     Socket {
-        /// Which path.
+        /// The path.
         path: PathBuf,
         /// Why not.
         #[source]
@@ -77,7 +77,7 @@ pub enum Error {
     Closed,
 }
 
-/// Why a server did not close. It goes on serving; closing can be tried again.
+/// Why a server did not close. It continues to serve; closing can be tried again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CloseError {
@@ -100,13 +100,13 @@ pub enum CloseError {
 )]
 #[non_exhaustive]
 pub struct NotEnoughMemory {
-    /// How many forks would be completed, with those that are being completed already.
+    /// The number of forks to complete, with those that are being completed already.
     pub forks: usize,
-    /// What installing the rest of their memory takes, in bytes.
+    /// The memory needed to install the rest, in bytes.
     pub needed: u64,
-    /// What there is for it, in bytes.
+    /// The memory available for that, in bytes.
     pub available: u64,
-    /// Where: the host, a cgroup, the pool of hugepages.
+    /// The limit: the host, a cgroup, or the pool of hugepages.
     pub place: String,
 }
 

@@ -19,18 +19,18 @@ pub enum FailReason {
     /// No VMM connected in time.
     #[error("no VMM connected within {deadline:?}{}", refused_before(*refused))]
     ConnectDeadline {
-        /// The time there was.
+        /// The time limit.
         deadline: Duration,
-        /// How many connections were refused meanwhile: they sent no file descriptor, or were of the wrong user.
+        /// The number of connections refused meanwhile: they sent no file descriptor, or were of the wrong user.
         refused: u64,
-        /// Why the last of these was.
+        /// Why the last one was refused.
         #[source]
         last: Option<Arc<Refusal>>,
     },
     /// The VMM was refused: it never got a page.
     #[error("the VMM was refused")]
     Refused(#[source] Refusal),
-    /// The VMM did what no VMM does.
+    /// The VMM broke the protocol.
     #[error("the VMM broke the protocol")]
     Violation(#[source] Violation),
     /// The template cannot be read any more, or has changed.
@@ -39,15 +39,15 @@ pub enum FailReason {
     /// The template could not be read in time.
     #[error("the template could not be read within {deadline:?}")]
     ReadDeadline {
-        /// The time there was.
+        /// The time limit.
         deadline: Duration,
     },
     /// The template could not be read in time: every try failed, for a reason that might have passed.
     #[error("the template could not be read: {tries} tries within {time:?} failed")]
     ReadFailed {
-        /// How often it was tried.
+        /// The number of tries.
         tries: u32,
-        /// For how long.
+        /// The time from the first try on.
         time: Duration,
         /// Why the last try failed.
         #[source]
@@ -56,30 +56,30 @@ pub enum FailReason {
     /// No memory for a page that a vCPU waits for.
     #[error("no memory for a page within {deadline:?} (host, cgroup of the VMM, or hugepages)")]
     OutOfMemory {
-        /// The time there was.
+        /// The time limit.
         deadline: Duration,
     },
-    /// No memory for a page that nobody waits for: not tried again.
+    /// No memory for a page that no thread waits for. It is not tried again.
     #[error("no memory for a page (host, cgroup of the VMM, or hugepages)")]
     NoMemoryAhead,
-    /// The kernel refused something that it never should.
+    /// The kernel refused an operation that it never should.
     #[error("the kernel refused to {operation}: {errno}")]
     Kernel {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
-        /// What it said.
+        /// The error of the kernel.
         errno: Errno,
     },
-    /// The VMM has registered memory again that was just unregistered to complete the fork.
+    /// The VMM has registered memory again after it was unregistered to complete the fork.
     #[error("the VMM has registered its memory again after it was unregistered")]
     RegisteredAgain,
     /// The VMM has made its userfaultfd blocking, so that its faults are not reported any more.
     #[error("the VMM has cleared O_NONBLOCK of its userfaultfd")]
     Blocking,
-    /// Its VMM was killed because that was asked for.
+    /// The VMM was killed on request.
     #[error("killed on request")]
     Killed,
-    /// It was closed, or the whole server, while it waited for a VMM.
+    /// The fork or the whole server was closed while the fork waited for a VMM.
     #[error("closed before a VMM connected")]
     Closed,
 }
@@ -108,13 +108,13 @@ impl FailReason {
 }
 
 impl Serialize for FailReason {
-    /// As `{"code", "message"}`, the message with all its causes.
+    /// Serializes as `{"code", "message"}`. The message includes all its causes.
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         serialize_reason(to, self.code(), self)
     }
 }
 
-/// An error with a code, as `{"code", "message"}`, the message with all its causes.
+/// Serializes an error with a code as `{"code", "message"}`. The message includes all its causes.
 pub(super) fn serialize_reason<S: serde::Serializer>(
     to: S,
     code: &str,

@@ -7,24 +7,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use procfs::{FromRead, LoadAverage};
 use rayon::ThreadPool;
 
-/// The most threads of a pool whose size was not set: a bulk copy is bound by memory before it is by cores.
+/// The most threads of a pool whose size was not set: memory bandwidth limits a bulk copy before cores do.
 const MOST: usize = 3;
 
-/// The threads that all workers of a server fill forks with. They sleep while there is nothing to do.
+/// The threads that all workers of a server fill forks with. They sleep without work.
 pub(super) struct FillPool {
-    /// `None` if there are no threads, as on a machine of one core.
+    /// `None` if there are no threads, as on a machine with one core.
     threads: Option<ThreadPool>,
     cores: usize,
     /// All threads are used, whatever else runs on this host.
     always: bool,
-    /// How many threads are taken.
+    /// The number of threads that are taken.
     busy: AtomicUsize,
     /// `/proc/loadavg`, which says how many threads are running on this host.
     load: Option<File>,
 }
 
 impl FillPool {
-    /// A pool of `always` threads that are always used; or, for `None`, of some that are used while cores are free.
+    /// Creates a pool of `always` threads that are always used; or, for `None`, of threads that are used while cores
+    /// are free.
     pub(super) fn new(always: Option<usize>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = always.unwrap_or((cores - 1).min(MOST));
@@ -35,7 +36,7 @@ impl FillPool {
                 .build()
         };
         Self {
-            // Without these threads all goes on, on one core for each fork.
+            // Without these threads, each fork is filled on one core.
             threads: (threads > 0).then(pool).and_then(Result::ok),
             cores,
             always: always.is_some(),
@@ -54,7 +55,7 @@ impl FillPool {
 
     fn reserve(&self) -> usize {
         let threads = self.threads.as_ref().map_or(0, ThreadPool::current_num_threads);
-        // Asked first, because it costs nothing.
+        // Checked first, because it costs nothing.
         if self.busy.load(Ordering::Relaxed) >= threads {
             return 0;
         }
@@ -68,7 +69,7 @@ impl FillPool {
         let before = self
             .busy
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |busy| Some(busy + free(busy)));
-        // The update refuses nothing, so this is what it saw.
+        // The update never fails, so `before` is the value that it saw.
         free(before.unwrap_or_else(|busy| busy))
     }
 }
@@ -80,7 +81,7 @@ pub(super) struct FillThreads<'a> {
 }
 
 impl FillThreads<'_> {
-    /// How many threads, beside the calling one.
+    /// The number of threads, beside the calling one.
     pub(super) fn count(&self) -> usize {
         self.count
     }
@@ -108,9 +109,9 @@ impl Drop for FillThreads<'_> {
     }
 }
 
-/// How many threads of this host are running or runnable, the calling one included.
+/// The number of threads of this host that are running or runnable, the calling one included.
 fn running(load: &File) -> Option<usize> {
-    // Held open and read from its beginning: opening it takes longer than all the rest.
+    // Held open and read from its beginning: opening it would take longer than the read.
     let mut buffer = [0; 128];
     let length = load.read_at(&mut buffer, 0).ok()?;
     let load = LoadAverage::from_read(buffer.get(..length)?).ok()?;
@@ -143,7 +144,7 @@ mod tests {
         assert!(pool.take_free().count() < pool.cores);
     }
 
-    /// Who counts on a thread that is another's waits for as long as that one takes.
+    /// A caller that relies on a thread of another caller would wait as long as that one takes.
     #[test]
     fn a_thread_is_taken_by_one_at_a_time() {
         let pool = FillPool::new(Some(2));

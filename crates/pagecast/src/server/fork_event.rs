@@ -1,4 +1,4 @@
-//! What an observer of the server is told.
+//! The events for an observer of the server.
 
 use std::sync::Arc;
 
@@ -8,25 +8,25 @@ use super::fork_status::ForkStatus;
 use super::refusal::Refusal;
 use crate::template::{PrefaultTally, Recording};
 
-/// A turn in the life of a fork, for whoever observes the server.
+/// An event in the life of a fork, for the observer of the server.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum ForkEvent {
-    /// Its VMM has connected and its faults are answered from now on.
+    /// The VMM has connected, and its faults are answered from now on.
     Serving {
-        /// Which fork.
+        /// The name of the fork.
         id: ForkId,
-        /// Its VMM.
+        /// The process id of the VMM.
         pid: i32,
         /// The size of its memory in bytes.
         memory_bytes: u64,
-        /// How many regions that is.
+        /// The number of its regions.
         regions: usize,
     },
-    /// It has ended; also where its VMM was refused and it never began.
+    /// The fork has ended, or its VMM was refused.
     Ended(ForkStatus),
-    /// A connection was refused that had sent no file descriptor, or was of the wrong user: a probe, a health check, the
-    /// VMM of another fork. No fork has ended. Reported a few times in ten seconds for each socket at most.
+    /// A connection was refused that had sent no file descriptor, or was of the wrong user: a probe, a health check,
+    /// the VMM of another fork. No fork has ended. For each socket, only a few are reported in ten seconds.
     Refused {
         /// The fork that the socket is for, which waits on; `None` if it is for any number of forks.
         id: Option<ForkId>,
@@ -34,27 +34,27 @@ pub enum ForkEvent {
         pid: Option<i32>,
         /// Why it was refused.
         refusal: Arc<Refusal>,
-        /// How many others were refused at this socket since the last that was reported.
+        /// The number of refused connections at this socket that were not reported since the last one.
         unreported: u64,
     },
-    /// The window in which its first faults were recorded is over.
+    /// The window in which the first faults were recorded is over.
     Recorded {
-        /// Which fork.
+        /// The name of the fork.
         id: ForkId,
-        /// What it touched.
+        /// The pages that the fork touched.
         recording: Arc<Recording>,
     },
-    /// The window in which its prefault was watched is over. The [score](crate::template::Template::prefault_score) of its
-    /// template knows.
+    /// The window in which the prefault was watched is over. The result is in the
+    /// [score](crate::template::Template::prefault_score) of the template.
     Prefaulted {
-        /// Which fork.
+        /// The name of the fork.
         id: ForkId,
-        /// How well its faults were foreseen.
+        /// How well the faults were foreseen.
         tally: PrefaultTally,
     },
-    /// It could not be completed, and is served as before.
+    /// The fork could not be completed, and is served as before.
     NotCompleted {
-        /// Which fork.
+        /// The name of the fork.
         id: ForkId,
         /// Why.
         reason: Arc<FailReason>,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForkId(Arc<str>);
 
-/// What is not the name of a fork.
+/// A text that is not the name of a fork.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{id:?} is not a fork id: up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")]
 pub struct InvalidForkId {
@@ -47,7 +47,7 @@ impl Serialize for ForkId {
 }
 
 impl<'de> Deserialize<'de> for ForkId {
-    /// From text, held to the same rule as [`FromStr`].
+    /// Deserializes from text, under the same rule as [`FromStr`].
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let id = String::deserialize(from)?;
         id.parse().map_err(serde::de::Error::custom)

@@ -1,8 +1,8 @@
-//! How a fork is to be registered.
+//! The options of a new fork.
 
 use std::path::PathBuf;
 
-/// How a fork is to be registered.
+/// The options of a new fork.
 #[derive(Clone, Debug)]
 pub struct ForkOptions {
     pub(super) socket_path: PathBuf,
@@ -11,19 +11,20 @@ pub struct ForkOptions {
     pub(super) plan: Plan,
 }
 
-/// What a fork is given ahead of its faults.
+/// The pages that a fork gets ahead of its faults.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefault {
-    /// Nothing: each page is installed when it is asked for.
+    /// None: each page is installed by its fault.
     None,
-    /// The [working set](crate::template::Template::set_working_set) of its template, where there is one and it does well.
+    /// The [working set](crate::template::Template::set_working_set) of the template, if it has one with a good score.
     #[default]
     WorkingSet,
-    /// The same, then all the rest. Unlike a completion, this keeps serving: what is given back is still noticed.
+    /// The working set, then all the rest. Unlike a completed fork, the fork stays served: pages that it gives back are
+    /// still noticed.
     All,
 }
 
-/// What is planned for a fork.
+/// The prefault and the recording of a fork.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Plan {
     pub(super) prefault: Prefault,
@@ -31,9 +32,9 @@ pub(super) struct Plan {
 }
 
 impl ForkOptions {
-    /// A fork whose VMM connects to `socket_path`, run by the user who runs the server.
+    /// Creates the options of a fork whose VMM connects to `socket_path`, run by the user who runs the server.
     ///
-    /// A unix socket's path is at most 107 bytes long.
+    /// The path of a unix socket has at most 107 bytes.
     pub fn new(socket_path: impl Into<PathBuf>) -> Self {
         Self {
             socket_path: socket_path.into(),
@@ -43,22 +44,22 @@ impl ForkOptions {
         }
     }
 
-    /// The VMM runs as this user: it will own the socket, and nobody else is let in.
+    /// The VMM runs as this user, who will own the socket. Connections of other users are refused.
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
         self.user = Some(uid);
         self
     }
 
-    /// What it is given ahead of its faults; by default its working set.
+    /// The pages that the fork gets ahead of its faults. Default: its working set.
     #[must_use]
     pub fn prefault(mut self, prefault: Prefault) -> Self {
         self.plan.prefault = prefault;
         self
     }
 
-    /// Its first faults are recorded, in a window that ends by itself ([`ForkEvent::Recorded`](super::ForkEvent::Recorded)). It is given nothing ahead
-    /// then, whatever [`prefault`](Self::prefault) says: what is there does not fault.
+    /// Records the first faults, in a window that ends by itself ([`ForkEvent::Recorded`](super::ForkEvent::Recorded)).
+    /// The fork then gets no pages ahead, whatever [`prefault`](Self::prefault) says: installed pages do not fault.
     #[must_use]
     pub fn record(mut self) -> Self {
         self.plan.record = true;

@@ -1,4 +1,4 @@
-//! What the server keeps of a fork, shared by everyone who has to do with it.
+//! The record of a fork, shared by all threads that deal with it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,18 +19,19 @@ use super::worker::{Message, Slot};
 use crate::session::Region;
 use crate::template::Template;
 
-/// One fork: its life under a lock that the fault path never takes, its numbers in atomics that one worker writes.
+/// One fork. Its life is under a lock that the fault path never takes; its counters are atomics that one worker writes.
 #[derive(Debug)]
 pub(super) struct ForkRecord {
     pub(super) id: ForkId,
-    /// Tells this fork from others that have had its name, or its place in a worker.
+    /// Distinguishes this fork from others that had its name, or its place in a worker.
     pub(super) serial: u64,
     pub(super) template: Template,
-    /// Where its VMM is to connect.
+    /// The path of the socket that its VMM is to connect to.
     pub(super) socket_path: PathBuf,
-    /// What it is to be given ahead of its faults, and whether they are recorded.
+    /// The pages that it gets ahead of its faults, and whether the faults are recorded.
     pub(super) plan: Plan,
-    /// It was made for a VMM that connected to a socket of any number of forks: it is forgotten once it has ended.
+    /// The fork was created for a VMM that connected to a socket of any number of forks. It is forgotten once it has
+    /// ended.
     pub(super) anonymous: bool,
     pub(super) counters: Counters,
     /// Set by the handshake.
@@ -44,9 +45,9 @@ struct Life {
     state: ForkState,
     pid: Option<i32>,
     reason: Option<Arc<FailReason>>,
-    /// The thread that has the fork. It is told when something else is requested.
+    /// The thread that has the fork. It gets a message if the request changes.
     holder: Holder,
-    /// Who requests its completion.
+    /// The callers that request its completion.
     askers: Vec<Asker>,
     /// Why its VMM is to be killed, once that is requested. Final.
     kill: Option<Arc<FailReason>>,
@@ -60,33 +61,33 @@ struct Life {
 enum Holder {
     /// The fork waits for its VMM.
     Acceptor(Arc<Inbox<Request>>),
-    /// The fork is on its way to a worker, which looks at what is requested when it comes; or has ended.
+    /// The fork is on its way to a worker, which checks the request when the fork arrives; or has ended.
     Nobody,
     Worker(Arc<Inbox<Message>>, Slot),
 }
 
-/// Who requests the completion of a fork.
+/// A caller that requests the completion of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asker {
-    /// A caller who asks for this fork alone, and does not wait.
+    /// A caller that requests it for this fork alone, and does not wait.
     Request,
-    /// A caller who takes its template away.
+    /// A caller that takes its template away.
     Vacator,
-    /// A thread that closes the server. It takes its request back once its patience is over.
+    /// A thread that closes the server. It withdraws its request once its patience is over.
     Closer(ThreadId),
 }
 
-/// What is to be done with a fork.
+/// The action that is requested for a fork.
 #[derive(Debug)]
 pub(super) enum Requested {
-    /// Answer its faults.
+    /// Answer the faults of the fork.
     Serve,
-    /// Complete it, and answer its faults meanwhile.
+    /// Complete the fork, and answer its faults meanwhile.
     Complete {
-        /// As fast as can be, because somebody waits.
+        /// As fast as possible, because a caller waits.
         at_once: bool,
     },
-    /// Kill its VMM.
+    /// Kill the VMM of the fork.
     Kill(Arc<FailReason>),
 }
 
@@ -103,7 +104,7 @@ impl Life {
 }
 
 impl ForkRecord {
-    /// A fork that waits for its VMM, with the acceptor whose inbox this is.
+    /// Creates a fork that waits for its VMM. `acceptor` is the inbox of the acceptor.
     pub(super) fn new(
         id: ForkId,
         serial: u64,
@@ -171,12 +172,12 @@ impl ForkRecord {
         life.last_refusal = Some(Arc::clone(refusal));
     }
 
-    /// How many connections were refused without ending it, by the code of the reason.
+    /// The number of connections that were refused without ending the fork, by the code of the reason.
     pub(super) fn refusals(&self) -> BTreeMap<&'static str, u64> {
         self.life().refusals.clone()
     }
 
-    /// Why it has failed if no VMM has connected within `deadline`.
+    /// The reason of the failure if no VMM has connected within `deadline`.
     pub(super) fn not_connected(&self, deadline: Duration) -> FailReason {
         let life = self.life();
         FailReason::ConnectDeadline {
@@ -186,7 +187,7 @@ impl ForkRecord {
         }
     }
 
-    /// Its VMM has shaken hands: the fork is on its way to a worker.
+    /// Notes that the VMM has completed its handshake: the fork is on its way to a worker.
     pub(super) fn set_serving(&self) {
         let mut life = self.life();
         life.state = ForkState::Serving;
@@ -195,8 +196,8 @@ impl ForkRecord {
         self.changed.notify_all();
     }
 
-    /// The fork has come to its worker, which is told of each request from now on. It has to look at [`requested`](Self::requested)
-    /// after this, for those from before.
+    /// Notes that the fork has come to its worker, which gets a message for each later request. For earlier ones, the
+    /// worker must check [`requested`](Self::requested) after this.
     pub(super) fn set_worker(&self, inbox: Arc<Inbox<Message>>, slot: Slot) {
         let mut life = self.life();
         if !life.state.is_end() {
@@ -204,7 +205,7 @@ impl ForkRecord {
         }
     }
 
-    /// Ends it. `false` where it had ended before, which stays as it was.
+    /// Ends the fork. Returns `false` and changes nothing if it had ended before.
     pub(super) fn end(&self, state: ForkState, reason: Option<Arc<FailReason>>) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
@@ -214,7 +215,7 @@ impl ForkRecord {
         if reason.is_some() {
             life.reason = reason;
         }
-        // Nothing is requested of it any more, and no inbox is held that may hold this.
+        // Clears all requests, and drops the inbox, which may itself hold this record.
         life.askers.clear();
         life.kill = None;
         life.holder = Holder::Nobody;
@@ -223,13 +224,13 @@ impl ForkRecord {
         true
     }
 
-    /// What is to be done with it now.
+    /// The current request.
     pub(super) fn requested(&self) -> Requested {
         self.life().requested()
     }
 
-    /// Tells the thread that has the fork that something else is requested. Under the lock that the request was made under: the
-    /// fork cannot change hands in between, so no request is lost.
+    /// Sends the thread that has the fork a message that the request has changed. Called under the lock of the request:
+    /// the fork cannot change hands in between, so no request is lost.
     fn tell_holder(self: &Arc<Self>, life: &Life) {
         match &life.holder {
             Holder::Acceptor(inbox) => inbox.send(Request::Close(Arc::clone(self))),
@@ -238,7 +239,7 @@ impl ForkRecord {
         }
     }
 
-    /// Requests that its VMM is killed, or that it ends if it has none. Returns `false` if it has ended.
+    /// Requests to kill the VMM, or to end the fork if it has none. Returns `false` if the fork has ended.
     pub(super) fn request_kill(self: &Arc<Self>, reason: FailReason) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
@@ -251,7 +252,7 @@ impl ForkRecord {
         true
     }
 
-    /// Requests that it ends if it waits for its VMM.
+    /// Requests to end the fork if it waits for its VMM.
     pub(super) fn request_close(self: &Arc<Self>) {
         let life = self.life();
         if life.state == ForkState::Waiting {
@@ -259,12 +260,12 @@ impl ForkRecord {
         }
     }
 
-    /// Whether its completion is requested, and it is not complete yet.
+    /// Returns `true` if the completion is requested, and not done yet.
     pub(super) fn completion_is_requested(&self) -> bool {
         !self.life().askers.is_empty()
     }
 
-    /// Whether a fork in this state can be complete one day.
+    /// Checks that a fork in this state can still be completed.
     ///
     /// # Errors
     ///
@@ -278,19 +279,19 @@ impl ForkRecord {
         }
     }
 
-    /// Requests its completion, if it is served. Returns its state.
+    /// Requests the completion, if the fork is served. Returns the state.
     pub(super) fn request_completion(self: &Arc<Self>, asker: Asker) -> ForkState {
         let mut life = self.life();
         if life.state == ForkState::Serving && !life.askers.contains(&asker) {
             life.askers.push(asker);
-            // Of an earlier try.
+            // The reason of an earlier try.
             life.reason = None;
             self.tell_holder(&life);
         }
         life.state
     }
 
-    /// Takes the request of `asker` back. Those of others stay.
+    /// Withdraws the request of `asker`. Other requests stay.
     pub(super) fn withdraw_completion(self: &Arc<Self>, asker: Asker) {
         let mut life = self.life();
         if let Some(at) = life.askers.iter().position(|other| *other == asker) {
@@ -299,7 +300,7 @@ impl ForkRecord {
         }
     }
 
-    /// It could not be completed and is served as before.
+    /// Notes that the fork could not be completed and is served as before.
     pub(super) fn give_up_completion(&self, reason: Arc<FailReason>) {
         let mut life = self.life();
         life.askers.clear();
@@ -308,12 +309,12 @@ impl ForkRecord {
         self.changed.notify_all();
     }
 
-    /// Waits until it has ended or its completion was given up, for somebody who has asked for it.
+    /// Waits until the fork has ended or the request of `asker` is gone.
     pub(super) fn wait_completed(&self, asker: Asker, until: Instant) {
         self.wait(until, |life| life.state.is_end() || !life.askers.contains(&asker));
     }
 
-    /// Waits until its state is as wanted.
+    /// Waits until the state is as wanted. Returns `false` if it is not at `until`.
     pub(super) fn wait_state(&self, until: Instant, wanted: impl Fn(ForkState) -> bool) -> bool {
         self.wait(until, |life| wanted(life.state))
     }
@@ -336,7 +337,7 @@ impl ForkRecord {
         }
     }
 
-    /// The bytes of its memory; zero before the handshake.
+    /// The length of its memory in bytes; zero before the handshake.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.regions
             .get()

@@ -1,4 +1,4 @@
-//! What is known of a fork: its state and its numbers.
+//! The status of a fork: its state and its counters.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,24 +9,24 @@ use super::fail_reason::FailReason;
 use super::fork_id::ForkId;
 use super::latency::Latency;
 
-/// Where a fork is in its life. The last three are ends: nothing of it is held any more but its numbers.
+/// The state of a fork. The last three are ends: the server then holds only its counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ForkState {
-    /// Its VMM has not connected, or not finished its handshake.
+    /// The VMM has not connected, or its handshake is not complete.
     Waiting,
-    /// Its faults are answered.
+    /// The faults of the fork are answered.
     Serving,
-    /// Everything is installed and unregistered: it no longer needs the server.
+    /// All memory is installed and unregistered: the fork no longer needs the server.
     Complete,
-    /// Its VMM has exited.
+    /// The VMM has exited.
     Exited,
-    /// It could not be served: its VMM was refused, or killed rather than left to hang or to go wrong.
+    /// The fork could not be served. Its VMM was refused, or killed before it could hang or read wrong bytes.
     Failed,
 }
 
 impl ForkState {
-    /// Whether nothing will change any more.
+    /// Returns `true` if the state is final.
     pub fn is_end(self) -> bool {
         matches!(self, Self::Complete | Self::Exited | Self::Failed)
     }
@@ -44,12 +44,12 @@ impl fmt::Display for ForkState {
     }
 }
 
-/// What is known of a fork.
+/// The status of a fork.
 #[derive(Clone, Debug, Serialize)]
 pub struct ForkStatus {
     /// Its name.
     pub id: ForkId,
-    /// Where it is in its life.
+    /// The state of the fork.
     pub state: ForkState,
     /// The process id of its VMM, once connected.
     pub pid: Option<i32>,
@@ -58,34 +58,34 @@ pub struct ForkStatus {
     /// Why it failed, or cannot be completed.
     #[serde(rename = "error")]
     pub reason: Option<Arc<FailReason>>,
-    /// What happened to its pages.
+    /// Counters of its pages.
     #[serde(flatten)]
     pub stats: ForkStats,
 }
 
-/// What happened to the pages of a fork.
+/// Counters of the pages of a fork.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ForkStats {
     /// Counts of pages.
     pub faults: FaultCounts,
-    /// From reading a fault to its page being in place.
+    /// From reading a fault until its page is installed.
     pub fault_latency_us: Latency,
     /// Bytes of the template copied into the fork.
     pub installed_bytes: u64,
     /// Bytes of zeros that were given back to the kernel, which fills them in by itself.
     pub given_back_bytes: u64,
-    /// How well its prefault has foreseen its first faults.
+    /// How well the prefault foresaw the first faults.
     pub prefault: PrefaultCounts,
 }
 
-/// How well a prefault of the working set has foreseen the first faults of a fork. Counts of faults.
+/// How well a prefault of the working set foresaw the first faults of a fork. Counts of faults.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PrefaultCounts {
-    /// Of pages that were to be installed ahead, and whose turn had not come.
+    /// Faults of pages that were to be installed ahead, before their turn came.
     pub late: u64,
-    /// Of pages that are not in the working set.
+    /// Faults of pages that are not in the working set.
     pub missed: u64,
-    /// Of pages that were held out, to see whether they would be asked for.
+    /// Faults of pages that were held out, to see whether the fork would touch them.
     pub held_out_used: u64,
 }
 
@@ -94,11 +94,11 @@ pub struct PrefaultCounts {
 pub struct FaultCounts {
     /// Page faults that were answered.
     pub demand: u64,
-    /// Those of them that were answered with zeros.
+    /// The number of these that were answered with zeros.
     pub zero: u64,
     /// Pages the guest gave back.
     pub removed: u64,
-    /// Pages installed that nobody waited for.
+    /// Pages installed that no thread waited for.
     pub prefaulted: u64,
     /// Installs that the kernel asked to retry.
     pub retried: u64,

@@ -12,26 +12,27 @@ use super::refusal::Refusal;
 use crate::handshake::{Framer, Layout, parse};
 use crate::template::Template;
 
-/// How many bytes one `recvmsg` takes; Firecracker's whole message fits several times.
+/// How many bytes one `recvmsg` takes; the whole message of Firecracker fits several times.
 const PIECE: usize = 4096;
 
-/// How many pieces one turn takes before others get theirs.
+/// How many pieces one turn takes before other connections get theirs.
 const PIECES_PER_TURN: usize = 16;
 
-/// What a userfaultfd may not deliver: a fork's or moved memory's faults could not be answered, and with SIGBUS, write
-/// protection or unmapping nobody has agreed what they would mean.
+/// Features that a userfaultfd may not have. Faults of a forked process or of moved memory could not be answered.
+/// SIGBUS and unmap events have no meaning in the protocol.
 const REFUSED_FEATURES: Features = Features::EVENT_FORK
     .union(Features::EVENT_REMAP)
     .union(Features::EVENT_UNMAP)
     .union(Features::SIGBUS);
 
-/// A connection whose handshake is not complete. Dropping it can block, because it closes whatever the peer has sent.
+/// A connection whose handshake is not complete. Dropping it can block, because it closes the files that the peer has
+/// sent.
 pub(super) struct Handshaking {
     socket: UnixStream,
     pid: i32,
     /// The process, if it could be opened.
     peer: Option<Peer>,
-    /// Why not. A connection that sends no file descriptor never hears of that.
+    /// Why it could not be. A connection that sends no file descriptor does not get this reason.
     unknown: Option<Refusal>,
     framer: Framer,
     fds: Vec<OwnedFd>,
@@ -40,7 +41,7 @@ pub(super) struct Handshaking {
     pub(super) deadline: Instant,
 }
 
-/// A VMM that has said all, and whose memory can be served.
+/// A VMM whose message is complete, and whose memory can be served.
 pub(super) struct Handshaken {
     pub(super) socket: OwnedFd,
     pub(super) peer: Peer,
@@ -49,7 +50,7 @@ pub(super) struct Handshaken {
 }
 
 impl Handshaking {
-    /// Checks that the process which `credentials` name is run by the right user.
+    /// Checks that the process in `credentials` runs as the right user.
     pub(super) fn new(
         socket: UnixStream,
         credentials: PeerCredentials,
@@ -92,12 +93,12 @@ impl Handshaking {
         visible(self.pid)
     }
 
-    /// Whether a file descriptor has come: only a VMM sends one. Probes and health checks do not.
+    /// Returns `true` if a file descriptor has come: only a VMM sends one. Probes and health checks do not.
     pub(super) fn has_sent_fd(&self) -> bool {
         self.fds_lost || !self.fds.is_empty()
     }
 
-    /// Takes what has come. `true` once the message is complete.
+    /// Receives available data. Returns `true` once the message is complete.
     pub(super) fn receive(&mut self) -> Result<bool, Refusal> {
         let mut piece = [0; PIECE];
         for _ in 0..PIECES_PER_TURN {
@@ -129,7 +130,7 @@ impl Handshaking {
         Ok(false)
     }
 
-    /// Holds a complete message against the template. The regions that it names.
+    /// Checks a complete message against the template. Returns the regions in it.
     pub(super) fn check(&mut self, template: &Template) -> Result<Layout, Refusal> {
         let fd = self.fds.pop().ok_or(Refusal::NoFd)?;
         let uffd = match Uffd::from_received(fd) {
@@ -154,14 +155,14 @@ impl Handshaking {
         }
         let regions = parse(self.framer.bytes()).map_err(Refusal::Parse)?;
         match template.check() {
-            // Checked again with every page, so a failure that may pass is no reason to turn a VMM away.
+            // Checked again with every page, so a failure that may pass is no reason to refuse a VMM.
             Err(error) if !error.may_pass() => return Err(Refusal::Template(error)),
             _ => {}
         }
         Layout::validate(&regions, template.len()).map_err(Refusal::Layout)
     }
 
-    /// What its fork is served with, once [`check`](Self::check) has found these regions.
+    /// Returns the parts that its fork is served with, once [`check`](Self::check) has returned `layout`.
     pub(super) fn into_handshaken(self, layout: Layout) -> Option<Handshaken> {
         Some(Handshaken {
             socket: self.socket.into(),

@@ -1,4 +1,4 @@
-//! Whether the pool of hugepages has room for another fork.
+//! Checks whether the pool of hugepages has room for another fork.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,9 +16,9 @@ use crate::session::Region;
 /// The kernel's pool of 2 MiB pages.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Lets a fork in if the pool has a page for each of its own, besides those promised to forks that have not touched
-/// theirs. Firecracker maps with `MAP_NORESERVE`, so the kernel promises nothing: without this check, a guest would freeze
-/// at the first page that the pool does not have.
+/// Admits a fork if the pool has a page for each of its pages, besides those promised to forks that have not touched
+/// theirs yet. Firecracker maps with `MAP_NORESERVE`, so the kernel reserves nothing. Without this check, a guest would
+/// freeze at the first page that the pool does not have.
 pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal> {
     let needed: u64 = layout.regions().iter().map(|(_, region)| huge_pages(region)).sum();
     if needed == 0 {
@@ -37,15 +37,15 @@ pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal>
     Ok(())
 }
 
-/// How many more pages of 2 MiB this process can install.
+/// The number of further 2 MiB pages that this process can install.
 pub(super) struct HugeRoom {
     pub(super) pages: u64,
-    /// Our cgroup, if it is its limit that leaves no more: the kernel charges hugepages to the process that installs them.
+    /// Our cgroup, if its limit leaves no more: the kernel charges hugepages to the process that installs them.
     pub(super) cgroup: Option<PathBuf>,
 }
 
 impl HugeRoom {
-    /// As it is now.
+    /// The current room.
     pub(super) fn now() -> Self {
         let mut room = Self {
             pages: pool(Path::new(POOL), memory::host_available()),
@@ -65,8 +65,8 @@ impl HugeRoom {
     }
 }
 
-/// How many pages a pool can give: those that are free and not reserved by somebody's `mmap`, and those that the kernel may
-/// add to it (`vm.nr_overcommit_hugepages`), as far as the host has so much memory.
+/// The number of pages that a pool can give: free pages that no `mmap` has reserved, and pages that the kernel may add
+/// (`vm.nr_overcommit_hugepages`), as far as the host has memory for them.
 fn pool(pool: &Path, host_available: Option<u64>) -> u64 {
     let read = |name: &str| -> u64 {
         fs::read_to_string(pool.join(name))
@@ -80,14 +80,14 @@ fn pool(pool: &Path, host_available: Option<u64>) -> u64 {
     free.saturating_sub(read("resv_hugepages"))
 }
 
-/// How many huge pages a fork that is served may still take.
+/// The number of huge pages that a served fork may still take.
 fn outstanding(record: &ForkRecord) -> u64 {
     if record.state() != ForkState::Serving {
         return 0;
     }
     let all: u64 = record.regions.get().into_iter().flatten().map(huge_pages).sum();
-    // Forks have pages of one size, so what was installed were huge pages too. Those that were filled with zeros are not
-    // counted, which errs on the safe side.
+    // A fork has pages of one size, so its installed pages are huge ones too. Pages of zeros are not counted, which
+    // errs on the safe side.
     all.saturating_sub(record.counters.installed_bytes.get() / PageSize::Huge.bytes())
 }
 

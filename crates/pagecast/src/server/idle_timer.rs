@@ -1,4 +1,4 @@
-//! Notices that no fault has come for a while, at no cost for a fault.
+//! Detects that no fault has come for a while, at no cost for a fault.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -39,7 +39,7 @@ impl IdleTimer {
         }
     }
 
-    /// Ends a period, when the timer is readable. Returns whether there was no fault in it.
+    /// Ends a period, when the timer is readable. Returns `true` if there was no fault in it.
     pub(super) fn end_period(&mut self) -> bool {
         let had_fault = std::mem::take(&mut self.had_fault);
         self.is_running = false;
@@ -77,7 +77,7 @@ mod tests {
 
     use super::*;
 
-    /// Whether the timer becomes readable within `within`.
+    /// Returns `true` if the timer becomes readable within `within`.
     fn is_due(idle: &IdleTimer, within: Duration) -> bool {
         let mut ready = [PollFd::new(idle, PollFlags::IN)];
         poll(&mut ready, Some(&Timespec::try_from(within).unwrap())).unwrap() > 0

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::event::EventfdFlags;
 
-/// A queue with an eventfd that is readable while something is in it. Senders never wait.
+/// A queue with an eventfd that is readable while a message is in it. Senders never wait.
 pub(super) struct Inbox<T> {
     queue: Mutex<Vec<T>>,
     eventfd: OwnedFd,
@@ -28,9 +28,9 @@ impl<T> Inbox<T> {
         let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 
-    /// Takes everything out. The eventfd is not readable any more.
+    /// Takes all messages. The eventfd is then not readable any more.
     pub(super) fn take(&self) -> Vec<T> {
-        // First the eventfd: a message that is sent in between makes it readable again.
+        // The eventfd comes first: a message that is sent in between makes it readable again.
         let _ = rustix::io::read(&self.eventfd, &mut [0; 8]);
         std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
     }

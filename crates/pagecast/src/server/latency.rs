@@ -1,4 +1,4 @@
-//! How long things took, counted in buckets.
+//! Durations, counted in buckets.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ fn config() -> Config {
     Config::new(GROUPING, POWER).expect("constants that fit each other")
 }
 
-/// How long things took, as it was at one moment: a copy that others can be [added](Self::merge) to.
+/// A snapshot of counted durations. Others can be [added](Self::merge) to it.
 ///
-/// Times are kept in buckets a sixteenth wide, so what is told of single times is up to 7 percent too long, never too
-/// short; count and sum are exact.
+/// Buckets are a sixteenth wide, so a single duration may appear up to 7 percent too long, never too short. Count and
+/// sum are exact.
 #[derive(Clone, Debug)]
 pub struct LatencyHistogram {
     /// In nanoseconds.
@@ -27,16 +27,16 @@ pub struct LatencyHistogram {
 /// Times in microseconds, rounded up, to within 7 percent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Latency {
-    /// Half were as fast.
+    /// Half were at most this long.
     pub p50: u64,
-    /// 99 of 100 were as fast.
+    /// 99 of 100 were at most this long.
     pub p99: u64,
-    /// The slowest.
+    /// The longest.
     pub max: u64,
 }
 
 impl LatencyHistogram {
-    /// Of nothing yet.
+    /// Creates an empty histogram.
     pub fn new() -> Self {
         Self {
             counts: Histogram::with_config(&config()),
@@ -44,18 +44,18 @@ impl LatencyHistogram {
         }
     }
 
-    /// How many times there are.
+    /// The number of durations.
     pub fn count(&self) -> u64 {
         self.counts.as_slice().iter().sum()
     }
 
-    /// All of them together.
+    /// The sum of all durations.
     pub fn sum(&self) -> Duration {
         self.sum
     }
 
-    /// How many times were at most as long as each of `bounds`, which ascend. A time in the bucket that a bound cuts in two
-    /// counts as longer; no bucket is cut by a bound of a power of two nanoseconds.
+    /// For each of `bounds`, in ascending order, the number of durations that were at most as long. A duration counts
+    /// as longer if the bound cuts its bucket in two. A bound that is a power of two in nanoseconds cuts none.
     pub fn cumulative(&self, bounds: &[Duration]) -> Vec<u64> {
         let mut counts = vec![0; bounds.len()];
         for bucket in self.counts.iter().filter(|bucket| bucket.count() > 0) {
@@ -68,20 +68,20 @@ impl LatencyHistogram {
         counts
     }
 
-    /// The time that this part of all (from 0 to 1) did not exceed; `None` where there is none.
+    /// The duration that this fraction (from 0 to 1) did not exceed; `None` if there are no durations.
     pub fn quantile(&self, part: f64) -> Option<Duration> {
         let bucket = self.counts.quantile_bucket(part).ok().flatten()?;
         Some(Duration::from_nanos(bucket.end()))
     }
 
-    /// Adds what another has counted.
+    /// Adds the counts of `other`.
     pub fn merge(&mut self, other: &Self) {
         // They have the same buckets; none of them holds 2^64.
         let _ = self.counts.checked_add_assign(&other.counts);
         self.sum = self.sum.saturating_add(other.sum);
     }
 
-    /// The most telling of it.
+    /// The main figures.
     pub fn summary(&self) -> Latency {
         let micros = |part| {
             let time = self.quantile(part).unwrap_or_default();
@@ -110,7 +110,7 @@ mod recorder {
     use super::{LatencyHistogram, POWER, config};
     use crate::server::counters::Counter;
 
-    /// The same while it is counted: by one thread, for any to read. Takes 2.3 KiB.
+    /// The histogram while it is counted: by one thread, readable by all. Takes 2.3 KiB.
     #[derive(Debug)]
     pub(in crate::server) struct LatencyRecorder {
         /// In nanoseconds.
@@ -129,7 +129,7 @@ mod recorder {
         pub(in crate::server) fn record(&self, time: Duration) {
             let longest = (1 << POWER) - 1;
             let nanos = u64::try_from(time.as_nanos()).map_or(longest, |nanos| nanos.min(longest));
-            // It is in range.
+            // Cannot fail: the value is in range.
             let _ = self.counts.increment(nanos);
             self.sum_ns.add(nanos);
         }

@@ -1,4 +1,4 @@
-//! A socket that VMMs connect to, and for which forks.
+//! A socket that VMMs connect to, and the forks that it is for.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use super::registry::Registry;
 use super::socket_file::SocketFile;
 use crate::template::Template;
 
-/// How many connections to one socket may be in their handshake at once. Others wait in the socket's queue, and other
-/// sockets are not affected.
+/// The most connections to one socket that may be in their handshake at once. Others wait in the queue of the socket.
+/// Other sockets are not affected.
 const MOST_HANDSHAKES: usize = 128;
 
-/// How many refused connections to one socket are reported in each [`REPORT_PERIOD`]. The others are counted only, so
-/// that a flood of connections is no flood of log lines.
+/// The most refused connections to one socket that are reported in each [`REPORT_PERIOD`]. The others are only counted,
+/// so that a flood of connections is no flood of log lines.
 const REPORTS_PER_PERIOD: u32 = 8;
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
 
@@ -54,7 +54,7 @@ impl Listener {
         }
     }
 
-    /// The fork that this socket is for; `None` where it is for any number.
+    /// The fork that this socket is for; `None` if it is for any number.
     pub(super) fn one(&self) -> Option<&Arc<ForkRecord>> {
         match &self.serves {
             Serves::One { record, .. } => Some(record),
@@ -62,7 +62,7 @@ impl Listener {
         }
     }
 
-    /// Until when the VMM of its one fork must have connected.
+    /// The time by which the VMM of its one fork must have connected.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match self.serves {
             Serves::One { deadline, .. } => Some(deadline),
@@ -76,7 +76,7 @@ impl Listener {
         }
     }
 
-    /// Whether another connection may begin its handshake.
+    /// Returns `true` if another connection may begin its handshake.
     pub(super) fn has_room(&self) -> bool {
         self.handshakes < MOST_HANDSHAKES
     }
@@ -89,8 +89,8 @@ impl Listener {
         self.handshakes = self.handshakes.saturating_sub(1);
     }
 
-    /// The fork of a VMM that has connected here: the one, or a new one with the next free name. `None` never:
-    /// `Server::listen` saw that the prefix leaves room for any number.
+    /// The fork of a VMM that has connected here: the one fork, or a new one with the next free name. Never `None`:
+    /// `Server::listen` checked that the prefix leaves room for any number.
     pub(super) fn fork(&mut self, registry: &Registry) -> Option<Arc<ForkRecord>> {
         match &mut self.serves {
             Serves::One { record, .. } => Some(Arc::clone(record)),
@@ -109,7 +109,8 @@ impl Listener {
         }
     }
 
-    /// Whether to report one more refused connection: how many were not reported since the last that was. `None`: do not.
+    /// Returns `Some` if one more refused connection is to be reported, with the number not reported since the last
+    /// one.
     pub(super) fn report(&mut self, now: Instant) -> Option<u64> {
         self.reports.one_more(now)
     }

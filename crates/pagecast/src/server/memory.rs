@@ -1,4 +1,4 @@
-//! How much memory completing forks takes, and how much there is.
+//! The memory that completing forks takes, and the memory available.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,22 +13,22 @@ use crate::page::PageSize;
 use crate::session::Region;
 use crate::template::{Template, TemplateOffset, ZeroMap};
 
-/// What completing some forks takes, at most.
+/// The most memory that completing some forks takes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Needed {
     small_bytes: u64,
     huge_pages: u64,
 }
 
-/// Compares what installing the rest of these forks takes with the memory of the host, of their cgroups and in the pool
-/// of hugepages, by what is known of the templates' zeros.
+/// Compares the memory needed to complete these forks with that of the host, of their cgroups and of the pool of
+/// hugepages. Known zeros of the templates are not counted.
 pub(super) fn check_room(forks: &[Arc<ForkRecord>]) -> Result<(), NotEnoughMemory> {
     let demand = Demand::of(forks);
     Room::now().check(&demand, demand.by_cgroup.keys())
 }
 
-/// Those of `wanted` that can be completed beside those that are being completed: as many as there is room for, in their
-/// order. Looks at each fork once, and at none any more after `until`.
+/// Returns those of `wanted`, in order, that can be completed beside `completing`: as many as there is memory for.
+/// Examines each fork once, and none after `until`.
 pub(super) fn fitting(
     completing: &[Arc<ForkRecord>],
     wanted: &[Arc<ForkRecord>],
@@ -37,7 +37,7 @@ pub(super) fn fitting(
     let mut demand = Demand::of(completing);
     let in_time = wanted.iter().take_while(|_| Instant::now() < until);
     let shares: Vec<_> = in_time.map(|fork| (fork, Share::of(fork))).collect();
-    // Looked at only now: what is installed meanwhile is counted twice, never not at all.
+    // Taken last: memory installed meanwhile is then counted twice, never missed.
     let mut room = Room::now();
     let mut fitting = Vec::new();
     for (fork, share) in shares {
@@ -51,7 +51,7 @@ pub(super) fn fitting(
     fitting
 }
 
-/// What completing one fork takes, and which cgroups are charged for it.
+/// The memory to complete one fork, and the cgroups that are charged for it.
 struct Share {
     needed: Needed,
     cgroups: Vec<MemoryCgroup>,
@@ -66,7 +66,7 @@ impl Share {
     }
 }
 
-/// What completing some forks takes together.
+/// The memory to complete some forks together.
 #[derive(Default)]
 struct Demand {
     forks: usize,
@@ -92,7 +92,7 @@ impl Demand {
         }
     }
 
-    /// Takes back what was added.
+    /// Subtracts a share that was added.
     fn remove(&mut self, share: &Share) {
         self.forks -= 1;
         self.all.small_bytes -= share.needed.small_bytes;
@@ -105,7 +105,7 @@ impl Demand {
     }
 }
 
-/// What there is, each looked at once.
+/// The available memory, read once for each place.
 struct Room {
     host: Option<u64>,
     huge: HugeRoom,
@@ -121,7 +121,7 @@ impl Room {
         }
     }
 
-    /// Whether there is so much, on the host and in these cgroups.
+    /// Checks that there is this much, on the host and in these cgroups.
     fn check<'a>(
         &mut self,
         demand: &Demand,
@@ -166,7 +166,7 @@ impl Room {
     }
 }
 
-/// Looks for more zeros in the templates of these forks, as long as there is time: each is a page less to install.
+/// Searches for more zeros in the templates of these forks, as long as there is time: each is one page less to install.
 pub(super) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
     let mut templates: Vec<&Template> = Vec::new();
     for fork in forks {
@@ -179,9 +179,9 @@ pub(super) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
     }
 }
 
-/// What is left to install of a fork: its memory, less the template's zeros, less what has been installed (each page of
-/// the template is installed once at most). Removed pages are counted though they are not installed, so this errs on
-/// the safe side.
+/// The memory that is left to install of a fork: all of it, less the template's zeros, less the installed pages (each
+/// page of the template is installed once at most). Removed pages are counted though they are not installed, which errs
+/// on the safe side.
 fn needed(fork: &ForkRecord) -> Needed {
     let mut needed = Needed::default();
     let zeros = fork.template.zeros();

@@ -1,14 +1,14 @@
 //! The page server: sockets, workers, and the life of forks.
 //!
-//! Linux only. Elsewhere the same types exist and [`Builder::start`] answers [`Error::Unsupported`], so that a caller can
-//! restore with the `File` backend instead.
+//! Linux only. On other platforms the same types exist and [`Builder::start`] returns [`Error::Unsupported`], so that a
+//! caller can restore with the `File` backend instead.
 //!
 //! | thread | does |
 //! | --- | --- |
-//! | acceptor | listens, accepts, shakes hands, keeps deadlines |
+//! | acceptor | listens, accepts, carries out handshakes, enforces deadlines |
 //! | workers | answer faults; a fork belongs to one of them for life |
 //! | fill pool | helps workers to fill forks, when cores are free |
-//! | readers | read what is not in memory; each template has one for as long as it lives, and a few more while needed |
+//! | readers | read bytes that are not in memory; each template has one for its whole life, and a few more while needed |
 
 mod deadlines;
 mod error;

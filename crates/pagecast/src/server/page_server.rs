@@ -1,4 +1,4 @@
-//! The server as its owner sees it.
+//! The server, as the embedding program sees it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,13 +27,13 @@ use crate::template::{SourceError, Template};
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long to wait for socket files to be removed. It takes longer only if somebody holds up their folder.
+/// How long to wait for socket files to be removed. It takes longer only if another process holds up their folder.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A page server.
 ///
-/// Dropping it closes it; forks that cannot be completed within half a minute have their VMMs killed, since a VMM without
-/// its server freezes at its next fault. Call [`close`](Self::close) to decide for yourself.
+/// Dropping it closes it. If a fork cannot be completed within half a minute, its VMM is killed, since a VMM without
+/// its server freezes at its next fault. Call [`close`](Self::close) to choose otherwise.
 pub struct Server {
     registry: Arc<Registry>,
     workers: Arc<Workers>,
@@ -46,7 +46,7 @@ pub struct Server {
 
 enum Life {
     Open(Threads),
-    /// Takes no new forks; some of the old ones are still served.
+    /// Takes no new forks; some old ones are still served.
     Closing(Vec<JoinHandle<()>>),
     Closed,
 }
@@ -76,25 +76,26 @@ impl Server {
         }
     }
 
-    /// A server to be.
+    /// Creates a builder for a server.
     pub fn builder() -> Builder {
         Builder::new()
     }
 
-    /// Registers a fork of `template`: from now on its VMM can connect to the socket that `options` name. The first that
-    /// sends a file descriptor is its VMM, and the socket is gone then; connections that send none are refused
-    /// ([`ForkEvent::Refused`](super::ForkEvent::Refused)).
+    /// Registers a fork of `template`: from now on its VMM can connect to the socket that `options` name. The first
+    /// peer that sends a file descriptor is the VMM, and the socket is then removed. Connections that send none are
+    /// refused ([`ForkEvent::Refused`](super::ForkEvent::Refused)).
     ///
     /// # Errors
     ///
-    /// [`Error::ForkExists`], [`Error::Template`] where it has changed or was [withdrawn](Self::withdraw), the socket's errors, [`Error::Closed`].
+    /// [`Error::ForkExists`]; [`Error::Template`] if the template has changed or was [withdrawn](Self::withdraw); the
+    /// errors of the socket; [`Error::Closed`].
     pub fn register(&self, id: ForkId, template: &Template, options: &ForkOptions) -> Result<Fork, Error> {
         let life = self.life();
         if !matches!(*life, Life::Open(_)) {
             return Err(Error::Closed);
         }
         let record = self.registry.insert(id, template, options, false)?;
-        // Checked only now: a template that is withdrawn is marked first, and then all its forks are looked for.
+        // Checked only now: `withdraw` first marks the template, and then looks for its forks.
         let bound = template
             .check()
             .map_err(Error::Template)
@@ -103,7 +104,7 @@ impl Server {
         let socket = match bound {
             Ok(socket) => socket,
             Err(error) => {
-                // It was to be seen for a moment, and whoever saw it may wait for its end.
+                // The fork was visible for a moment, and a thread may wait for its end.
                 record.end(ForkState::Failed, None);
                 self.registry.remove(&record);
                 return Err(error);
@@ -119,14 +120,14 @@ impl Server {
         Ok(self.handle(record))
     }
 
-    /// Serves any number of VMMs that connect to the socket that `options` name, each a fork of `template` of its own, named
-    /// `prefix-1`, `prefix-2` and so on, from when it sends a file descriptor. They are forgotten when they end; the [observer](Builder::observer) hears of
-    /// them.
+    /// Serves any number of VMMs that connect to the socket that `options` name. Each one gets a fork of `template`,
+    /// named `prefix-1`, `prefix-2` and so on, once it sends a file descriptor. A fork is forgotten when it ends; the
+    /// [observer](Builder::observer) gets its events.
     ///
     /// # Errors
     ///
-    /// [`Error::Prefix`] where it leaves no room for a number; [`Error::Template`] where it has changed; the socket's errors;
-    /// [`Error::Closed`].
+    /// [`Error::Prefix`] if the prefix leaves no room for a number; [`Error::Template`] if the template has changed;
+    /// the errors of the socket; [`Error::Closed`].
     pub fn listen(&self, prefix: &ForkId, template: &Template, options: &ForkOptions) -> Result<(), Error> {
         let longest = format!("{prefix}-{}", u64::MAX);
         longest.parse::<ForkId>().map_err(Error::Prefix)?;
@@ -148,12 +149,12 @@ impl Server {
         Ok(())
     }
 
-    /// Begins to take a template away from its forks, all of them, and returns at once how many those are. Those that
-    /// wait for their VMM end as failed; those that are served are killed; the reason of each is that the template has
-    /// changed, `how` says in what way. Nobody can fork it any more, here or with another server. What is complete or has
-    /// ended is left alone, and so are the forks of all other templates.
+    /// Begins to withdraw a template from all its forks, and returns their number at once. Forks that wait for their
+    /// VMM end as failed; forks that are served are killed. The reason is that the template has changed, in the way
+    /// that `how` says. The template cannot be forked any more, here or with another server. Forks that are complete or
+    /// have ended are left alone, and so are the forks of other templates.
     ///
-    /// For a template that is about to be written; wait for [`wait_withdrawn`](Self::wait_withdrawn) before it is.
+    /// For a template that is about to be written: before the write, wait for [`wait_withdrawn`](Self::wait_withdrawn).
     pub fn withdraw(&self, template: &Template, how: &str) -> usize {
         template.withdraw(how);
         let forks = self.forks_of(template);
@@ -161,28 +162,28 @@ impl Server {
         forks.iter().filter(|fork| fork.request_kill(changed())).count()
     }
 
-    /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and nothing reads it, but no longer than
-    /// `patience`. After `true`, this server neither reads nor installs a byte of it ever again. `false` where something
-    /// still may: a VMM that cannot die, a read that hangs.
+    /// Waits until all forks of a [withdrawn](Self::withdraw) template have ended and no thread reads it, but no longer
+    /// than `patience`. After `true`, this server never reads or installs a byte of it again. Returns `false` if that
+    /// may still happen: a VMM cannot die, or a read hangs.
     pub fn wait_withdrawn(&self, template: &Template, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         let forks = self.forks_of(template);
         forks.iter().all(|fork| fork.wait_state(until, ForkState::is_end)) && template.wait_unread(until)
     }
 
-    /// Takes a template away from its forks as gently as there is time for: completes those that can be completed within
-    /// half of `patience`, so that their VMMs live on, and [withdraws](Self::withdraw) it from the rest, within the other
-    /// half. `true` once nothing reads it any more, as [`wait_withdrawn`](Self::wait_withdrawn) says.
+    /// Takes a template away from its forks as gently as time allows. Within half of `patience`, completes the forks
+    /// that can be completed, so that their VMMs live on. Within the other half, [withdraws](Self::withdraw) it from
+    /// the rest. Returns `true` once no thread reads it any more, like [`wait_withdrawn`](Self::wait_withdrawn).
     ///
-    /// Meanwhile the template has to be what it was: this is for when somebody *wants* to write it, and is held up by a
-    /// lease ([`MemFile::lease`](crate::template::MemFile::lease)).
+    /// The template must be unchanged meanwhile: call this if a writer waits because of a lease
+    /// ([`MemFile::lease`](crate::template::MemFile::lease)).
     pub fn vacate(&self, template: &Template, how: &str, patience: Duration) -> bool {
         let until = Instant::now() + patience / 2;
         if !self.registry.complete_fitting(template, until) && Instant::now() < until {
             template.find_zeros(until.min(Instant::now() + ZEROS_PATIENCE));
             self.registry.complete_fitting(template, until);
         }
-        // Those that were not asked are withdrawn from.
+        // Returns at once for forks without a request; those are withdrawn below.
         for fork in self.forks_of(template) {
             fork.wait_completed(Asker::Vacator, until);
         }
@@ -190,7 +191,7 @@ impl Server {
         self.wait_withdrawn(template, patience / 2)
     }
 
-    /// The fork of this name; `None` if there is none.
+    /// The fork with this name; `None` if there is none.
     pub fn fork(&self, id: &ForkId) -> Option<Fork> {
         self.registry.get(id).map(|record| self.handle(record))
     }
@@ -201,18 +202,18 @@ impl Server {
         forks.map(|record| self.handle(record)).collect()
     }
 
-    /// How many forks have failed since the start, by the [code](super::FailReason::code) of the reason.
+    /// The number of forks that have failed since the start, by the [code](super::FailReason::code) of the reason.
     pub fn failures(&self) -> BTreeMap<&'static str, u64> {
         self.registry.failures()
     }
 
-    /// Closes the server without hurting a VM: takes no new forks, completes all that are served (installs what is left
-    /// of their memory, then unregisters it), and stops its threads. Closing a closed server does nothing.
+    /// Closes the server without harm to a VM. Takes no new forks, completes all that are served (installs the rest of
+    /// their memory, then unregisters it), and stops its threads. Closing a closed server does nothing.
     ///
     /// # Errors
     ///
-    /// [`CloseError::NotEnoughMemory`] where that would drive the host out of memory: everything goes on as before.
-    /// [`CloseError::NotComplete`] where it took longer than `patience`: no new forks are taken, the old ones are served.
+    /// [`CloseError::NotEnoughMemory`] if that would drive the host out of memory: the server stays as it was.
+    /// [`CloseError::NotComplete`] if it took longer than `patience`: no new forks are taken, the old ones are served.
     pub fn close(&self, patience: Duration) -> Result<(), CloseError> {
         if self.is_closed() {
             return Ok(());
@@ -242,11 +243,12 @@ impl Server {
         Ok(())
     }
 
-    /// Kills the VMMs of all forks and closes the server. Also while another thread waits for it to close.
+    /// Kills the VMMs of all forks and closes the server. May be called while another thread waits in
+    /// [`close`](Self::close).
     ///
     /// # Errors
     ///
-    /// [`CloseError::NotComplete`] where some have not died within `patience`.
+    /// [`CloseError::NotComplete`] if some VMMs have not died within `patience`.
     pub fn kill(&self, patience: Duration) -> Result<(), CloseError> {
         if self.is_closed() {
             return Ok(());
@@ -265,7 +267,7 @@ impl Server {
         Ok(())
     }
 
-    /// Makes a socket. One of an earlier fork that is just being removed at its path is waited for.
+    /// Creates a socket. If one of an earlier fork is being removed at its path, waits for that.
     fn bind(&self, options: &ForkOptions) -> Result<SocketFile, Error> {
         let path = &options.socket_path;
         self.disposal.wait_removed(path, Instant::now() + REMOVAL_PATIENCE);
@@ -273,7 +275,7 @@ impl Server {
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
-        // A panic under this lock leaves a state that is true all the same.
+        // A panic under this lock leaves a consistent state.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -296,9 +298,9 @@ impl Server {
         match std::mem::replace(&mut *life, Life::Closed) {
             Life::Open(threads) => {
                 self.acceptor.send(Request::Stop);
-                // It never waits for anybody, so it comes to this at once.
+                // The acceptor never waits for a peer, so it ends at once.
                 let _ = threads.acceptor.join();
-                // This process may end next, and nobody else removes them.
+                // This process may end next, and no other process removes these files.
                 self.disposal.wait_all_removed(Instant::now() + REMOVAL_PATIENCE);
                 *life = Life::Closing(threads.workers);
             }
@@ -306,7 +308,7 @@ impl Server {
         }
     }
 
-    /// Stops the workers, which have no fork any more.
+    /// Stops the workers, which have no forks any more.
     fn stop(&self) {
         let mut life = self.life();
         if let Life::Closing(workers) = std::mem::replace(&mut *life, Life::Closed) {
@@ -321,7 +323,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if self.close(DROP_PATIENCE).is_err() {
-            // Whom this does not reach either (a process that cannot die) keeps its worker, and so its userfaultfd.
+            // If a process cannot die even so, it keeps its worker, and with it its userfaultfd.
             let _ = self.kill(DROP_PATIENCE);
         }
     }
@@ -339,7 +341,7 @@ fn all_ended(forks: &[Arc<ForkRecord>]) -> Result<(), CloseError> {
     Err(CloseError::NotComplete { forks: left })
 }
 
-/// Makes sure, while nothing depends on it, that cold pages of a template can be read.
+/// Ensures early, while no fork depends on it, that cold pages of a template can be read.
 fn start_reader(template: &Template) -> Result<(), Error> {
     template.start_reader().map_err(|source| Error::System {
         what: "start a thread that reads the template",

@@ -10,112 +10,113 @@ use super::fail_reason::serialize_reason;
 use crate::handshake::{FrameError, LayoutError, ParseError};
 use crate::template::SourceError;
 
-/// Why a connection was refused. It is closed, its file descriptors too, and nobody else notices.
+/// Why a connection was refused. The connection and the file descriptors that it sent are closed; no other fork is
+/// affected.
 ///
-/// If it had sent a file descriptor, it was a VMM, and its fork has failed. If not, or if it was of the wrong user, its fork
-/// waits on.
+/// If the connection had sent a file descriptor, it was a VMM, and its fork has failed. If not, or if it was of the
+/// wrong user, its fork waits on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// Run by the wrong user.
+    /// The process runs as the wrong user.
     #[error("it runs as user {uid}, not {expected}")]
     WrongUser {
-        /// Its user.
+        /// The user of the process.
         uid: u32,
-        /// Whose it should be.
+        /// The user that is expected.
         expected: u32,
     },
-    /// It cannot be told who connected.
+    /// The peer process cannot be identified.
     #[error("the peer is unknown: {message}")]
     Unknown {
         /// Why.
         message: String,
     },
-    /// It could not be killed, should that be needed.
+    /// The process could not be killed, should that be needed.
     #[error(
         "it could not be killed, should that be needed ({errno}): run the server as root or as the user of the VMM"
     )]
     CannotKill {
-        /// What the kernel said.
+        /// The error of the kernel.
         errno: Errno,
     },
-    /// It said nothing, or not all, in time.
+    /// The message was not complete in time.
     #[error("the handshake was not complete within {deadline:?}")]
     Deadline {
-        /// The time there was.
+        /// The time limit.
         deadline: Duration,
     },
-    /// It hung up in the middle.
+    /// The peer closed the connection before the message was complete.
     #[error("it closed the connection before the handshake was complete")]
     HungUp,
     /// The socket failed.
     #[error("its socket failed: {errno}")]
     Socket {
-        /// What the kernel said.
+        /// The error of the kernel.
         errno: Errno,
     },
-    /// It sent no file descriptor.
+    /// The peer sent no file descriptor.
     #[error("it sent no userfaultfd")]
     NoFd,
-    /// It sent more than one file descriptor.
+    /// The peer sent more than one file descriptor.
     #[error("it sent {count} file descriptors instead of one")]
     TooManyFds {
-        /// How many.
+        /// The number of file descriptors.
         count: usize,
     },
-    /// It sent file descriptors that could not be taken.
+    /// The peer sent file descriptors that could not be received.
     #[error("it sent file descriptors that could not be received: too many are open here (see `ulimit -n`)")]
     FdsLost,
-    /// What it sent is no userfaultfd.
+    /// The file descriptor is no userfaultfd.
     #[error("{message}")]
     NotAUffd {
-        /// What it is.
+        /// What it is instead.
         message: String,
     },
     /// The message has no end, or no beginning.
     #[error(transparent)]
     Frame(FrameError),
-    /// The message cannot be read.
+    /// The message cannot be parsed.
     #[error(transparent)]
     Parse(ParseError),
     /// The regions cannot be served.
     #[error(transparent)]
     Layout(LayoutError),
-    /// Its userfaultfd delivers the wrong things.
+    /// The features of the userfaultfd cannot be served.
     #[error(
         "its userfaultfd has the features {features:?}; it must have EVENT_REMOVE (or memory given back would come back \
          as the template's) and may not have {refused:?}"
     )]
     Features {
-        /// What it has.
+        /// The features that it has.
         features: Features,
-        /// What it may not have.
+        /// The features that it may not have.
         refused: Features,
     },
-    /// Its memory is registered for write protection.
+    /// The memory of the VMM is registered for write protection.
     #[error(
         "its memory at {address:#x} is registered for write protection (UFFDIO_REGISTER_MODE_WP), to track which pages are \
          written: pages that are installed here would not be tracked. Register it for missing pages only"
     )]
     WriteProtected {
-        /// Where the region begins, in the memory of the VMM.
+        /// The address of the region in the VMM.
         address: u64,
     },
-    /// The template is not what it was.
+    /// The template has changed.
     #[error(transparent)]
     Template(SourceError),
-    /// The pool of hugepages, or our own cgroup, is too small for it.
+    /// The pool of hugepages, or our own cgroup, is too small for the fork.
     #[error(
         "it may need {needed} hugepages of 2 MiB and {available} are available and not promised to other forks: {}",
         more_hugepages(needed.saturating_sub(*available), cgroup.as_deref())
     )]
     NotEnoughHugepages {
-        /// How many it has room for.
+        /// The number of hugepages in its memory.
         needed: u64,
-        /// How many there are for it.
+        /// The number of hugepages available for it.
         available: u64,
-        /// The cgroup of this process whose limit leaves no more: hugepages are charged to the process that installs them. `None` if
-        /// it is the pool.
+        /// The cgroup of this process whose limit leaves no more: hugepages are charged to the process that installs
+        /// them. `None` if the pool is the limit.
         cgroup: Option<PathBuf>,
     },
     /// Another VMM was served, or the fork has ended, before this handshake was complete.
@@ -167,7 +168,7 @@ impl Refusal {
 }
 
 impl Serialize for Refusal {
-    /// As `{"code", "message"}`, the message with all its causes.
+    /// Serializes as `{"code", "message"}`. The message includes all its causes.
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         serialize_reason(to, self.code(), self)
     }

@@ -1,4 +1,4 @@
-//! All forks of a server, and who is told about them.
+//! All forks of a server, and the observer of their events.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -17,7 +17,7 @@ use super::inbox::Inbox;
 use super::served_fork::Shown;
 use crate::template::Template;
 
-/// Told of every turn in the life of every fork, on the thread where it happens: it must not block.
+/// Called with every event of every fork, on the thread where it happens: it must not block.
 pub(super) type Observer = Box<dyn Fn(ForkEvent) + Send + Sync>;
 
 /// The forks by name.
@@ -27,9 +27,9 @@ pub(super) struct Registry {
     serials: AtomicU64,
     failures: Mutex<BTreeMap<&'static str, u64>>,
     observer: Observer,
-    /// Of the thread that new forks are with.
+    /// The inbox of the acceptor, which new forks are with.
     acceptor: Arc<Inbox<Request>>,
-    /// Held between finding memory for a completion and requesting it, so that no two are given the same memory.
+    /// Held between finding memory for a completion and requesting it, so that no two get the same memory.
     pub(super) admission: Mutex<()>,
 }
 
@@ -50,7 +50,7 @@ impl Registry {
         self.forks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the name for a new fork: looking and taking are one step, so no two forks can have it.
+    /// Inserts a new fork. Check and insert are one step, so no two forks can have one name.
     pub(super) fn insert(
         &self,
         id: ForkId,
@@ -83,7 +83,7 @@ impl Registry {
         forks
     }
 
-    /// Forgets this fork, and not another that has the name by now.
+    /// Removes this fork, but not another that has its name by now.
     pub(super) fn remove(&self, record: &Arc<ForkRecord>) {
         let mut forks = self.forks();
         if forks.get(&record.id).is_some_and(|held| Arc::ptr_eq(held, record)) {
@@ -95,7 +95,7 @@ impl Registry {
         (self.observer)(event);
     }
 
-    /// Tells what a fork's first faults have shown.
+    /// Reports the results of a fork's first faults.
     pub(super) fn report(&self, record: &ForkRecord, shown: Shown) {
         let id = || record.id.clone();
         if let Some(recording) = shown.recording.map(Arc::new) {
@@ -107,10 +107,10 @@ impl Registry {
         }
     }
 
-    /// Ends a fork and tells everybody, once.
+    /// Ends a fork and reports that, once.
     pub(super) fn end(&self, record: &Arc<ForkRecord>, state: ForkState, reason: Option<Arc<FailReason>>) {
         let code = reason.as_ref().map(|reason| reason.code());
-        // Held from before anybody can see that it has failed: who has seen it finds it counted.
+        // Locked before the failure is visible: a thread that sees the failure finds it counted.
         let mut failures = self.lock_failures();
         if !record.end(state, reason) {
             return;
@@ -125,7 +125,7 @@ impl Registry {
         self.observe(ForkEvent::Ended(record.status()));
     }
 
-    /// How many forks failed, by the code of the reason.
+    /// The number of forks that failed, by the code of the reason.
     pub(super) fn failures(&self) -> BTreeMap<&'static str, u64> {
         self.lock_failures().clone()
     }

@@ -15,22 +15,22 @@ use super::error::Error;
 /// The longest path of a unix socket in bytes (`sun_path` of `unix(7)`, less its final zero).
 const LONGEST_PATH: usize = 107;
 
-/// How many connections wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
+/// The most connections that wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
-/// How long to wait for the lock of a folder before a stale socket file there is not replaced.
+/// How long to wait for the lock of a folder before giving up on a stale socket file there.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// A socket that listens at a path, which it made and takes away again.
+/// A socket that listens at a path. It creates its file, and removes it again.
 ///
-/// Making the file is one step (`bind` fails if anything is there), and so needs no lock. Only who replaces a file that a dead
-/// server has left takes one, and not for long.
+/// Creating the file is one step (`bind` fails if anything is there), and so needs no lock. Replacing a file that a
+/// dead server has left takes a lock, for a short time.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     listener: UnixListener,
     path: PathBuf,
-    /// The file we made: whatever else is at the path is not ours to remove.
+    /// The file that we created: another file at the path must not be removed.
     identity: Identity,
 }
 
@@ -42,8 +42,8 @@ struct Identity {
 }
 
 impl SocketFile {
-    /// Listens at `path`, mode 0600, for `user` and `group` where given. A socket file there that nobody listens at is
-    /// replaced; anything else is left alone and refused.
+    /// Listens at `path` with mode 0600, for `user` and `group` if given. Replaces a socket file there if no process
+    /// listens at it. Refuses any other file, and leaves it alone.
     pub(super) fn bind(path: &Path, user: Option<u32>, group: Option<u32>) -> Result<Self, Error> {
         if path.as_os_str().len() > LONGEST_PATH {
             return Err(Error::SocketPath {
@@ -59,7 +59,7 @@ impl SocketFile {
             other => other,
         };
         let listener = listener.map_err(|errno| match errno {
-            // Another server was faster.
+            // Another server came first.
             Errno::ADDRINUSE => Error::SocketInUse { path: path.to_owned() },
             errno => failed(path, errno),
         })?;
@@ -81,7 +81,7 @@ impl SocketFile {
         &self.path
     }
 
-    /// The next connection, if one waits. Close-on-exec.
+    /// The next connection, if one waits. Its file descriptor is close-on-exec.
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.listener.accept()?;
         Ok(stream)
@@ -96,7 +96,7 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // No server replaces it in between: we still listen.
+        // No server replaces the file in between: we still listen.
         let is_ours = std::fs::symlink_metadata(&self.path).is_ok_and(|metadata| {
             self.identity
                 == Identity {
@@ -117,8 +117,8 @@ fn failed(path: &Path, errno: Errno) -> Error {
     }
 }
 
-/// A socket that listens at `path`, which nobody but its owner can ever connect to: Linux takes the mode of the file from
-/// the socket, so it is set before there is a file.
+/// Creates a socket that listens at `path`, which only its owner can ever connect to. Linux takes the mode of the file
+/// from the socket, so the mode is set before there is a file.
 fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -130,7 +130,7 @@ fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// A file that is held by its inode, whose number no other file gets meanwhile.
+/// A file that is held open, so that no other file gets its inode number meanwhile.
 struct Pinned {
     file: OwnedFd,
     is_socket: bool,
@@ -138,7 +138,7 @@ struct Pinned {
 }
 
 impl Pinned {
-    /// The file at `path`, no symbolic link followed; `None` where there is none.
+    /// The file at `path`; symbolic links are not followed. `None` if there is none.
     fn open(path: &Path) -> rustix::io::Result<Option<Self>> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -157,7 +157,7 @@ impl Pinned {
         }))
     }
 
-    /// Changes its owner. It is a socket, whatever is at its path by now.
+    /// Changes the owner of this socket, whatever is at its path by now.
     fn give_to(&self, user: Option<u32>, group: Option<u32>) -> rustix::io::Result<()> {
         if !self.is_socket {
             return Err(Errno::NOTSOCK);
@@ -166,10 +166,10 @@ impl Pinned {
         rustix::fs::chownat(&self.file, c"", user, group, AtFlags::EMPTY_PATH)
     }
 
-    /// Whether some process has this socket open. If not, none ever will again.
+    /// Returns `true` if a process has this socket open. If not, no process ever will again.
     ///
-    /// Without being noticed: a datagram socket cannot connect to a stream socket, but the kernel only says so
-    /// (`EPROTOTYPE`) where there is one, and `ECONNREFUSED` where only the file is left.
+    /// The check is not noticed: a datagram socket cannot connect to a stream socket. The kernel returns `EPROTOTYPE`
+    /// if there is a stream socket, and `ECONNREFUSED` if only the file is left.
     fn is_in_use(&self) -> bool {
         use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -178,15 +178,15 @@ impl Pinned {
             let itself = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             rustix::net::connect(&socket, &SocketAddrUnix::new(itself)?)
         };
-        // Where it cannot be told, take it that somebody is there.
+        // If that is not certain, assume that a process listens.
         connected() != Err(Errno::CONNREFUSED)
     }
 }
 
 /// Removes a socket file at `path` that no process has open any more.
 fn remove_stale(path: &Path) -> Result<(), Error> {
-    // Looking at a path and removing it are two calls: the lock makes them one among all servers, so that none removes
-    // what another has put there in between.
+    // Checking a path and removing it are two calls. The lock makes them one step among all servers, so that none
+    // removes a file that another has just created.
     let _lock = lock_folder(path).map_err(|errno| match errno {
         Errno::WOULDBLOCK => Error::SocketPath {
             path: path.to_owned(),
@@ -212,7 +212,7 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Locks the folder of `path`, but waits no longer than [`LOCK_PATIENCE`]: others who can open it can lock it too.
+/// Locks the folder of `path`, waiting no longer than [`LOCK_PATIENCE`]: other users who can open it can lock it too.
 /// Unlocked when closed; leaves no file.
 fn lock_folder(path: &Path) -> rustix::io::Result<OwnedFd> {
     let folder = match path.parent() {
@@ -246,7 +246,7 @@ mod tests {
         ));
         drop(first);
         assert!(!path.exists());
-        // What a server leaves that was killed.
+        // A killed server leaves such a file.
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         SocketFile::bind(&path, None, None).unwrap();
@@ -263,7 +263,7 @@ mod tests {
         std::thread::spawn(move || {
             drop(SocketFile::bind(&path, None, None).unwrap());
             done.send(path.exists()).unwrap();
-            // What a server leaves that was killed is not replaced, and the error says why.
+            // The file of a killed server is not replaced, and the error says why.
             drop(UnixListener::bind(&path).unwrap());
             let refused = SocketFile::bind(&path, None, None);
             let reason = refused.unwrap_err().to_string();

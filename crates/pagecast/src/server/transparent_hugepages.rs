@@ -1,4 +1,4 @@
-//! Whether the kernel fills memory of a VMM, where nothing is registered, in transparent huge pages.
+//! Checks whether the kernel fills unregistered memory of a VMM in transparent huge pages.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read as _};
@@ -8,18 +8,19 @@ use pagecast_uffd::{HostAddr, HostRange};
 
 use crate::proc_files::addresses;
 
-/// What the system is set to: as a whole, and for each size of large pages.
+/// The settings of the system: as a whole, and for each size of large pages.
 const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// The most bytes of a line that are read. The longest are names of files.
+/// The most bytes of a line that are read. The longest lines have names of files.
 const LONGEST_LINE: u64 = 64 << 10;
 
-/// Whether a touched page of `memory`, in the VMM `pid`, may cost more than 4 KiB where the kernel fills it in. What cannot be
-/// told may be so.
+/// Returns `true` if a touched page of `memory`, in the VMM `pid`, may cost more than 4 KiB if the kernel fills it.
+/// Also returns `true` if that cannot be found out.
 ///
-/// The kernel answers for each mapping (`THPeligible` in `proc_pid_smaps(5)`), since that depends on the settings of the
-/// system, on those of the process (`PR_SET_THP_DISABLE`) and on what the VMM advised. To ask takes the lock of the VMM's
-/// mappings, which a malicious VMM may hold for as long as it likes: this is not for a thread that serves others.
+/// The kernel answers for each mapping (`THPeligible` in `proc_pid_smaps(5)`). The answer depends on the settings of
+/// the system and of the process (`PR_SET_THP_DISABLE`), and on the advice of the VMM. The query takes the lock of the
+/// VMM's mappings, which a malicious VMM may hold for any time. So do not call this on a thread that serves other
+/// forks.
 pub(super) fn may_be_made(pid: i32, memory: &[HostRange]) -> bool {
     if are_off(Path::new(SETTINGS)) {
         return false;
@@ -29,7 +30,7 @@ pub(super) fn may_be_made(pid: i32, memory: &[HostRange]) -> bool {
     !matches!(eligible, Ok(Some(false)))
 }
 
-/// Whether no process gets large pages, whatever it asks for.
+/// Returns `true` if no process gets large pages, whatever it asks for.
 fn are_off(settings: &Path) -> bool {
     let is_off = |path: &Path| {
         let set = fs::read(path.join("enabled"));
@@ -41,7 +42,7 @@ fn are_off(settings: &Path) -> bool {
     };
     let sizes = match fs::read_dir(settings) {
         Ok(sizes) => sizes,
-        // A kernel without.
+        // The kernel has no large pages.
         Err(error) => return error.kind() == io::ErrorKind::NotFound,
     };
     is_off(settings)
@@ -55,12 +56,12 @@ fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
     bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
-/// Whether large pages can be made in some of `memory`, by the `smaps` of its process. `None` where that does not say it of all
-/// of `memory`.
+/// Returns whether large pages can be made in some of `memory`, by the `smaps` of its process. `None` if that does not
+/// cover all of `memory`.
 fn is_eligible(mut smaps: impl BufRead, memory: &[HostRange]) -> io::Result<Option<bool>> {
     let wanted: u64 = memory.iter().map(|range| range.len().get()).sum();
     let mut told = 0;
-    // How much of `memory` is in the mapping whose lines are being read, until it has told.
+    // The number of bytes of `memory` in the current mapping, until its `THPeligible` line.
     let mut within = 0;
     let mut line = Vec::new();
     loop {
@@ -83,7 +84,7 @@ fn is_eligible(mut smaps: impl BufRead, memory: &[HostRange]) -> io::Result<Opti
     }
 }
 
-/// The mapping that a line begins to tell of.
+/// The mapping, if `line` is the first line of one.
 fn mapping(line: &[u8]) -> Option<HostRange> {
     let (start, end) = addresses(line)?;
     HostRange::between(HostAddr::new(start), HostAddr::new(end))
@@ -99,7 +100,7 @@ mod tests {
         HostRange::new(HostAddr::new(start), ByteLen::new(end - start)).unwrap()
     }
 
-    /// Two mappings and what is between, one of them named by somebody who means harm.
+    /// Two mappings and the lines between them; a malicious user has named one of them.
     fn smaps(first: &str, second: &str) -> Vec<u8> {
         let mut smaps = Vec::new();
         for (header, eligible) in [

@@ -1,4 +1,4 @@
-//! The server on platforms that cannot have one.
+//! The server on platforms without userfaultfd.
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -14,7 +14,7 @@ use super::fork_status::{ForkState, ForkStatus};
 use super::latency::LatencyHistogram;
 use crate::template::Template;
 
-/// How a server would be.
+/// The configuration of a server.
 pub struct Builder(());
 
 impl Builder {
@@ -54,7 +54,7 @@ impl Builder {
         self
     }
 
-    /// Cannot be had here.
+    /// Always fails here.
     ///
     /// # Errors
     ///
@@ -64,11 +64,11 @@ impl Builder {
     }
 }
 
-/// A page server, of which there is none on this platform.
+/// A page server, which does not exist on this platform.
 pub enum Server {}
 
 impl Server {
-    /// A server that will not start.
+    /// Creates a builder whose server will not start.
     pub fn builder() -> Builder {
         Builder(())
     }
@@ -140,7 +140,7 @@ impl Server {
     }
 }
 
-/// A registered fork, of which there is none on this platform.
+/// A registered fork, which does not exist on this platform.
 #[derive(Clone, Debug)]
 pub enum Fork {}
 

@@ -1,4 +1,4 @@
-//! All workers of a server, and which of them gets a fork.
+//! All workers of a server, and the choice of the worker that gets a fork.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -12,31 +12,31 @@ use super::registry::Registry;
 use super::served_fork::NewFork;
 use super::worker::{Message, Worker, WorkerHandle};
 
-/// The most workers there are where nobody said.
+/// The most workers if no number is set.
 const MOST: usize = 16;
 
-/// What all of them are to be like.
+/// The options of all workers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WorkerOptions {
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
     /// Bytes a second.
     pub(super) completion_rate: Option<NonZeroU64>,
-    /// How long to look for faults without sleeping after there was one.
+    /// How long to check for further faults without sleeping, after a fault.
     pub(super) busy_poll: Duration,
     /// Whether this process may raise the priority of a thread.
     pub(super) may_be_raised: bool,
 }
 
-/// The workers of a server, seen from outside.
+/// The workers of a server, as other threads see them.
 pub(super) struct Workers {
     all: Box<[WorkerHandle]>,
-    /// So many, the first ones, take more than one fork.
+    /// The first `shared` workers take more than one fork.
     shared: usize,
 }
 
 impl Workers {
-    /// Starts them: so many, or as many as are usual here.
+    /// Starts `asked` workers, or the usual number for this machine.
     pub(super) fn start(
         asked: Option<usize>,
         registry: &Arc<Registry>,
@@ -58,7 +58,7 @@ impl Workers {
         Ok((workers, threads))
     }
 
-    /// Gives a fork to one of them, for life. Called by one thread only.
+    /// Gives a fork to one of the workers, for life. Called by one thread only.
     pub(super) fn adopt(&self, fork: NewFork) {
         let forks = |worker: &WorkerHandle| worker.forks.load(Ordering::Relaxed);
         let Some(worker) = place(&self.all, self.shared, forks) else {
@@ -68,7 +68,7 @@ impl Workers {
         worker.inbox.send(Message::Adopt(Box::new(fork)));
     }
 
-    /// Has all of them stop once they have no fork.
+    /// Makes all workers stop once they have no fork.
     pub(super) fn stop(&self) {
         for worker in &self.all {
             worker.inbox.send(Message::Stop);
@@ -76,10 +76,10 @@ impl Workers {
     }
 }
 
-/// How many workers there are, and how many of them take more than one fork: one a processor, since one that many forks wait
-/// for is run before the vCPUs that it wakes, and then a second one only holds it up. Where it cannot be raised all of them,
-/// because one that waits for a processor holds up all of its forks; and where so many were asked for, to spread forks over
-/// them.
+/// The number of workers, and how many of them take more than one fork. Usually one per processor does: a worker at
+/// raised priority runs before the vCPUs that it wakes, and a second one there would only hold it up. All of them do if
+/// priority cannot be raised, since a worker that waits for a processor holds up all its forks. All of them do if a
+/// number is set, to spread the forks.
 fn counts(asked: Option<usize>, processors: usize, may_be_raised: bool) -> (usize, usize) {
     let usual = (2 * processors).min(MOST);
     match asked {
@@ -89,7 +89,8 @@ fn counts(asked: Option<usize>, processors: usize, may_be_raised: bool) -> (usiz
     }
 }
 
-/// Which of `workers` gets the next fork: one that has none, else the one that has the fewest among the first `shared`.
+/// Chooses the worker that gets the next fork: one without forks, else the one with the fewest among the first
+/// `shared`.
 fn place<T>(workers: &[T], shared: usize, forks: impl Fn(&T) -> usize) -> Option<&T> {
     let idle = workers.iter().find(|worker| forks(worker) == 0);
     idle.or_else(|| workers.iter().take(shared).min_by_key(|worker| forks(worker)))
@@ -99,7 +100,7 @@ fn place<T>(workers: &[T], shared: usize, forks: impl Fn(&T) -> usize) -> Option
 mod tests {
     use super::*;
 
-    /// How many forks each of `count` workers has after so many have come.
+    /// The number of forks of each of `count` workers after that many have come.
     fn placed(forks: usize, count: usize, shared: usize) -> Vec<usize> {
         let workers: Vec<usize> = (0..count).collect();
         let mut have = vec![0; count];

@@ -1,21 +1,22 @@
-//! Pauses before the kernel is asked once more for what it would not do.
+//! Pauses between the tries of an operation that the kernel or the template refused.
 
 use std::time::{Duration, Instant};
 
-/// The first pause: about what the thread that the kernel waits for takes to run again.
+/// The first pause: about the time until the thread that the kernel waits for runs again.
 const FIRST: Duration = Duration::from_micros(50);
 
-/// The longest: a VMM that is frozen while it gives memory back costs 100 wakes a second.
+/// The longest pause: a VMM that is frozen while it gives memory back costs 100 wakes a second.
 const LONGEST: Duration = Duration::from_millis(10);
 
-/// The longest where memory is missing, which lasts longer: each try reads a page anew, and a hugepage is 2 MiB.
+/// The longest pause if memory is missing, which lasts longer: each try reads a page anew, and a hugepage is 2 MiB.
 const LONGEST_MEMORY: Duration = Duration::from_millis(100);
 
-/// The same where the template could not be read, or no thread could be had for that: what is amiss there lasts longer.
+/// The first and longest pause if the template could not be read, or no thread started for that: such problems last
+/// longer.
 const FIRST_READ: Duration = Duration::from_millis(1);
 const LONGEST_READ: Duration = Duration::from_millis(500);
 
-/// A pause that is as long as the tries before were in vain. Made anew once one gets on.
+/// A pause that grows with each failed try. A new one is made after a success.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Backoff {
     until: Instant,
@@ -24,7 +25,7 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    /// After the first try.
+    /// The pause after the first failed try.
     pub(super) fn first(now: Instant) -> Self {
         Self {
             until: now + FIRST,
@@ -33,7 +34,7 @@ impl Backoff {
         }
     }
 
-    /// After the first try to read.
+    /// The pause after the first failed read.
     pub(super) fn first_read(now: Instant) -> Self {
         Self {
             until: now + FIRST_READ,
@@ -42,7 +43,8 @@ impl Backoff {
         }
     }
 
-    /// After one more. Those of one turn count as one: only what is tried after the pause makes it longer.
+    /// Lengthens the pause after another failed try. Several failures in one turn count as one: only tries after the
+    /// pause make it longer.
     pub(super) fn lengthen(&mut self, now: Instant) {
         if self.until <= now {
             self.length = (self.length * 2).min(self.longest);
@@ -50,18 +52,18 @@ impl Backoff {
         }
     }
 
-    /// From now on it may become as long as it is worth waiting for memory.
+    /// Raises the limit of the pause to the one for missing memory.
     pub(super) fn wait_for_memory(&mut self) {
         self.longest = LONGEST_MEMORY;
     }
 
-    /// Something else than memory is waited for as well, and that comes sooner.
+    /// Limits the pause again: something besides memory is awaited, and comes sooner.
     pub(super) fn shorten(&mut self, now: Instant) {
         self.length = self.length.min(LONGEST);
         self.until = self.until.min(now + LONGEST);
     }
 
-    /// When to try again.
+    /// The time of the next try.
     pub(super) fn until(&self) -> Instant {
         self.until
     }

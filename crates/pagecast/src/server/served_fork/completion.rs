@@ -1,4 +1,4 @@
-//! Completing a fork: once what is left has been installed, letting go.
+//! Completing a fork: once the rest is installed, its memory is unregistered.
 
 use std::sync::Arc;
 
@@ -10,18 +10,18 @@ use crate::server::fork_event::ForkEvent;
 use crate::session::Completion;
 
 impl ServedFork {
-    /// From now on installs everything that is left, whenever `fill` gets a turn: at the rate that is set, or `at_once`.
+    /// Begins to install everything that is left, whenever `fill` gets a turn: at the configured rate, or `at_once`.
     pub(in crate::server) fn begin_completion(&mut self, at_once: bool) {
         self.session.begin_completion(at_once);
-        // What is installed from now on does not fault, whether or not it would have been touched.
+        // Pages installed from now on do not fault, so later faults say nothing about the working set.
         self.end_first_faults();
         if at_once {
-            // It may be one for the rate, and long if that is low.
+            // The pause may be one for the rate, and long if the rate is low.
             self.fill.end_pause();
         }
     }
 
-    /// Its completion is not requested any more: serves the fork as before, unless it is all but complete.
+    /// Ends a completion that is no longer requested: serves the fork as before, unless it is unregistered already.
     pub(in crate::server) fn abandon_completion(&mut self) {
         if self
             .session
@@ -32,7 +32,7 @@ impl ServedFork {
         }
     }
 
-    /// The fork cannot be completed, and is served as before.
+    /// Gives up the completion because of `reason`. The fork is served as before.
     pub(super) fn give_up_completion(&mut self, reason: FailReason) {
         let reason = Arc::new(reason);
         self.stop_completing();
@@ -48,12 +48,12 @@ impl ServedFork {
         self.drop_fills();
     }
 
-    /// Everything that is not zeros is in place: lets go of the memory, and makes sure that nobody waits for us.
+    /// Unregisters the memory once all pages but zeros are installed, and ensures that no thread waits for us.
     ///
-    /// Unregistering wakes who waits for a page. It does not wake a thread that is about to report a removal: that
-    /// thread waits until its event is read, and would for ever once we are gone. No new removal can begin after all is
-    /// unregistered, and while one is under way the kernel answers every install with `Retry`; so one more install, at
-    /// a place where nothing is registered, tells when it is over.
+    /// Unregistering wakes threads that wait for a page. It does not wake a thread that is about to report a removal:
+    /// that thread waits until its event is read, and without us would wait for ever. No removal can begin after all is
+    /// unregistered, and while one is under way the kernel answers every install with `Retry`. So one more install, at
+    /// a place where nothing is registered, shows when it is over.
     pub(super) fn unregister(&mut self, completion: Completion, scratch: &mut Scratch) -> Result<(), End> {
         if !completion.is_unregistered {
             let mut regions = self.session.regions();
@@ -83,9 +83,10 @@ impl ServedFork {
         }
     }
 
-    /// Unregistering answers `ENOMEM` for lack of memory, for too many mappings and for an address space that is gone,
-    /// and a large VMM is gone for long before its process has exited. Only an install tells them apart. This one does
-    /// nothing where the address space is there: guest memory is private, and has nothing to continue with.
+    /// Handles an error of unregistering. The kernel returns `ENOMEM` for lack of memory, for too many mappings and for
+    /// an address space that is gone. The address space of a large VMM is gone long before its process has exited.
+    /// Only an install tells these apart. The one used here does nothing if the address space exists: guest memory is
+    /// private, and has nothing to continue with.
     fn on_refused_unregister(&mut self, errno: Errno) -> Result<(), End> {
         let first_page = self.session.first_page();
         match first_page.map(|page| self.uffd.continue_range(page)) {

@@ -1,4 +1,4 @@
-//! How far filling a fork has come.
+//! The progress of filling a fork.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -8,49 +8,49 @@ use std::time::{Duration, Instant};
 use super::backoff::Backoff;
 use crate::session::{Fill, Session};
 
-/// The fills that were begun and not ended, and when to go on with them. What is to be filled is the session's to say.
+/// The fills that were begun and not ended, and the time to continue them. The session decides what is to be filled.
 #[derive(Debug, Default)]
 pub(super) struct FillDriver {
     /// Fills that were begun and not ended, for lack of room or because their mapping was split.
     begun: Vec<Fill>,
     read: FillRead,
-    /// How often all that was begun was dropped: fills from before that are not carried on with.
+    /// How often all begun fills were dropped. Fills of an earlier generation are not continued.
     generation: u64,
-    /// A step is carried out elsewhere, and this tells it to stop.
+    /// Set while a step is carried out on another thread; stops that step.
     elsewhere: Option<Arc<AtomicBool>>,
     paused_until: Option<Instant>,
-    /// The kernel would not let fills go on, nor the fork be unregistered.
+    /// The kernel refused to install fills, or to unregister the fork.
     retry: Option<Backoff>,
 }
 
-/// A fill whose bytes are not ready. There is one at a time.
+/// A fill whose bytes are not ready. There is at most one.
 #[derive(Debug, Default)]
 enum FillRead {
     #[default]
     None,
     /// Its bytes are being read.
     Waiting(Fill),
-    /// Its bytes have come, and are installed by the next step.
+    /// Its bytes are read, and the next step installs them.
     Ready(Fill, Arc<Vec<u8>>),
 }
 
 impl FillDriver {
-    /// Whether something was begun that a step can go on with.
+    /// Returns `true` if a step can continue something that was begun.
     pub(super) fn has_begun(&self) -> bool {
         !self.begun.is_empty() || matches!(self.read, FillRead::Ready(..))
     }
 
-    /// Whether a step may be taken now.
+    /// Returns `true` if a step may be taken now.
     pub(super) fn may_step(&self) -> bool {
         self.paused_until.is_none() && self.elsewhere.is_none() && !matches!(self.read, FillRead::Waiting(_))
     }
 
-    /// Which fills are carried on with: those of this generation.
+    /// The current generation: only its fills are continued.
     pub(super) fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// The next fills, `most` at most; or the one whose bytes have come, and these bytes.
+    /// The next fills, at most `most`; or the one whose bytes were read, with these bytes.
     pub(super) fn next(&mut self, session: &mut Session, most: usize) -> (Vec<Fill>, Option<Arc<Vec<u8>>>) {
         match std::mem::take(&mut self.read) {
             FillRead::Ready(fill, bytes) => (vec![fill], Some(bytes)),
@@ -62,17 +62,17 @@ impl FillDriver {
         }
     }
 
-    /// A fill was begun, and has not ended.
+    /// Keeps a fill that was begun and has not ended.
     pub(super) fn keep(&mut self, fill: Fill) {
         self.begun.push(fill);
     }
 
-    /// Fills that were handed out, and not begun. They are next, in this order.
+    /// Keeps fills that were handed out and not begun. They are next, in this order.
     pub(super) fn keep_all(&mut self, fills: Vec<Fill>) {
         self.begun.extend(fills.into_iter().rev());
     }
 
-    /// Has a fill wait for its bytes. Returns `false` if another does, and then keeps it for later.
+    /// Makes a fill wait for its bytes. Returns `false` if another one waits; then keeps the fill for later.
     pub(super) fn wait_for_bytes(&mut self, fill: Fill) -> bool {
         if !matches!(self.read, FillRead::None) {
             self.begun.push(fill);
@@ -90,7 +90,7 @@ impl FillDriver {
         }
     }
 
-    /// The bytes of the fill that waits for them have come.
+    /// Notes the bytes of the fill that waits for them.
     pub(super) fn bytes_ready(&mut self, bytes: Arc<Vec<u8>>) {
         self.read = match std::mem::take(&mut self.read) {
             FillRead::Waiting(fill) => FillRead::Ready(fill, bytes),
@@ -98,7 +98,7 @@ impl FillDriver {
         };
     }
 
-    /// A step is carried out elsewhere from now on. It ends soon after what this returns is set.
+    /// Notes that a step begins on another thread. Setting the returned flag ends the step soon.
     pub(super) fn begin_elsewhere(&mut self) -> Arc<AtomicBool> {
         let interrupt = Arc::new(AtomicBool::new(false));
         self.elsewhere = Some(Arc::clone(&interrupt));
@@ -109,12 +109,12 @@ impl FillDriver {
         self.elsewhere = None;
     }
 
-    /// Whether a step is carried out elsewhere.
+    /// Returns `true` if a step is carried out on another thread.
     pub(super) fn is_elsewhere(&self) -> bool {
         self.elsewhere.is_some()
     }
 
-    /// Ends the step that is carried out elsewhere with the fill that it is at. Returns whether there is one.
+    /// Ends the step on another thread after its current fill. Returns `true` if there is such a step.
     pub(super) fn interrupt(&self) -> bool {
         if let Some(interrupt) = &self.elsewhere {
             interrupt.store(true, Ordering::Relaxed);
@@ -122,7 +122,7 @@ impl FillDriver {
         self.is_elsewhere()
     }
 
-    /// When to go on, if that is not at once.
+    /// The time to continue, if that is not now.
     pub(super) fn paused_until(&self) -> Option<Instant> {
         self.paused_until
     }
@@ -132,7 +132,7 @@ impl FillDriver {
         self.paused_until = self.paused_until.filter(|until| *until > now);
     }
 
-    /// Goes on at once.
+    /// Ends the pause at once.
     pub(super) fn end_pause(&mut self) {
         self.paused_until = None;
     }
@@ -146,7 +146,7 @@ impl FillDriver {
         }
     }
 
-    /// The kernel asked for another try: soon at first, then ever less often.
+    /// Pauses because the kernel asked for another try: shortly at first, then ever longer.
     pub(super) fn pause_for_retry(&mut self) {
         let now = Instant::now();
         let retry = self.retry.get_or_insert_with(|| Backoff::first(now));
@@ -154,12 +154,12 @@ impl FillDriver {
         self.paused_until = self.paused_until.max(Some(retry.until()));
     }
 
-    /// A try has got on: the next pause is a short one.
+    /// Notes that a try succeeded: the next pause is a short one.
     pub(super) fn end_retry(&mut self) {
         self.retry = None;
     }
 
-    /// Drops all that was begun, and what is being read for it: what is wanted later begins anew.
+    /// Drops all begun fills, and the read for one. Later fills begin anew.
     pub(super) fn drop_all(&mut self) {
         *self = Self {
             generation: self.generation + 1,

@@ -1,4 +1,4 @@
-//! A bounded step of filling one fork, on whatever threads carry it out.
+//! A bounded step of filling one fork, carried out by one or more threads.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -13,37 +13,37 @@ use crate::session::{Fill, Install};
 use crate::template::Template;
 
 thread_local! {
-    /// Room for what has to be read: each thread that fills has its own.
+    /// A buffer for bytes that have to be read. Each filling thread has its own.
     static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Fills to install. It has all that it takes, so that it needs neither its fork nor its worker.
+/// Fills to install. It has all data that it needs, so it needs neither its fork nor its worker.
 pub(in crate::server) struct FillStep {
     pub(super) uffd: Arc<Uffd>,
-    /// Its VMM.
+    /// The process id of the VMM.
     pub(super) pid: i32,
     pub(super) template: Template,
     pub(super) fills: Vec<Fill>,
-    /// What of each fill is still to be installed.
+    /// The parts of each fill that are still to be installed.
     pub(super) parts: Vec<Vec<Install>>,
-    /// The bytes of the only fill, where they were read elsewhere.
+    /// The bytes of the only fill, if they were read on another thread.
     pub(super) bytes: Option<Arc<Vec<u8>>>,
-    /// Of the [`FillDriver`](super::FillDriver).
+    /// The generation of the [`FillDriver`](super::FillDriver).
     pub(super) generation: u64,
 }
 
-/// What came of a step.
+/// The result of a step.
 pub(in crate::server) struct Filled {
     pub(super) begun: Instant,
     pub(super) done: Vec<(Fill, Vec<Done>)>,
-    /// What was not come to.
+    /// The fills that were not begun.
     pub(super) left: Vec<Fill>,
     pub(super) generation: u64,
 }
 
 impl FillStep {
-    /// Installs some of the fills, on this thread and `others`: all of them, or up to the fill in which
-    /// `is_interrupted` becomes true.
+    /// Installs the fills, on this thread and `others`. Stops early, after a fill, if `is_interrupted` says
+    /// so.
     pub(in crate::server) fn carry_out(
         self,
         others: &FillThreads<'_>,
@@ -71,7 +71,7 @@ impl FillStep {
                 let pieces = step.fills.iter().zip(&step.parts).enumerate();
                 for (index, (fill, parts)) in pieces.skip(number).step_by(threads) {
                     let done = installer.carry_out(fill, parts, step.bytes.as_deref().map(Vec::as_slice));
-                    // What follows would get no further either. And a demand fault goes first; one thread looks for all.
+                    // The fills after a stuck one would fail too. A demand fault goes first; one thread checks for all.
                     let is_stuck = done.last().is_some_and(Done::is_stuck);
                     all_done.push((index, done));
                     if is_stuck || (number == 0 && is_interrupted()) {
@@ -86,7 +86,7 @@ impl FillStep {
             }
         });
         let mut all_done: Vec<_> = others.run(work.collect()).into_iter().flatten().collect();
-        // What was not come to is next.
+        // Fills that were not begun are next.
         all_done.sort_unstable_by_key(|(index, _)| *index);
         let mut all_done = all_done.into_iter().peekable();
         let mut filled = Filled {

@@ -1,4 +1,4 @@
-//! Installing what nobody waits for, in bounded steps: a prefault, or what a completion has left.
+//! Installing pages that no thread waits for, in bounded steps: a prefault, or the rest of a completion.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,20 +15,20 @@ use crate::server::fork_options::{Plan, Prefault};
 use crate::session::{After, Fill, Region};
 use crate::template::{PrefaultPlan, Recording, SourceError};
 
-/// How many fills a thread carries out at most before the worker looks after its other forks: what is done once a step, such as
-/// calling other threads, takes as long as half a fill.
+/// The most fills of one thread before the worker serves its other forks. The fixed work of a step, such as waking
+/// other threads, takes as long as half a fill.
 const FILLS_A_THREAD: usize = 4;
 
-/// How many runs of zeros are given back in one step: some microseconds each.
+/// The most runs of zeros that are given back in one step: some microseconds each.
 const GIVEN_BACK_A_STEP: usize = 16;
 
 impl ServedFork {
-    /// Begins with what a new fork is given ahead of its faults.
+    /// Begins the prefault or the recording of a new fork.
     pub(in crate::server) fn begin(&mut self) {
         let source = self.template.source();
         let Plan { prefault, record } = self.record.plan;
         if record {
-            // What is there does not fault.
+            // Installed pages do not fault.
             let recording = Recording::new(source.len());
             self.first_faults = FirstFaults::new(Some(recording), None);
             return;
@@ -46,27 +46,27 @@ impl ServedFork {
         }
     }
 
-    /// The kernel was asked, and fills what is unregistered in pages of 4 KiB: long runs of zeros can be left to it.
+    /// Notes that the kernel fills unregistered memory in pages of 4 KiB: long runs of zeros can be left to it.
     pub(in crate::server) fn kernel_fills_small(&mut self) {
         self.session.begin_give_back(self.template.zero_runs());
     }
 
-    /// Its memory that is in pages of 4 KiB.
+    /// The memory of the fork that is in pages of 4 KiB.
     pub(in crate::server) fn small_memory(&self) -> Vec<HostRange> {
         let regions = self.session.regions();
         let small = regions.filter(|region| region.page_size() == PageSize::Small);
         small.map(Region::memory).collect()
     }
 
-    /// Whether [`fill`](Self::fill) has something to do.
+    /// Returns `true` if [`fill`](Self::fill) has something to do.
     pub(in crate::server) fn wants_to_fill(&self) -> bool {
         let is_wanted = self.session.wants_to_fill() || self.session.completion().is_some() || self.fill.has_begun();
         is_wanted && self.fill.may_step()
     }
 
-    /// The next bounded step, on this thread and those that help. All events have been read, and all faults answered that can
-    /// be; no more are read before it is over, on whatever threads it is. So no page is installed ahead whose removal has been
-    /// read.
+    /// Carries out the next bounded step, on this thread and those that help. Before it, all events were read, and all
+    /// faults answered that can be. No more events are read until it is over, on any of its threads. So no page is
+    /// installed ahead after its removal was read.
     pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
         let context = Arc::clone(&self.context);
         let threads = context.fill_pool.take_free();
@@ -77,8 +77,9 @@ impl ServedFork {
         self.conclude_step(filled)
     }
 
-    /// The next bounded step, to be carried out elsewhere until it is told to stop: [`on_filled`](Self::on_filled) takes what
-    /// came of it. No event is read before that. What takes no time is done at once, and `None`.
+    /// Begins the next bounded step, to be carried out on another thread until its flag is set.
+    /// [`on_filled`](Self::on_filled) takes its result; no event is read before that. A step that takes no time is done
+    /// at once; the result is then `None`.
     pub(in crate::server) fn begin_fill_elsewhere(
         &mut self,
         scratch: &mut Scratch,
@@ -88,7 +89,7 @@ impl ServedFork {
         Ok(step.map(|step| (step, self.fill.begin_elsewhere())))
     }
 
-    /// A step that was carried out elsewhere is over: whatever has happened meanwhile is looked at now.
+    /// Handles the result of a step on another thread, then events that came meanwhile.
     pub(in crate::server) fn on_filled(&mut self, filled: Filled, scratch: &mut Scratch) -> Result<(), End> {
         self.fill.end_elsewhere();
         self.conclude_step(filled)?;
@@ -123,7 +124,7 @@ impl ServedFork {
 
     fn conclude_step(&mut self, filled: Filled) -> Result<(), End> {
         let before = self.record.counters.installed_bytes.get();
-        // Fills that were dropped meanwhile are not carried on with.
+        // Fills that were dropped meanwhile are not continued.
         let is_wanted = filled.generation == self.fill.generation();
         if is_wanted {
             self.fill.keep_all(filled.left);
@@ -140,7 +141,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// Has the kernel fill some long runs of zeros by itself. Whether there were any.
+    /// Leaves some long runs of zeros to the kernel. Returns `true` if there were any.
     fn give_back(&mut self) -> Result<bool, End> {
         for step in 0..GIVEN_BACK_A_STEP {
             let Some(zeros) = self.session.next_give_back() else {
@@ -161,15 +162,15 @@ impl ServedFork {
                     self.session.on_given_back(&zeros);
                     self.record.counters.given_back_bytes.add(zeros.memory.len().get());
                 }
-                // No memory, too many mappings, or an address space that is gone, which others notice. The zeros that
-                // are left are installed on demand.
+                // No memory, too many mappings, or an address space that is gone, which is noticed elsewhere. The
+                // remaining zeros are installed on demand.
                 Err(_) => self.session.stop_give_back(),
             }
         }
         Ok(true)
     }
 
-    /// Takes note of what was done about a fill, and keeps it where there is more to do and that `is_wanted`.
+    /// Notes the result of a fill, and keeps the fill if there is more to do and that `is_wanted`.
     fn conclude(&mut self, mut fill: Fill, done: Vec<Done>, is_wanted: bool) -> Result<(), End> {
         for done in done {
             let (part, zeros, outcome) = match done {
@@ -217,7 +218,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// Has a fill read, one at a time, because that may take a while.
+    /// Has the bytes of a fill read on another thread, one fill at a time, because that may take a while.
     fn read_fill(&mut self, fill: Fill) {
         let (from, length) = (fill.from, fill.bytes());
         if self.fill.wait_for_bytes(fill) {
@@ -225,7 +226,7 @@ impl ServedFork {
         }
     }
 
-    /// The bytes of a fill cannot be had now.
+    /// Handles a fill whose bytes cannot be read now.
     fn on_unreadable_fill(&mut self, fill: Fill, error: SourceError) -> Result<(), End> {
         if !error.may_pass() || self.fill.wait_for_bytes(fill) {
             return self.read_failed(Awaited::Fill, None, error);
@@ -233,8 +234,8 @@ impl ServedFork {
         Ok(())
     }
 
-    /// Installs nothing any more that nobody waits for. Who requested a completion hears of it; a prefault is best effort,
-    /// and its numbers tell how far it came.
+    /// Stops installing pages that no thread waits for. A requested completion fails with `reason`. A prefault is best
+    /// effort, and its counters show how far it came.
     pub(super) fn give_up_filling(&mut self, reason: FailReason) {
         self.session.stop_prefault();
         if self.session.completion().is_some() {
@@ -244,7 +245,7 @@ impl ServedFork {
         }
     }
 
-    /// Forgets what was begun.
+    /// Drops all begun fills.
     pub(super) fn drop_fills(&mut self) {
         self.fill.drop_all();
         self.reads.forget_fill();

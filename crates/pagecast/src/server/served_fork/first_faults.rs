@@ -1,4 +1,4 @@
-//! What a fork's first demand faults tell of its template: a recording for the working set, and how well a prefault foresaw
+//! The data that a fork's first demand faults give: a recording for the working set, and how well a prefault foresaw
 //! them.
 
 use std::sync::Arc;
@@ -8,15 +8,15 @@ use crate::page::PageSize;
 use crate::server::counters::Counters;
 use crate::template::{Planned, PrefaultPlan, PrefaultTally, Recording, Template, TemplateOffset};
 
-/// How often it is looked whether faults still come.
+/// How often to check whether faults still come.
 const LOOK: Duration = Duration::from_millis(250);
-/// What is touched later than this after the first fault is no working set.
+/// Pages touched later than this after the first fault are not in the working set.
 const LONGEST: Duration = Duration::from_secs(20);
-/// The faults have settled once fewer than this part of all came since the last look.
+/// The faults have settled if less than one in this many came since the last check.
 const SETTLED: u64 = 100;
 
-/// The window in which faults are noted: from the first fault until the faults settle, for a bounded time and a bounded
-/// number of pages.
+/// The window in which faults are noted: from the first fault until the faults settle. It is limited in time and in
+/// pages.
 #[derive(Debug, Default)]
 pub(super) struct FirstFaults {
     window: Option<Box<Window>>,
@@ -26,14 +26,14 @@ pub(super) struct FirstFaults {
 struct Window {
     recording: Option<Recording>,
     plan: Option<Arc<PrefaultPlan>>,
-    /// The first fault, and when to look next.
+    /// The time of the first fault, and of the next check.
     times: Option<(Instant, Instant)>,
     noted: u64,
     noted_before: u64,
     full: bool,
 }
 
-/// What a window has shown.
+/// The result of a window.
 #[derive(Debug)]
 pub(in crate::server) struct Shown {
     pub(in crate::server) recording: Option<Recording>,
@@ -74,7 +74,7 @@ impl FirstFaults {
         }
         if let Some(recording) = &mut window.recording {
             let small = PageSize::Small;
-            // The kernel tells which page of those it manages, not where in it.
+            // The kernel reports which of its pages faulted, not the place in it.
             for into in (0..page_size.bytes()).step_by(small.as_usize()) {
                 let at = TemplateOffset::new(at.get() + into);
                 if page_size == small || !template.zeros().covers(at, small.len()) {
@@ -84,15 +84,15 @@ impl FirstFaults {
         }
     }
 
-    /// When to look whether it is over.
+    /// The time of the next check whether the window is over.
     pub(super) fn next_look(&self) -> Option<Instant> {
         let window = self.window.as_ref()?;
         let (_, look) = window.times?;
-        // Full: at once.
+        // At once if full.
         Some(if window.full { Instant::now() } else { look })
     }
 
-    /// Ends the window where it is over.
+    /// Ends the window if it is over.
     pub(super) fn look(&mut self, now: Instant, counters: &Counters) -> Option<Shown> {
         let window = self.window.as_mut()?;
         let (first, look) = window.times.as_mut()?;
@@ -109,7 +109,7 @@ impl FirstFaults {
         self.end(counters)
     }
 
-    /// Ends the window: what it has shown, if it ever began.
+    /// Ends the window. Returns its result, if it ever began.
     pub(super) fn end(&mut self, counters: &Counters) -> Option<Shown> {
         let window = *self.window.take()?;
         window.times?;

@@ -1,4 +1,4 @@
-//! One piece of a fill being installed, on whatever thread: reads and installs, and decides nothing.
+//! Installs one fill, on any thread: reads and installs, and decides nothing.
 
 use pagecast_uffd::{MappedRange, Outcome, Uffd};
 
@@ -18,31 +18,31 @@ pub(super) struct Installer<'a> {
     pub(super) zeros_are_known: bool,
     /// A huge page of zeros.
     pub(super) zeros: &'a [u8],
-    /// Room for what has to be read.
+    /// A buffer for bytes that have to be read.
     pub(super) room: &'a mut Vec<u8>,
 }
 
-/// What was done about a part of a fill.
+/// The result for a part of a fill.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// It was tried to install it.
+    /// Its install was tried.
     Tried {
         part: Install,
         zeros: bool,
         outcome: Outcome,
     },
-    /// It is zeros, and need not be installed.
+    /// It is zeros, and needs no install.
     Skipped(Install),
-    /// Its bytes are not there yet, nor is anything after it done.
+    /// Its bytes are not there yet. Nothing after it is done.
     NotReady,
-    /// Its bytes cannot be had, nor is anything after it done.
+    /// Its bytes cannot be read. Nothing after it is done.
     Unreadable(SourceError),
-    /// It was installed, and cannot be told to be the template's.
+    /// It was installed, but the check whether it is the template's has failed.
     Unverified(SourceError),
 }
 
 impl Done {
-    /// Nothing after it was done.
+    /// Returns `true` if nothing after it was done.
     pub(super) fn is_stuck(&self) -> bool {
         match self {
             Self::Tried { outcome, .. } => !matches!(outcome, Outcome::Installed | Outcome::AlreadyPresent),
@@ -55,7 +55,7 @@ impl Done {
 /// The bytes of a part.
 #[derive(Clone, Copy)]
 enum Bytes<'a> {
-    /// Zeros, all of them.
+    /// All zeros.
     Zero,
     Read(&'a [u8]),
     /// In the page cache.
@@ -63,8 +63,8 @@ enum Bytes<'a> {
 }
 
 impl Installer<'_> {
-    /// Installs the parts of `fill` in order, up to the first that cannot be: with `bytes`, which are those of the whole
-    /// fill, else with what the source has ready.
+    /// Installs the parts of `fill` in order, up to the first that cannot be installed. Uses `bytes`, if they are
+    /// given, as the bytes of the whole fill; else the bytes that the source has ready.
     pub(super) fn carry_out(&mut self, fill: &Fill, parts: &[Install], bytes: Option<&[u8]>) -> Vec<Done> {
         let mut done = Vec::new();
         let mut room = std::mem::take(self.room);
@@ -94,12 +94,12 @@ impl Installer<'_> {
         done
     }
 
-    /// The bytes of a part, as far as they are there.
+    /// Finds the bytes of a part, if they are ready.
     fn find<'a>(&'a self, fill: &Fill, part: &Install, room: &'a mut Vec<u8>) -> Result<Bytes<'a>, Done> {
         let Content::Template(from) = part.content else {
             return Ok(Bytes::Zero);
         };
-        // What other forks have touched is data, as a rule, and needs not be looked into for zeros either.
+        // Pages that other forks have touched are usually data, and need no search for zeros either.
         if (fill.is_planned || self.zeros_are_known)
             && let Some(mapping) = self.mapping
             && let Some(range) = mapping.resident_run(from, part.to.len())
@@ -114,9 +114,9 @@ impl Installer<'_> {
         }
     }
 
-    /// Installs one part, piece by piece, zeros as zeros. Whether to go on.
+    /// Installs one part, piece by piece, zeros as zeros. Returns `true` to continue with the next part.
     fn install(&self, fill: &Fill, part: Install, bytes: Bytes<'_>, done: &mut Vec<Done>) -> bool {
-        // What was read is the template's: looked at after reading, and before anybody sees it.
+        // Checked after reading and before the VMM gets the bytes, so they are the template's.
         if let Err(error) = self.source.check_unchanged() {
             done.push(Done::Unreadable(error));
             return false;
@@ -124,7 +124,7 @@ impl Installer<'_> {
         let mut left = Some(part);
         while let Some(rest) = left {
             let Some((piece, bytes)) = self.next_piece(part, rest, bytes) else {
-                // Never: a part is as long as its bytes. If it were, they would be read anew.
+                // Never: a part is as long as its bytes. In that case the bytes would be read anew.
                 done.push(Done::NotReady);
                 return false;
             };
@@ -138,8 +138,8 @@ impl Installer<'_> {
                 Bytes::Read(bytes) => (piece, self.uffd.copy(piece.to.start(), bytes)),
                 Bytes::Mapped(range) => (piece, self.uffd.copy_mapped(piece.to.start(), range)),
             };
-            // This was read as it was installed, so only now can be told what it is. If it is not the template's, its VMM
-            // does not live to use it.
+            // The bytes were read by the install, so they can be checked only now. If they are not the template's, the
+            // VMM is killed before it uses them.
             if matches!(bytes, Bytes::Mapped(_))
                 && let Err(error) = self.source.check_unchanged()
             {
@@ -154,7 +154,7 @@ impl Installer<'_> {
             });
             left = match outcome {
                 Outcome::Installed => rest.after(piece.pages),
-                // Its first page is; the next may not be.
+                // Only the first page is known to be present.
                 Outcome::AlreadyPresent => rest.after(1),
                 _ => return false,
             };
@@ -162,7 +162,7 @@ impl Installer<'_> {
         true
     }
 
-    /// The first pages of `rest`, which is what is left of `part`, that are all zeros or all not, and their bytes.
+    /// The first pages of `rest`, the remainder of `part`, that are all zeros or all data, and their bytes.
     fn next_piece<'a>(&self, part: Install, rest: Install, bytes: Bytes<'a>) -> Option<(Install, Bytes<'a>)> {
         let start = part.bytes() - rest.bytes();
         match bytes {
@@ -187,7 +187,7 @@ impl Installer<'_> {
         }
     }
 
-    /// Whether the first page of `rest` is known to be zeros, and how many pages that is true of.
+    /// Returns whether the first page of `rest` is known to be zeros, and how many pages share that.
     fn known_zero_pages(&self, rest: Install) -> (bool, usize) {
         let Content::Template(from) = rest.content else {
             return (true, rest.pages);
@@ -205,7 +205,7 @@ impl Installer<'_> {
         )
     }
 
-    /// One huge page of zeros at a time.
+    /// Installs zeros; at most one huge page at a time.
     fn install_zeros(&self, piece: Install) -> (Install, Outcome) {
         match piece.page_size {
             PageSize::Small => (piece, self.uffd.zeropage(piece.to)),

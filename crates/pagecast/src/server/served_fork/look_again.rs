@@ -1,16 +1,17 @@
-//! Whether to look for the next fault of a fork before sleeping.
+//! The decision whether to check for the next fault of a fork before sleeping.
 
-/// A look that finds nothing costs half of what a look saves that finds a fault: looking is worth it if one in three does.
+/// A check that finds no fault costs half of what one that finds a fault saves: checks pay off if one in three finds
+/// one.
 const FOUND: u8 = 2;
 const MOST: u8 = 8;
 
-/// One look in so many is taken even if it is not worth it.
+/// One check in this many is made even if it does not pay off.
 const PROBE: u8 = 32;
 
-/// How often a look for the next fault, right after one was answered, has found one lately.
+/// How often a check for the next fault, right after an answer, has found one lately.
 ///
-/// Where the kernel lets a vCPU run as soon as its page is there, on the core of the worker, its next fault is there when the
-/// worker runs again, and reading it at once saves an `epoll_wait`. Where the vCPU runs on another core, it never is.
+/// If the kernel runs the vCPU at once, on the core of the worker, its next fault is there when the worker runs again.
+/// Reading it at once saves an `epoll_wait`. If the vCPU runs on another core, the fault is never there yet.
 #[derive(Debug, Default)]
 pub(super) struct LookAgain {
     score: u8,
@@ -18,7 +19,7 @@ pub(super) struct LookAgain {
 }
 
 impl LookAgain {
-    /// Whether to look.
+    /// Returns `true` if a check should be made.
     pub(super) fn is_worth_it(&mut self) -> bool {
         if self.score > 0 {
             return true;
@@ -27,7 +28,7 @@ impl LookAgain {
         self.since_probe == 0
     }
 
-    /// What a look has come to.
+    /// Notes the result of a check.
     pub(super) fn note(&mut self, found: bool) {
         self.score = if found {
             (self.score + FOUND).min(MOST)
@@ -41,7 +42,7 @@ impl LookAgain {
 mod tests {
     use super::*;
 
-    /// How many of 320 looks are taken where every `n`th finds something.
+    /// The number of checks made, of 320, if every `n`th finds a fault.
     fn looks(n: usize) -> usize {
         let mut look_again = LookAgain::default();
         let mut looks = 0;

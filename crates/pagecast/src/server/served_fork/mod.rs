@@ -1,4 +1,4 @@
-//! One fork being served: carries out what its session decides.
+//! One fork that is served: carries out the steps that its session decides.
 
 mod backoff;
 mod completion;
@@ -35,20 +35,20 @@ use reads::{Awaited, Failed, Reads};
 pub(super) use scratch::Scratch;
 use scratch::room;
 
-/// How many reads of events one turn takes before the other forks of the worker get theirs. The kernel does not let a
+/// The most reads of events in one turn, before the other forks of the worker get theirs. The kernel does not let a
 /// page be installed while a removal is unread, so stopping early is safe.
 const READS_PER_TURN: usize = 8;
 
-/// How often more a fork that is served alone is looked at in one turn.
+/// The most further checks for faults in one turn of a fork that is served alone.
 const LOOKS_PER_TURN: usize = 8;
 
 /// Why serving a fork ends.
 pub(super) enum End {
-    /// Its address space is gone.
+    /// The address space is gone.
     PeerGone,
-    /// It has all its memory and is unregistered.
+    /// The fork has all its memory and is unregistered.
     Complete,
-    /// It cannot be served: its VMM has to be killed.
+    /// The fork cannot be served: its VMM has to be killed.
     Failed(FailReason),
 }
 
@@ -72,11 +72,11 @@ struct Tried {
     begun: Instant,
 }
 
-/// Faults that the kernel would not let us answer.
+/// Faults that the kernel did not let us answer yet.
 struct Retry {
     backoff: Backoff,
     since: Instant,
-    /// It was for lack of memory, which must not last.
+    /// At least one was for lack of memory, which must not last.
     out_of_memory: bool,
 }
 
@@ -102,7 +102,7 @@ pub(super) struct ServedFork {
     session: Session,
     template: Template,
     look_again: LookAgain,
-    /// The last turn ended before all events were read. The worker is told of new ones only.
+    /// The last turn ended before all events were read. The kernel wakes the worker for new events only.
     unread: bool,
     reads: Reads,
     retry: Option<Retry>,
@@ -111,7 +111,7 @@ pub(super) struct ServedFork {
 }
 
 impl ServedFork {
-    /// The fork in the slot of this index.
+    /// Creates the fork in the slot `index`.
     pub(super) fn new(fork: NewFork, index: usize, context: Arc<WorkerContext>) -> Self {
         let NewFork {
             record,
@@ -141,10 +141,10 @@ impl ServedFork {
         }
     }
 
-    /// Whether a region of its memory is registered for write protection, and where that region begins.
+    /// The address of a region that is registered for write protection, if there is one.
     ///
-    /// Tracking the writes of a guest takes every page to be installed write-protected, zeros to be copied, and no memory to
-    /// be unregistered ever, so that the fork could not be completed.
+    /// Tracking the writes of a guest requires write-protected installs, copied zeros, and memory that is never
+    /// unregistered. So such a fork could not be completed.
     pub(super) fn write_protected(&self) -> Result<Option<HostAddr>, Errno> {
         for region in self.record.regions.get().into_iter().flatten() {
             let start = region.memory().start();
@@ -157,8 +157,8 @@ impl ServedFork {
         Ok(None)
     }
 
-    /// Reads what has happened and answers it; with `alone`, looks a few times more whether there is already something new,
-    /// where that was worth it before: no other fork waits meanwhile.
+    /// Reads events and answers them. With `alone`, checks a few more times for new ones if that paid off before: no
+    /// other fork waits meanwhile.
     pub(super) fn serve(&mut self, alone: bool, scratch: &mut Scratch) -> Result<(), End> {
         // No event is read while a step is carried out elsewhere. A demand fault goes first, so the step ends soon.
         if self.fill.interrupt() {
@@ -168,7 +168,7 @@ impl ServedFork {
         let read_at = self.take_events(scratch)?;
         self.answer(scratch, read_at)?;
         for _ in 0..LOOKS_PER_TURN {
-            // What is read last is not known to be all, but the worker is told of whatever comes from now on.
+            // The last read may not have got all events, but the worker is woken for events that come from now on.
             if !alone || !self.look_again.is_worth_it() {
                 break;
             }
@@ -184,7 +184,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// Reads events until there are none, or for one turn. Returns when the first read was done.
+    /// Reads events until there are none, or for one turn. Returns the time of the first read.
     fn take_events(&mut self, scratch: &mut Scratch) -> Result<Instant, End> {
         let mut first_read = None;
         self.unread = true;
@@ -224,7 +224,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// Answers a fault, for the first time or after tries to read that failed.
+    /// Answers a fault, for the first time or after failed reads.
     fn install_from_template(
         &mut self,
         install: &Install,
@@ -242,15 +242,15 @@ impl ServedFork {
             && let Some(bytes) = mapping.resident_page(from)
         {
             let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
-            // It was read as it was installed, so only now can be told what it is. If it is not the template's, or that cannot
-            // be told, its VMM does not live to use it.
+            // The bytes were read by the install, so they can be checked only now. If they are not the template's, or
+            // the check fails, the VMM is killed before it uses them.
             self.template.source().check_unchanged().map_err(End::template)?;
             let tried = self.copied(install.to, outcome, scratch.read_clock_at);
             return self.finish(install, tried, since, scratch);
         }
         let buffer = room(&mut scratch.bytes, install.bytes());
         let source = self.template.source();
-        // After reading, before anybody sees it: what was read is the template's.
+        // Checked after reading and before the VMM gets the bytes, so they are the template's.
         let found = match source.try_read(from, buffer) {
             Ok(Page::NotReady) => Ok(None),
             Ok(page) => source.check_unchanged().map(|()| Some(page)),
@@ -309,7 +309,7 @@ impl ServedFork {
         Tried { outcome, begun }
     }
 
-    /// Does what the outcome of an install asks for.
+    /// Handles the outcome of an install.
     fn finish(&mut self, install: &Install, tried: Tried, since: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let Tried { outcome, begun } = tried;
         let counters = &self.record.counters;
@@ -336,7 +336,7 @@ impl ServedFork {
         self.uffd.wake(range).map_err(|errno| kernel("wake a page", errno))
     }
 
-    /// Plans the next try of what is parked: soon at first, then ever less often.
+    /// Plans the next try of parked faults: soon at first, then ever later.
     fn park(&mut self, since: Instant, out_of_memory: bool) -> Result<(), End> {
         let deadline = self.context.fault_deadline;
         let now = Instant::now();
@@ -359,7 +359,7 @@ impl ServedFork {
         Ok(())
     }
 
-    /// When this fork wants a turn though nothing happens.
+    /// The time at which this fork needs a turn without an event.
     pub(super) fn next_turn(&self) -> Option<Instant> {
         let reads = self.reads.next_turn(self.context.fault_deadline);
         let may_read = !self.fill.is_elsewhere();
@@ -379,7 +379,7 @@ impl ServedFork {
             .min()
     }
 
-    /// Ends the window in which its first faults are noted, if it is not over, and reports what they have shown.
+    /// Ends the window of its first faults, if it is open, and reports the result.
     pub(super) fn end_first_faults(&mut self) {
         if let Some(mut shown) = self.first_faults.end(&self.record.counters) {
             if let Some(recording) = &mut shown.recording {
@@ -389,7 +389,7 @@ impl ServedFork {
         }
     }
 
-    /// Does what is due by now.
+    /// Carries out everything that is due by `now`.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         if let Some(shown) = self.first_faults.look(now, &self.record.counters) {
             self.context.registry.report(&self.record, shown);
@@ -405,7 +405,7 @@ impl ServedFork {
         if let Some(retry) = self.retry.as_ref().filter(|retry| retry.backoff.until() <= now) {
             let since = retry.since;
             self.session.release_parked();
-            // Whatever is parked was parked because something happened: hear of it first.
+            // A fault is parked because of an event, such as a removal: read that first.
             self.take_events(scratch)?;
             self.answer(scratch, since)?;
             if !self.session.has_parked() {

@@ -1,4 +1,4 @@
-//! Whether a hugepage is there, where the kernel does not say.
+//! Checks whether a hugepage is there, if the kernel does not say.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,16 +8,16 @@ use pagecast_uffd::{HostAddr, HostRange, Outcome};
 use super::super::hugepages::HugeRoom;
 use crate::page::PageSize;
 
-/// What an install of hugepages that answered `outcome` has really come to.
+/// Returns the real outcome of an install of hugepages that answered `outcome`.
 ///
-/// `UFFDIO_COPY` into hugetlbfs answers `EEXIST` if the page is there, but also if none can be had for it: the pool is empty,
-/// or our cgroup is at its limit (`hugetlb_mfill_atomic_pte`; tried on 6.18). A page that is taken for present and is absent
-/// would read as zeros once the fork is complete.
+/// `UFFDIO_COPY` into hugetlbfs returns `EEXIST` if the page is there, but also if there is none left for it: the pool
+/// is empty, or our cgroup is at its limit (`hugetlb_mfill_atomic_pte`; tried on 6.18). If an absent page counted as
+/// present, it would read as zeros once the fork is complete.
 pub(super) fn settle(outcome: Outcome, page_size: PageSize, to: HostRange, pid: i32) -> Outcome {
     if page_size == PageSize::Small || outcome != Outcome::AlreadyPresent {
         return outcome;
     }
-    // Where the VMM's page tables may not be read, there was a page to be had if there is one now.
+    // If the page tables of the VMM may not be read, assume that there was a free page if there is one now.
     if is_present(pid, to.start()).unwrap_or_else(|| HugeRoom::now().pages > 0) {
         Outcome::AlreadyPresent
     } else {
@@ -25,7 +25,7 @@ pub(super) fn settle(outcome: Outcome, page_size: PageSize, to: HostRange, pid: 
     }
 }
 
-/// Whether a page of a process is in its page table (`/proc/PID/pagemap`); `None` if that may not be read.
+/// Returns whether a page of a process is in its page table (`/proc/PID/pagemap`); `None` if that may not be read.
 fn is_present(pid: i32, address: HostAddr) -> Option<bool> {
     // Bit 63: present; bit 62: swapped, or on its way to another place.
     const THERE: u64 = 0b11 << 62;

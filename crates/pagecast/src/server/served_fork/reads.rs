@@ -1,4 +1,4 @@
-//! What a fork waits for that is read elsewhere, and reads that failed and are tried again.
+//! The reads on other threads that a fork waits for, and failed reads that are tried again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::server::worker::{Message, Slot};
 use crate::session::{Content, PageRef, Step};
 use crate::template::{ReadFor, ReadResult, SourceError, TemplateOffset, leading_zero_pages};
 
-/// Which read of which fork of a worker some bytes are for. Places are used again, numbers are not.
+/// Identifies a read of a fork of a worker. Places are used again, numbers are not.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::server) struct ReadToken {
     pub(in crate::server) slot: Slot,
@@ -21,7 +21,7 @@ pub(in crate::server) struct ReadToken {
     number: u64,
 }
 
-/// What is read for what.
+/// The purpose of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Awaited {
     Fault(PageRef),
@@ -29,19 +29,19 @@ pub(super) enum Awaited {
     Fill,
 }
 
-/// Tries to read that failed, and may not fail the next time.
+/// Failed tries of a read that may succeed the next time.
 #[derive(Debug)]
 pub(super) struct Failed {
-    /// When the bytes were asked for first.
+    /// The time of the first request for the bytes.
     since: Instant,
     tries: u32,
     last: SourceError,
-    /// Before the next try.
+    /// The pause before the next try.
     backoff: Backoff,
 }
 
 impl Failed {
-    /// One more try has failed.
+    /// Counts one more failed try.
     fn again(earlier: Option<Box<Self>>, error: SourceError, now: Instant) -> Self {
         let Some(mut failed) = earlier.map(|failed| *failed) else {
             return Self {
@@ -67,14 +67,14 @@ impl Failed {
     }
 }
 
-/// A read that has not come to an end.
+/// A read that has not ended.
 #[derive(Debug)]
 struct Read {
     number: u64,
     awaited: Awaited,
     since: Instant,
     failed: Option<Box<Failed>>,
-    /// A reading thread has it. Else it failed, and waits for the next try.
+    /// A reading thread has it. Otherwise it failed, and waits for the next try.
     is_asked: bool,
 }
 
@@ -88,18 +88,18 @@ impl Read {
     }
 }
 
-/// All reads of a fork that have not come to an end.
+/// All reads of a fork that have not ended.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
     all: Slab<Read>,
-    /// How many there have been.
+    /// The number of reads so far.
     count: u64,
-    /// A thread for them could not be had.
+    /// A thread for them could not be started.
     short_of_threads: Option<Backoff>,
 }
 
 impl Reads {
-    /// Notes a read: its place and its number.
+    /// Notes a read. Returns its place and its number.
     fn insert(&mut self, awaited: Awaited, failed: Option<Box<Failed>>, is_asked: bool) -> (usize, u64) {
         self.count += 1;
         let place = self.all.insert(Read {
@@ -117,26 +117,26 @@ impl Reads {
         self.all.try_remove(place)
     }
 
-    /// The first read of which this holds.
+    /// Removes the first read for which `holds` returns `true`.
     fn take_if(&mut self, holds: impl Fn(&Read) -> bool) -> Option<Read> {
         let (place, _) = self.all.iter().find(|(_, read)| holds(read))?;
         self.all.try_remove(place)
     }
 
-    /// When something is due: a deadline, a next try.
+    /// The time of the next deadline or try.
     pub(super) fn next_turn(&self, deadline: Duration) -> Option<Instant> {
         let reads = self.all.iter().map(|(_, read)| read.next_turn(deadline));
         reads.chain(self.short_of_threads.map(|backoff| backoff.until())).min()
     }
 
-    /// What is read for a fill is not wanted any more.
+    /// Forgets the read for a fill, which is not wanted any more.
     pub(super) fn forget_fill(&mut self) {
         self.all.retain(|_, read| read.awaited != Awaited::Fill);
     }
 }
 
 impl ServedFork {
-    /// Has bytes read elsewhere: for the first time, or again.
+    /// Has bytes read on another thread: for the first time, or again.
     pub(super) fn read_later(
         &mut self,
         awaited: Awaited,
@@ -163,7 +163,7 @@ impl ServedFork {
         }
     }
 
-    /// Bytes could not be had. Where that may pass they are asked for again after a pause, until the deadline.
+    /// Handles a failed read. If the failure may pass, it is retried after a pause, until the deadline.
     pub(super) fn read_failed(
         &mut self,
         awaited: Awaited,
@@ -176,17 +176,17 @@ impl ServedFork {
             return Ok(());
         }
         match (awaited, error) {
-            // Nobody waits for what a fill reads, so where it merely cannot be read nobody has to die for it.
+            // No thread waits for the bytes of a fill, so a VMM need not die if they merely cannot be read.
             (Awaited::Fill, error @ SourceError::Unreadable { .. }) => {
                 self.give_up_filling(FailReason::Template(error));
                 Ok(())
             }
-            // A template that is not what it was has no more bytes for anybody.
+            // A template that has changed has no more bytes for any fork.
             (_, error) => Err(End::template(error)),
         }
     }
 
-    /// Bytes that were read elsewhere have come, or cannot.
+    /// Handles the result of a read on another thread.
     pub(in crate::server) fn on_bytes(
         &mut self,
         token: ReadToken,
@@ -196,7 +196,7 @@ impl ServedFork {
         let Some(read) = self.reads.take(token.place, token.number) else {
             return Ok(());
         };
-        // After reading, before anybody sees it: what was read is the template's.
+        // Checked after reading and before the VMM gets the bytes, so they are the template's.
         let bytes = match bytes.and_then(|bytes| self.template.check().map(|()| bytes)) {
             Ok(bytes) => bytes,
             Err(error) => return self.read_failed(read.awaited, read.failed, error),
@@ -224,7 +224,7 @@ impl ServedFork {
         }
     }
 
-    /// Ends what has waited for too long, and tries again what is due.
+    /// Ends reads that have waited for too long, and retries those that are due.
     pub(super) fn look_after_reads(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         let deadline = self.context.fault_deadline;
         while let Some(read) = self.reads.take_if(|read| read.since + deadline <= now) {
@@ -234,11 +234,11 @@ impl ServedFork {
             };
             match read.awaited {
                 Awaited::Fault(_) => return Err(End::Failed(reason)),
-                // Nobody waits for what a fill reads, so nobody has to die for it.
+                // No thread waits for the bytes of a fill, so no VMM need die.
                 Awaited::Fill => self.give_up_filling(reason),
             }
         }
-        // Each of those that fail again waits for a time that is not due.
+        // A read that fails again gets a time that is not due yet.
         while let Some(read) = self.reads.take_if(|read| read.next_turn(deadline) <= now) {
             self.try_again(read, scratch)?;
         }
@@ -265,7 +265,7 @@ impl ServedFork {
                 return Ok(());
             }
         };
-        // It may have been removed or installed since, and then needs no bytes.
+        // The page may have been removed or installed meanwhile, and then needs no bytes.
         match self.session.bytes_ready(at)? {
             None => Ok(()),
             Some(Step::Wake(range)) => self.wake(range),

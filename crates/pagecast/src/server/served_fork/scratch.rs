@@ -1,4 +1,4 @@
-//! What the forks of one worker use in turn.
+//! Buffers that the forks of one worker share in turn.
 
 use std::time::Instant;
 
@@ -6,12 +6,12 @@ use pagecast_uffd::EventBuffer;
 
 use crate::page::PageSize;
 
-/// Room to work in, and the last reading of the clock.
+/// Buffers, and the last reading of the clock.
 pub(in crate::server) struct Scratch {
     pub(super) events: EventBuffer,
     /// As long as the largest page.
     pub(super) bytes: Vec<u8>,
-    /// When the clock was read last. On the fault path this stands for now, if nothing that takes time came between.
+    /// The last reading of the clock. On the fault path this stands for the current time, if nothing slow came between.
     pub(super) read_clock_at: Instant,
 }
 
@@ -25,8 +25,8 @@ impl Scratch {
     }
 }
 
-/// The first `length` bytes of `bytes`, which grows to hold them if it must (it is as long as the largest page, so it never
-/// does on the fault path).
+/// The first `length` bytes of `bytes`, which grows if it is too short. It is as long as the largest page, so it never
+/// grows on the fault path.
 pub(super) fn room(bytes: &mut Vec<u8>, length: usize) -> &mut [u8] {
     if bytes.len() < length {
         bytes.resize(length, 0);

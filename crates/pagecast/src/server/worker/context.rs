@@ -1,4 +1,4 @@
-//! What a worker shares with its forks and its filler.
+//! The state that a worker shares with its forks and its filler.
 
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
@@ -15,18 +15,18 @@ use crate::server::fill_pool::FillPool;
 use crate::server::inbox::Inbox;
 use crate::server::registry::Registry;
 
-/// What does not change as long as a worker lives.
+/// The part of a worker that never changes.
 pub(in crate::server) struct WorkerContext {
     pub(in crate::server) inbox: Arc<Inbox<Message>>,
     pub(in crate::server) registry: Arc<Registry>,
     pub(in crate::server) fill_pool: Arc<FillPool>,
-    /// What the worker waits with.
+    /// The epoll that the worker waits on.
     pub(super) epoll: OwnedFd,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
     pub(in crate::server) zeros: Vec<u8>,
     /// How long a fault may wait for the template or for memory.
     pub(in crate::server) fault_deadline: Duration,
-    /// How many bytes a second a completion installs that nobody waits for.
+    /// The most bytes a second that a completion installs while no caller waits for it.
     pub(in crate::server) completion_rate: Option<NonZeroU64>,
 }
 
@@ -48,7 +48,7 @@ impl WorkerContext {
         })
     }
 
-    /// Whether there is something for the worker to look at.
+    /// Returns `true` if an event waits for the worker.
     pub(in crate::server) fn has_event(&self) -> bool {
         let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
         rustix::event::poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)

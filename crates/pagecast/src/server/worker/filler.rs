@@ -7,7 +7,7 @@ use super::context::WorkerContext;
 use super::message::{Message, Slot};
 use crate::server::served_fork::FillStep;
 
-/// A step of filling a fork, and what ends it early.
+/// A step of filling a fork, and the flag that ends it early.
 pub(super) struct Job {
     pub(super) slot: Slot,
     pub(super) step: FillStep,
@@ -16,19 +16,19 @@ pub(super) struct Job {
 
 /// Carries out steps of filling, one at a time.
 ///
-/// When a VMM dies while memory is installed into it, its address space is torn down by the installing thread: that takes up to a
-/// second and more for some GiB, in the middle of an `ioctl`. On this thread nobody waits for that but other fills.
+/// If a VMM dies while memory is installed into it, the installing thread tears down its address space, in the middle
+/// of an `ioctl`. For some GiB that takes a second or more. On this thread, only other fills wait for that.
 pub(super) struct Filler {
     jobs: mpsc::Sender<Job>,
 }
 
 impl Filler {
-    /// Starts the thread. `None` if there can be none.
+    /// Starts the thread. `None` if that fails.
     pub(super) fn start(index: usize, context: Arc<WorkerContext>) -> Option<Self> {
         let (jobs, received) = mpsc::channel::<Job>();
         let thread = std::thread::Builder::new().name(format!("pagecast-{index}-fill"));
         let spawned = thread.spawn(move || {
-            // The worker has made this thread, and may be raised.
+            // The worker starts this thread, and may run at raised priority.
             crate::priority::reset();
             for Job { slot, step, interrupt } in received {
                 let threads = context.fill_pool.take_free();
@@ -40,7 +40,7 @@ impl Filler {
         spawned.ok().map(|_| Self { jobs })
     }
 
-    /// Hands a step over; gives it back if the thread is gone.
+    /// Hands a step over. Returns it if the thread is gone.
     pub(super) fn fill(&self, job: Job) -> Result<(), Job> {
         self.jobs.send(job).map_err(|refused| refused.0)
     }

@@ -1,4 +1,4 @@
-//! Who carries out the next step of filling a fork: the worker, or its filler.
+//! The choice of the thread that carries out the next step of filling a fork: the worker, or its filler.
 
 use std::sync::Arc;
 
@@ -7,8 +7,8 @@ use super::{Served, Worker};
 use crate::server::served_fork::ServedFork;
 
 impl Worker {
-    /// Carries out one bounded step of filling one fork, or has it carried out: faults come first, and the next look at them is
-    /// never far.
+    /// Carries out one bounded step of filling one fork, or has the filler do so. Faults come first: the next check for
+    /// them is never far.
     pub(super) fn fill_one(&mut self) {
         if self.filler_is_busy {
             return;
@@ -18,7 +18,7 @@ impl Worker {
             .needs_turn
             .next_to_fill(|slot| forks.get(slot).is_some_and(Served::wants_to_fill));
         let Some(slot) = next else { return };
-        // If there is no other fork, none is held up by what this one takes.
+        // Without another fork, this step holds up none.
         if self.forks.len() > 1 && self.filler().is_some() {
             self.fill_elsewhere(slot);
         } else {
@@ -31,7 +31,7 @@ impl Worker {
         self.filler.get_or_init(start).as_ref()
     }
 
-    /// Has the filler carry out the next step of a fork.
+    /// Makes the filler carry out the next step of a fork.
     fn fill_elsewhere(&mut self, index: usize) {
         let Some(slot) = self.forks.get(index).map(|served| served.fork.slot) else {
             return;
@@ -46,7 +46,7 @@ impl Worker {
         };
         match filler.fill(Job { slot, step, interrupt }) {
             Ok(()) => self.filler_is_busy = true,
-            // It has panicked, which was told.
+            // The filler has panicked, which was reported.
             Err(Job { step, .. }) => {
                 let context = Arc::clone(&self.context);
                 let outcome = step.carry_out(&context.fill_pool.take_free(), &context.zeros, || false);

@@ -1,4 +1,4 @@
-//! What others tell a worker.
+//! Messages to a worker.
 
 use crate::server::served_fork::{Filled, NewFork, ReadToken};
 use crate::template::ReadResult;
@@ -10,17 +10,17 @@ pub(in crate::server) struct Slot {
     pub(in crate::server) serial: u64,
 }
 
-/// What others tell a worker.
+/// A message to a worker.
 pub(in crate::server) enum Message {
     /// Serve this fork from now on.
     Adopt(Box<NewFork>),
-    /// The template's bytes, read elsewhere.
+    /// The template's bytes, read on another thread.
     Bytes { token: ReadToken, bytes: ReadResult },
-    /// The kernel fills zeros of this fork in pages of 4 KiB.
+    /// The kernel fills the zeros of this fork in pages of 4 KiB.
     KernelFillsSmall(Slot),
-    /// A step of filling this fork, carried out elsewhere, is over.
+    /// A step of filling this fork, carried out on another thread, is over.
     Filled { slot: Slot, filled: Filled },
-    /// Something else is requested of this fork.
+    /// The request for this fork has changed.
     Requested(Slot),
     /// Stop as soon as there is no fork left.
     Stop,

@@ -39,32 +39,33 @@ pub(super) use message::{Message, Slot};
 use needs_turn::NeedsTurn;
 use token::Token;
 
-/// How many epoll events are taken at once.
+/// The most epoll events that are taken at once.
 const EPOLL_EVENTS: usize = 64;
 
-/// How often to look after a killed VMM whose end cannot be watched.
+/// How often to check a killed VMM whose end cannot be watched.
 const UNWATCHED_PAUSE: Duration = Duration::from_millis(10);
 
-/// A worker, seen from outside.
+/// A worker, as other threads see it.
 pub(super) struct WorkerHandle {
     pub(super) inbox: Arc<Inbox<Message>>,
-    /// How many forks it has.
+    /// The number of its forks.
     pub(super) forks: Arc<AtomicUsize>,
 }
 
 impl Drop for WorkerHandle {
-    /// Nobody can give it forks any more.
+    /// Stops the worker: it cannot get forks any more.
     fn drop(&mut self) {
         self.inbox.send(Message::Stop);
     }
 }
 
-/// A fork and whether its VMM has been killed.
+/// A fork, and whether its VMM has been killed.
 struct Served {
     fork: ServedFork,
-    /// Why its VMM was killed. Its userfaultfd stays open until the VMM is dead: closed earlier, it could run on with zeros.
+    /// Why the VMM was killed. The userfaultfd stays open until the VMM is dead: if it were closed earlier, the VMM
+    /// could run on with zeros.
     killed: Option<Arc<FailReason>>,
-    /// The kernel would not tell us of its end, so it has to be looked at again and again. It is killed, so not for long.
+    /// The kernel refused to report the end of the VMM, so it is checked repeatedly. The VMM is killed, so not for long.
     unwatched: bool,
 }
 
@@ -77,7 +78,7 @@ impl Served {
         self.wants_to_fill() || self.next_turn().is_some()
     }
 
-    /// When it needs a turn though nothing happens.
+    /// The time at which it needs a turn without an event.
     fn next_turn(&self) -> Option<Instant> {
         if self.unwatched {
             return Some(Instant::now() + UNWATCHED_PAUSE);
@@ -94,11 +95,11 @@ pub(super) struct Worker {
     forks: Slab<Served>,
     scratch: Scratch,
     needs_turn: NeedsTurn,
-    /// What fills forks while there are others to be served. Started when it is needed first.
+    /// The thread that fills forks while others are served. Started on first use.
     filler: OnceCell<Option<Filler>>,
-    /// It carries out a step.
+    /// The filler carries out a step.
     filler_is_busy: bool,
-    /// How long to look for faults without sleeping after there was one.
+    /// How long to check for further faults without sleeping, after a fault.
     busy_poll: Duration,
     busy_until: Option<Instant>,
     idle_timer: IdleTimer,
@@ -154,21 +155,21 @@ impl Worker {
                 self.timeout()
             };
             if let Some(pause) = timeout.as_ref().filter(|_| !is_busy) {
-                // `epoll_wait` rounds up to milliseconds, and a retry may be due in 50 us. (`epoll_pwait2` needs Linux 5.11,
-                // which is more than Firecracker does.)
+                // `epoll_wait` rounds up to milliseconds, and a retry may be due in 50 us. (`epoll_pwait2` needs Linux
+                // 5.11, which is newer than Firecracker needs.)
                 let mut ready = [PollFd::new(&self.context.epoll, PollFlags::IN)];
-                // Whatever comes of it, what is ready is looked at.
+                // Whatever this returns, ready events are taken below.
                 let _ = rustix::event::poll(&mut ready, Some(pause));
             }
             let timeout = timeout.map(|_| Timespec::default());
             let events = match epoll::wait(&self.context.epoll, &mut buffer, timeout.as_ref()) {
                 Ok((events, _)) => &*events,
-                // Only EINTR is possible for an epoll of our own.
+                // Only EINTR is possible for our own epoll.
                 Err(_) => continue,
             };
             let mut has_messages = false;
             let alone = events.len() == 1;
-            // A look while it spins is no wake.
+            // A poll without an event is no wake.
             if !(is_busy && events.is_empty()) {
                 priority.woken_for(events.len());
             }
@@ -176,10 +177,11 @@ impl Worker {
                 // Copied out, because the kernel's struct is packed.
                 let (flags, data) = (event.flags, event.data);
                 match Token::decode(data) {
-                    // Last, because a fork that comes may take the place of one that goes in this very round.
+                    // Handled last, because a new fork may take the slot of one that ends in this very round.
                     Token::Inbox => has_messages = true,
                     Token::IdleTimer => self.end_idle_period(),
-                    // A userfaultfd reports an error only when it has been made blocking, and nothing else from then on.
+                    // A userfaultfd reports an error only if it was made blocking, and reports nothing else from then
+                    // on.
                     Token::Uffd(slot) if flags.contains(EventFlags::ERR) => self.kill(slot, FailReason::Blocking),
                     Token::Uffd(slot) => {
                         self.step(slot, |fork, scratch| fork.serve(alone, scratch));
@@ -199,7 +201,7 @@ impl Worker {
         }
     }
 
-    /// Lets go of what is mapped for faults if none has come for a while.
+    /// Releases memory that was mapped for faults, if none has come for a while.
     fn end_idle_period(&mut self) {
         if self.idle_timer.end_period() {
             for (_, served) in &self.forks {
@@ -208,13 +210,13 @@ impl Worker {
         }
     }
 
-    /// Whether a fault may come any moment, and is not to be slept for.
+    /// Returns `true` if the next fault may come any moment, so that the worker must not sleep.
     fn is_busy(&mut self) -> bool {
         self.busy_until = self.busy_until.filter(|until| Instant::now() < *until);
         self.busy_until.is_some()
     }
 
-    /// How long to sleep at most; `None` for as long as nothing happens.
+    /// The longest time to sleep; `None` for no limit.
     fn timeout(&self) -> Option<Timespec> {
         let waiting = || self.needs_turn.slots().filter_map(|slot| self.forks.get(slot));
         if !self.filler_is_busy && waiting().any(Served::wants_to_fill) {
@@ -225,7 +227,7 @@ impl Worker {
         Timespec::try_from(left).ok()
     }
 
-    /// Notes a fork if it needs a turn though nothing happens.
+    /// Notes a fork if it needs a turn without an event.
     fn note_needs_turn(&mut self, slot: usize) {
         if !self.needs_turn.contains(slot) && self.forks.get(slot).is_some_and(Served::needs_turn) {
             self.needs_turn.insert(slot);
@@ -250,7 +252,7 @@ impl Worker {
             .retain(|slot| forks.get(slot).is_some_and(Served::needs_turn));
     }
 
-    /// Lets a fork do something, and ends it if that is what came of it.
+    /// Runs `act` on a fork, and ends the fork if `act` says so.
     fn step(&mut self, slot: usize, act: impl FnOnce(&mut ServedFork, &mut Scratch) -> Result<(), End>) {
         let Some(served) = self.forks.get_mut(slot).filter(|served| served.killed.is_none()) else {
             return;
@@ -263,12 +265,12 @@ impl Worker {
         }
     }
 
-    /// Kills a VMM: its faults cannot be answered, and it must not go on without.
+    /// Kills a VMM: its faults cannot be answered, and it must not run on without them.
     fn kill(&mut self, slot: usize, reason: impl Into<Arc<FailReason>>) {
         let Some(served) = self.forks.get_mut(slot) else { return };
-        // Not being allowed to was ruled out in the handshake; already dead is fine.
+        // The handshake checked the permission to kill; an error for a dead process does not matter.
         let _ = served.fork.peer.pidfd.kill();
-        // What it still reports is of no use, and would wake us again and again.
+        // Its further events are of no use, and would wake us again and again.
         let _ = epoll::delete(&self.context.epoll, &served.fork.uffd);
         served.killed = Some(reason.into());
     }
@@ -284,16 +286,17 @@ impl Worker {
         }
     }
 
-    /// The VMM has closed its end. Firecracker before 1.12 does so at once, so this alone is no end; the process is.
+    /// Handles the end of the socket. Firecracker before 1.12 closes it at once, so only the end of the process ends
+    /// the fork.
     fn drop_socket(&mut self, slot: usize) {
         if let Some(socket) = self.forks.get_mut(slot).and_then(|served| served.fork.socket.take()) {
             let _ = epoll::delete(&self.context.epoll, &socket);
-            // What the VMM has sent and nobody has read is closed with it.
+            // Closing it also closes unread data of the VMM.
             self.disposal.drop_later(socket);
         }
     }
 
-    /// Lets go of a fork, first of everything it holds, then says so.
+    /// Ends a fork: first drops everything it holds, then reports the end.
     fn finish(&mut self, slot: usize, state: ForkState, reason: Option<Arc<FailReason>>) {
         let Some(Served { mut fork, .. }) = self.forks.try_remove(slot) else {
             return;
@@ -345,14 +348,15 @@ impl Worker {
         }
     }
 
-    /// Whether the fork of this slot is still here.
+    /// Returns `true` if the fork of this slot is still here.
     fn has(&self, slot: Slot) -> bool {
         self.forks
             .get(slot.index)
             .is_some_and(|served| served.fork.slot == slot)
     }
 
-    /// Has the kernel asked how it would fill zeros of a fork. Where there is no thread for that, they are installed by us.
+    /// Finds out, on a new thread, how the kernel would fill zeros of a fork. If no thread can be started, the server
+    /// installs them.
     fn ask_how_kernel_fills(&self, slot: usize) {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
@@ -371,7 +375,7 @@ impl Worker {
             });
     }
 
-    /// Does with a fork what is requested now.
+    /// Carries out the current request for a fork.
     fn do_requested(&mut self, slot: usize) {
         let Some(served) = self.forks.get(slot).filter(|served| served.killed.is_none()) else {
             return;
@@ -399,7 +403,7 @@ impl Worker {
         let Some(Served { fork, .. }) = self.forks.get(slot) else {
             return;
         };
-        // Asked here and not by the acceptor, because it takes a lock of the VMM's memory, as all that a worker does.
+        // Checked here and not by the acceptor: it takes a lock of the VMM's memory, like all that a worker does.
         let refused = match fork.write_protected() {
             Ok(None) => None,
             Ok(Some(address)) => Some(FailReason::Refused(Refusal::WriteProtected { address: address.get() })),
@@ -409,10 +413,10 @@ impl Worker {
             }),
         };
         if refused.is_some() {
-            // It got no page, and lives on as any VMM that is refused.
+            // The VMM got no page, and lives on like any VMM that is refused.
             return self.finish(slot, ForkState::Failed, refused.map(Arc::new));
         }
-        // Told of each new event once: all are read whenever there is one, and the kernel need not look again.
+        // Edge-triggered: every wake reads all events, and the kernel need not check again.
         let on_new_events = EventFlags::IN | EventFlags::ET;
         let epoll = &self.context.epoll;
         let uffd = epoll::add(epoll, &fork.uffd, Token::Uffd(slot).encode(), on_new_events);
@@ -420,7 +424,7 @@ impl Worker {
         let pidfd = epoll::add(epoll, &fork.peer.pidfd, process, EventFlags::IN);
         let mut watched = uffd.and(pidfd);
         if let Some(socket) = &fork.socket {
-            // Nothing it says is of interest, only that it ends.
+            // Only its end is of interest, not its data.
             watched = watched.and_then(|()| epoll::add(epoll, socket, Token::Socket(slot).encode(), EventFlags::RDHUP));
         }
         if let Err(errno) = watched {
@@ -448,7 +452,7 @@ impl Worker {
         });
         self.ask_how_kernel_fills(slot);
         record.set_worker(Arc::clone(&self.context.inbox), address);
-        // What was requested before it came here.
+        // Requests from before the fork came here.
         self.do_requested(slot);
     }
 }

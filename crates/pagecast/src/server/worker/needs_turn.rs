@@ -1,11 +1,11 @@
-//! Which forks of a worker need a turn though nothing happens.
+//! The forks of a worker that need a turn without an event.
 
-/// The forks for which a retry, a read or a fill is outstanding. Mostly none, and then a fault costs the same however many
-/// forks there are.
+/// The forks with a pending retry, read or fill. There is usually none, and then the cost of a fault does not depend on
+/// the number of forks.
 #[derive(Debug, Default)]
 pub(super) struct NeedsTurn {
     slots: Vec<usize>,
-    /// By slot: whether it is in `slots`.
+    /// For each slot, whether it is in `slots`.
     is_noted: Vec<bool>,
     /// Where the next round of fills begins, so that all forks get their turn.
     next_to_fill: usize,
@@ -20,7 +20,7 @@ impl NeedsTurn {
         self.is_noted.get(slot).copied().unwrap_or(false)
     }
 
-    /// Notes a fork. Once is enough.
+    /// Notes a fork, if it is not noted yet.
     pub(super) fn insert(&mut self, slot: usize) {
         if self.is_noted.len() <= slot {
             self.is_noted.resize(slot + 1, false);
@@ -47,7 +47,7 @@ impl NeedsTurn {
         self.slots.iter().copied()
     }
 
-    /// The next fork to fill, among those that want that.
+    /// The next fork to fill, of those that `wants_to_fill` accepts.
     pub(super) fn next_to_fill(&mut self, wants_to_fill: impl Fn(usize) -> bool) -> Option<usize> {
         let filling = || self.slots().filter(|slot| wants_to_fill(*slot));
         let next = filling().filter(|slot| *slot >= self.next_to_fill).min();

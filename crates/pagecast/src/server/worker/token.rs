@@ -1,8 +1,8 @@
-//! What an epoll event of a worker is about.
+//! The source of an epoll event of a worker.
 
 use rustix::event::epoll::EventData;
 
-/// Which file descriptor of the worker, or of which of its forks, an epoll event is about.
+/// The file descriptor, of the worker or of one of its forks, that an epoll event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
     Inbox,
