@@ -1,4 +1,4 @@
-//! What is installed though nobody waits for it, and how far that has come.
+//! Pages that are installed though no thread waits for them, and the progress of that.
 
 use std::sync::Arc;
 
@@ -14,46 +14,46 @@ use crate::template::{PrefaultPlan, Run, TemplateOffset};
 /// installed at the full speed of `UFFDIO_COPY`.
 const FILL_BYTES: u64 = 256 * 1024;
 
-/// Pages to install that nobody waits for: a bounded piece of a prefault or of a completion.
+/// A bounded piece of a prefault or of a completion: pages to install that no thread waits for.
 ///
-/// Some of them may be there, or removed, by the time it is tried, so what is really installed comes from
-/// [`Session::fill_parts`](super::Session::fill_parts), each time anew.
+/// Some pages may be installed or removed by the time of the install. So
+/// [`Session::fill_parts`](super::Session::fill_parts) finds the parts to install anew each time.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Fill {
     pub(super) region: RegionIndex,
     pub(super) first: PageIndex,
-    /// Everything before this is installed or needs not be.
+    /// Everything before this page is installed or needs no install.
     pub(super) next: PageIndex,
     pub(super) end: PageIndex,
-    /// It spans mappings that were split, and the kernel installs into one at a time.
+    /// The piece spans mappings that were split; the kernel installs into one at a time.
     pub(super) single_pages: bool,
-    /// Zeros need not be installed: once a completed fork is unregistered, what is absent is zeros by itself.
+    /// Zeros need no install: once a completed fork is unregistered, absent pages are zeros.
     pub(crate) skips_zeros: bool,
-    /// It is of the working set: other forks have touched it.
+    /// The piece is of the working set: other forks have touched it.
     pub(crate) is_planned: bool,
-    /// Where the bytes of its first page are in the template.
+    /// The template offset of its first page.
     pub(crate) from: TemplateOffset,
     /// The size of each page.
     pub(crate) page_size: PageSize,
 }
 
 impl Fill {
-    /// The length of all of it, for a buffer.
+    /// The length of the whole piece in bytes, for a buffer.
     pub(crate) fn bytes(&self) -> usize {
         (self.end.get() - self.first.get()) * self.page_size.as_usize()
     }
 
-    /// Where `part`, a part of this, lies within its bytes.
+    /// The offset of `part` within the bytes of this piece.
     pub(crate) fn position_of(&self, part: &Install) -> usize {
         part.at.page.get().saturating_sub(self.first.get()) * self.page_size.as_usize()
     }
 
-    /// Everything up to the end of this part needs nothing any more.
+    /// Notes that everything up to the end of this part needs no install any more.
     pub(crate) fn skip(&mut self, part: &Install) {
         self.next = PageIndex::new(part.at.page.get() + part.pages);
     }
 
-    /// Takes note of what came of a part of it: how many of its pages are there now, and what is left to do.
+    /// Notes the outcome of a part. Returns how many of its pages are there now, and what is left to do.
     pub(super) fn on_outcome(&mut self, part: &Install, outcome: Outcome) -> (usize, After) {
         let (installed, passed, after) = match outcome {
             Outcome::Installed => (part.pages, part.pages, After::Done),
@@ -62,7 +62,7 @@ impl Fill {
                 let pages = pages_of(installed, part.page_size);
                 (pages, pages, After::Parked)
             }
-            // The kernel installs into one mapping at a time and says the same where a part spans two.
+            // The kernel installs into one mapping at a time, and returns the same if a part spans two.
             Outcome::NotRegistered if part.pages > 1 => {
                 self.single_pages = true;
                 (0, 0, After::Done)
@@ -81,38 +81,38 @@ fn pages_of(len: ByteLen, page_size: PageSize) -> usize {
     usize::try_from(len.get() / page_size.bytes()).unwrap_or(0)
 }
 
-/// What a fork is to be filled with: its working set first, then the rest.
+/// The pages that a fork is to be filled with: its working set first, then the rest.
 #[derive(Debug, Default)]
 pub(super) struct Filling {
     working_set: Option<PlanCursor>,
     rest: Option<RestCursor>,
-    /// Everything is wanted, without letting go of it.
+    /// Everything is to be installed, and the fork stays registered.
     all: bool,
     completion: Option<Completion>,
-    /// What is absent and not registered is filled by the kernel with zeros of 4 KiB, not with larger pages.
+    /// The kernel fills absent, unregistered pages with zeros in pages of 4 KiB, not in larger ones.
     kernel_fills_small: bool,
 }
 
-/// A completion that was begun and not given up.
+/// A completion that was begun and not abandoned.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Completion {
-    /// As fast as can be, because somebody waits.
+    /// As fast as possible, because a caller waits.
     pub(crate) at_once: bool,
-    /// All regions are unregistered. What is left is to be sure that no thread of the VMM waits for us.
+    /// All regions are unregistered. Still open: whether a thread of the VMM waits for us.
     pub(crate) is_unregistered: bool,
 }
 
-/// How far a plan has been handed out.
+/// How much of a plan has been handed out.
 #[derive(Debug)]
 struct PlanCursor {
     plan: Arc<PrefaultPlan>,
     run: usize,
-    /// Bytes of that run.
+    /// The bytes of that run that were handed out.
     into: u64,
 }
 
 impl PlanCursor {
-    /// The next bytes of the template that are to be installed.
+    /// The next bytes of the template to install.
     fn take(&mut self) -> Option<Run> {
         loop {
             let run = self.plan.runs().get(self.run)?;
@@ -161,7 +161,7 @@ impl Filling {
         self.rest = Some(RestCursor::START);
     }
 
-    /// Nothing is to be prefaulted any more; a completion goes on.
+    /// Ends prefaulting; a completion continues.
     pub(super) fn stop_prefault(&mut self) {
         self.working_set = None;
         self.all = false;
@@ -188,7 +188,7 @@ impl Filling {
         }
     }
 
-    /// A prefault goes on.
+    /// Abandons the completion; a prefault continues.
     pub(super) fn abandon_completion(&mut self) {
         self.completion = None;
         if !self.all {
@@ -196,7 +196,7 @@ impl Filling {
         }
     }
 
-    /// The kernel fills in zeros in pages of 4 KiB.
+    /// Notes that the kernel fills in zeros in pages of 4 KiB.
     pub(super) fn set_kernel_fills_small(&mut self) {
         self.kernel_fills_small = true;
     }
@@ -205,12 +205,12 @@ impl Filling {
         self.completion
     }
 
-    /// Whether [`next`](Self::next) may have something.
+    /// Returns `true` if [`next`](Self::next) may have a piece.
     pub(super) fn is_wanted(&self) -> bool {
         self.working_set.is_some() || self.rest.is_some()
     }
 
-    /// The next piece, once. `None` where everything that is wanted has been handed out.
+    /// The next piece; each is returned once. `None` if everything has been handed out.
     pub(super) fn next(&mut self, regions: &RegionMap<TrackedRegion>) -> Option<Fill> {
         let fill = |index: RegionIndex, first: PageIndex, end: usize, is_planned, skips_zeros| {
             let region = &regions.get(index)?.region;

@@ -8,28 +8,28 @@ use super::tracked_region::TrackedRegion;
 use crate::page::{PageIndex, PageSize};
 use crate::template::ZeroRuns;
 
-/// A range of a fork that can be unregistered: it is zeros in the template, and absent.
+/// A range of a fork that can be unregistered: its pages are zeros in the template, and absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ZeroRange {
     pub(super) at: PageRef,
-    /// How many pages it has.
+    /// The number of pages.
     pub(crate) pages: usize,
-    /// Where it is in the VMM.
+    /// The address range in the VMM.
     pub(crate) memory: HostRange,
 }
 
-/// What of a fork is to be given back.
+/// The runs of zeros of a fork to give back.
 #[derive(Debug, Default)]
 pub(super) struct GiveBack {
     runs: ZeroRuns,
     /// The number of the next run.
     next: usize,
-    /// How many pieces of that run have been looked at: one a region that holds some of it.
+    /// How many pieces of that run were examined: one for each region that holds a part of it.
     pieces: usize,
 }
 
 impl GiveBack {
-    /// Of these runs.
+    /// Gives back these runs.
     pub(super) fn new(runs: ZeroRuns) -> Self {
         Self {
             runs,
@@ -42,9 +42,9 @@ impl GiveBack {
         self.runs.get(self.next).is_none()
     }
 
-    /// The next range, once. What of a piece is installed or removed by now is left out, and so is everything before or
-    /// between: one range a piece, the first that is still long enough. None where a fault waits for its answer, and none on
-    /// hugetlbfs: there a page that the kernel cannot fill kills the VMM, and one that we cannot copy does not.
+    /// The next range; each is returned once. Of each piece, this is the first absent range that is long enough: pages
+    /// installed or removed by now are left out. Skips a range where a fault waits for its answer. Skips hugetlbfs:
+    /// there, a page that the kernel cannot fill kills the VMM, and one that we cannot copy does not.
     pub(super) fn next(&mut self, regions: &RegionMap<TrackedRegion>) -> Option<ZeroRange> {
         while let Some(run) = self.runs.get(self.next) {
             let Some((index, page, pages)) = regions.pages_of_template(run.at, run.len).nth(self.pieces) else {

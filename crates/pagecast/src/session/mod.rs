@@ -1,14 +1,14 @@
 //! One fork's state machine: events and outcomes in, steps out. No I/O and no clock.
 //!
-//! Whoever drives a [`Session`] reads **all** events of the kernel first and hands them to [`Session::on_event`], which
-//! applies removals at once and queues faults. Then it takes [`Session::next_step`] until there is none, carries each step
-//! out and reports with [`Session::on_outcome`] what came of it. What the kernel asked to retry is parked until
-//! [`Session::release_parked`], which the driver calls after a pause of its choice; what needs bytes that are not there
+//! The driver of a [`Session`] first reads **all** events of the kernel and hands them to [`Session::on_event`], which
+//! applies removals at once and queues faults. It then takes [`Session::next_step`] until there is none, carries out
+//! each step, and reports the outcome with [`Session::on_outcome`]. A fault that the kernel asks to retry is parked
+//! until the driver calls [`Session::release_parked`], after a pause of its choice. A fault whose bytes are not there
 //! yet waits for [`Session::bytes_ready`].
 //!
-//! What is to be installed though nobody waits for it (a prefault, a completion) is handed out by [`Session::next_fill`],
-//! piece by piece: [`Session::fill_parts`] says what of a piece is still absent, [`Session::on_filled`] takes note of what
-//! came of it. Long runs of zeros need not be installed at all: [`Session::next_give_back`].
+//! [`Session::next_fill`] hands out pages that no thread waits for (a prefault, a completion), piece by piece.
+//! [`Session::fill_parts`] returns the parts of a piece that are still absent, and [`Session::on_filled`] notes the
+//! outcome. Long runs of zeros need not be installed at all: [`Session::next_give_back`].
 
 mod filling;
 mod give_back;
@@ -34,8 +34,8 @@ pub use step::Violation;
 pub(crate) use step::{After, Content, Install, Noted, PageRef, Step};
 use tracked_region::TrackedRegion;
 
-/// How often in a row the same page may fault though it is installed before we call it lost. Threads that fault at once
-/// make a few; no VMM has this many.
+/// The most faults in a row of an installed page before it counts as lost. Threads that fault at once make a few; no
+/// VMM has this many.
 const MOST_REPEATS: u32 = 4096;
 
 /// One fork's regions, the state of each page, and the faults that wait for an answer.
@@ -44,7 +44,7 @@ pub(crate) struct Session {
     regions: RegionMap<TrackedRegion>,
     /// Faults to answer next.
     ready: VecDeque<PageRef>,
-    /// Faults the kernel would not let us answer yet.
+    /// Faults that the kernel did not let us answer yet.
     parked: Vec<PageRef>,
     /// The page that last faulted though installed, and how often in a row.
     repeated: Option<(PageRef, u32)>,
@@ -53,7 +53,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// The session of a fork with these regions, none of whose pages is there yet.
+    /// Creates the session of a fork with these regions. No page is installed yet.
     pub(crate) fn new(regions: RegionMap) -> Self {
         Self {
             regions: regions.into_each(),
@@ -65,7 +65,7 @@ impl Session {
         }
     }
 
-    /// Its regions.
+    /// The regions of the fork.
     pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
         self.regions.iter().map(|(_, tracked)| &tracked.region)
     }
@@ -75,11 +75,11 @@ impl Session {
         self.regions.first_page()
     }
 
-    /// Takes note of an event: queues a fault, applies a removal.
+    /// Notes an event: queues a fault, applies a removal.
     ///
     /// # Errors
     ///
-    /// [`Violation`] where the fork cannot be served any longer.
+    /// [`Violation`] if the fork cannot be served any longer.
     pub(crate) fn on_event(&mut self, event: &Event) -> Result<Noted, Violation> {
         match event {
             Event::PageFault(fault) => self.on_fault(fault),
@@ -134,7 +134,7 @@ impl Session {
             let Some(TrackedRegion { region, states }) = self.regions.get(at.region) else {
                 continue;
             };
-            // What answers the fault that waits already wakes whoever made this one, too.
+            // The answer to the waiting fault also wakes the thread of this one.
             if states.is_waiting(at.page) {
                 continue;
             }
@@ -158,13 +158,14 @@ impl Session {
         Ok(None)
     }
 
-    /// The template's bytes for this install are not there yet: it waits for [`bytes_ready`](Self::bytes_ready).
+    /// Notes that the template's bytes for this install are not there yet: it waits for
+    /// [`bytes_ready`](Self::bytes_ready).
     pub(crate) fn await_bytes(&mut self, install: &Install) {
         self.set_waiting(install.at);
     }
 
-    /// The bytes of a page that waited for them are there: what to do about it *now*. It may have been removed since, and
-    /// then gets zeros; or installed, and then needs a wake.
+    /// Returns the step for a page whose bytes are there now. The page may have been removed meanwhile, and then gets
+    /// zeros. Or it was installed, and then needs a wake.
     ///
     /// # Errors
     ///
@@ -175,7 +176,7 @@ impl Session {
         self.next_step()
     }
 
-    /// Takes note of what the install of a demand fault came to.
+    /// Notes the outcome of an install for a demand fault.
     pub(crate) fn on_outcome(&mut self, install: &Install, outcome: Outcome) -> After {
         let at = install.at;
         match outcome {
@@ -188,7 +189,7 @@ impl Session {
                 self.set_installed(at, 1);
                 After::Wake(install.to)
             }
-            // Unmapped since: whoever waited has to find out by touching it again.
+            // Unmapped meanwhile: a waiting thread is woken and finds out by touching it again.
             Outcome::NotRegistered => After::Wake(install.to),
             Outcome::Retry { .. } => {
                 self.park(at);
@@ -203,12 +204,12 @@ impl Session {
         }
     }
 
-    /// Whether a fault waits for a retry.
+    /// Returns `true` if a fault waits for a retry.
     pub(crate) fn has_parked(&self) -> bool {
         !self.parked.is_empty()
     }
 
-    /// Queues everything parked for another try.
+    /// Queues all parked faults for another try.
     pub(crate) fn release_parked(&mut self) {
         for at in std::mem::take(&mut self.parked) {
             self.clear_waiting(at);
@@ -216,54 +217,55 @@ impl Session {
         }
     }
 
-    /// Installs this working set ahead of its faults. Where a completion goes on too, this comes first.
+    /// Begins to prefault this working set. If a completion is under way too, the working set comes first.
     pub(crate) fn begin_working_set(&mut self, plan: Arc<PrefaultPlan>) {
         self.filling.begin_working_set(plan);
     }
 
-    /// Installs everything ahead of its faults, after what else there is, and goes on serving.
+    /// Begins to prefault all pages, after everything else. The fork stays served.
     pub(crate) fn begin_all(&mut self) {
         self.filling.begin_all();
     }
 
-    /// Gives up what was to be installed ahead, but not a completion.
+    /// Ends prefaulting, but not a completion.
     pub(crate) fn stop_prefault(&mut self) {
         self.filling.stop_prefault();
     }
 
-    /// Begins to complete the fork; once it is begun, changes only whether it is done `at_once`.
+    /// Begins to complete the fork. If that has begun, only sets whether it is done `at_once`.
     pub(crate) fn begin_completion(&mut self, at_once: bool) {
         self.filling.begin_completion(at_once);
     }
 
-    /// All regions were unregistered, to complete the fork.
+    /// Notes that all regions were unregistered, to complete the fork.
     pub(crate) fn set_unregistered(&mut self) {
         self.filling.set_unregistered();
     }
 
-    /// Gives the completion up; the fork is served as before. What was installed stays.
+    /// Abandons the completion; the fork is served as before. Installed pages stay.
     pub(crate) fn abandon_completion(&mut self) {
         self.filling.abandon_completion();
     }
 
-    /// The completion that was begun and not given up.
+    /// The completion that was begun and not abandoned.
     pub(crate) fn completion(&self) -> Option<Completion> {
         self.filling.completion()
     }
 
-    /// Whether there is something left for [`next_fill`](Self::next_fill) or [`next_give_back`](Self::next_give_back).
+    /// Returns `true` if [`next_fill`](Self::next_fill) or [`next_give_back`](Self::next_give_back) may have something
+    /// left.
     pub(crate) fn wants_to_fill(&self) -> bool {
         self.filling.is_wanted() || !self.give_back.is_done()
     }
 
-    /// The next piece to fill, once each: it has to be carried to its end, or is lost to this prefault or completion. `None`
-    /// where everything has been handed out; once that is carried out too, and a completion was wanted, the regions can be
-    /// unregistered.
+    /// The next piece to fill. Each is returned once: a piece that is not carried to its end is lost to this prefault
+    /// or completion. `None` if everything has been handed out. Once all pieces are carried out, a fork that is being
+    /// completed can be unregistered.
     pub(crate) fn next_fill(&mut self) -> Option<Fill> {
         self.filling.next(&self.regions)
     }
 
-    /// What of this piece is still to be installed, in ascending order. Nothing once it has come to its end.
+    /// The parts of this piece that are still to be installed, in ascending order. Empty once the piece is at its end.
     pub(crate) fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
         let Some(TrackedRegion { region, states }) = self.regions.get(fill.region) else {
             return Vec::new();
@@ -295,22 +297,22 @@ impl Session {
         parts
     }
 
-    /// Takes note of what installing a part of a piece came to: how many pages are there now, and what is left to do.
+    /// Notes the outcome of installing a part of a piece. Returns how many pages are there now, and what is left to do.
     pub(crate) fn on_filled(&mut self, fill: &mut Fill, part: &Install, outcome: Outcome) -> (usize, After) {
         let (present, after) = fill.on_outcome(part, outcome);
         self.set_installed(part.at, present);
         (present, after)
     }
 
-    /// The kernel itself is to fill these runs of the template, which are zeros: it does so in pages of 4 KiB. A completion
-    /// leaves zeros to it from now on, too.
+    /// Begins to leave these runs of zeros of the template to the kernel, which fills them in pages of 4 KiB. A
+    /// completion leaves zeros to the kernel from now on, too.
     pub(crate) fn begin_give_back(&mut self, zeros: ZeroRuns) {
         self.filling.set_kernel_fills_small();
         self.give_back = GiveBack::new(zeros);
     }
 
-    /// The next range that can be unregistered, since what it holds is zeros either way and nobody waits there. Each once;
-    /// none while a fault is still to be [answered](Self::next_step).
+    /// The next range that can be unregistered: its pages are zeros either way, and no thread waits there. Each is
+    /// returned once; none while a fault is still to be [answered](Self::next_step).
     pub(crate) fn next_give_back(&mut self) -> Option<ZeroRange> {
         if !self.ready.is_empty() {
             return None;
@@ -318,13 +320,13 @@ impl Session {
         self.give_back.next(&self.regions)
     }
 
-    /// It was unregistered.
+    /// Notes that `range` was unregistered.
     pub(crate) fn on_given_back(&mut self, range: &ZeroRange) {
-        // Whoever faulted there meanwhile finds it by a touch.
+        // A thread that faulted there meanwhile gets a wake, and finds zeros at its next touch.
         self.set_installed(range.at, range.pages);
     }
 
-    /// Nothing more can be given back.
+    /// Ends giving back.
     pub(crate) fn stop_give_back(&mut self) {
         self.give_back = GiveBack::default();
     }
@@ -356,7 +358,7 @@ impl Session {
         }
     }
 
-    /// Counts the wakes of one page in a row, which is at `range`.
+    /// Counts the wakes of one page in a row. `range` is the page.
     fn count_repeat(&mut self, at: PageRef, range: HostRange) -> Result<(), Violation> {
         let times = match self.repeated {
             Some((page, times)) if page == at => times + 1,

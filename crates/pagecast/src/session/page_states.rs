@@ -1,4 +1,4 @@
-//! What is known of each page of a region.
+//! The state of each page of a region.
 
 use crate::page::PageIndex;
 use crate::page_set::PageSet;
@@ -9,19 +9,19 @@ use crate::page_set::PageSet;
 /// | --- | --- |
 /// | absent | the template's bytes |
 /// | installed | a wake: the page is there |
-/// | removed | zeros, for ever: installed or not, it may be given back again before we hear of it |
+/// | removed | zeros, for ever: even an installed page may be given back again before its event is read |
 ///
-/// Removed is final. A page that was filled with zeros after its removal can be taken away by the very `madvise` whose
-/// `Remove` we have just read (the kernel drops the pages only after its event is read), so only trying tells whether it is
-/// there.
+/// Removed is final. A page filled with zeros after its removal can be dropped by the very `madvise` whose `Remove` was
+/// just read: the kernel drops the pages only after its event is read. So only an install attempt tells whether the
+/// page is there.
 #[derive(Debug)]
 pub(crate) struct PageStates {
     installed: PageSet,
-    /// Made with the first removal; most forks never have one.
+    /// Created with the first removal; most forks never have one.
     removed: Option<PageSet>,
-    /// Pages whose fault could not be answered at once. Another fault of the same page adds nothing: what answers the first
-    /// wakes everybody who waits there. Without this, a thread hit by signals could fill our queues. Most forks never have
-    /// one, and then this is memory that nobody has written to, which costs nothing.
+    /// Pages whose fault could not be answered at once. Another fault of the same page adds nothing: the answer to the
+    /// first wakes all threads that wait there. Without this, a thread hit by signals could fill our queues. In most
+    /// forks this memory is never written to, and costs nothing.
     waiting: PageSet,
     pages: usize,
 }
@@ -73,7 +73,7 @@ impl PageStates {
         self.waiting.remove(page);
     }
 
-    /// Whether a fault of `page` waits for its answer.
+    /// Returns `true` if a fault of `page` waits for its answer.
     pub(crate) fn is_waiting(&self, page: PageIndex) -> bool {
         self.waiting.contains(page)
     }
@@ -83,7 +83,7 @@ impl PageStates {
         self.installed.next_run_outside(self.removed.as_ref(), from, most)
     }
 
-    /// Whether a fault of one of `count` pages from `first` on waits for its answer.
+    /// Returns `true` if a fault of one of `count` pages at `first` waits for its answer.
     pub(crate) fn any_waiting(&self, first: PageIndex, count: usize) -> bool {
         let end = PageIndex::new(first.get() + count);
         self.waiting.first_of(first..end).is_some()

@@ -1,12 +1,12 @@
-//! The regions of a fork: which address is which page of the template.
+//! The regions of a fork, which map addresses to pages of the template.
 
 use pagecast_uffd::{ByteLen, HostAddr, HostRange};
 
 use crate::page::{PageIndex, PageSize};
 use crate::template::TemplateOffset;
 
-/// One guest memory mapping. Made by [`Layout::validate`](crate::handshake::Layout::validate) only, which guarantees that
-/// address, size and offset are multiples of the page size and that it ends within the template.
+/// One guest memory mapping. Created only by [`Layout::validate`](crate::handshake::Layout::validate), which guarantees
+/// that address, size and offset are multiples of the page size, and that the region ends within the template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     memory: HostRange,
@@ -23,12 +23,12 @@ impl Region {
         }
     }
 
-    /// Where it is mapped in the VMM.
+    /// The address range of the region in the VMM.
     pub const fn memory(&self) -> HostRange {
         self.memory
     }
 
-    /// Where its content begins in the template.
+    /// The template offset of its content.
     pub const fn offset(&self) -> TemplateOffset {
         self.offset
     }
@@ -38,7 +38,7 @@ impl Region {
         self.page_size
     }
 
-    /// How many pages it has.
+    /// The number of pages.
     pub fn pages(&self) -> usize {
         to_usize(self.memory.len().get() / self.page_size.bytes())
     }
@@ -52,12 +52,12 @@ impl Region {
         Some(PageIndex::new(to_usize(into.get() / self.page_size.bytes())))
     }
 
-    /// Where `page` begins in the VMM. `page` is one of this region.
+    /// The address of `page` in the VMM. `page` is in this region.
     pub(crate) fn address_of(&self, page: PageIndex) -> HostAddr {
         HostAddr::new(self.memory.start().get() + self.bytes_before(page))
     }
 
-    /// Where `page` begins in the template. `page` is one of this region.
+    /// The template offset of `page`. `page` is in this region.
     pub(crate) fn offset_of(&self, page: PageIndex) -> TemplateOffset {
         TemplateOffset::new(self.offset.get() + self.bytes_before(page))
     }
@@ -67,15 +67,15 @@ impl Region {
         ByteLen::new(self.bytes_before(PageIndex::new(pages)))
     }
 
-    /// `pages` pages from `first` on, as memory of the VMM. At least one page, all of this region.
+    /// `pages` pages at `first`, as memory of the VMM. At least one page, all in this region.
     pub(crate) fn range_of(&self, first: PageIndex, pages: usize) -> HostRange {
         HostRange::new(self.address_of(first), self.len_of(pages)).expect("pages of a region, which does not overflow")
     }
 
     /// The pages that `range` covers *wholly*, as first page and count.
     ///
-    /// The kernel only ever gives back whole pages (`madvise(2)` refuses or rounds down on hugetlbfs); should a range
-    /// cover a part of one, that page is not given back.
+    /// The kernel gives back whole pages only (`madvise(2)` refuses or rounds down on hugetlbfs). If a range covers a
+    /// part of a page, that page is not given back.
     pub(crate) fn pages_within(&self, range: HostRange) -> Option<(PageIndex, usize)> {
         let common = self.memory.intersection(range)?;
         let from = common.start().checked_offset_from(self.memory.start())?.get();
@@ -86,15 +86,15 @@ impl Region {
         Some((PageIndex::new(to_usize(first)), to_usize(count)))
     }
 
-    /// Cannot overflow: `Layout::validate` saw that the whole region fits, and `page` is at most its end.
+    /// Cannot overflow: `Layout::validate` checked that the whole region fits, and `page` is at most its end.
     fn bytes_before(&self, page: PageIndex) -> u64 {
         debug_assert!(page.get() <= self.pages());
         page.get() as u64 * self.page_size.bytes()
     }
 }
 
-/// A count of pages of something that fits into an address space fits into a `usize` of 64 bits; on smaller machines, where
-/// no page is ever served, it saturates.
+/// Converts a count of pages. The pages of an address space fit into a `usize` of 64 bits. On smaller machines, which
+/// never serve pages, the count saturates.
 fn to_usize(count: u64) -> usize {
     usize::try_from(count).unwrap_or(usize::MAX)
 }
@@ -117,7 +117,7 @@ impl RegionIndex {
     }
 }
 
-/// All regions of a fork, found by address. `R` is a region, with what else is known of it.
+/// All regions of a fork, found by address. `R` is a region, or a region with more data.
 #[derive(Debug)]
 pub struct RegionMap<R = Region> {
     /// By address; they do not overlap.
@@ -125,7 +125,7 @@ pub struct RegionMap<R = Region> {
 }
 
 impl RegionMap {
-    /// `regions` do not overlap.
+    /// Creates the map. `regions` must not overlap.
     pub(crate) fn new(mut regions: Vec<Region>) -> Self {
         regions.sort_unstable_by_key(|region| region.memory.start());
         Self {
@@ -152,7 +152,7 @@ impl<R: AsRef<Region>> RegionMap<R> {
         Some((RegionIndex(index), page))
     }
 
-    /// The region of this number, if there is one.
+    /// The region with this index, if there is one.
     pub fn get(&self, index: RegionIndex) -> Option<&R> {
         self.sorted.get(index.0)
     }
@@ -161,8 +161,8 @@ impl<R: AsRef<Region>> RegionMap<R> {
         self.sorted.get_mut(index.0)
     }
 
-    /// The pages that hold any of `len` bytes of the template from `at` on: of each region that has some, the first and how
-    /// many.
+    /// The pages that hold any of `len` bytes of the template at `at`. For each region that has some, returns the first
+    /// page and the count.
     pub(crate) fn pages_of_template(
         &self,
         at: TemplateOffset,
@@ -183,7 +183,7 @@ impl<R: AsRef<Region>> RegionMap<R> {
         })
     }
 
-    /// The first page of the first region, as memory of the VMM; `None` where there is no region.
+    /// The first page of the first region, as memory of the VMM; `None` if there is no region.
     pub(crate) fn first_page(&self) -> Option<HostRange> {
         let first = self.sorted.first()?.as_ref();
         Some(first.range_of(PageIndex::new(0), 1))

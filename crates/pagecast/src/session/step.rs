@@ -1,4 +1,4 @@
-//! What goes between a session and its driver.
+//! The messages between a session and its driver.
 
 use pagecast_uffd::{ByteLen, Errno, FaultFlags, HostAddr, HostRange};
 
@@ -13,41 +13,41 @@ pub(crate) struct PageRef {
     pub(super) page: PageIndex,
 }
 
-/// What the driver has to do next to answer a fault.
+/// The next action of the driver, to answer a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Put a page in place.
+    /// Install pages.
     Install(Install),
-    /// Wake who waits for this range: the page is there.
+    /// Wake the threads that wait for this range: the page is there.
     Wake(HostRange),
 }
 
-/// Pages to put in place.
+/// Pages to install.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Install {
     /// The first page.
     pub(crate) at: PageRef,
     /// How many pages; one for a demand fault.
     pub(crate) pages: usize,
-    /// Where they go.
+    /// The address range in the VMM.
     pub(crate) to: HostRange,
-    /// The size of each.
+    /// The size of each page.
     pub(crate) page_size: PageSize,
-    /// What they hold.
+    /// The content of the pages.
     pub(crate) content: Content,
 }
 
-/// What a page holds.
+/// The content of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// The template's bytes from here on.
+    /// The template's bytes at this offset.
     Template(TemplateOffset),
     /// Zeros, because the guest gave the page back.
     Zeros,
 }
 
 impl Install {
-    /// The same, cut to its first `pages` pages (at least one).
+    /// Cuts the install to its first `pages` pages (at least one).
     #[must_use]
     pub(crate) fn truncated(self, pages: usize) -> Self {
         let pages = pages.clamp(1, self.pages);
@@ -59,7 +59,7 @@ impl Install {
         }
     }
 
-    /// The same without its first `pages` pages; `None` where it has no more.
+    /// The install without its first `pages` pages; `None` if it has no more.
     pub(crate) fn after(self, pages: usize) -> Option<Self> {
         let left = self.pages.checked_sub(pages).filter(|left| *left > 0)?;
         let skipped = ByteLen::new(pages as u64 * self.page_size.bytes());
@@ -79,77 +79,77 @@ impl Install {
         })
     }
 
-    /// Its length in bytes, for a buffer.
+    /// The length in bytes, for a buffer.
     pub(crate) fn bytes(&self) -> usize {
         self.pages * self.page_size.as_usize()
     }
 }
 
-/// What an event was.
+/// The kind of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noted {
     /// A fault that now waits for its answer.
     Fault {
-        /// Where the page is in the template.
+        /// The template offset of the page.
         offset: TemplateOffset,
-        /// Its size.
+        /// The size of the page.
         page_size: PageSize,
     },
-    /// A fault of a page for which one waits already.
+    /// A fault of a page that another fault waits for already.
     SameFault,
-    /// So many pages were removed.
+    /// Pages were removed.
     Removed {
         /// Their number.
         pages: usize,
     },
 }
 
-/// What the outcome of an install leaves to do.
+/// The work that the outcome of an install leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum After {
     /// Nothing: done.
     Done,
-    /// Wake who waits for this range.
+    /// Wake the threads that wait for this range.
     Wake(HostRange),
-    /// It has to be tried again after a pause and after reading events.
+    /// Try it again after a pause and after reading events.
     Parked,
-    /// There was no memory for it. A fault is parked; a fill may as well be given up.
+    /// There was no memory for the pages. A fault is parked; a fill may as well be given up.
     OutOfMemory,
     /// The fork's address space is gone.
     PeerGone,
-    /// The kernel refused it for good.
+    /// The kernel refused the install for good.
     Failed(Errno),
 }
 
-/// Something a VMM that keeps to its handshake never does. Its faults cannot be answered any more.
+/// An event that a VMM never causes if it keeps to its handshake. Its faults cannot be answered any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
     /// A fault outside every region.
     #[error("a page fault at {address}, outside every region of the handshake")]
     FaultOutside {
-        /// Where.
+        /// The address.
         address: HostAddr,
     },
-    /// A fault that a page does not answer.
+    /// A fault that installing a page does not answer.
     #[error("a page fault at {address} that is not a missing page ({flags:?})")]
     NotMissing {
-        /// Where.
+        /// The address.
         address: HostAddr,
         /// Its flags.
         flags: FaultFlags,
     },
-    /// An event that the features agreed on do not include.
+    /// An event that the agreed features do not include.
     #[error("an event that a VMM may not request: {what}")]
     UnexpectedEvent {
         /// Which.
         what: &'static str,
     },
-    /// A page that was installed is gone, and nothing said so: whatever it held is lost.
+    /// An installed page is gone without an event: its content is lost.
     #[error("the page at {address} was installed and never removed, but keeps faulting")]
     PageLost {
-        /// Where.
+        /// The address.
         address: HostAddr,
     },
 }

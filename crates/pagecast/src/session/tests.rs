@@ -17,7 +17,7 @@ const PAGE: u64 = PageSize::SMALLEST;
 const FIRST_REGION: usize = 10;
 const GAP: u64 = 7 * PAGE;
 
-/// Which of the model's pages lies there, and where it is in the template.
+/// The page of the model at this place, and its template offset.
 fn address(page: usize) -> u64 {
     BASE + page as u64 * PAGE + if page < FIRST_REGION { 0 } else { GAP }
 }
@@ -31,7 +31,7 @@ fn offset(page: usize) -> u64 {
     moved as u64 * PAGE
 }
 
-/// Which of the model's pages lies there in the template.
+/// The page of the model at this place in the template.
 fn page_in_template(index: usize) -> usize {
     (0..PAGES)
         .find(|page| offset(*page) == index as u64 * PAGE)
@@ -84,7 +84,7 @@ enum Remover {
     Running,
 }
 
-/// What the kernel does, as far as a page server can see (`fs/userfaultfd.c`).
+/// A model of the kernel, as far as a page server can see it (`fs/userfaultfd.c`).
 struct Kernel {
     memory: [Memory; PAGES],
     /// Pages that were dropped at least once: the template's bytes there are stale.
@@ -128,7 +128,7 @@ impl Kernel {
         }
     }
 
-    /// Also while it is being removed: the thread that does so cannot tell when.
+    /// Also during a removal: the removing thread cannot know when.
     fn may_be_zeros(&self, page: usize) -> bool {
         let mut removers = self.removers.iter();
         let being_removed = removers.any(|(_, first, count)| (*first..first + count).contains(&page));
@@ -247,7 +247,7 @@ impl Kernel {
         Outcome::Installed
     }
 
-    /// Somebody else puts the page in place and wakes nobody.
+    /// The page is put in place from elsewhere, without a wake.
     fn install_by_another(&mut self, page: usize) {
         if self.memory[page] == Memory::Absent && self.registered[page] && !self.is_changing() {
             let zeros = self.may_be_zeros(page);
@@ -268,7 +268,7 @@ impl Kernel {
     fn unregister(&mut self, first: usize, count: usize) {
         for page in first..first + count {
             self.registered[page] = false;
-            // A fault that was not read is not told any more.
+            // An unread fault is not reported any more.
             self.faults.retain(|fault| *fault != page);
             self.wake(page);
         }
@@ -313,11 +313,11 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     proptest::collection::vec(act, 0..300)
 }
 
-/// What drives the session, as the server does.
+/// The driver of the session, like the server.
 struct Driver {
     kernel: Kernel,
     session: Session,
-    /// Whether a page's bytes are not there when first asked for.
+    /// Whether a page's bytes are not there at the first request.
     slow: [bool; PAGES],
     awaited: Vec<Install>,
     /// Fills that were begun.
@@ -480,7 +480,7 @@ impl Driver {
         true
     }
 
-    /// Goes on until nobody waits for anything.
+    /// Runs until no thread waits for anything.
     fn settle(&mut self) {
         for _ in 0..1000 {
             if self.kernel.waiting.iter().all(Option::is_none) && self.kernel.removers.is_empty() {
@@ -505,8 +505,8 @@ impl Driver {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// Never a stale byte, never a byte from elsewhere, never a thread that waits for ever; and once complete, a fork that
-    /// needs nobody.
+    /// Never a stale byte, never a byte from elsewhere, never a thread that waits for ever. A fork that is complete
+    /// needs no server.
     #[test]
     fn whatever_happens_every_fault_is_answered_and_no_byte_is_wrong(
         acts in acts(),

@@ -1,4 +1,4 @@
-//! A region and what is known of its pages.
+//! A region and the states of its pages.
 
 use super::page_states::PageStates;
 use super::region::Region;
@@ -11,7 +11,7 @@ pub(crate) struct TrackedRegion {
 }
 
 impl From<Region> for TrackedRegion {
-    /// None of its pages is there yet.
+    /// Tracks `region`, with all pages absent.
     fn from(region: Region) -> Self {
         Self {
             region,
