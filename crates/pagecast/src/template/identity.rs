@@ -1,9 +1,9 @@
-//! What makes a file the file it was.
+//! Identity of a file: which file it is, and whether it has changed.
 //!
 //! | type | for | has beside device, inode, size and mtime |
 //! | --- | --- | --- |
 //! | [`Identity`] | naming a file that is held | nothing |
-//! | [`KeptIdentity`] | what is kept of a file: beside it, and in a run dir | ctime and birth time, which user space cannot set |
+//! | [`KeptIdentity`] | data of a file that is kept: beside it, and in a run dir | ctime and birth time, which user space cannot set |
 //! | [`FileState`] | telling a write from a link or a `chmod`, both of which change the ctime | that, links, permissions, owner and flags |
 
 use std::fs::Metadata;
@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Statx, StatxFlags};
 use serde::{Deserialize, Serialize};
 
-/// The identity of a mem-file: the same file, not written since, as far as its mtime tells.
+/// The identity of a mem-file: equal if it is the same file, with the same size and mtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     device: u64,
@@ -27,7 +27,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The identity that `metadata` tells of.
+    /// Returns the identity in `metadata`.
     pub fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -38,13 +38,13 @@ impl Identity {
         }
     }
 
-    /// The identity that `fstat(2)` tells of.
+    /// Returns the identity in a result of `fstat(2)`.
     #[cfg(target_os = "linux")]
     pub(super) fn of_stat(stat: &rustix::fs::Stat) -> Self {
         Self {
             device: stat.st_dev,
             inode: stat.st_ino,
-            // Neither is negative: no file has fewer than no bytes, nor fewer than no nanoseconds.
+            // Neither is negative: a file has at least zero bytes, and a time stamp at least zero nanoseconds.
             size: stat.st_size.unsigned_abs(),
             modified_s: stat.st_mtime,
             modified_ns: i64::try_from(stat.st_mtime_nsec).unwrap_or_default(),
@@ -61,12 +61,12 @@ impl Identity {
         self.size
     }
 
-    /// When it was last written, as the file system says: its mtime, which its owner can set.
+    /// The mtime: when the file was last written, as its file system says. Its owner can set it.
     pub fn modified(&self) -> SystemTime {
         time(self.modified_s, self.modified_ns)
     }
 
-    /// In what `now` differs, in words; `None` where it does not.
+    /// Describes how `now` differs. `None` if it does not.
     pub fn difference(&self, now: &Self) -> Option<String> {
         if self.inode() != now.inode() {
             Some(format!(
@@ -84,7 +84,7 @@ impl Identity {
     }
 }
 
-/// The moment that a file system tells of in these numbers.
+/// Converts a time stamp of a file system.
 fn time(seconds: i64, nanos: i64) -> SystemTime {
     let since = Duration::from_secs(seconds.unsigned_abs());
     let nanos = Duration::from_nanos(nanos.unsigned_abs());
@@ -98,11 +98,11 @@ fn time(seconds: i64, nanos: i64) -> SystemTime {
         .unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-/// The identity of a mem-file for what is kept of it and used after it was closed: with its ctime, and with its birth time
-/// where the file system has one.
+/// The identity of a mem-file for data that is used after the file was closed. Includes its ctime, and its birth time
+/// if the file system has one.
 ///
-/// Nobody but the kernel sets either, so a file that was overwritten and had its mtime set back (`cp -p`,
-/// `rsync -t --inplace`, `tar`) has another one. A link or a `chmod` changes the ctime as well.
+/// Only the kernel sets these two. So a file that was overwritten, and had its mtime set back (`cp -p`, `tar`,
+/// `rsync -t --inplace`), has another identity. A link or a `chmod` changes the ctime as well.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptIdentity {
@@ -116,13 +116,13 @@ pub struct KeptIdentity {
 
 #[cfg(target_os = "linux")]
 impl KeptIdentity {
-    /// How many bytes [`to_le_bytes`](Self::to_le_bytes) makes.
+    /// The length of [`to_le_bytes`](Self::to_le_bytes) in bytes.
     pub(super) const BYTES: usize = 72;
 
-    /// Stands for the nanoseconds of the birth time where there is none.
+    /// The nanoseconds of the birth time if there is none.
     const NOT_BORN: i64 = -1;
 
-    /// The identity of the file that is open as `file`.
+    /// Returns the identity of the open file `file`.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl KeptIdentity {
         FileState::of(file, Look::Now).map(|state| state.kept)
     }
 
-    /// Its nine numbers, little-endian, in the order in which they are declared.
+    /// Its nine numbers, little-endian, in the order of their declaration.
     pub(super) fn to_le_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         let born = self.born.unwrap_or((0, Self::NOT_BORN));
@@ -150,7 +150,7 @@ impl KeptIdentity {
         bytes
     }
 
-    /// What [`to_le_bytes`](Self::to_le_bytes) was made of.
+    /// Decodes [`to_le_bytes`](Self::to_le_bytes).
     pub(super) fn from_le_bytes(bytes: &[u8; Self::BYTES]) -> Self {
         let mut numbers = bytes.as_chunks().0.iter().copied();
         let mut next = || numbers.next().unwrap_or_default();
@@ -176,29 +176,29 @@ impl KeptIdentity {
         self.file.size
     }
 
-    /// When it was last written, as the file system says: its mtime, which its owner can set.
+    /// The mtime: when the file was last written, as its file system says. Its owner can set it.
     pub fn modified(&self) -> SystemTime {
         self.file.modified()
     }
 
-    /// When it was last written or linked, or its permissions changed: its ctime.
+    /// The ctime: when the file was last written or linked, or its permissions changed.
     pub fn changed(&self) -> SystemTime {
         time(self.changed_s, self.changed_ns)
     }
 
-    /// Whether the file system counts the ctime in whole seconds, as far as this one tells.
+    /// Returns `true` if the file system seems to count the ctime in whole seconds.
     pub(super) fn is_coarse(&self) -> bool {
         self.changed_ns == 0
     }
 
-    /// In what `now` differs, in words; `None` where it does not.
+    /// Describes how `now` differs. `None` if it does not.
     pub fn difference(&self, now: &Self) -> Option<String> {
         self.difference_but_ctime(now).or_else(|| {
             (self != now).then(|| "its ctime differs: it may have been written, and its mtime set back".to_owned())
         })
     }
 
-    /// The same, whatever the ctime is.
+    /// Like [`difference`](Self::difference), but ignores the ctime.
     pub(super) fn difference_but_ctime(&self, now: &Self) -> Option<String> {
         self.file.difference(&now.file).or_else(|| {
             (self.born != now.born).then(|| "it was replaced by another file, with another birth time".to_owned())
@@ -206,18 +206,18 @@ impl KeptIdentity {
     }
 }
 
-/// How current the answer of a file system has to be that keeps the attributes of files in a cache (NFS, FUSE). Others tell
-/// what is so now either way.
+/// How current attributes must be on a file system that caches them (NFS, FUSE). Other file systems always return the
+/// current ones.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Look {
-    /// What the cache says: without waiting for a server.
+    /// Attributes from the cache, without waiting for a server.
     Cached,
-    /// What is so now. May wait for a server.
+    /// Current attributes. May wait for a server.
     Now,
 }
 
-/// What `statx(2)` tells of a mem-file: what changes when it is written, and what else changes its ctime.
+/// The result of `statx(2)` for a mem-file: what a write changes, and what else changes its ctime.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileState {
@@ -276,13 +276,13 @@ impl FileState {
         &self.kept
     }
 
-    /// Its ctime in one number, for comparing.
+    /// The ctime as one number, for comparison.
     pub(super) fn ctime(&self) -> i64 {
         ctime_in_one(self.kept.changed_s, self.kept.changed_ns)
     }
 
-    /// In what the file has been written since, if it is `now`; `None` where it has not. `is_explained` if something is known
-    /// that explains another ctime.
+    /// Describes how the file was written since, if its state is `now`. `None` if it was not. `is_explained` if another
+    /// cause of the new ctime is known.
     pub fn written(&self, now: &Self, is_explained: bool) -> Option<String> {
         match self.change(now) {
             Change::Written(how) => Some(how),
@@ -313,23 +313,23 @@ impl FileState {
 #[cfg(target_os = "linux")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Change {
-    /// Not at all.
+    /// Nothing differs.
     None,
-    /// Its links, owner, permissions or flags have, and that explains its ctime.
+    /// The links, owner, permissions or flags differ, which explains the ctime.
     Metadata,
-    /// Its ctime has, and nothing that would explain it: it may have been written, and its mtime set back.
+    /// Only the ctime differs, without an explanation: the file may have been written, and its mtime set back.
     Unexplained,
-    /// It was written, or is another file.
+    /// The file was written, or is another file.
     Written(String),
 }
 
-/// Seconds and nanoseconds in one number, which is another one for each moment of some centuries.
+/// Seconds and nanoseconds as one number, unique for each moment of some centuries.
 #[cfg(target_os = "linux")]
 fn ctime_in_one(seconds: i64, nanos: i64) -> i64 {
     seconds.wrapping_mul(1_000_000_000).wrapping_add(nanos)
 }
 
-/// The ctime that `fstat(2)` tells of, as [`FileState::ctime`].
+/// The ctime in a result of `fstat(2)`, as [`FileState::ctime`].
 #[cfg(target_os = "linux")]
 pub(super) fn ctime_of_stat(stat: &rustix::fs::Stat) -> i64 {
     ctime_in_one(stat.st_ctime, i64::try_from(stat.st_ctime_nsec).unwrap_or_default())

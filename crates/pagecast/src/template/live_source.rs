@@ -8,11 +8,11 @@ use pagecast_uffd::ByteLen;
 use super::source::MappedPages;
 use super::source::{PageSource, SourceError, TemplateOffset};
 
-/// A [`PageSource`], and the reason why it may not be read any more, if there is one. Shared by a template and the threads that
-/// read it.
+/// A [`PageSource`], and the reason of its withdrawal, if there is one. Shared by a template and the threads that read
+/// it.
 pub(super) struct LiveSource {
     source: Arc<dyn PageSource>,
-    /// What [`PageSource::mapping`] has answered, so that a fault does not ask.
+    /// The result of [`PageSource::mapping`], so that a fault does not ask.
     #[cfg(target_os = "linux")]
     mapping: Option<Arc<dyn MappedPages>>,
     withdrawn: OnceLock<String>,

@@ -1,4 +1,4 @@
-//! Templates: where the pages of forks come from.
+//! Templates, the sources of the pages of forks.
 //!
 //! A [`Template`] hands out the pages of a [`PageSource`]. On Linux, `MemFile` is one: the memory file that a paused
 //! microVM leaves behind.
@@ -60,12 +60,12 @@ struct Inner {
     source: Arc<LiveSource>,
     slow_reads: SlowReads,
     zero_search: ZeroSearch,
-    /// Of all zeros, once they are known.
+    /// The runs of all zeros, once they are known.
     #[cfg(target_os = "linux")]
     zero_runs: OnceLock<ZeroRuns>,
-    /// What new forks are given ahead of their faults. Looked at once a fork, never on the fault path.
+    /// The working set that new forks prefault. Read once for each fork, never on the fault path.
     working_set: Mutex<Option<Arc<WorkingSet>>>,
-    /// How the prefaults with it do.
+    /// Results of the prefaults with this working set.
     tallies: Mutex<Tallies>,
 }
 
@@ -74,7 +74,7 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// [`OpenError`] where it cannot be a template; always [`OpenError::Unsupported`] where the platform is not Linux.
+    /// [`OpenError`] if the file cannot be a template; always [`OpenError::Unsupported`] if the platform is not Linux.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         #[cfg(target_os = "linux")]
         return MemFile::open(path).map(|file| Self::from_source(Arc::new(file)));
@@ -85,7 +85,7 @@ impl Template {
         }
     }
 
-    /// A template whose pages come from `source`.
+    /// Creates a template whose pages come from `source`.
     pub fn from_source(source: Arc<impl PageSource>) -> Self {
         let zeros_are_known = source.knows_all_zeros();
         let source = Arc::new(LiveSource::new(source));
@@ -102,34 +102,34 @@ impl Template {
         }
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> ByteLen {
         self.source().len()
     }
 
-    /// Whether it is empty.
+    /// Returns `true` if the template is empty.
     pub fn is_empty(&self) -> bool {
         self.source().is_empty()
     }
 
-    /// Whether `other` is a clone of this one.
+    /// Returns `true` if `other` is a clone of this template.
     #[cfg(target_os = "linux")]
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    /// Where its pages come from.
+    /// The source of the pages.
     pub fn source(&self) -> &dyn PageSource {
         self.inner.source.source()
     }
 
-    /// Those of its pages that can be installed without being read.
+    /// The pages that can be installed without being read.
     #[cfg(target_os = "linux")]
     pub(crate) fn mapping(&self) -> Option<&dyn MappedPages> {
         self.inner.source.mapping()
     }
 
-    /// Releases memory that was mapped to answer faults, which is mapped again when it is needed.
+    /// Releases memory that was mapped to answer faults. It is mapped again on demand.
     #[cfg(target_os = "linux")]
     pub(crate) fn release_mapped(&self) {
         if let Some(mapping) = self.mapping() {
@@ -137,39 +137,38 @@ impl Template {
         }
     }
 
-    /// Makes sure that it may be forked: not withdrawn, and what it was when it was opened.
+    /// Checks that the template may be forked: not withdrawn, and unchanged since it was opened.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`], or why that cannot be told.
+    /// [`SourceError::Changed`], or the error that prevented the check.
     pub fn check(&self) -> Result<(), SourceError> {
         self.inner.source.check_not_withdrawn()?;
         self.source().check_unchanged()
     }
 
-    /// What was read of it away from the fault path.
+    /// Statistics of the reads away from the fault path.
     pub fn slow_reads(&self) -> SlowReadStats {
         self.inner.slow_reads.stats()
     }
 
-    /// From now on nobody begins to read it, away from the fault path. The first reason stays.
+    /// Ends reading away from the fault path: no new read begins. The first reason stays.
     pub(crate) fn withdraw(&self, how: &str) {
         self.inner.source.withdraw(how);
     }
 
-    /// Waits until nobody reads it away from the fault path, for a template that was withdrawn. `false` where somebody
-    /// still does.
+    /// Waits until no thread reads the withdrawn template away from the fault path. Returns `false` if one still does.
     pub(crate) fn wait_unread(&self, until: Instant) -> bool {
         self.inner.slow_reads.wait(until) && self.inner.zero_search.wait(until)
     }
 
-    /// Makes sure that there is a thread that reads it away from the fault path, for as long as it lives.
+    /// Ensures that a thread for reads away from the fault path exists, for the life of the template.
     pub(crate) fn start_reader(&self) -> std::io::Result<()> {
         self.inner.slow_reads.start()
     }
 
-    /// Reads `length` bytes from `at` on, on a thread of this template's own that may wait for them, and hands them to
-    /// `done` there. `false` where [`start_wanted_readers`](Self::start_wanted_readers) should be called later.
+    /// Reads `length` bytes at `at` on a thread of this template, which may block, and calls `done` there. Returns
+    /// `false` if [`start_wanted_readers`](Self::start_wanted_readers) should be called later.
     #[must_use]
     pub(crate) fn read_later(
         &self,
@@ -181,20 +180,20 @@ impl Template {
         self.inner.slow_reads.submit(at, length, read_for, Box::new(done))
     }
 
-    /// Tries once more to start a thread for reads that wait. `false` where it should be tried again.
+    /// Tries again to start a thread for waiting reads. Returns `false` if that should be tried again later.
     pub(crate) fn start_wanted_readers(&self) -> bool {
         self.inner.slow_reads.start_wanted()
     }
 
-    /// What its forks touch first, as far as that was learned.
+    /// The pages that forks touch first, as far as learned.
     pub fn working_set(&self) -> Option<Arc<WorkingSet>> {
         // No code that can panic runs under this lock.
         let working_set = self.inner.working_set.lock();
         working_set.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// From now on new forks are given this working set, or none; those that are served go on with what they have. One of a
-    /// template of another length is taken for none.
+    /// Sets the working set that new forks prefault; served forks keep theirs. A working set of a template of another
+    /// length counts as `None`.
     pub fn set_working_set(&self, working_set: Option<Arc<WorkingSet>>) {
         let fitting = working_set.filter(|set| set.template() == self.len());
         let kept = self.inner.working_set.lock();
@@ -202,7 +201,7 @@ impl Template {
         *self.tallies() = Tallies::default();
     }
 
-    /// How well forks are given that working set ahead. Each new working set begins anew.
+    /// How well prefaults with the current working set do. Each new working set starts from zero.
     pub fn prefault_score(&self) -> PrefaultScore {
         self.tallies().score()
     }
@@ -221,7 +220,7 @@ impl Template {
         self.source().zeros()
     }
 
-    /// Whether all zeros are known: they [were looked for](Self::find_zeros), or the source
+    /// Returns `true` if all zeros are known: they [were looked for](Self::find_zeros), or the source
     /// [knew them](PageSource::knows_all_zeros) from the beginning.
     pub fn zeros_are_known(&self) -> bool {
         self.inner.zero_search.is_done()
@@ -238,15 +237,14 @@ impl Template {
         }
     }
 
-    /// Looks for the zeros of the whole template, for [`zeros`](Self::zeros). Waits for that no longer than
-    /// `until`.
+    /// Searches the whole template for zeros, for [`zeros`](Self::zeros). Waits for the search no longer than `until`.
     pub fn find_zeros(&self, until: Instant) {
         self.inner.zero_search.run(until);
     }
 
-    /// The same for whenever there is time: forks and whoever else wants the processors go first. `done` is told how it
-    /// ended, on the searching thread, or here if all zeros are known already. It is never called if there is no thread to be
-    /// had, or if the template is dropped first.
+    /// Searches for zeros in the background, at low priority. Calls `done` with the result, on the searching thread, or
+    /// on this one if all zeros are known already. Never calls `done` if no thread can be started, or if the template
+    /// is dropped first.
     pub fn find_zeros_in_background(&self, done: impl FnOnce(Result<(), &SourceError>) + Send + 'static) {
         self.inner.zero_search.run_in_background(Box::new(done));
     }

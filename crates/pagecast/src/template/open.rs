@@ -6,32 +6,32 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The file system says no.
+    /// The file system refused.
     #[error("cannot open the mem-file {}", path.display())]
     Io {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
         /// Why.
         #[source]
         source: std::io::Error,
     },
-    /// It is no regular file.
+    /// The path leads to something that is not a regular file.
     #[error("the mem-file {} is {what}, not a file", path.display())]
     NotAFile {
-        /// Which path.
+        /// The path.
         path: PathBuf,
-        /// What it is.
+        /// The kind of the file.
         what: &'static str,
     },
-    /// It has no pages, or a part of one.
+    /// The file is empty, or its last page is incomplete.
     #[error("the mem-file {} has {size} bytes: not a positive multiple of 4096", path.display())]
     Size {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
         /// Its length in bytes.
         size: u64,
     },
-    /// This platform has no way to serve it.
+    /// Templates cannot be served on this platform.
     #[error("templates are served on Linux only; elsewhere, restore from the mem-file itself")]
     Unsupported,
 }

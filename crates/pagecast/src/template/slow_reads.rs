@@ -1,4 +1,4 @@
-//! Reads that may block, away from the fault path.
+//! Reads that may block, kept off the fault path.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,25 +14,25 @@ const MOST_THREADS: usize = 4;
 /// How long a thread without work stays. The last one stays until the template is dropped.
 const IDLE: Duration = Duration::from_secs(2);
 
-/// What was read. Shared by all that waited for it.
+/// The bytes of a read, shared by all its waiters.
 pub(crate) type ReadResult = Result<Arc<Vec<u8>>, SourceError>;
 
-/// What to do with the bytes, or with the reason why there are none. Runs on a reading thread.
+/// Called with the bytes, or with the error. Runs on a reading thread.
 type Done = Box<dyn FnOnce(ReadResult) + Send>;
 
-/// Which bytes: where they begin, and how many there are.
+/// The offset and the length of a read.
 type Key = (TemplateOffset, usize);
 
-/// Whom a read is for.
+/// The purpose of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadFor {
     /// A vCPU is blocked on it.
     Demand,
-    /// Nobody is blocked on it.
+    /// No vCPU is blocked on it.
     Fill,
 }
 
-/// The threads that read one template, and what waits for them. More threads come with requests and go when idle.
+/// The threads that read one template, and their queues. More threads come with requests and end when idle.
 pub(super) struct SlowReads {
     readers: Arc<Readers>,
 }
@@ -41,52 +41,52 @@ struct Readers {
     source: Arc<LiveSource>,
     state: Mutex<State>,
     work: Condvar,
-    /// No thread reads.
+    /// Notified when no thread reads.
     quiet: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// Every read that was asked for and has not ended.
+    /// All reads that were requested and have not ended.
     requests: HashMap<Key, Request>,
-    /// Those of them that no thread has begun. Demand goes first.
+    /// Requests that no thread has begun. Demand goes first.
     demand: VecDeque<Key>,
     fills: VecDeque<Key>,
     threads: usize,
     idle: usize,
-    /// How many threads are at a request.
+    /// The number of threads that carry out a request.
     reading: usize,
-    /// How many of these are at a fill.
+    /// The number of these that carry out a fill.
     filling: usize,
-    /// The last thread that was wanted could not be had.
+    /// The last attempt to start a thread failed.
     short_of_threads: bool,
     /// The template was dropped.
     closed: bool,
     stats: SlowReadStats,
 }
 
-/// What was read of a template away from the fault path, because it was not in memory.
+/// Statistics of the reads of a template away from the fault path, for bytes that were not in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlowReadStats {
-    /// Reads that have ended, well or not. Forks that need the same bytes at the same time share one.
+    /// Finished reads, failed ones included. Forks that need the same bytes at the same time share one.
     pub reads: u64,
-    /// Those of them that failed. A failure that may pass is tried again, and each try counts.
+    /// Failed reads. A failure that may pass is retried, and each try counts.
     pub failed: u64,
-    /// Bytes that the others gave.
+    /// Bytes of the successful reads.
     pub bytes: u64,
-    /// What all of them took together; several are under way at once.
+    /// The sum of the durations of all reads; several may run at once.
     pub time: Duration,
 }
 
 struct Request {
     read_for: ReadFor,
     begun: bool,
-    /// All who wait for it.
+    /// The callbacks of all waiters.
     done: Vec<Done>,
 }
 
 impl SlowReads {
-    /// No thread reads yet.
+    /// Creates the queues, without a thread.
     pub(super) fn new(source: &Arc<LiveSource>) -> Self {
         Self {
             readers: Arc::new(Readers {
@@ -98,11 +98,11 @@ impl SlowReads {
         }
     }
 
-    /// Makes sure that there is a thread, so that no read depends on whether one can be had later.
+    /// Ensures that there is a thread, so that no read depends on starting one later.
     ///
     /// # Errors
     ///
-    /// There is none to be had.
+    /// The thread cannot be started.
     pub(super) fn start(&self) -> std::io::Result<()> {
         let mut state = self.readers.lock();
         if state.threads > 0 {
@@ -111,9 +111,9 @@ impl SlowReads {
         self.readers.spawn(&mut state)
     }
 
-    /// Reads `length` bytes from `at` on and hands them to `done`: reads for demand in the order of the calls, and before all
-    /// fills. A read of the same bytes that is under way is shared. `false` if a thread was wanted for it that could not be
-    /// had: then [`start_wanted`](Self::start_wanted) should be called later, since the other threads may all be stuck.
+    /// Reads `length` bytes at `at` and calls `done` with them. Demand reads run in the order of the calls, and before
+    /// all fills. A read of the same bytes that is under way is shared. Returns `false` if a wanted thread could not be
+    /// started: call [`start_wanted`](Self::start_wanted) later, since the other threads may all be stuck.
     #[must_use]
     pub(super) fn submit(&self, at: TemplateOffset, length: usize, read_for: ReadFor, done: Done) -> bool {
         let readers = &self.readers;
@@ -125,7 +125,7 @@ impl SlowReads {
             if request.begun || request.read_for == ReadFor::Demand || read_for == ReadFor::Fill {
                 return true;
             }
-            // Now somebody is blocked on it.
+            // A vCPU is blocked on it now.
             request.read_for = ReadFor::Demand;
             state.fills.retain(|fill| *fill != key);
             state.demand.push_back(key);
@@ -146,13 +146,13 @@ impl SlowReads {
         readers.spawn_wanted(state)
     }
 
-    /// Tries once more to start a thread that is wanted. `false` if there is still none to be had.
+    /// Tries again to start a wanted thread. Returns `false` if that fails again.
     pub(super) fn start_wanted(&self) -> bool {
         let mut state = self.readers.lock();
         self.readers.spawn_wanted(&mut state)
     }
 
-    /// Waits until no thread reads; `false` where one still does.
+    /// Waits until no thread reads. Returns `false` if one still does.
     pub(super) fn wait(&self, until: Instant) -> bool {
         let mut state = self.readers.lock();
         while state.reading > 0 {
@@ -176,7 +176,8 @@ impl SlowReads {
 }
 
 impl Drop for SlowReads {
-    /// The template is dropped, so no fork waits for a read. A read that was begun is ended; others are not begun.
+    /// Closes the queues: the template is dropped, so no fork waits for a read. A read under way completes; others
+    /// never begin.
     fn drop(&mut self) {
         self.readers.lock().closed = true;
         self.readers.work.notify_all();
@@ -184,14 +185,14 @@ impl Drop for SlowReads {
 }
 
 impl State {
-    /// Whether one more thread is of use: for each read for demand that waits there is one idle, and one more where a fill
-    /// waits, so that one is left for demand.
+    /// Returns `true` if one more thread is of use: one idle thread for each queued read, and one more if a fill is
+    /// queued, so that one is left for demand.
     fn wants_thread(&self) -> bool {
         let spare = usize::from(!self.fills.is_empty());
         self.threads < MOST_THREADS && self.demand.len() + self.fills.len() + spare > self.idle
     }
 
-    /// Whether a thread may begin a fill: one is left for demand, wherever there can be more than one.
+    /// Returns `true` if a thread may begin a fill. One thread is left for demand, unless only one can be started.
     fn may_fill(&self) -> bool {
         self.filling + 1 < self.threads || (self.threads == 1 && self.short_of_threads)
     }
@@ -216,10 +217,10 @@ impl Readers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `false` if a thread is wanted and cannot be had.
+    /// Starts a thread if one is wanted. Returns `false` if that fails.
     fn spawn_wanted(self: &Arc<Self>, state: &mut State) -> bool {
         if state.wants_thread() && self.spawn(state).is_err() {
-            // The thread that is there has to do, for fills too.
+            // The thread that is there has to do fills, too.
             self.work.notify_one();
             return false;
         }
@@ -237,7 +238,7 @@ impl Readers {
     }
 
     fn run(&self) {
-        // A worker has made this thread, and may be raised.
+        // A worker starts this thread, and may run at raised priority.
         #[cfg(target_os = "linux")]
         crate::priority::reset();
         while let Some((at, length)) = self.next() {
@@ -278,7 +279,7 @@ impl Readers {
         }
     }
 
-    /// A read has ended: those who wait for it.
+    /// Notes that a read has ended, and returns the callbacks of its waiters.
     fn finished(&self, key: Key, bytes: &ReadResult, time: Duration) -> Vec<Done> {
         let mut state = self.lock();
         state.reading -= 1;
@@ -319,7 +320,7 @@ mod tests {
         TemplateOffset::new(number * PAGE as u64)
     }
 
-    /// A template that says which read begins, and ends each once it is let go on.
+    /// A template that reports each read as it begins, and ends it on request.
     struct Stepped {
         begun: Mutex<Sender<TemplateOffset>>,
         go: Mutex<Receiver<()>>,
@@ -347,7 +348,7 @@ mod tests {
         }
     }
 
-    /// Such a template, where its reads are told, and what lets one read end.
+    /// Such a template, with the channel that reports its reads, and the one that ends them.
     fn stepped() -> (Template, Receiver<TemplateOffset>, Sender<()>) {
         let (said, begun) = channel();
         let (go, gone) = channel();
@@ -359,7 +360,7 @@ mod tests {
         (template, begun, go)
     }
 
-    /// It may be stuck in its read by then, which must hold up nobody else.
+    /// The idle thread may be stuck in its read by then, which must not hold up other reads.
     #[test]
     fn an_idle_thread_is_counted_on_for_one_read_only() {
         let (template, begun, go) = stepped();
@@ -408,7 +409,7 @@ mod tests {
         assert!(template.read_later(page(64), FILL, ReadFor::Fill, |_| {}));
         assert!(template.read_later(page(128), FILL, ReadFor::Fill, |_| {}));
         assert!(template.read_later(page(500), PAGE, ReadFor::Demand, |_| {}));
-        // Asked for by somebody who is blocked on it as well.
+        // Requested once more, by a fault with a vCPU that is blocked on it.
         assert!(template.read_later(page(128), FILL, ReadFor::Demand, |_| {}));
         for next in [500, 128, 64] {
             go.send(()).unwrap();
@@ -440,7 +441,7 @@ mod tests {
         assert_eq!(template.slow_reads().reads, 2);
     }
 
-    /// The bytes may have been read before the template changed, so that one who asks later gets a read that begins later.
+    /// The bytes may have been read before the template changed, so that a later request gets a read that begins later.
     #[test]
     fn a_read_that_has_ended_is_for_nobody_who_asks_later() {
         let (template, begun, go) = stepped();

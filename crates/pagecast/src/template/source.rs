@@ -38,18 +38,18 @@ impl fmt::Debug for TemplateOffset {
     }
 }
 
-/// What a template holds somewhere, as far as that can be told without waiting.
+/// The content of a range of a template, as far as it is known without waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Page<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
     /// Zeros only.
     Zero,
-    /// To be had by [`PageSource::read`], which may take a while.
+    /// Only [`PageSource::read`] can return the bytes, which may take a while.
     NotReady,
 }
 
-/// Where the pages of a template come from: a local file, or anything else that can give its bytes.
+/// The source of the pages of a template: a local file, or anything else that can return its bytes.
 ///
 /// | part | methods |
 /// | --- | --- |
@@ -63,49 +63,50 @@ pub trait PageSource: Send + Sync + 'static {
     /// The length of the template in bytes. Never changes.
     fn len(&self) -> ByteLen;
 
-    /// Whether it is empty, which no template that can be served is.
+    /// Returns `true` if the source is empty. A template that can be served never is.
     fn is_empty(&self) -> bool {
         self.len().is_zero()
     }
 
-    /// The bytes from `at` on, as many as `buffer` is long, **without waiting** for anything: no disk, no network, no lock
-    /// that a slow read holds. Called on the fault path.
+    /// Returns the bytes at `at`, as many as `buffer` is long, **without waiting** for anything: no disk, no network,
+    /// no lock that a slow read holds. Called on the fault path.
     ///
-    /// `buffer` is room to put them; bytes that are in memory anyway may be answered from there.
+    /// `buffer` is room for the bytes. Bytes that are in memory already may be returned from there instead.
     ///
     /// # Errors
     ///
     /// [`SourceError`]; never fewer bytes, and never zeros in place of bytes that are missing.
     fn try_read<'a>(&'a self, at: TemplateOffset, buffer: &'a mut [u8]) -> Result<Page<'a>, SourceError>;
 
-    /// Fills `buffer` with the bytes from `at` on, however long that takes. Never called on the fault path.
+    /// Fills `buffer` with the bytes at `at`, however long that takes. Never called on the fault path.
     ///
     /// # Errors
     ///
     /// [`SourceError`], as for [`try_read`](Self::try_read).
     fn read(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError>;
 
-    /// Makes sure that the template is still the one that was opened. Called after bytes have been read and before they are
-    /// given to a fork, so it has to be fast, and waits for no server. A source that can only ask a server does so in
-    /// [`read`](Self::read), and answers [`Page::NotReady`] to [`try_read`](Self::try_read). A source that checks all bytes as
-    /// it reads them, against a digest, has nothing to do here.
+    /// Checks that the template is still the one that was opened. Called after bytes were read and before a fork gets
+    /// them, so it must be fast and wait for no server. A source that has to ask a server does so in
+    /// [`read`](Self::read), and answers [`Page::NotReady`] to [`try_read`](Self::try_read). A source that checks all
+    /// bytes against a digest as it reads them has nothing to do here.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`]; [`SourceError::Io`] if it cannot be told now, which is no change.
+    /// [`SourceError::Changed`]; [`SourceError::Io`] if the check itself failed, which is no change.
     fn check_unchanged(&self) -> Result<(), SourceError>;
 
     /// The pages that are known to be zeros by now.
     fn zeros(&self) -> &ZeroMap;
 
-    /// Whether all zeros are known from the beginning, so that nobody has to look for them. Asked once for each template;
-    /// [`Template::zeros_are_known`](super::Template::zeros_are_known) tells for the rest of its life. By default not.
+    /// Returns `true` if all zeros are known from the beginning, so that no search is needed. Asked once for each
+    /// template; later, [`Template::zeros_are_known`](super::Template::zeros_are_known) has the answer. Default:
+    /// `false`.
     fn knows_all_zeros(&self) -> bool {
         false
     }
 
-    /// Finds out which of the pages in `len` bytes from `at` on are zeros, and adds them to [`zeros`](Self::zeros). May read
-    /// them all, and wait. By default finds none: all that is not known to be zeros is data.
+    /// Finds the pages of zeros in `len` bytes at `at`, and adds them to [`zeros`](Self::zeros). May read all bytes,
+    /// and wait. By default finds none: a page not known to be zeros counts as data.
     ///
     /// # Errors
     ///
@@ -115,7 +116,7 @@ pub trait PageSource: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Those of its pages that can be installed without being read. Asked once for each template. By default none.
+    /// The pages that can be installed without being read. Asked once for each template. Default: none.
     #[cfg(target_os = "linux")]
     fn mapping(self: Arc<Self>) -> Option<Arc<dyn MappedPages>> {
         None
@@ -124,42 +125,42 @@ pub trait PageSource: Send + Sync + 'static {
 
 /// The pages of a [`PageSource`] that are mapped into this process, and copied to forks straight from there.
 ///
-/// A page that was installed so was not looked at before. The caller must [check](PageSource::check_unchanged) the template
+/// Such a page is installed without being read first. The caller must [check](PageSource::check_unchanged) the template
 /// afterwards.
 #[cfg(target_os = "linux")]
 pub trait MappedPages: Send + Sync + 'static {
-    /// The `len` bytes from `at` on. `None` if they are not known to be in memory.
+    /// The `len` bytes at `at`. `None` if they are not known to be in memory.
     fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>>;
 
-    /// The small page at `at`. `None` if it is not known to be in memory without asking for just this one, or is known to be
-    /// zeros. Called on the fault path, if all zeros are known.
+    /// The small page at `at`. `None` if the page is known to be zeros, or if only a query for this single page could
+    /// tell whether it is in memory. Called on the fault path, if all zeros are known.
     fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>>;
 
-    /// Releases memory that was mapped to answer faults, which is mapped again when it is needed. Called when a fork has ended,
-    /// or no fork has faulted for a while.
+    /// Releases memory that was mapped to answer faults. It is mapped again on demand. Called when a fork has ended, or
+    /// no fork has faulted for a while.
     fn release(&self);
 }
 
-/// Why a template could not be read. None of these is ever answered by guessing.
+/// Why a template could not be read. No error is ever answered with guessed bytes.
 ///
-/// A failure that [may pass](Self::may_pass) is tried again for as long as a fault may wait; all others end who needs the
-/// bytes at once. A [`PageSource`] says which of the two it is by the variant that it answers.
+/// A failure that [may pass](Self::may_pass) is retried for as long as a fault may wait. Any other failure at once ends
+/// the fork that waits for the bytes. A [`PageSource`] chooses by the variant that it returns.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SourceError {
-    /// It ends before what was asked for.
+    /// The template ends before the requested bytes do.
     #[error("the template ends before byte {end}: it was truncated, or a read exceeds its length")]
     Truncated {
-        /// The end of what was asked for.
+        /// The end of the requested bytes.
         end: u64,
     },
-    /// It is not what was opened any more.
+    /// The template is no longer the one that was opened.
     #[error("the template has changed since it was opened: {how}")]
     Changed {
-        /// In what.
+        /// What has changed.
         how: String,
     },
-    /// It cannot be read here and never will be: for example, because what holds the bytes was deleted.
+    /// The bytes cannot be read and never will be: for example, because their storage was deleted.
     #[error("the template can no longer be read at {at}: {how}")]
     Unreadable {
         /// Where.
@@ -179,7 +180,7 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// Whether the same may succeed if it is tried again.
+    /// Returns `true` if a retry may succeed.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Io { .. } => true,
@@ -198,8 +199,8 @@ impl SourceError {
 }
 
 impl Clone for SourceError {
-    /// The same error for each who waits for the same read. An [`std::io::Error`] that is no error number keeps its kind and
-    /// its text.
+    /// Copies the error for each waiter of a shared read. An [`std::io::Error`] without an error number keeps its kind
+    /// and its text.
     fn clone(&self) -> Self {
         match self {
             Self::Truncated { end } => Self::Truncated { end: *end },

@@ -1,6 +1,6 @@
-//! What the kernel guarantees for a mem-file. That depends on its file system, and on what this process may do with the file.
+//! The guarantees of the kernel for a mem-file. They depend on its file system, and on the permissions of this process.
 //!
-//! Each fast path is taken only if it is known to be right. Otherwise a slower way is taken that is right everywhere.
+//! A fast path is taken only if it is known to be right. Otherwise a slower path is taken, which is right everywhere.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -8,9 +8,10 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{Access, AtFlags, CWD};
 
-/// Local file systems that were tried: a lease holds up every writer, and `SEEK_HOLE` tells of no hole where there is data.
+/// Local file systems that were tested. A lease holds up every writer, and `SEEK_HOLE` reports no hole where there is
+/// data.
 ///
-/// overlayfs is not one: who writes the file in the upper layer, by a path of the host, breaks no lease.
+/// overlayfs is not one: a write in the upper layer, by a path of the host, breaks no lease.
 const TRIED: [i64; 4] = [
     0xef53,      // ext4, and ext2 and ext3 of the same number
     0x5846_5342, // XFS
@@ -18,8 +19,8 @@ const TRIED: [i64; 4] = [
     0x0102_1994, // tmpfs
 ];
 
-/// File systems whose pages and attributes come from elsewhere. Numbers of `magic.h` of the kernel, or of the file system's
-/// own source.
+/// File systems whose pages and attributes are remote. The numbers are from `magic.h` of the kernel, or from the source
+/// of the file system.
 const REMOTE: [(i64, &str); 8] = [
     (0x6969, "NFS"),
     (0x6573_5546, "FUSE"),
@@ -31,30 +32,31 @@ const REMOTE: [(i64, &str); 8] = [
     (0x0bd0_0bd0, "Lustre"),
 ];
 
-/// The owner of files that belong to nobody in this user namespace, where nothing else is set (`fs.overflowuid`).
+/// The default owner of files whose user does not exist in this user namespace (`fs.overflowuid`).
 const OVERFLOW_USER: u32 = 65_534;
 
-/// What the kernel guarantees for one mem-file.
+/// The guarantees of the kernel for one mem-file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Guarantees {
-    /// Nobody writes the file while a read lease on it is held. Otherwise a lease holds up some writers only, and the file is
+    /// A read lease holds off every writer of the file. If `false`, it holds off some writers only, and the file is
     /// compared all the same.
     pub(super) leases: bool,
-    /// `SEEK_HOLE` and `SEEK_DATA` are right, once nothing of the file is dirty. Else all of it is read to find zeros.
+    /// `SEEK_HOLE` and `SEEK_DATA` are right, once no page of the file is dirty. If `false`, finding zeros reads the
+    /// whole file.
     pub(super) holes: bool,
-    /// `mincore(2)` tells whether a page is in the page cache. Else a read with `RWF_NOWAIT` is asked.
+    /// `mincore(2)` tells whether a page is in the page cache. If `false`, a read with `RWF_NOWAIT` has to tell.
     pub(super) residency: bool,
-    /// The name of the file system, if attributes come from a cache that may be behind. What is read has to be followed by a
-    /// question to the server, which may take as long as a read does.
+    /// The name of the file system, if its attributes come from a cache that may be stale. After a read, its server
+    /// must then be asked, which may take as long as a read.
     pub(super) remote: Option<&'static str>,
 }
 
 impl Guarantees {
-    /// Looks at the file system of `file`, and at who owns the file.
+    /// Finds the guarantees, by the file system and the owner of `file`.
     ///
     /// # Errors
     ///
-    /// The file cannot be looked at.
+    /// The attributes of the file or of its file system cannot be read.
     pub(super) fn of(file: &File) -> std::io::Result<Self> {
         let magic = rustix::fs::fstatfs(file)?.f_type;
         let was_tried = TRIED.contains(&magic);
@@ -70,8 +72,8 @@ impl Guarantees {
     }
 }
 
-/// Whether `mincore(2)` answers this process: the kernel's `can_do_mincore`, but for `CAP_FOWNER`. It says "resident" of
-/// every page to all others.
+/// Returns `true` if `mincore(2)` answers this process: the kernel's `can_do_mincore`, without `CAP_FOWNER`. Other
+/// processes get "resident" for every page.
 fn owns_or_may_write(file: &File) -> std::io::Result<bool> {
     use std::os::fd::AsFd;
     let user = rustix::process::geteuid().as_raw();

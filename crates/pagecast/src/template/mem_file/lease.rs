@@ -1,4 +1,4 @@
-//! Holding writers off a mem-file for as long as forks read it.
+//! Leases, which hold off writers of a mem-file while forks read it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -12,52 +12,53 @@ use rustix::io::Errno as E;
 use super::MemFile;
 use crate::template::SourceError;
 
-/// How long somebody may take to close the file who has just written it. Also a program that is just being started by
-/// somebody who has it open holds it for a moment.
+/// How long a writer may take to close the file after it has written it. A child process also holds the files of its
+/// parent for a moment, until it executes its program.
 const WRITER_PATIENCE: Duration = Duration::from_millis(500);
 
-/// How often we look whether it is closed; the kernel does not tell.
+/// How often to check whether the file is closed; the kernel sends no notice.
 const WRITER_PACE: Duration = Duration::from_millis(10);
 
-/// A lease on a [`MemFile`]: whoever opens the file for writing, or truncates it, waits until this is dropped.
+/// A lease on a [`MemFile`]: opening the file for writing, or truncating it, waits until the lease is dropped.
 ///
-/// The kernel holds them up, whatever path and process they come from, for `/proc/sys/fs/lease-break-time` seconds at most
-/// (45 as a rule), on file systems where [it is sure](Self::is_sure); an open with `O_NONBLOCK` is refused at once. Either way the lease is *broken* from then on: it
-/// should be dropped soon, and cannot be taken back before nobody writes any more. Readers are not held up, nor are renaming
-/// and removing, which change no bytes.
+/// The kernel holds up writers by every path and from every process, on file systems where the lease [is
+/// sure](Self::is_sure). It does so for at most `/proc/sys/fs/lease-break-time` seconds (usually 45). An open with
+/// `O_NONBLOCK` fails at once. Either way the lease is *broken* from then on: it should be dropped soon, and cannot be
+/// taken again while a writer has the file open. Readers are not held up, nor are renames and removals, which change no
+/// bytes.
 ///
-/// It costs nothing while nothing happens. The signal by which the kernel tells of a break goes to a thread of the lease's
-/// own, which blocks it; the process needs no handler, and its other threads are not interrupted.
+/// An unbroken lease costs nothing. The kernel reports a break by a signal to a thread of the lease, which has it
+/// blocked. The process needs no handler, and its other threads are not interrupted.
 #[derive(Debug)]
 pub struct Lease {
     mem_file: Arc<MemFile>,
-    /// Readable once the thread is to end.
+    /// Readable once the thread of the lease should end.
     stop: Arc<OwnedFd>,
 }
 
-/// Why there is no lease. Writes to the mem-file are still noticed, by what they leave behind.
+/// Why there is no lease. Writes to the mem-file are still noticed, by its size, mtime and ctime.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LeaseError {
-    /// The mem-file has a lease.
+    /// The mem-file has a lease already.
     #[error("the mem-file already has a lease")]
     Held,
-    /// Somebody has it open for writing, or mapped so that it can be written.
+    /// The mem-file is open for writing, or mapped shared and writable.
     #[error("another process has the mem-file open for writing, or mapped shared and writable")]
     OpenForWriting,
-    /// It belongs to another user.
+    /// The mem-file belongs to another user.
     #[error("the mem-file belongs to another user: take a lease as its owner, or with CAP_LEASE")]
     NotPermitted,
-    /// Its file system has no leases.
+    /// The file system of the mem-file has no leases.
     #[error("the file system of the mem-file has no leases (network file systems, FUSE)")]
     Unsupported,
-    /// It was written before the lease was there.
+    /// The mem-file was written before the lease was taken.
     #[error(transparent)]
     Changed(SourceError),
     /// The operating system refused something that a lease needs.
     #[error("cannot {what} for a lease on the mem-file")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
         /// Why it failed.
         #[source]
@@ -66,14 +67,14 @@ pub enum LeaseError {
 }
 
 impl MemFile {
-    /// Takes a lease on the file, one at a time: until it is dropped or broken, nobody can write the file, and nobody has
-    /// since it was opened.
+    /// Takes a lease on the file, one at a time. Until a [sure](Lease::is_sure) lease is dropped or broken, the file
+    /// cannot be written, and was not written since it was opened.
     ///
-    /// When somebody wants to, and so breaks the lease, `on_break` is called once, on a thread of the lease's own. It should
-    /// see to it that the file is not read any more (such as by [`Server::withdraw`](crate::Server::withdraw)) and that the
-    /// lease is dropped then.
+    /// If a writer breaks the lease, `on_break` is called once, on the thread of the lease. It should make sure that
+    /// the file is not read any more (for example with [`Server::withdraw`](crate::Server::withdraw)), and that the
+    /// lease is then dropped.
     ///
-    /// Waits for half a second where somebody has the file open for writing.
+    /// Waits for half a second if the file is open for writing.
     ///
     /// # Errors
     ///
@@ -86,7 +87,7 @@ impl MemFile {
         if self.leased.swap(true, Ordering::AcqRel) {
             return Err(LeaseError::Held);
         }
-        // Dropped, it also undoes what is there by then, whatever goes wrong.
+        // If a later step fails, dropping this undoes the earlier ones.
         let lease = Lease {
             mem_file: Arc::clone(self),
             stop: Arc::clone(&stop),
@@ -97,7 +98,7 @@ impl MemFile {
             .name("pagecast-lease".to_owned())
             .spawn(move || match take(&mem_file) {
                 Ok(breaks) => {
-                    // Whoever took it waits for this.
+                    // The caller of `lease` waits for this.
                     let _ = taken.send(Ok(()));
                     watch(&mem_file, &breaks, &stop, on_break);
                 }
@@ -106,7 +107,7 @@ impl MemFile {
             .map_err(system("start a thread"))?;
         let died = |_| system("keep a thread")(std::io::Error::other("it died"));
         wait.recv().map_err(died)??;
-        // Nobody can have written it since this.
+        // From now on the file cannot be written.
         let state = self.state().map_err(LeaseError::Changed)?;
         if self.has_sure_leases() {
             self.unwritten
@@ -116,26 +117,26 @@ impl MemFile {
         Ok(lease)
     }
 
-    /// Whether a lease on it holds off every writer.
+    /// Returns `true` if a lease on this file holds off every writer.
     pub(in crate::template) fn has_sure_leases(&self) -> bool {
         self.guarantees.leases
     }
 
-    /// Whether nobody can have written it since it was opened: there is a lease on it that nobody has broken, on a file
-    /// system where that holds off every writer.
+    /// Returns `true` if the file cannot have been written since it was opened: it has an unbroken lease, on a file
+    /// system where a lease holds off every writer.
     pub(in crate::template) fn is_surely_leased(&self) -> bool {
         self.unwritten.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
     }
 }
 
 impl Lease {
-    /// Whether it holds off every writer. Where it does not, as on overlayfs (whose upper layer can be written by another
-    /// path), the file has to be looked at all the same.
+    /// Returns `true` if the lease holds off every writer. If not, as on overlayfs (whose upper layer can be written by
+    /// another path), the file has to be checked all the same.
     pub fn is_sure(&self) -> bool {
         self.mem_file.has_sure_leases()
     }
 
-    /// Whether somebody waits to write the file, or does so already because the lease was held for too long since.
+    /// Returns `true` if a writer waits for the file, or was let in because the lease was held for too long.
     pub fn is_broken(&self) -> bool {
         !lease::is_held(self.mem_file.as_fd()).is_ok_and(|held| held)
     }
@@ -145,15 +146,15 @@ impl Drop for Lease {
     fn drop(&mut self) {
         self.mem_file.lease_trust.revoke();
         self.mem_file.unwritten.store(false, Ordering::Release);
-        // It may be gone: taken away, or never taken.
+        // The kernel may have taken the lease away, or it was never taken.
         let _ = lease::release(self.mem_file.as_fd());
         self.mem_file.leased.store(false, Ordering::Release);
-        // Fails only where the counter is full, which takes more drops than one.
+        // Fails only if the counter is full, which takes more than one drop.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
     }
 }
 
-/// Takes the lease, for the calling thread to be told of its break.
+/// Takes the lease. The kernel will signal its break to the calling thread.
 fn take(mem_file: &MemFile) -> Result<LeaseBreaks, LeaseError> {
     let system = |what, errno: Errno| LeaseError::System {
         what,
@@ -184,7 +185,7 @@ fn take(mem_file: &MemFile) -> Result<LeaseBreaks, LeaseError> {
 fn watch(mem_file: &MemFile, breaks: &LeaseBreaks, stop: &OwnedFd, on_break: impl FnOnce()) {
     loop {
         let mut polled = [PollFd::new(stop, PollFlags::IN), PollFd::new(breaks, PollFlags::IN)];
-        // Only EINTR is possible for file descriptors of our own.
+        // Only EINTR is possible for our own file descriptors.
         let _ = rustix::event::poll(&mut polled, None);
         let [stopped, broken] = polled.map(|fd| fd.revents().contains(PollFlags::IN));
         if stopped {
@@ -192,7 +193,7 @@ fn watch(mem_file: &MemFile, breaks: &LeaseBreaks, stop: &OwnedFd, on_break: imp
         }
         if broken {
             breaks.clear();
-            // Anybody may send a SIGIO.
+            // Other processes may send a SIGIO, too.
             if !lease::is_held(mem_file.as_fd()).is_ok_and(|held| held) {
                 mem_file.lease_trust.revoke();
                 on_break();

@@ -1,28 +1,29 @@
-//! Whether a lease vouches for a mem-file being unchanged, so that it need not be compared for each fault.
+//! Trust in a lease: with it, a mem-file need not be compared for each fault.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// The shortest time that a lease has to hold up writers for (`fs.lease-break-time`), to be relied upon.
+/// The shortest `fs.lease-break-time` (how long a lease holds up writers) that is relied upon.
 const SHORTEST_BREAK: Duration = Duration::from_secs(20);
 
-/// If nobody has looked for so long, the process may have been stopped all the while, and a writer been let in without the
-/// lease's thread having run. Well below [`SHORTEST_BREAK`].
+/// If no thread has asked for this long, the process may have been stopped. A writer may have been let in before the
+/// thread of the lease ran. Well below [`SHORTEST_BREAK`].
 const LONGEST_GAP: Duration = Duration::from_secs(5);
 
-/// How long the file is looked at itself after such a gap: more than enough for the lease's thread to run.
+/// How long the file itself is checked after such a gap: more than enough for the thread of the lease to run.
 const AFTER_GAP: Duration = Duration::from_secs(2);
 
-/// Looking is noted no more often than this, so that threads do not fight for it.
+/// The shortest time between two updates of `last_asked`, so that threads do not contend for it.
 const NOTED: Duration = Duration::from_millis(10);
 
-/// Trust in a lease, for as long as it is held and its thread would have told us if it were not.
+/// Trust in a lease, as long as the lease is held and its thread has not reported a break.
 ///
-/// While a lease is held nobody can write the file, and for [`SHORTEST_BREAK`] after somebody wants to. The thread that the
-/// kernel tells of that revokes the trust, within microseconds as a rule. It could be late only where the whole process
-/// is stopped, and then whoever asks has not asked for a while.
+/// The file cannot be written while the lease is held, nor for [`SHORTEST_BREAK`] after a writer breaks it. The kernel
+/// signals the break to the thread of the lease, which revokes the trust, usually within microseconds. That thread
+/// could be late only if the whole process is stopped. In that case, the other threads have not asked for a while
+/// either.
 #[derive(Debug)]
 pub(super) struct LeaseTrust {
     granted: AtomicBool,
@@ -42,7 +43,7 @@ impl LeaseTrust {
         }
     }
 
-    /// There is a lease, and the file was seen to be unchanged since.
+    /// Grants the trust: there is a lease, and the file was seen to be unchanged since.
     pub(super) fn grant(&self) {
         if break_time().is_some_and(|time| time >= SHORTEST_BREAK) {
             self.last_asked.store(self.now(), Ordering::Relaxed);
@@ -50,17 +51,17 @@ impl LeaseTrust {
         }
     }
 
-    /// The lease is broken, or about to be dropped.
+    /// Revokes the trust: the lease is broken, or about to be dropped.
     pub(super) fn revoke(&self) {
         self.granted.store(false, Ordering::Release);
     }
 
-    /// Whether the file needs not be looked at. To be asked after its bytes were read and before they are given away.
+    /// Returns `true` if the file needs no check. Call after its bytes were read and before a fork gets them.
     pub(super) fn holds(&self) -> bool {
         self.holds_now().is_some()
     }
 
-    /// The same, and when that was found.
+    /// Like [`holds`](Self::holds), and returns the time of the answer.
     pub(super) fn holds_now(&self) -> Option<CoarseTime> {
         if !self.granted.load(Ordering::Acquire) {
             return None;
@@ -86,7 +87,7 @@ impl LeaseTrust {
     }
 }
 
-/// A time since some moment, to within some milliseconds.
+/// A time since some moment, accurate to some milliseconds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CoarseTime(u64);
 
@@ -101,7 +102,7 @@ impl CoarseTime {
     }
 }
 
-/// Some milliseconds old, for a tenth of the price.
+/// The current time, some milliseconds old, at a tenth of the cost.
 fn now() -> Duration {
     Duration::try_from(clock_gettime(ClockId::MonotonicCoarse)).unwrap_or_default()
 }
@@ -110,7 +111,7 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// How long the kernel holds up whoever breaks a lease.
+/// How long the kernel holds up a writer that breaks a lease.
 fn break_time() -> Option<Duration> {
     let text = std::fs::read_to_string("/proc/sys/fs/lease-break-time").ok()?;
     text.trim().parse().ok().map(Duration::from_secs)

@@ -34,68 +34,68 @@ use super::source::{MappedPages, Page, PageSource, SourceError, TemplateOffset};
 use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
-/// The most runs of data whose holes are looked for when a file is opened; those of a file in more pieces are left to the
-/// search for zeros. Each costs two `lseek`, so this bounds how long opening takes (some milliseconds).
+/// The most runs of data whose holes are looked for when a file is opened. If there are more, the rest is left to the
+/// search for zeros. Each run costs two `lseek`, so this bounds how long opening takes (some milliseconds).
 const MOST_EXTENTS: usize = 4096;
 
-/// How much is read at once to find zeros.
+/// How many bytes are read at once to find zeros.
 const SCAN_BYTES: usize = 1 << 20;
 
-/// The most that is written to the disk when a file is opened, in bytes, so that its holes can be believed at once. Those of
-/// a file of which more is dirty are left to the search for zeros.
+/// The most dirty bytes that are written to the disk when a file is opened, so that its holes can be relied upon at
+/// once. If more are dirty, the holes are left to the search for zeros.
 const MOST_WRITTEN_OUT: u64 = 64 << 20;
 
-/// `RWF_DONTCACHE` (Linux 6.14): what a read brings into the page cache does not stay there; what was there does.
+/// `RWF_DONTCACHE` (Linux 6.14): pages that a read brings into the page cache do not stay there; others do.
 const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 
-/// A mem-file: opened once, read-only, and held, so that renaming or replacing the path changes nothing for forks.
+/// A mem-file: opened once, read-only, and kept open, so that renaming or replacing the path changes nothing for forks.
 ///
-/// Bytes come by `preadv2(RWF_NOWAIT)`, which answers from the page cache or says that it cannot. Unlike a mapping, this
-/// can neither stall the fault path on a disk nor kill the server when the file is truncated.
+/// Bytes come from `preadv2(RWF_NOWAIT)`, which reads from the page cache or fails at once. Unlike a mapping, it can
+/// neither stall the fault path on a disk nor kill the server if the file is truncated.
 #[derive(Debug)]
 pub struct MemFile {
     path: PathBuf,
     file: File,
     guarantees: Guarantees,
-    /// What it was when it was opened.
+    /// The state of the file when it was opened.
     opened_as: FileState,
-    /// What it was when it was last found to be unchanged. Its links and permissions may come and go.
+    /// The state of the file when it was last found unchanged. Its links and permissions may change.
     seen: Mutex<FileState>,
     /// The ctime of `seen`, for the fault path.
     seen_ctime: AtomicI64,
-    /// Whether its holes are believed, once that is known.
+    /// Whether its holes are relied upon, once that is known.
     holes: OnceLock<bool>,
     pub(super) zeros: ZeroMap,
-    /// All zeros were found by an earlier search; else why we do not know what it found.
+    /// `Ok` if the zeros of an earlier search were loaded; otherwise why not.
     kept_zeros: OnceLock<Result<(), SidecarError>>,
     opened: SystemTime,
     /// There is a [`Lease`](super::Lease) on it.
     pub(super) leased: AtomicBool,
-    /// That lease holds off every writer, and the file was not touched between its opening and the lease.
+    /// That lease holds off every writer, and the file did not change between its opening and the lease.
     pub(super) unwritten: AtomicBool,
-    /// The lease vouches for the file being unchanged.
+    /// Whether the lease proves that the file is unchanged.
     lease_trust: LeaseTrust,
-    /// All of it, for runs of pages and for what is locked in memory.
+    /// The whole file, for runs of pages and for pages locked in memory.
     pub(super) mapped: Option<Arc<MappedFile>>,
-    /// All of it but zeros is locked in memory.
+    /// All of the file but zeros is locked in memory.
     pinned: AtomicBool,
-    /// Otherwise, these parts of it are known to be there.
+    /// If it is not, these parts of the file are known to be in memory.
     windows: Option<Windows>,
 }
 
 impl MemFile {
-    /// Opens the file at `path` and finds its holes, and all other zeros where a map of them is
-    /// [kept](Self::kept_zeros) beside it.
+    /// Opens the file at `path` and finds its holes. Loads all other zeros if a map of them is [kept](Self::kept_zeros)
+    /// beside it.
     ///
     /// # Errors
     ///
-    /// [`OpenError`] where it cannot be a template.
+    /// [`OpenError`] if the file cannot be a template.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let cannot_open = |source| OpenError::Io {
             path: path.to_owned(),
             source,
         };
-        // Without O_NONBLOCK, opening a fifo would wait for somebody to write to it.
+        // Without O_NONBLOCK, opening a fifo would wait for a writer.
         let file = File::options()
             .read(true)
             .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
@@ -116,7 +116,7 @@ impl MemFile {
             });
         }
         let guarantees = Guarantees::of(&file).map_err(cannot_open)?;
-        // Before any byte or hole is looked at.
+        // Taken before any byte or hole is read.
         let opened_as = FileState::of(&file, Look::Now).map_err(cannot_open)?;
         let size = opened_as.identity().size();
         if size == 0 || !PageSize::Small.is_aligned(size) {
@@ -133,9 +133,9 @@ impl MemFile {
             let _ = holes.set(true);
             find_holes(&file, size, &zeros).map_err(cannot_open)?;
         }
-        // Some file systems have no mappings, and then runs of pages are read as single ones are.
+        // Some file systems have no mappings. Runs of pages are then read like single pages.
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
-        // They ask what is in the page cache.
+        // Windows ask which pages are in the page cache.
         let windows = guarantees
             .residency
             .then(|| Windows::new(file.as_fd(), ByteLen::new(size)))
@@ -162,8 +162,8 @@ impl MemFile {
         Ok(mem_file)
     }
 
-    /// Whether all its zeros were known when it was opened, from a map that was kept beside it; else why not. Where it was
-    /// not, they are found anew.
+    /// Succeeds if all zeros were known when the file was opened, from a map kept beside it. Otherwise the error says
+    /// why not, and the zeros have to be searched for.
     ///
     /// # Errors
     ///
@@ -179,29 +179,29 @@ impl MemFile {
         self.opened
     }
 
-    /// The path it was opened at. It may lead elsewhere by now; see [`check_path`](Self::check_path).
+    /// The path that the file was opened at. It may lead elsewhere by now; see [`check_path`](Self::check_path).
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Which file it is.
+    /// The identity of the file.
     pub fn identity(&self) -> &Identity {
         self.opened_as.identity()
     }
 
-    /// The content that it had when it was opened: what was kept of it then is of this.
+    /// The identity of the content when the file was opened. Data kept then belongs to it.
     pub fn content(&self) -> ContentIdentity {
         (*self.opened_as()).into()
     }
 
-    /// What it was when it was opened.
+    /// The identity of the file when it was opened.
     pub(super) fn opened_as(&self) -> &KeptIdentity {
         self.opened_as.kept()
     }
 
-    /// Makes sure that it is still the file that was opened, unchanged, and tells what it is now: links and permissions may
-    /// have come and gone. Unlike [`check_unchanged`](PageSource::check_unchanged) this looks at the file in any case, and
-    /// waits for a file server.
+    /// Checks that this is still the file that was opened, unchanged, and returns its current state. Links and
+    /// permissions may differ. Unlike [`check_unchanged`](PageSource::check_unchanged), this always examines the file,
+    /// and waits for a file server.
     ///
     /// # Errors
     ///
@@ -210,12 +210,12 @@ impl MemFile {
         self.look(Look::Now)
     }
 
-    /// Takes the ctime that the file has now for that of an unchanged file: right after a link or a change of permissions
-    /// of our own, which a later one might hide.
+    /// Accepts the current ctime as that of an unchanged file. Call right after this process has linked the file or
+    /// changed its permissions, since a later change might hide that.
     ///
     /// # Errors
     ///
-    /// [`SourceError`]: it was written all the same.
+    /// [`SourceError`] if the file was written all the same.
     pub fn accept_own_change(&self) -> Result<FileState, SourceError> {
         let mut seen = self.seen();
         let now = self.look_at_file(Look::Now)?;
@@ -231,10 +231,10 @@ impl MemFile {
     }
 
     fn look(&self, look: Look) -> Result<FileState, SourceError> {
-        // Held while the file is looked at, so that what is seen later is noted later.
+        // Locked while the file is examined, so that a later state is noted later.
         let mut seen = self.seen();
         let now = self.look_at_file(look)?;
-        // Asked for only where the ctime is not explained by what else has changed.
+        // Evaluated only if no other change explains the ctime.
         let is_explained = seen.written(&now, false).is_some() && (self.is_surely_leased() || self.was_renamed());
         if let Some(how) = seen.written(&now, is_explained) {
             return Err(SourceError::Changed { how });
@@ -257,7 +257,7 @@ impl MemFile {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether its path leads elsewhere by now.
+    /// Returns `true` if the path leads elsewhere by now.
     fn was_renamed(&self) -> bool {
         match std::fs::metadata(&self.path) {
             Ok(there) => Identity::of(&there).inode() != self.identity().inode(),
@@ -265,7 +265,7 @@ impl MemFile {
         }
     }
 
-    /// Makes sure that it is unchanged, after bytes of it were read that somebody is to get.
+    /// Checks that the file is unchanged. Call after its bytes were read and before they are used.
     fn check_now(&self) -> Result<(), SourceError> {
         if self.lease_trust.holds() {
             return Ok(());
@@ -273,22 +273,22 @@ impl MemFile {
         self.look(Look::Now).map(drop)
     }
 
-    /// Whether its holes are believed. May wait for the disk.
+    /// Returns `true` if the holes of the file are relied upon. May wait for the disk.
     fn holes_are_believed(&self) -> bool {
         let written =
             || rustix::fs::fdatasync(&self.file).is_ok() && dirty_bytes(&self.file).is_none_or(|bytes| bytes == 0);
         *self.holes.get_or_init(written)
     }
 
-    /// Makes sure that the path still leads to this file, unchanged. Forks that live do not care, since the file is held;
-    /// a new one should get what is there now.
+    /// Checks that the path still leads to this file, unchanged. Served forks do not depend on that, since the file is
+    /// open. A new fork should get the file that is there now.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Changed`]; [`SourceError::Io`] where it cannot be told now.
+    /// [`SourceError::Changed`]; [`SourceError::Io`] if the check itself failed.
     pub fn check_path(&self) -> Result<(), SourceError> {
         let now = std::fs::metadata(&self.path).map_err(|error| match error.kind() {
-            // It leads to nothing, which is what it would be told again.
+            // The path leads to nothing. A retry would fail in the same way.
             ErrorKind::NotFound | ErrorKind::NotADirectory => SourceError::Changed {
                 how: format!("its path cannot be checked: {error}"),
             },
@@ -300,28 +300,28 @@ impl MemFile {
         }
     }
 
-    /// Fills `buffer` like [`read`](PageSource::read), and leaves the page cache as it is where the kernel and the file system
-    /// can: a search of the whole template would push out what others read often.
+    /// Fills `buffer` like [`read`](PageSource::read), but leaves the page cache as it is, if the kernel and the file
+    /// system can. Otherwise a search of the whole template would evict pages that are read often.
     fn read_past_cache(&self, at: TemplateOffset, buffer: &mut [u8]) -> Result<(), SourceError> {
         let mut filled = 0;
         while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let offset = at.get().saturating_add(filled as u64);
             match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(rest)], offset, DONTCACHE) {
                 Ok(read) if read > 0 => filled += read,
-                // The end of the file, or a kernel or a file system without this: which of them, `read` tells.
+                // The end of the file, or no support in the kernel or the file system. `read` tells which.
                 _ => return self.read(at, buffer),
             }
         }
         Ok(())
     }
 
-    /// Whether all of it but zeros is [locked](super::Locked) in memory.
+    /// Returns `true` if all of the file but zeros is [locked](super::Locked) in memory.
     pub fn is_pinned(&self) -> bool {
         self.pinned.load(Ordering::Relaxed)
     }
 
-    /// All of it but zeros is locked in memory from now on, or not any more: say so before unlocking it. Faults are then
-    /// answered straight from there, as long as there is a [`Lease`](super::Lease).
+    /// Notes whether all of the file but zeros is locked in memory. Call with `false` before unlocking it. Faults are
+    /// then answered straight from the mapping, as long as there is a [`Lease`](super::Lease).
     pub fn set_pinned(&self, pinned: bool) {
         self.pinned.store(pinned, Ordering::Relaxed);
     }
@@ -332,7 +332,7 @@ impl MemFile {
 }
 
 impl AsFd for MemFile {
-    /// The file that is held, wherever its path leads by now: to link or to look at exactly this one.
+    /// The open file, wherever its path leads by now: to link or examine exactly this file.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -365,8 +365,8 @@ impl PageSource for MemFile {
                 }
                 Ok(Page::Bytes(buffer))
             }
-            // Only a part of it is in the page cache, or the file ends here (`read` tells which); nothing of it is; or the
-            // file system cannot say (NFS, FUSE).
+            // Only a part is in the page cache, or the file ends here (`read` tells which). Or none of it is in the
+            // page cache, or the file system cannot say (NFS, FUSE).
             Ok(_) | Err(E::AGAIN | E::OPNOTSUPP | E::INTR) => Ok(Page::NotReady),
             Err(errno) => Err(Self::io_error(at)(errno.into())),
         }
@@ -382,7 +382,7 @@ impl PageSource for MemFile {
                 Self::io_error(at)(source)
             }
         })?;
-        // Here, on a thread that may wait for the server.
+        // Checked here, on a thread that may wait for the file server.
         if self.guarantees.remote.is_some() {
             self.check_now()?;
         }
@@ -398,7 +398,7 @@ impl PageSource for MemFile {
             let now = self.look_at_file(Look::Cached)?;
             (*now.identity(), now.ctime())
         } else {
-            // Once for each fault: `fstat` takes 0.1 us less than `statx`.
+            // Runs for each fault: `fstat` takes 0.1 us less than `statx`.
             let now =
                 rustix::fs::fstat(&self.file).map_err(|errno| Self::io_error(TemplateOffset::new(0))(errno.into()))?;
             (Identity::of_stat(&now), ctime_of_stat(&now))
@@ -420,7 +420,7 @@ impl PageSource for MemFile {
     fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
         let end = at.get().saturating_add(len.get()).min(self.identity().size());
         let (mut at, mut buffer) = (at, Vec::new());
-        // Only data is read: what is known already, and holes past the first `MOST_EXTENTS`, would cost as much.
+        // Only data is read. Known zeros, and holes past the first `MOST_EXTENTS`, would cost as much.
         while let Some(unknown) = self.zeros.next_unknown(at).filter(|run| run.at.get() < end) {
             let start = unknown.at.get();
             let stop = end.min(start.saturating_add(unknown.len.get().min(SCAN_BYTES as u64)));
@@ -434,10 +434,10 @@ impl PageSource for MemFile {
             let last = data.end.next_multiple_of(PageSize::SMALLEST).min(stop);
             buffer.resize(usize::try_from(last - first).unwrap_or(SCAN_BYTES), 0);
             self.read_past_cache(TemplateOffset::new(first), &mut buffer)?;
-            // Before anything is noted: past the end of a file that was truncated there are holes as well.
+            // Checked before anything is noted: past the end of a truncated file there are holes as well.
             self.check_now()?;
             self.zeros.set(unknown.at, ByteLen::new(data.start - start));
-            // Of whole pages only: of one that is asked for in part, the rest may be anything.
+            // Only whole pages are noted: the rest of a page that was read in part may hold data.
             let small = PageSize::Small.as_usize();
             for (page, at) in buffer.chunks_exact(small).zip((first..last).step_by(small)) {
                 if is_zero(page) {
@@ -455,7 +455,7 @@ impl PageSource for MemFile {
 
 impl MappedPages for MemFile {
     fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>> {
-        // Without a lease, only what was read before it is checked is known to be the template's.
+        // Without a lease, only bytes read before a check are known to be the template's.
         let mapped = self.mapped.as_ref().filter(|_| self.lease_trust.holds())?;
         let range = mapped.range(at.get(), len)?;
         (self.is_pinned() || (self.guarantees.residency && range.is_resident())).then_some(range)
@@ -480,12 +480,12 @@ impl MappedPages for MemFile {
     }
 }
 
-/// How much of `file` is not on its disk yet, if the kernel tells.
+/// The number of bytes of `file` that are not on its disk yet. `None` if the kernel does not say.
 fn dirty_bytes(file: &File) -> Option<u64> {
     dirty::dirty_bytes(file.as_fd()).ok()
 }
 
-/// Whether nothing of `file` is dirty. A little is written to the disk first.
+/// Returns `true` if no page of `file` is dirty. A small number of dirty pages is written to the disk first.
 fn is_written_out(file: &File) -> bool {
     match dirty_bytes(file) {
         Some(0) => true,
@@ -494,7 +494,7 @@ fn is_written_out(file: &File) -> bool {
     }
 }
 
-/// Notes the holes of `file`, as far as its file system tells and [`MOST_EXTENTS`] allows.
+/// Notes the holes of `file`, as far as its file system reports them and [`MOST_EXTENTS`] allows.
 fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
     let mut at = 0;
     for _ in 0..MOST_EXTENTS {
@@ -508,15 +508,15 @@ fn find_holes(file: &File, size: u64, zeros: &ZeroMap) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The first part of these bytes of `file` that is no hole, as far as its file system tells; an empty one at their end where
-/// all of them are.
+/// The first part of these bytes of `file` that is no hole, as far as its file system reports holes. An empty part at
+/// their end if all of them are holes.
 fn next_data(file: &File, bytes: Range<u64>) -> std::io::Result<Range<u64>> {
     let within = |at: u64| at.clamp(bytes.start, bytes.end);
     let start = match rustix::fs::seek(file, SeekFrom::Data(bytes.start)) {
         Ok(data) => within(data),
         // No data from here on.
         Err(E::NXIO) => bytes.end,
-        // A file system that does not tell: all of it may be data.
+        // The file system reports no holes: all of it may be data.
         Err(E::INVAL | E::OPNOTSUPP) => return Ok(bytes),
         Err(errno) => return Err(errno.into()),
     };
@@ -608,7 +608,7 @@ mod tests {
 
     #[test]
     fn looking_for_zeros_leaves_the_page_cache_as_it_was() {
-        // The kernel does not drop a page that something else looks at just then: not every try has to succeed.
+        // The kernel does not drop a page that is in use just then: not every try has to succeed.
         for _ in 0..10 {
             let (_dir, mem_file) = mem_file();
             mem_file.file.sync_all().unwrap();

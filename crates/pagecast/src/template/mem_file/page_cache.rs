@@ -1,9 +1,9 @@
-//! Brings a mem-file into the page cache: in order, in pages of 2 MiB where its file system has such, and to stay where that
-//! is asked for.
+//! Brings a mem-file into the page cache in order, in pages of 2 MiB if its file system has them. Can also lock it
+//! there.
 //!
-//! VMMs with Firecracker's `File` backend map the page cache. Where it consists of pages of 2 MiB, one fault maps 2 MiB, and
-//! a write still copies 4 KiB only: see `docs/performance.md` for what that gives. Pages that are in the page cache already
-//! stay as small as they are until they are dropped, which the kernel does for those that no process maps.
+//! VMMs with Firecracker's `File` backend map the page cache. If it consists of pages of 2 MiB, one fault maps 2 MiB,
+//! and a write still copies 4 KiB only: see `docs/performance.md` for the gain. Pages that are in the page cache keep
+//! their size until they are dropped. The kernel drops only pages that no process maps.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,20 +16,20 @@ use super::MemFile;
 use crate::page::PageSize;
 use crate::template::{PageSource, Run, SourceError, TemplateOffset, WorkingSet};
 
-/// The pages that we would like to have.
+/// The preferred size of pages, in bytes.
 const HUGE: u64 = PageSize::Huge.bytes();
 
-/// How much is mapped at once, in bytes: it counts as memory of this process for that long.
+/// How many bytes are mapped at once. They count as memory of this process meanwhile.
 const STEP: u64 = 4 * HUGE;
 
-/// Where so much of 2 MiB is in a working set, all of it is read: an eighth. Reading all costs a disk little more than
-/// reading so many pages here and there, and one fault instead of many in each fork.
+/// If a working set has this many bytes of a 2 MiB page (an eighth), all of the page is read. That costs a disk little
+/// more than scattered reads, and saves each fork many faults.
 const DENSE: u64 = HUGE / 8;
 
-/// How often dropping small pages may fail to bring large ones, one time after the other, before nobody tries any more.
+/// How many times in a row dropping small pages may bring no large ones before it is given up.
 const MOST_FRUITLESS: u32 = 4;
 
-/// What of a template is to be in the page cache, in this order: runs of whole small pages, each at most 8 MiB long.
+/// The parts of a template to bring into the page cache, in this order: runs of whole small pages, at most 8 MiB each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     runs: Vec<Run>,
@@ -53,8 +53,7 @@ impl Wanted {
         this
     }
 
-    /// A working set, in first-touch order: in whole pages of 2 MiB where at least an eighth of one is in it, else only what
-    /// is.
+    /// A working set, in first-touch order. Takes all of a 2 MiB page if at least an eighth of it is in the set.
     pub fn working_set(file: &MemFile, working_set: &WorkingSet) -> Self {
         let mut used = std::collections::BTreeMap::<u64, u64>::new();
         for run in working_set.runs() {
@@ -79,22 +78,22 @@ impl Wanted {
         this
     }
 
-    /// How many bytes it has.
+    /// The number of bytes in all runs.
     pub fn size(&self) -> ByteLen {
         ByteLen::new(self.runs.iter().map(|run| run.len.get()).sum())
     }
 
-    /// Whether it is everything that is not known to be zeros, and would be less once more zeros are.
+    /// Returns `true` if this is everything that is not known to be zeros, which shrinks as more zeros become known.
     pub fn is_all_data(&self) -> bool {
         self.is_all_data
     }
 
-    /// Its parts, in the order in which to bring them in.
+    /// The runs, in the order in which to load them.
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }
 
-    /// Adds a run at the end, put together with the last where they are one.
+    /// Adds a run at the end, or extends the last run if both fit into one.
     fn add(&mut self, run: Run) {
         if let Some(last) = self.runs.last_mut()
             && last.at.get() + last.len.get() == run.at.get()
@@ -108,7 +107,7 @@ impl Wanted {
     }
 }
 
-/// The 2 MiB from `at` on, or what the file has of them.
+/// The 2 MiB at `at`, or the part of them that the file has.
 fn block_of(file: &MemFile, at: u64) -> Option<Run> {
     let len = file.len().get().checked_sub(at).filter(|left| *left > 0)?.min(HUGE);
     Some(Run {
@@ -123,13 +122,13 @@ pub struct Loader<'a> {
     file: &'a MemFile,
     /// Whether small pages may be dropped from the page cache, to be read again as large ones.
     may_drop: bool,
-    /// Pages that are still to be written to the disk cannot be dropped.
+    /// Whether dirty pages, which cannot be dropped, were written to the disk.
     written: bool,
     fruitless: u32,
 }
 
 impl<'a> Loader<'a> {
-    /// One that only adds to what is there.
+    /// Creates a loader that only adds to the page cache.
     pub fn new(file: &'a MemFile) -> Self {
         Self {
             file,
@@ -139,7 +138,8 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// One that drops small pages which no process maps, to read them again as large ones, as long as that works.
+    /// Creates a loader that drops small pages which no process maps, to read them again as large ones, while that
+    /// works.
     pub fn dropping(file: &'a MemFile) -> Self {
         Self {
             may_drop: true,
@@ -147,19 +147,20 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Brings `run` into the page cache, and waits for the disk. Answers how much of it is there in pages of 2 MiB, as far
-    /// as the kernel tells (Linux 6.7).
+    /// Brings `run` into the page cache, and waits for the disk. Returns how many of its bytes are in pages of 2 MiB,
+    /// as far as the kernel tells (Linux 6.7).
     ///
     /// # Errors
     ///
-    /// [`SourceError`] where it cannot be read, or is not in the file.
+    /// [`SourceError`] if the run cannot be read, or is not in the file.
     pub fn load(&mut self, run: Run) -> Result<ByteLen, SourceError> {
         let huge = self.load_once(run)?;
         if !self.may_drop || huge.get() >= whole_blocks(run) {
             return Ok(huge);
         }
         if !self.written {
-            // By the descriptor that only reads: `fdatasync(2)` does not mind. A failure is the writer's to hear of.
+            // `fdatasync(2)` accepts a descriptor that is open for reading only. The writer of the file gets to see a
+            // failure.
             let _ = rustix::fs::fdatasync(self.file);
             self.written = true;
         }
@@ -179,7 +180,7 @@ impl<'a> Loader<'a> {
             self.fruitless = 0;
         } else {
             self.fruitless += 1;
-            // No such pages on this file system, no memory for them, or every page of it is mapped.
+            // The file system has no such pages, there is no memory for them, or every page is mapped.
             self.may_drop = self.fruitless < MOST_FRUITLESS;
         }
         Ok(now)
@@ -190,7 +191,7 @@ impl<'a> Loader<'a> {
         match mapped.populate() {
             Ok(()) => Ok(mapped.huge_bytes().unwrap_or(ByteLen::ZERO)),
             Err(errno) if cannot_read(errno) => {
-                // Says what is wrong; and it is the way where the kernel cannot populate (before Linux 5.14).
+                // The read reports the error. It also does the work if the kernel cannot populate (before Linux 5.14).
                 self.read(run)?;
                 Ok(ByteLen::ZERO)
             }
@@ -212,18 +213,18 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Parts of a mem-file that stay in the page cache for as long as this lives.
+/// A part of a mem-file that stays in the page cache until this is dropped.
 #[derive(Debug)]
 pub struct Locked {
     mapped: Arc<MappedFile>,
     run: Run,
 }
 
-/// Why a part of a mem-file cannot be made to stay in the page cache.
+/// Why a part of a mem-file cannot be locked in the page cache.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {
-    /// The process may not lock so much memory.
+    /// The process may not lock that much memory.
     #[error(
         "this process may not lock so much memory: give it CAP_IPC_LOCK, or raise RLIMIT_MEMLOCK (`ulimit -l`, \
          LimitMEMLOCK= of systemd)"
@@ -261,7 +262,8 @@ impl Locked {
                 mapped: Arc::clone(mapped),
                 run,
             }),
-            // The kernel says ENOMEM for a limit too; but what is not locked can be brought in without.
+            // The kernel returns ENOMEM for a limit, too. If the run can be populated without a lock, the limit is the
+            // cause.
             Err(errno)
                 if errno.get() == EPERM
                     || (errno.get() == ENOMEM && map(file, run).is_ok_and(|mapped| mapped.populate().is_ok())) =>
@@ -276,12 +278,12 @@ impl Locked {
         }
     }
 
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(&self) -> ByteLen {
         self.run.len
     }
 
-    /// Whether it has none, which it never does.
+    /// Returns `true` if there are no bytes, which is never the case.
     pub fn is_empty(&self) -> bool {
         self.run.len.is_zero()
     }
@@ -299,17 +301,17 @@ impl Drop for Locked {
 const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
 const ENOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();
 
-/// A part of the file, mapped so that what is missing comes in large pages.
+/// Maps a part of the file so that missing pages come as large ones.
 fn map(file: &MemFile, run: Run) -> Result<MappedFile, Errno> {
     let mapped = MappedFile::new(file.as_fd(), run.at.get(), run.len)?;
     if run.at.get().is_multiple_of(HUGE) {
-        // A kernel without transparent hugepages: then they are small.
+        // Without transparent hugepages in the kernel, the pages are small.
         let _ = mapped.prefer_huge();
     }
     Ok(mapped)
 }
 
-/// How many bytes of `run` can be in pages of 2 MiB.
+/// The number of bytes of `run` that can be in pages of 2 MiB.
 fn whole_blocks(run: Run) -> u64 {
     if run.at.get().is_multiple_of(HUGE) {
         run.len.get() / HUGE * HUGE
@@ -318,7 +320,7 @@ fn whole_blocks(run: Run) -> u64 {
     }
 }
 
-/// Errors of populating that reading can say more about.
+/// Returns `true` for errors of populating that a read can explain.
 fn cannot_read(errno: Errno) -> bool {
     use rustix::io::Errno as E;
     [E::FAULT, E::INVAL, E::HWPOISON]
@@ -347,7 +349,7 @@ mod tests {
     const PAGE_LEN: usize = PageSize::Small.as_usize();
     const HUGE_LEN: usize = PageSize::Huge.as_usize();
 
-    /// A file of these blocks of 2 MiB, holes where `false`, and an odd page at its end.
+    /// A file of these blocks of 2 MiB, with holes for `false`, and an odd page at its end.
     fn mem_file(blocks: &[bool]) -> (tempfile::TempDir, MemFile) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
@@ -379,7 +381,7 @@ mod tests {
         )
     }
 
-    /// `false`, and says so, where the file system keeps its pages in memory.
+    /// Returns `false`, and says so, if the file system keeps its pages in memory.
     fn drop_from_cache(file: &MemFile) -> bool {
         rustix::fs::fdatasync(file).unwrap();
         rustix::fs::fadvise(file, 0, None, Advice::DontNeed).unwrap();

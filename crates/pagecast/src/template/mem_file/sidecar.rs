@@ -1,4 +1,4 @@
-//! What is kept beside a mem-file: a head that says of which file it is, a body, and a checksum.
+//! Sidecar files, kept beside a mem-file: a head that identifies the mem-file, a body, and a checksum.
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -31,26 +31,26 @@ const CHECKSUM: usize = 32;
 /// Permission bits of others than the owner that let them change a file.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// Why what is kept beside a mem-file cannot be used, or kept.
+/// Why a file beside a mem-file cannot be used, or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SidecarError {
-    /// There is none.
+    /// There is no such file.
     #[error("the file does not exist")]
     Missing,
-    /// It is of another mem-file, or of this one before it was written, or of another version of pagecast.
+    /// The file is of another mem-file, of an earlier state of this one, or of another version of the format.
     #[error("it is stale: {how}")]
     Stale {
-        /// In what it differs.
+        /// What differs.
         how: String,
     },
-    /// It was cut off or changed since it was written, or is something else.
+    /// The file was cut off or changed since it was written, or is something else.
     #[error("it is damaged: {what}")]
     Damaged {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// It has more bytes than one of this mem-file can have.
+    /// The file has more bytes than one of this mem-file can have.
     #[error("it has {size} bytes, and the maximum is {most}")]
     TooLarge {
         /// How many bytes it has.
@@ -58,16 +58,16 @@ pub enum SidecarError {
         /// How many it may have.
         most: u64,
     },
-    /// Somebody else may have written it.
+    /// Another user may have written the file.
     #[error("it is not to be trusted: {why}")]
     Untrusted {
         /// Why.
         why: &'static str,
     },
-    /// The operating system says no.
+    /// The operating system refused.
     #[error("cannot {what} it")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
         /// Why it failed.
         #[source]
@@ -75,25 +75,25 @@ pub enum SidecarError {
     },
 }
 
-/// Something that is kept beside mem-files.
+/// A kind of file that is kept beside mem-files.
 pub(in crate::template) struct Kind {
-    /// What it begins with.
+    /// The tag in its head.
     pub(in crate::template) tag: [u8; 4],
-    /// What the name of the mem-file is continued with.
+    /// The suffix that follows the name of the mem-file.
     pub(in crate::template) suffix: &'static str,
-    /// What it says of the mem-file.
+    /// What the file says of the mem-file.
     pub(in crate::template) says: Says,
 }
 
 impl Kind {
-    /// Where it is kept for the mem-file at this path.
+    /// The path of the sidecar file for the mem-file at this path.
     pub(in crate::template) fn path(&self, mem_file: &Path) -> PathBuf {
         let mut path = OsString::from(mem_file);
         path.push(self.suffix);
         path.into()
     }
 
-    /// A file with this body.
+    /// Encodes a file with this body.
     pub(in crate::template) fn encode(&self, identity: &ContentIdentity, body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
         bytes.extend_from_slice(MAGIC);
@@ -106,7 +106,7 @@ impl Kind {
         bytes
     }
 
-    /// The body of a file, if it is whole and of this mem-file.
+    /// Returns the body of a file, if the file is whole and of this mem-file.
     pub(in crate::template) fn decode<'a>(
         &self,
         identity: &ContentIdentity,
@@ -119,7 +119,7 @@ impl Kind {
         if magic != MAGIC || *tag != self.tag {
             return Err(damaged("it is something else"));
         }
-        // Before the checksum, which may be another one there.
+        // Checked before the checksum, which another version may compute differently.
         let version = u32::from_le_bytes(*version);
         if version != VERSION {
             return Err(SidecarError::Stale {
@@ -139,7 +139,8 @@ impl Kind {
         }
     }
 
-    /// Writes a file that only we can read and write: all of it or, whatever happens meanwhile, nothing.
+    /// Writes a file that only our user can read and write. After a failure or a crash, the file is either whole or as
+    /// before.
     pub(in crate::template) fn write(
         &self,
         path: &Path,
@@ -159,16 +160,17 @@ impl Kind {
         file.write_all(&self.encode(identity, body)).map_err(cannot)?;
         file.as_file().sync_all().map_err(cannot)?;
         file.persist(path).map_err(|error| cannot(error.error))?;
-        // Without this the name may be lost with the power, and only it: what is there is whole either way.
+        // Without this a power loss may lose the name, but only the name: the content is whole either way.
         let _ = File::open(folder).and_then(|folder| folder.sync_all());
         Ok(())
     }
 }
 
-/// Reads a file with a body of at most so many bytes, which nobody can have written but we, root, or `owner`.
+/// Reads a file with a body of at most `most_body` bytes. Refuses a file that users other than ours, root, or `owner`
+/// can have written.
 pub(in crate::template) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
     let cannot = |what| move |source| SidecarError::Io { what, source };
-    // Without O_NONBLOCK, opening a fifo would wait for somebody to write to it. Links may lead to what others wrote.
+    // Without O_NONBLOCK, opening a fifo would wait for a writer. Symbolic links may lead to files of other users.
     let file = File::options()
         .read(true)
         .custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed())

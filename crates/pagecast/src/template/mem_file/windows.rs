@@ -1,8 +1,9 @@
-//! Which parts of a mapped mem-file single pages are copied straight from.
+//! The parts of a mapped mem-file that single pages are copied straight from.
 //!
-//! A fault is answered fastest by a copy from the mapping, but only what is in the page cache may be touched there, and what
-//! is mapped counts as resident memory of the server. So a *window* of the file is looked for in the page cache and opened
-//! where faults come together, few windows are open at a time, and all are closed again after a moment.
+//! A copy from the mapping is the fastest answer to a fault. But only pages in the page cache may be touched there, and
+//! mapped pages count as resident memory of the server. So the file is divided into *windows*. A window is opened if
+//! several faults come there and it is in the page cache. Few windows are open at a time, and all are closed again
+//! after a moment.
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -16,17 +17,18 @@ use crate::template::TemplateOffset;
 /// The size of a window in bytes: what the kernel maps around the first page that is touched (`fault_around_bytes`).
 const WINDOW: u64 = 64 << 10;
 
-/// How many are open at most: 4 MiB.
+/// The most windows that are open at once: 4 MiB.
 const MOST_OPEN: usize = 64;
 
-/// How long they are, in microseconds. What is in the page cache stays there for that long, as a rule; where it does not,
-/// one copy waits for the disk.
+/// How long windows stay open, in microseconds. Pages usually stay in the page cache for that long. If one does not, a
+/// copy waits for the disk.
 const ROUND: u64 = 10_000;
 
-/// The windows of one mem-file. Shared by all threads without a lock: the count of open windows may be one off for a moment.
+/// The windows of one mem-file. Shared by all threads without a lock: for a moment, the count of open windows may be
+/// off by one.
 #[derive(Debug)]
 pub(super) struct Windows {
-    /// All of the file. A mapping of their own, so that closing them lets go of nothing else.
+    /// The whole file. A separate mapping, so that closing the windows releases nothing else.
     file: MappedFile,
     /// The beginning of this round, as [`CoarseTime::micros`].
     begun: AtomicU64,
@@ -41,7 +43,7 @@ impl Windows {
     /// Creates the windows of `file` (`len` bytes), all closed. `None` if the file cannot be mapped.
     pub(super) fn new(file: BorrowedFd<'_>, len: ByteLen) -> Option<Self> {
         let file = MappedFile::new(file, 0, len).ok()?;
-        // A touch would map 2 MiB, where the page cache has such pages. Without them the kernel says that it has none.
+        // If the page cache has pages of 2 MiB, a touch would map 2 MiB. A kernel without such pages refuses this.
         let _ = file.prefer_small();
         let words = || {
             let windows = len.get().div_ceil(WINDOW);
@@ -80,7 +82,7 @@ impl Windows {
         if open.load(Ordering::Relaxed) & bit != 0 {
             return true;
         }
-        // A single fault in a window is answered faster without: opening one costs as much as reading three pages.
+        // A single fault in a window is answered faster without opening it, which costs as much as reading three pages.
         let is_first = touched.fetch_or(bit, Ordering::Relaxed) & bit == 0;
         if is_first || self.opened.load(Ordering::Relaxed) >= MOST_OPEN {
             return false;
@@ -91,13 +93,13 @@ impl Windows {
         if !window.is_some_and(|window| window.is_resident()) {
             return false;
         }
-        // In this order: who closes the windows and does not see this one counted leaves it open, and counted for the next.
+        // In this order: a thread that closes the windows and misses this one leaves it open, and counted for the next.
         open.fetch_or(bit, Ordering::Relaxed);
         self.opened.fetch_add(1, Ordering::Release);
         true
     }
 
-    /// Closes all windows, on whatever thread finds first that it is time.
+    /// Closes all windows. Runs on the first thread that finds the round over.
     #[cold]
     fn next_round(&self, begun: u64, now: CoarseTime) {
         let won = self
@@ -135,7 +137,7 @@ mod tests {
 
     use super::*;
 
-    /// A file of so many windows and one page, in the page cache.
+    /// Creates a file of `windows` windows and one page, in the page cache.
     fn file(windows: u64) -> (File, ByteLen) {
         let len = windows * WINDOW + PageSize::SMALLEST;
         let file = tempfile::tempfile().unwrap();

@@ -1,6 +1,6 @@
 //! A working set beside its mem-file: `MEM-FILE.working-set`.
 //!
-//! The body of the file, after the head that all such files have (see the module `sidecar`):
+//! The body follows the head that all such files have (see the module `sidecar`):
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -24,32 +24,32 @@ const KIND: Kind = Kind {
     says: Says::Advice,
 };
 
-/// How many bytes a page takes.
+/// How many bytes an entry has.
 const ENTRY: usize = 8;
 
-/// What is before the pages.
+/// How many bytes precede the entries.
 const COUNTS: usize = 4;
 
-/// The most bytes that a body has.
+/// The maximum length of a body in bytes.
 const MOST_BODY: u64 = (COUNTS + Recording::MOST_PAGES * ENTRY) as u64;
 
 impl WorkingSet {
-    /// Where the working set of the mem-file at this path is kept: beside it.
+    /// The path of the working set of the mem-file at this path: beside it.
     pub fn path_for(mem_file: &Path) -> PathBuf {
         KIND.path(mem_file)
     }
 
-    /// Reads what was kept of a template with this `content`, whatever the ctime of its mem-file was then. Nothing but a hint, but one that
-    /// costs memory: so nobody else than the user we are, or root, may have written it.
+    /// Reads the working set of a template with this `content`; the ctime of its mem-file may differ. It is only a
+    /// hint, but costs memory. So only files that our user or root has written are accepted.
     ///
     /// # Errors
     ///
-    /// [`SidecarError`]; then there is nothing to prefault, and nothing else to worry about.
+    /// [`SidecarError`]; then there is no working set to prefault, and nothing else is lost.
     pub fn load(path: &Path, content: &ContentIdentity) -> Result<Self, SidecarError> {
         Self::parse(&sidecar::read(path, MOST_BODY, None)?, content)
     }
 
-    /// Keeps it for templates with this `content`, so that either it or what was there before is found, but never a part.
+    /// Writes the file for templates with this `content`. After a failure, the file is either whole or as before.
     ///
     /// # Errors
     ///
@@ -58,11 +58,11 @@ impl WorkingSet {
         KIND.write(path, content, &self.body())
     }
 
-    /// Reads the bytes of such a file, whoever wrote them.
+    /// Parses the bytes of such a file, without regard to its owner.
     ///
     /// # Errors
     ///
-    /// [`SidecarError`], but never for the file system's reasons.
+    /// [`SidecarError`], but never one of the file system.
     pub fn parse(bytes: &[u8], content: &ContentIdentity) -> Result<Self, SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let body = KIND.decode(content, bytes)?;
@@ -147,7 +147,7 @@ mod tests {
         recording
     }
 
-    /// A file with these entries, however unsound.
+    /// A file with these entries, valid or not.
     fn file_of(identity: &ContentIdentity, entries: &[Entry]) -> Vec<u8> {
         let template = identity.template_len();
         let set = WorkingSet {
@@ -247,7 +247,7 @@ mod tests {
         ) {
             let identity = identity();
             let body = WorkingSet::of(&recording(&pages)).body();
-            // Also with a checksum that is right, as if it had been written so.
+            // Also with a correct checksum, as if it had been written so.
             let mut bytes = if resealed { body.clone() } else { KIND.encode(&identity, &body) };
             for (index, value) in changes { let index = index.index(bytes.len()); bytes[index] = value; }
             bytes.truncate(cut.index(bytes.len() + 1));

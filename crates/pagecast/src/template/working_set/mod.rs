@@ -1,4 +1,4 @@
-//! What the forks of a template touch soon after they have resumed.
+//! The pages that the forks of a template touch soon after they have resumed.
 
 #[cfg(target_os = "linux")]
 mod file;
@@ -21,18 +21,18 @@ pub use run::Run;
 pub(super) use score::Tallies;
 pub use score::{PrefaultScore, PrefaultTally};
 
-/// What the weight of a page grows by with each recording that has it. Each recording without it takes 1 away, so that a
-/// page stays where at least a third of the forks touch it: to install one ahead costs a fraction of a fault.
+/// How much the weight of a page grows with each recording that has it. Each recording without it takes 1 away. So a
+/// page stays if at least a third of the forks touch it: installing a page ahead costs a fraction of a fault.
 const GAIN: u8 = 2;
 
-/// The most weight: a page that all forks have touched is forgotten after so many that did not.
+/// The maximum weight. A page that all forks have touched is forgotten after this many forks that did not.
 const MOST_WEIGHT: u8 = 3 * GAIN;
 
 /// Ranks are below this.
 const RANKS: u32 = 1 << 24;
 
 /// The pages that forks of a template touch soon after they have resumed, in first-touch order, at 4 KiB. Merged over
-/// recordings, and following them: what forks stop touching is forgotten.
+/// recordings: a page that forks stop touching is forgotten.
 ///
 /// At most [`Recording::MOST_PAGES`] pages, which take 12 bytes each, and 16 for each [`Run`].
 #[derive(Clone, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub struct WorkingSet {
     recordings: u32,
     /// Each page once, in ascending [order](Entry::order).
     entries: Vec<Entry>,
-    /// What [`run::merged`] makes of `entries`.
+    /// The result of [`run::merged`] for `entries`.
     runs: Box<[Run]>,
 }
 
@@ -50,22 +50,22 @@ pub struct WorkingSet {
 struct Entry {
     /// The number of the small page within the template.
     page: u32,
-    /// How early it is touched, below [`RANKS`]; 0 is first. Relative to the length of a recording, so that those of
-    /// different length can be merged.
+    /// How early the page is touched, below [`RANKS`]; 0 is first. Relative to the length of a recording, so that
+    /// recordings of different length can be merged.
     rank: u32,
-    /// 1 to [`MOST_WEIGHT`]: how often it was touched lately.
+    /// 1 to [`MOST_WEIGHT`]: how often the page was touched lately.
     weight: u8,
 }
 
 impl Entry {
-    /// What entries are sorted by.
+    /// The sort key of entries.
     fn order(&self) -> (u32, u32) {
         (self.rank, self.page)
     }
 }
 
 impl WorkingSet {
-    /// What one recording tells.
+    /// Creates the working set of one recording.
     pub fn of(recording: &Recording) -> Self {
         let entries = ranked(recording).map(|(page, rank)| Entry {
             page,
@@ -75,11 +75,11 @@ impl WorkingSet {
         Self::from_entries(recording.template(), 1, entries.collect())
     }
 
-    /// Learns from another recording of the same template. Its pages gain weight and move towards their place in it; all
-    /// others lose weight, and are forgotten after a few recordings without them. Where there are too many pages, those
-    /// with the least weight are forgotten, the last of them first.
+    /// Learns from another recording of the same template. Its pages gain weight and move towards their place in it.
+    /// All other pages lose weight, and are forgotten after a few recordings without them. If there are too many pages,
+    /// those with the least weight are forgotten, the last of them first.
     ///
-    /// What it [cannot learn from](Self::learns_from) changes nothing.
+    /// A recording that it [cannot learn from](Self::learns_from) changes nothing.
     pub fn merge(&mut self, recording: &Recording) {
         if !self.learns_from(recording) {
             return;
@@ -89,7 +89,7 @@ impl WorkingSet {
         entries.retain_mut(|entry| {
             if let Some(rank) = touched.remove(&entry.page) {
                 let weight = u32::from(entry.weight);
-                // The mean, in which the past counts as much as it is certain. No overflow: both ranks have 24 bits.
+                // The mean of both ranks, the old one weighted. No overflow: both ranks have 24 bits.
                 entry.rank = (entry.rank * weight + rank) / (weight + 1);
                 entry.weight = (entry.weight + GAIN).min(MOST_WEIGHT);
             } else {
@@ -110,9 +110,10 @@ impl WorkingSet {
         *self = Self::from_entries(self.template, self.recordings.saturating_add(1), entries);
     }
 
-    /// Whether a recording tells anything. An empty one does not, nor does one of a template of another length. Nor does one
-    /// that was [cut short](Recording::is_cut_short) and has less than half as many pages as this: its fork had hardly begun,
-    /// so that it did not touch the others means nothing. Of forks that all end early, each is about as long as the others.
+    /// Returns `true` if a recording can be learned from. It must not be empty, and must be of a template of the same
+    /// length. A recording that was [cut short](Recording::is_cut_short) needs at least half as many pages as this set.
+    /// In a shorter one, the fork had hardly begun, so a missing page means nothing. If all forks end early, their
+    /// recordings are about equally long.
     pub fn learns_from(&self, recording: &Recording) -> bool {
         let is_too_short = recording.is_cut_short() && recording.len() < self.entries.len() / 2;
         !recording.is_empty() && recording.template() == self.template && !is_too_short
@@ -134,17 +135,17 @@ impl WorkingSet {
         self.template
     }
 
-    /// How many recordings it was learned from.
+    /// The number of recordings that it was learned from.
     pub fn recordings(&self) -> u32 {
         self.recordings
     }
 
-    /// How many bytes its pages have.
+    /// The number of bytes in its pages.
     pub fn size(&self) -> ByteLen {
         ByteLen::new(self.entries.len() as u64 * PageSize::SMALLEST)
     }
 
-    /// Whether it has no page.
+    /// Returns `true` if it has no page.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -156,8 +157,8 @@ impl WorkingSet {
             .map(|entry| TemplateOffset::new(u64::from(entry.page) * PageSize::SMALLEST))
     }
 
-    /// Its pages as runs, in the order in which to install them: each page once. A run stays within an aligned 256 KiB, and
-    /// is as long as the working set allows; runs come in the order in which the first of their pages is touched.
+    /// Its pages as runs, in the order in which to install them, each page once. A run stays within an aligned 256 KiB,
+    /// and is as long as the working set allows. Runs are in the order of their first touched page.
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }

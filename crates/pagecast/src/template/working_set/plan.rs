@@ -1,4 +1,4 @@
-//! What of a working set one fork is given ahead of its faults, and what is held out to find out how good the set is.
+//! The part of a working set that one fork gets ahead of its faults, and the pages held out to measure the set.
 
 use std::sync::Arc;
 
@@ -7,12 +7,12 @@ use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
 use crate::template::TemplateOffset;
 
-/// One of so many pages of the working set is held out: installed only when it is asked for. Whether it is tells whether the
-/// others would have been; the kernel does not tell which installed pages are used. For a working set of 64 MiB these are
-/// about 64 faults.
+/// One page in this many of the working set is held out: it is installed only by its fault. The kernel does not tell
+/// which installed pages are used, so the held-out pages are the sample. For a working set of 64 MiB, they make about
+/// 64 faults.
 const HOLD_OUT: u64 = 256;
 
-/// A working set as one fork is given it.
+/// The prefault of one fork with a working set.
 #[derive(Debug)]
 pub struct PrefaultPlan {
     set: Arc<WorkingSet>,
@@ -22,19 +22,19 @@ pub struct PrefaultPlan {
     held_out_count: u64,
 }
 
-/// What a page is to a plan.
+/// The role of a page in a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planned {
-    /// Not in the working set.
+    /// The page is not in the working set.
     No,
-    /// To be installed ahead of its fault.
+    /// The page is to be installed ahead of its fault.
     Ahead,
-    /// In the working set, but left to its fault.
+    /// The page is in the working set, but left to its fault.
     HeldOut,
 }
 
 impl PrefaultPlan {
-    /// The plan for one fork. Which pages are held out depends on `salt`; with `None`, none is.
+    /// Creates the plan for one fork. `salt` decides which pages are held out; with `None`, none is.
     pub fn new(set: Arc<WorkingSet>, salt: Option<u64>) -> Self {
         let pages = usize::try_from(set.template().get() / PageSize::SMALLEST).unwrap_or(usize::MAX);
         let mut members = PageSet::new(pages);
@@ -60,22 +60,22 @@ impl PrefaultPlan {
         }
     }
 
-    /// The working set, in the order in which it is to be installed; what is held out has to be left out.
+    /// The working set, in the order in which to install it. It includes the held-out pages, which must be skipped.
     pub fn runs(&self) -> &[Run] {
         self.set.runs()
     }
 
-    /// How many small pages it has, those that are held out too.
+    /// The number of small pages in the working set, held-out ones included.
     pub fn pages(&self) -> u64 {
         self.set.size().get() / PageSize::SMALLEST
     }
 
-    /// How many small pages are held out.
+    /// The number of small pages that are held out.
     pub fn held_out(&self) -> u64 {
         self.held_out_count
     }
 
-    /// What the small page at `at` is to this plan.
+    /// The role of the small page at `at`.
     pub fn planned(&self, at: TemplateOffset) -> Planned {
         let page = page_at(at);
         if self.held_out.contains(page) {
@@ -87,7 +87,7 @@ impl PrefaultPlan {
         }
     }
 
-    /// How many of `len` bytes from `at` on come before the first page that is held out.
+    /// The number of bytes, of `len` bytes at `at`, before the first page that is held out.
     pub(crate) fn until_held_out(&self, at: TemplateOffset, len: u64) -> u64 {
         let first = page_at(at);
         let end = page_at(TemplateOffset::new(at.get() + len));
@@ -102,7 +102,7 @@ fn page_at(at: TemplateOffset) -> PageIndex {
     PageIndex::new(usize::try_from(at.get() / PageSize::SMALLEST).unwrap_or(usize::MAX))
 }
 
-/// A cheap hash (the finaliser of splitmix64), so that what is chosen has nothing to do with what pages hold.
+/// A cheap hash (the finaliser of splitmix64), so that the choice does not depend on the content of pages.
 fn is_chosen(page: u64, salt: u64) -> bool {
     let mut mixed = page ^ salt.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

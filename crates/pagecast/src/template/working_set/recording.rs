@@ -1,4 +1,4 @@
-//! What one fork touched, in the order in which it did.
+//! The pages that one fork touched, in the order in which it did.
 
 use std::fmt;
 
@@ -10,14 +10,13 @@ use crate::template::TemplateOffset;
 
 /// The small pages (4 KiB) of a template that one fork touched, each once, in the order of the first touch.
 ///
-/// Made of demand faults, so it knows nothing of pages that were there before a fork touched them: only a fork without
-/// prefault can be recorded. It has no clock either: when a recording ends, other than by being full, is up to whoever makes
-/// it.
+/// A recording is made of demand faults, so it lacks pages that were installed before the fork touched them: only a
+/// fork without prefault can be recorded. It has no clock: unless it is full, its maker decides when it ends.
 ///
-/// It takes a bit for each page of the template, and 4 bytes for each page that was touched.
+/// It takes one bit for each page of the template, and 4 bytes for each page that was touched.
 pub struct Recording {
     template: ByteLen,
-    /// How many small pages the template has, as far as they are recorded.
+    /// The number of small pages of the template that can be recorded.
     pages: u32,
     seen: PageSet,
     /// Numbers of small pages within the template.
@@ -26,10 +25,10 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// The most pages that are recorded: 512 MiB of them. What a fork touches after so much is no working set any more.
+    /// The most pages that are recorded: 512 MiB. Pages that a fork touches after that are no working set any more.
     pub const MOST_PAGES: usize = 1 << 17;
 
-    /// The recording of a fork of a template of so many bytes, which has touched nothing yet.
+    /// Creates the recording of a fork of a template of `template` bytes. The fork has touched nothing yet.
     pub fn new(template: ByteLen) -> Self {
         // Pages are numbered with 32 bits: past 16 TiB nothing is recorded.
         let pages = u32::try_from(template.get() / PageSize::SMALLEST).unwrap_or(u32::MAX);
@@ -42,18 +41,18 @@ impl Recording {
         }
     }
 
-    /// Notes that its fork has ended before it did: what else the fork would have touched is not known.
+    /// Notes that the fork ended before its recording: the rest of its working set is not known.
     pub fn cut_short(&mut self) {
         self.is_cut_short = true;
     }
 
-    /// Whether its fork has ended before it did.
+    /// Returns `true` if the fork ended before its recording.
     pub fn is_cut_short(&self) -> bool {
         self.is_cut_short
     }
 
-    /// Notes that the small page at `at` was touched, and says whether there is room for another one. Again means nothing,
-    /// and neither does a page that the template has not.
+    /// Notes that the small page at `at` was touched. Returns `true` if there is room for another one. Ignores a page
+    /// that is recorded already, or that the template does not have.
     ///
     /// A larger page is pushed as all its small pages that are not known to be zeros.
     pub fn push(&mut self, at: TemplateOffset) -> bool {
@@ -73,12 +72,12 @@ impl Recording {
         self.template
     }
 
-    /// How many small pages were touched.
+    /// The number of small pages that were touched.
     pub fn len(&self) -> usize {
         self.order.len()
     }
 
-    /// Whether none was.
+    /// Returns `true` if no page was touched.
     pub fn is_empty(&self) -> bool {
         self.order.is_empty()
     }
@@ -89,7 +88,7 @@ impl Recording {
             .map(|page| TemplateOffset::new(u64::from(page) * PageSize::SMALLEST))
     }
 
-    /// The same by number.
+    /// The numbers of these pages, in the same order.
     pub(super) fn numbers(&self) -> impl ExactSizeIterator<Item = u32> + '_ {
         self.order.iter().copied()
     }

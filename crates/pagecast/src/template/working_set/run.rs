@@ -1,4 +1,4 @@
-//! The pages of a working set, put together for as few installs as its order allows.
+//! The pages of a working set, merged into as few runs as their order allows.
 
 use pagecast_uffd::ByteLen;
 
@@ -7,20 +7,20 @@ use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
 use crate::template::TemplateOffset;
 
-/// A run stays within so many small pages, aligned: 256 KiB, which is installed at the full speed of the kernel and holds up
-/// a demand fault for some tens of microseconds.
+/// The size of an aligned chunk, which no run crosses, in small pages. These 256 KiB are installed at the full speed of
+/// the kernel, and hold up a demand fault for some tens of microseconds.
 const CHUNK_PAGES: usize = 64;
 
 /// Consecutive small pages (4 KiB) of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Where the first of them begins.
+    /// The offset of the first page.
     pub at: TemplateOffset,
-    /// How many bytes they have: whole small pages, at least one.
+    /// The length in bytes: whole small pages, at least one.
     pub len: ByteLen,
 }
 
-/// Puts `entries` together: each page takes along those around it that are not yet in a run.
+/// Merges `entries` into runs: each page takes along its neighbours that are not yet in a run.
 pub(super) fn merged(entries: &[Entry]) -> Vec<Run> {
     let pages = entries.iter().map(|entry| entry.page as usize + 1).max().unwrap_or(0);
     let mut left = PageSet::new(pages);

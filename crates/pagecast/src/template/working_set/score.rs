@@ -1,47 +1,48 @@
-//! How well the prefaults of a template do.
+//! Scores of the prefaults of a template.
 
 use serde::Serialize;
 
-/// Fewer held-out pages than this tell too little.
+/// The fewest held-out pages that make a score meaningful.
 const ENOUGH: u64 = 64;
 
-/// Once so many held-out pages are counted, what was counted before counts half: it follows the workload.
+/// Once this many held-out pages are counted, older counts are halved, so that the score follows the workload.
 const MANY: u64 = 1024;
 
-/// A prefault of which less than one page in so many is used costs more than it saves: installing a page ahead takes between
-/// a fifth and a twentieth of what answering its fault does, but the memory of a page that nobody uses is lost for good.
+/// If less than one prefaulted page in this many is used, the prefault costs more than it saves. Installing a page
+/// ahead takes a fifth to a twentieth of the time of its fault. But the memory of an unused page is lost for
+/// good.
 const WORTH: u64 = 4;
 
-/// How well the prefault of one fork has foreseen its faults, while it was watched. Small pages (4 KiB).
+/// How well the prefault of one fork foresaw its faults, while it was watched. Counts small pages (4 KiB).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PrefaultTally {
-    /// In the working set.
+    /// Pages in the working set.
     pub planned: u64,
-    /// Those of them that were held out, to see whether they would be asked for.
+    /// Planned pages that were held out, to see whether the fork would touch them.
     pub held_out: u64,
-    /// Those of these that were asked for.
+    /// Held-out pages that the fork touched.
     pub held_out_used: u64,
-    /// To be installed ahead, and asked for before their turn had come.
+    /// Pages to be installed ahead that the fork touched before their turn came.
     pub late: u64,
-    /// Asked for, and not in the working set.
+    /// Touched pages that were not in the working set.
     pub missed: u64,
 }
 
 /// How well the prefaults of a template have done lately.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PrefaultScore {
-    /// How many forks this is about.
+    /// The number of forks in the score.
     pub forks: u64,
-    /// The part of what was installed ahead that was used, from 0 to 1: the held-out pages stand for all. `None` where too
-    /// little is known.
+    /// The fraction of prefaulted pages that was used, from 0 to 1: the held-out pages are the sample. `None` if too
+    /// few pages are counted.
     pub precision: Option<f64>,
-    /// The part of what was used that had been foreseen, from 0 to 1.
+    /// The fraction of used pages that had been foreseen, from 0 to 1.
     pub recall: Option<f64>,
-    /// Too little of it is used: forks get no working set ahead until there is another one.
+    /// Too few prefaulted pages are used: forks get no prefault until there is another working set.
     pub switched_off: bool,
 }
 
-/// Adds tallies up.
+/// The sum of tallies.
 #[derive(Debug, Default)]
 pub(in crate::template) struct Tallies {
     forks: u64,
@@ -83,7 +84,7 @@ impl Tallies {
         let float = |count: u64| count as f64;
         let enough = held_out >= ENOUGH;
         let precision = part(float(held_out_used), float(held_out)).filter(|_| enough);
-        // What was late is known to be used; of what was installed in time, the held-out pages tell the part.
+        // Late pages are known to be used. For pages installed in time, the held-out pages give the fraction.
         let foreseen = precision.map(|precision| {
             float(late) + float(held_out_used) + precision * float(planned.saturating_sub(held_out + late))
         });

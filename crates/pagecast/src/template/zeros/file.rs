@@ -1,12 +1,13 @@
 //! The zeros of a mem-file, kept beside it: `MEM-FILE.zeros`.
 //!
-//! The body of the file, after the head that all such files have (see the module `sidecar`), is a bit for each small page,
-//! that of the first page lowest in the first byte, in whole words of 8 bytes: set where the page is zeros.
+//! The body follows the head that all such files have (see the module `sidecar`). It has one bit for each small
+//! page, set if the page is zeros. The bit of the first page is the lowest of the first byte. The length is a multiple
+//! of 8 bytes.
 //!
-//! A bit that is wrong would be a wrong byte in a guest. So the map is taken only where nobody but the user we are, root, or
-//! the owner of the mem-file can have written it, and kept only where every later write to the mem-file shows in its
-//! [`KeptIdentity`]: its ctime must be further back than the clock of its file system is coarse, and nobody may have it open
-//! for writing, or mapped, since a write to a page that is dirty already does not change the ctime. A lease tells.
+//! A wrong bit would be a wrong byte in a guest. So the map is used only if no user but ours, root, or the owner of the
+//! mem-file can have written it. It is kept only if every later write to the mem-file changes its [`KeptIdentity`]. For
+//! this, the ctime must be older than one tick of the clock of its file system. Nor may a process have the file open or
+//! mapped for writing: a write to a dirty page does not change the ctime. A lease rules that out.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -22,11 +23,11 @@ const KIND: Kind = Kind {
     says: Says::Bytes,
 };
 
-/// The clock of a file system that counts time in nanoseconds ticks at least so often, even where the kernel ticks 100
+/// An upper bound of the clock tick of a file system with nanosecond time stamps, even if the kernel ticks only 100
 /// times a second.
 const FINE_TICK: Duration = Duration::from_millis(50);
 
-/// That of one that counts seconds, or two of them as FAT does.
+/// The same for time stamps in seconds, or in units of two seconds as on FAT.
 const COARSE_TICK: Duration = Duration::from_secs(2);
 
 /// Why the zeros of a mem-file were not kept.
@@ -36,10 +37,10 @@ pub enum KeepError {
     /// The mem-file cannot be read, or has changed.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// It was written so shortly before it was opened that the next write might leave no trace.
+    /// The mem-file was opened so soon after a write that the next write might leave no trace.
     #[error("the mem-file was written just before it was opened")]
     TooFresh,
-    /// Somebody may have the mem-file open or mapped for writing: there is no lease on it, or it is broken.
+    /// The mem-file may be open or mapped for writing: it has no lease, or a broken one.
     #[error("there is no lease on the mem-file, so it could be written unnoticed")]
     NotLeased,
     /// The map cannot be written beside it.
@@ -48,27 +49,27 @@ pub enum KeepError {
 }
 
 impl MemFile {
-    /// Where the zeros of the mem-file at this path are kept: beside it.
+    /// The path of the kept zeros of this mem-file: beside it.
     pub fn zeros_path_for(mem_file: &Path) -> PathBuf {
         KIND.path(mem_file)
     }
 
-    /// Keeps what is known of the zeros beside the mem-file, for whoever opens it next. For when all have been looked for:
-    /// nobody looks again for what this says nothing of. Takes a [lease](Self::lease) on the mem-file, since before the
-    /// search. Answers what they are kept for; where that changes, keep them again. Waits for the clock of the file system,
-    /// up to 50 ms as a rule, if the mem-file was linked just now.
+    /// Writes the known zeros beside the mem-file, for the next process that opens it. Call after the whole search:
+    /// pages missing from this file are not searched again. Needs a [lease](Self::lease) on the mem-file, taken before
+    /// the search. Returns the identity that the zeros are kept for; if that changes, keep them again. Waits for the
+    /// clock of the file system, usually up to 50 ms, if the mem-file was linked just now.
     ///
     /// # Errors
     ///
-    /// [`KeepError`]; then they are found anew next time.
+    /// [`KeepError`]; the next process then has to search.
     pub fn keep_zeros(&self) -> Result<ContentIdentity, KeepError> {
-        // A page that was read within the tick of the last write may have been written within it once more.
+        // A page read within the tick of the last write may have been written again within the same tick.
         if !is_old(self.opened_as(), self.opened()) {
             return Err(KeepError::TooFresh);
         }
-        // First of all, so that whatever is written later has another identity.
+        // Taken first, so that every later write changes the identity.
         let identity = *self.state()?.kept();
-        // A link of our own may be fresh, but nobody writes as long as there is a lease.
+        // Our own link may be fresh, but no process writes as long as there is a lease.
         if !wait_until_old(&identity) {
             return Err(KeepError::TooFresh);
         }
@@ -81,12 +82,12 @@ impl MemFile {
         Ok(content)
     }
 
-    /// Notes the zeros that were kept, where the mem-file's owner is `owner`.
+    /// Loads the kept zeros. `owner` is the owner of the mem-file.
     pub(in crate::template) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
         let pages = self.len().get() / PageSize::SMALLEST;
         let words = pages.div_ceil(u64::from(u64::BITS));
         if !self.has_sure_leases() {
-            // Nobody vouches for its ctime there, and none can have been kept there.
+            // The ctime cannot be relied upon there, and no map can have been kept.
             return Err(SidecarError::Missing);
         }
         let bytes = sidecar::read(&Self::zeros_path_for(self.path()), words * 8, Some(owner))?;
@@ -101,19 +102,19 @@ impl MemFile {
     }
 }
 
-/// How often the clock of a file system ticks at least, as far as the ctime tells.
+/// An upper bound of the clock tick of a file system, as far as the ctime shows.
 fn tick(identity: &KeptIdentity) -> Duration {
     if identity.is_coarse() { COARSE_TICK } else { FINE_TICK }
 }
 
-/// Whether a write at `then` or later gives a file another ctime than it has, and its mtime is not ahead of the clock, which
-/// would have been set back since.
+/// Returns `true` if a write at `then` or later changes the ctime of the file. Returns `false` if the mtime is ahead of
+/// the clock, which would have been set back since.
 fn is_old(identity: &KeptIdentity, then: SystemTime) -> bool {
     let last = identity.changed().max(identity.modified());
     then.duration_since(last).is_ok_and(|age| age > tick(identity))
 }
 
-/// Waits for a tick at most; `false` where the clock is wrong.
+/// Waits for a tick at most. Returns `false` if the clock is wrong.
 fn wait_until_old(identity: &KeptIdentity) -> bool {
     if !is_old(identity, SystemTime::now()) {
         std::thread::sleep(tick(identity) + Duration::from_millis(1));
@@ -139,7 +140,7 @@ mod tests {
         TemplateOffset::new(page * PageSize::SMALLEST)
     }
 
-    /// A mem-file of [`PAGES`] pages, every third of which has bytes, written some time ago.
+    /// A mem-file of [`PAGES`] pages, written some time ago. Every third page has bytes.
     fn mem_file() -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
@@ -152,7 +153,7 @@ mod tests {
         (dir, path)
     }
 
-    /// Waits until a mem-file is so old that its zeros can be kept.
+    /// Waits until a mem-file is old enough for its zeros to be kept.
     fn age(file: &File) {
         let identity = KeptIdentity::of(file).unwrap();
         while !is_old(&identity, SystemTime::now()) {
@@ -199,7 +200,7 @@ mod tests {
         let (searched, lease) = found(&path);
         let kept = searched.keep_zeros().unwrap();
         std::fs::hard_link(&path, dir.path().join("link")).unwrap();
-        // Until then they are those of another file.
+        // Until then the zeros are those of another file.
         assert!(matches!(
             MemFile::open(&path).unwrap().kept_zeros(),
             Err(SidecarError::Stale { .. })
@@ -227,7 +228,7 @@ mod tests {
         let (dir, path) = mem_file();
         let (searched, lease) = found(&path);
         drop(lease);
-        // Whoever writes to a page that they have mapped, and written to before, leaves no trace.
+        // A write to a mapped page that was written to before leaves no trace.
         assert!(matches!(searched.keep_zeros(), Err(KeepError::NotLeased)));
         // Nor are those of one that another has replaced.
         let (searched, _lease) = found(&path);
@@ -242,7 +243,7 @@ mod tests {
         let (_dir, path) = mem_file();
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[2], 0).unwrap();
-        // Nor where its mtime is set back.
+        // Nor if its mtime is set back.
         file.set_modified(SystemTime::now() - Duration::from_mins(1)).unwrap();
         let opened = MemFile::open(&path).unwrap();
         if opened.opened().duration_since(opened.opened_as().changed()).unwrap() < FINE_TICK {

@@ -1,4 +1,4 @@
-//! Which pages of a template are known to be zeros.
+//! The pages of a template that are known to be zeros.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,22 +13,22 @@ const SMALLEST: usize = PageSize::Small.as_usize();
 /// A small page of zeros, to compare with.
 static ZEROS: [u8; SMALLEST] = [0; SMALLEST];
 
-/// A bit for each small page (4 KiB) of a template: set where it is known to be zeros. Shared by all threads without a lock;
-/// a bit is only ever set, since templates do not change.
+/// One bit for each small page (4 KiB) of a template, set if the page is known to be zeros. Shared by all threads
+/// without a lock. A bit is only ever set, since templates do not change.
 #[derive(Debug)]
 pub struct ZeroMap {
     words: Box<[AtomicU64]>,
 }
 
 impl ZeroMap {
-    /// The map of a template of so many bytes, nothing known yet.
+    /// Creates the map of a template of `template` bytes, with nothing known yet.
     pub fn new(template: ByteLen) -> Self {
         let pages = template.get() / PageSize::SMALLEST;
         let words = (0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
         Self { words }
     }
 
-    /// Notes that the small pages lying wholly within these bytes are zeros.
+    /// Notes that the small pages wholly within these bytes are zeros.
     pub fn set(&self, at: TemplateOffset, len: ByteLen) {
         let first = at.get().div_ceil(PageSize::SMALLEST);
         let end = at.get().saturating_add(len.get()) / PageSize::SMALLEST;
@@ -40,7 +40,7 @@ impl ZeroMap {
         });
     }
 
-    /// Whether all these bytes are known to be zeros.
+    /// Returns `true` if all these bytes are known to be zeros.
     pub fn covers(&self, at: TemplateOffset, len: ByteLen) -> bool {
         let first = at.get() / PageSize::SMALLEST;
         let end = at.get().saturating_add(len.get()).div_ceil(PageSize::SMALLEST);
@@ -84,7 +84,7 @@ impl ZeroMap {
         })
     }
 
-    /// How many bytes are known to be zeros.
+    /// The number of bytes that are known to be zeros.
     pub fn known_bytes(&self) -> ByteLen {
         let pages: u64 = self
             .words
@@ -95,7 +95,7 @@ impl ZeroMap {
     }
 }
 
-/// The first bit at or after `from` that is set in the words that `word_at` tells, up to the first that it does not.
+/// The first set bit at or after `from`. `word_at` returns the words; the search ends at its first `None`.
 fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
     let mut index = usize::try_from(from / BITS).ok()?;
     let mut word = word_at(index)? & (u64::MAX << (from % BITS));
@@ -108,14 +108,14 @@ fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
 
 #[cfg(target_os = "linux")]
 impl ZeroMap {
-    /// The bits, that of the first page lowest in the first byte.
+    /// The bits as bytes. The bit of the first page is the lowest of the first byte.
     pub(super) fn to_le_bytes(&self) -> Vec<u8> {
         let words = self.words.iter().map(|word| word.load(Ordering::Relaxed).to_le_bytes());
         words.flatten().collect()
     }
 
-    /// Notes what [`to_le_bytes`](Self::to_le_bytes) of a map of the same template says, which has so many small pages.
-    /// `false` where it is of another one; then nothing is noted.
+    /// Adds the result of [`to_le_bytes`](Self::to_le_bytes) of a map of the same template, which has `pages` small
+    /// pages. Returns `false`, and adds nothing, if `bytes` is of a template of another size.
     pub(super) fn set_le_bytes(&self, bytes: &[u8], pages: u64) -> bool {
         let (words, rest) = bytes.as_chunks();
         let past_the_end =
@@ -130,7 +130,7 @@ impl ZeroMap {
     }
 }
 
-/// Calls `f` with each word that holds bits `first..end` and the mask of those bits, while it says `true`.
+/// Calls `f` with each word that holds bits `first..end` and the mask of those bits, until it returns `false`.
 fn for_each_word(first: u64, end: u64, mut f: impl FnMut(usize, u64) -> bool) -> bool {
     let mut at = first;
     while at < end {
@@ -148,15 +148,15 @@ fn for_each_word(first: u64, end: u64, mut f: impl FnMut(usize, u64) -> bool) ->
     true
 }
 
-/// Splits off the longest run of pages at the beginning of `bytes` that are all zeros or all not: whether they are zeros,
-/// and how many. `bytes` is at least one page long.
+/// Measures the longest run of pages at the beginning of `bytes` that are all zeros, or that all are not. Returns
+/// whether they are zeros, and how many. `bytes` is at least one page long.
 pub(crate) fn leading_zero_pages(bytes: &[u8], page_size: PageSize) -> (bool, usize) {
     let mut pages = bytes.chunks(page_size.as_usize()).map(is_zero);
     let first = pages.next().unwrap_or(true);
     (first, 1 + pages.take_while(|zero| *zero == first).count())
 }
 
-/// Whether all bytes are zeros. Stops at the first small page with another; most pages show one in their first bytes.
+/// Returns `true` if all bytes are zeros. Stops at the first small page with another byte; most pages have one early.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(SMALLEST).all(|page| Some(page) == ZEROS.get(..page.len()))
 }

@@ -1,11 +1,11 @@
-//! Which pages of a template are zeros.
+//! The pages of a template that are zeros.
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `map` | what is known so far: a bit for each page |
+//! | `map` | the pages known so far: one bit for each |
 //! | `search` | the search for the rest, in the background |
-//! | `runs` | the long runs, once all is known: what a fork can leave to the kernel |
-//! | `file` | how the map is kept beside a mem-file |
+//! | `runs` | the long runs, once all zeros are known: a fork can leave them to the kernel |
+//! | `file` | the map, kept beside a mem-file |
 
 #[cfg(target_os = "linux")]
 mod file;

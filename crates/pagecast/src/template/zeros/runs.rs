@@ -1,4 +1,4 @@
-//! Which runs of zeros of a template are worth giving back to the kernel.
+//! The runs of zeros of a template that are worth giving back to the kernel.
 
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ const MOST: usize = 512;
 #[derive(Clone, Debug)]
 pub struct ZeroRuns {
     runs: Arc<[Run]>,
-    /// The shortest part of one that is worth it, in pages.
+    /// The shortest part of a run that is worth giving back, in pages.
     shortest: usize,
 }
 
 impl ZeroRuns {
-    /// What of `zeros` is worth it.
+    /// Chooses the runs of `zeros` that are worth giving back.
     pub fn of(zeros: impl IntoIterator<Item = Run>) -> Self {
         Self::bounded(zeros, SHORTEST, MOST)
     }
@@ -38,19 +38,19 @@ impl ZeroRuns {
         }
     }
 
-    /// The run of this number, counted from the longest.
+    /// The run with this number; 0 is the longest.
     pub(crate) fn get(&self, number: usize) -> Option<Run> {
         self.runs.get(number).copied()
     }
 
-    /// The shortest part of a run that is worth it, in pages.
+    /// The shortest part of a run that is worth giving back, in pages.
     pub(crate) fn shortest(&self) -> usize {
         self.shortest
     }
 }
 
 impl Default for ZeroRuns {
-    /// None.
+    /// No runs.
     fn default() -> Self {
         Self::of([])
     }

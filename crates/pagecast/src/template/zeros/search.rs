@@ -1,4 +1,4 @@
-//! Looking for the zeros of a template, on a thread of its own.
+//! The search for the zeros of a template, on its own thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,34 +9,35 @@ use pagecast_uffd::ByteLen;
 use crate::template::live_source::LiveSource;
 use crate::template::{SourceError, TemplateOffset};
 
-/// How much is looked at in one go.
+/// How many bytes one step searches.
 const STEP_BYTES: u64 = 1 << 20;
 
-/// What is told of how a search in the background ended.
+/// Called with the result of a search in the background.
 type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 
-/// The search for the zeros of one template: one at a time, however many want to know, and none once all are known.
+/// The search for the zeros of one template. At most one runs at a time, for any number of callers; none once all are
+/// known.
 pub(in crate::template) struct ZeroSearch {
     shared: Arc<Shared>,
 }
 
-/// What the template and the searching threads share.
+/// The state that the template and the searching threads share.
 struct Shared {
     source: Arc<LiveSource>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Its progress is [`Progress::Done`], without the lock.
+    /// Whether the progress is [`Progress::Done`], readable without the lock.
     is_done: AtomicBool,
 }
 
 #[derive(Default)]
 struct State {
     progress: Progress,
-    /// Where the thread in the background has left off, for another one to go on.
+    /// Where the background thread has stopped, for another thread to continue.
     left_off: Option<u64>,
-    /// Who wants to know how it ends.
+    /// Called with the result.
     done: Vec<Done>,
-    /// The template was dropped: nobody needs the zeros any more.
+    /// The template was dropped: its zeros are not needed any more.
     closed: bool,
 }
 
@@ -45,19 +46,19 @@ enum Progress {
     #[default]
     Idle,
     Running(Urgency),
-    /// All are known.
+    /// All zeros are known.
     Done,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Urgency {
-    /// Nobody waits for it.
+    /// No caller waits for it.
     Background,
     Urgent,
 }
 
 impl ZeroSearch {
-    /// One that is over already where `all_are_known`.
+    /// Creates the search, already done if `all_are_known`.
     pub(in crate::template) fn new(source: &Arc<LiveSource>, all_are_known: bool) -> Self {
         let progress = if all_are_known { Progress::Done } else { Progress::Idle };
         Self {
@@ -73,15 +74,15 @@ impl ZeroSearch {
         }
     }
 
-    /// Looks for the zeros, or waits for who does so already, but no longer than `until`: the template may hang, and
-    /// whoever wants to know must not. The search itself goes on.
+    /// Starts the search, or joins the one that runs, and waits for its end, but no longer than `until`: the template
+    /// may hang, and the caller must not. The search itself continues.
     pub(in crate::template) fn run(&self, until: Instant) {
         let mut state = self.shared.lock();
         match state.progress {
             Progress::Idle if self.spawn(|shared| shared.look(0, Urgency::Urgent)) => {
                 state.progress = Progress::Running(Urgency::Urgent);
             }
-            // From here, because a thread inherits the weight of the one that makes it, and can only ever give it up.
+            // Started from here: a thread inherits the weight of its creator, and can only ever lower it.
             Progress::Running(Urgency::Background) if self.spawn(Shared::take_over) => {
                 state.progress = Progress::Running(Urgency::Urgent);
             }
@@ -92,7 +93,7 @@ impl ZeroSearch {
         self.wait(until);
     }
 
-    /// Looks for the zeros when there is nothing better to do, and says how that ended.
+    /// Searches at low priority, and calls `done` with the result.
     pub(in crate::template) fn run_in_background(&self, done: Done) {
         let mut state = self.shared.lock();
         match state.progress {
@@ -109,12 +110,12 @@ impl ZeroSearch {
         }
     }
 
-    /// Whether all zeros are known. Nobody else keeps this.
+    /// Returns `true` if all zeros are known. No other flag says so.
     pub(in crate::template) fn is_done(&self) -> bool {
         self.shared.is_done.load(Ordering::Acquire)
     }
 
-    /// Waits until nobody is looking; `false` where somebody still is.
+    /// Waits until no search runs. Returns `false` if one still runs at `until`.
     pub(in crate::template) fn wait(&self, until: Instant) -> bool {
         let mut state = self.shared.lock();
         while matches!(state.progress, Progress::Running(_)) {
@@ -132,7 +133,7 @@ impl ZeroSearch {
         true
     }
 
-    /// Searches on a thread of its own; `false` where there is none to be had.
+    /// Searches on a new thread. Returns `false` if the thread cannot be started.
     fn spawn(&self, search: fn(&Shared)) -> bool {
         let shared = Arc::clone(&self.shared);
         std::thread::Builder::new()
@@ -150,8 +151,7 @@ impl Drop for ZeroSearch {
 }
 
 impl Shared {
-    /// Whether the search ends at `at`: nobody needs the zeros any more, or another thread goes on from there because somebody
-    /// waits.
+    /// Returns `true` if the search ends at `at`: the template was dropped, or an urgent search takes over from there.
     fn ends_early(&self, at: u64, urgency: Urgency) -> bool {
         let mut state = self.lock();
         if state.closed {
@@ -167,7 +167,7 @@ impl Shared {
 
     fn finish(&self, result: &Result<(), SourceError>) {
         let mut state = self.lock();
-        // What cannot be read is counted as data; whoever needs it will say why.
+        // Pages that cannot be read count as data. A later read of them reports why.
         state.left_off = None;
         state.progress = if result.is_ok() { Progress::Done } else { Progress::Idle };
         self.is_done.store(result.is_ok(), Ordering::Release);
@@ -179,7 +179,7 @@ impl Shared {
         }
     }
 
-    /// Goes on where the thread in the background leaves off, if it does before it has come to the end.
+    /// Continues where the background thread stops, unless that thread finishes the search.
     fn take_over(&self) {
         let mut state = self.lock();
         let from = loop {
@@ -195,7 +195,7 @@ impl Shared {
         self.look(from, Urgency::Urgent);
     }
 
-    /// Looks at everything from `from` on, or in the background until somebody waits for it.
+    /// Searches from `from` to the end, unless the search [ends early](Self::ends_early).
     fn look(&self, from: u64, urgency: Urgency) {
         #[cfg(target_os = "linux")]
         if urgency == Urgency::Background {
@@ -231,10 +231,10 @@ mod tests {
 
     const STEPS: u64 = 4;
 
-    /// The number of a step, and who does it.
+    /// The number of a step, and its thread.
     type Step = (u64, std::thread::ThreadId);
 
-    /// A template that is looked at step by step: each says where and on which thread, then waits to be let go on.
+    /// A template whose search reports the place and the thread of each step, then waits for permission to continue.
     struct Stepped {
         steps: Mutex<(Sender<Step>, Receiver<bool>)>,
         zeros: ZeroMap,
@@ -286,7 +286,7 @@ mod tests {
         let (done, ended) = channel();
         template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
         let (first, background) = steps.recv().unwrap();
-        // Does not wait for it, but it should hurry.
+        // Does not wait for the search, but makes it urgent.
         template.find_zeros(Instant::now());
         go.send(true).unwrap();
         let (second, urgent) = steps.recv().unwrap();
@@ -298,7 +298,7 @@ mod tests {
         }
         go.send(true).unwrap();
         assert!(ended.recv().unwrap());
-        // Known by now, so nobody looks again.
+        // All zeros are known, so there is no second search.
         let (done, ended) = channel();
         template.find_zeros_in_background(move |result| done.send(result.is_ok()).unwrap());
         assert!(ended.recv().unwrap() && steps.try_recv().is_err());
