@@ -1,32 +1,36 @@
-//! Which backend a fork gets, and why.
+//! The choice of a fork's backend, with its reason.
 
 use pagecast::PageSize;
 use pagecast_client::Backend;
 
-/// What the choice depends on.
+/// The inputs of the choice.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts<'a> {
     /// The page size of the guest.
     pub(crate) page_size: PageSize,
-    /// Not known: neither the request that added the template nor the state file of the snapshot has it.
+    /// The page size is a guess: neither the request that added the template nor the state file of the snapshot has it.
     pub(crate) page_size_is_guess: bool,
-    /// Whether the template is a file, which a VMM could map.
+    /// Whether the template is a file that a VMM could map.
     pub(crate) has_file: bool,
-    /// The file system of the template, where it is not a local one.
+    /// The file system of the template, if it is remote.
     pub(crate) remote: Option<&'a str>,
-    /// What is wanted that can only be had where faults come to us.
+    /// The requested feature that needs `uffd`, if there is one.
     pub(crate) needs_faults: Option<&'a str>,
-    /// The field of the request that says something of a socket, which only `uffd` has.
+    /// The field of the request that concerns a socket, which only `uffd` has.
     pub(crate) of_socket: Option<&'a str>,
-    /// Whether a path for the memory file is asked for, which only `file` takes.
+    /// Whether the request has a path for the memory file, which only `file` has.
     pub(crate) of_file: bool,
 }
 
-/// What to do about a page size that is only guessed.
+/// Advice for a page size that is a guess.
 pub(crate) const GUESS: &str = "where Firecracker refuses the memory file because the snapshot has 2 MiB pages, add the \
                                 template again with page_size 2097152 (`--page-size 2M`)";
 
-/// A backend that is not `auto`, and why it is the one; or why it cannot be.
+/// Chooses a backend that is not `auto`, and returns it with the reason.
+///
+/// # Errors
+///
+/// Why the backend is not possible.
 pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, String), String> {
     let huge = facts.page_size != PageSize::Small;
     if let Some(what) = facts.needs_faults {
@@ -51,7 +55,7 @@ pub(crate) fn choose(wanted: Backend, facts: Facts<'_>) -> Result<(Backend, Stri
     }
 }
 
-/// What `auto` is, where either could be had.
+/// Chooses the backend for `auto`.
 fn best(facts: Facts<'_>) -> (Backend, String) {
     if !facts.has_file {
         return (Backend::Uffd, "the template is no file that a VMM could map".to_owned());
@@ -170,7 +174,7 @@ mod tests {
         let (backend, reason) = chosen(file);
         assert_eq!(backend, Backend::File);
         assert!(reason.contains("path"), "{reason}");
-        // Which then cannot be had, and whoever asked is told.
+        // `auto` then picks `uffd`, which refuses the path of the request.
         let huge = Facts {
             page_size: PageSize::Huge,
             ..file

@@ -155,7 +155,7 @@ impl Settings {
         })
     }
 
-    /// These settings, completed by `other`.
+    /// Returns these settings, with missing ones taken from `other`.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self {

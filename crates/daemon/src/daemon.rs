@@ -20,16 +20,16 @@ use crate::own_thread::{OwnThread, survive};
 use crate::run_dir::RunDir;
 use crate::service::Service;
 
-/// A daemon that runs. Dropping it stops its API at once; its forks are completed, or killed where that takes too long.
+/// A running daemon. Dropping it stops its API at once; its forks are completed, or killed if that takes too long.
 pub struct Daemon {
     service: Arc<Service>,
     tasks: JoinSet<()>,
-    /// Those that block.
+    /// Tasks that block.
     own_threads: Vec<OwnThread>,
 }
 
 impl Daemon {
-    /// Takes the run dir, finds what an earlier daemon has left there, and listens.
+    /// Locks the run dir, takes up the templates and forks of an earlier daemon, and listens.
     ///
     /// # Errors
     ///
@@ -51,7 +51,7 @@ impl Daemon {
         let (events, happened) = mpsc::channel();
         let runtime = tokio::runtime::Handle::current();
         let service = tokio::task::spawn_blocking(move || {
-            // Nobody listens any more only while we stop.
+            // The receiver is gone only while the daemon stops.
             Service::start_up(config, run_dir, runtime, move |event| drop(events.send(event)))
         })
         .await
@@ -70,7 +70,7 @@ impl Daemon {
             .map_err(|source| StartError::Thread { source })?;
 
         let path = service.run_dir().control_socket();
-        // Where others are allowed, each connection is asked who it is.
+        // If other users are allowed, the user of each connection is checked.
         let mode = if shared { 0o666 } else { 0o600 };
         let control = listen::bind(&path, mode).map_err(|source| StartError::Control { path, source })?;
         let api = Api {
@@ -108,30 +108,30 @@ impl Daemon {
         })
     }
 
-    /// Where its control socket is.
+    /// The path of its control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.service.run_dir().control_socket()
     }
 
-    /// What it does.
+    /// The service behind the API.
     #[cfg(test)]
     pub(crate) fn service(&self) -> &Arc<Service> {
         &self.service
     }
 
-    /// Completes all forks with `uffd`, so that their VMMs run on without a daemon; takes no new ones meanwhile. The API
-    /// answers until this daemon is dropped.
+    /// Completes all forks with `uffd`, so that their VMMs run on without a daemon. Refuses new forks meanwhile. The
+    /// API answers until this daemon is dropped.
     ///
     /// # Errors
     ///
-    /// [`CloseError`] where that does not fit into memory or takes longer than `timeout`: everything goes on.
+    /// [`CloseError`] if the forks do not fit into memory, or take longer than `timeout`. The daemon keeps serving.
     pub async fn close(&self, timeout: Duration) -> Result<(), CloseError> {
         self.service.set_closing(true);
         let service = Arc::clone(&self.service);
         let closed = off_the_runtime(move || service.server().close(timeout)).await;
         match closed {
             Ok(()) => self.service.forget_ended(),
-            // The page server goes on as before.
+            // The page server keeps serving.
             Err(CloseError::NotEnoughMemory { .. }) => self.service.set_closing(false),
             Err(_) => {}
         }
@@ -142,7 +142,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// [`CloseError::NotComplete`] where some have not died within `timeout`.
+    /// [`CloseError::NotComplete`] if some have not died within `timeout`.
     pub async fn kill(&self, timeout: Duration) -> Result<(), CloseError> {
         self.service.set_closing(true);
         let service = Arc::clone(&self.service);
@@ -151,7 +151,7 @@ impl Daemon {
         killed
     }
 
-    /// How many forks need the daemon: those with `uffd` that wait or are served.
+    /// Returns the number of forks that need the daemon: those with `uffd` that wait or are served.
     pub fn serving(&self) -> usize {
         let forks = self.service.registry().forks();
         forks.iter().filter(|fork| fork.needs_daemon()).count()
@@ -162,13 +162,13 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.tasks.abort_all();
         self.own_threads.clear();
-        // Forks of a template that is about to be written end first: its lease ends with us.
+        // Forks of a template that is about to be written end first: its lease ends with this process.
         for withdrawal in self.service.take_withdrawals() {
-            // A panic has been told on its thread.
+            // Its thread has logged a panic.
             let _ = withdrawal.join();
         }
         self.service.keep_all();
-        // Nobody answers there any more.
+        // The socket has no listener any more.
         let _ = std::fs::remove_file(self.control_socket());
     }
 }
@@ -180,8 +180,8 @@ async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 's
     }
 }
 
-/// Makes sure that VMMs can have a userfaultfd on this kernel. Whether *they* may is theirs to know, and we need none of our
-/// own.
+/// Checks that this kernel has userfaultfd. The daemon itself needs none, and whether a VMM may create one is not
+/// checked.
 fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
     let created = Uffd::create(UffdOptions {
         features: Features::empty(),
@@ -196,7 +196,7 @@ fn check_userfaultfd(backend: Backend) -> Result<(), StartError> {
             Ok(())
         }
         Errno::NOSYS => Err(StartError::NoUserfaultfd),
-        // We may not.
+        // The kernel has it, but this process may not create one.
         _ => Ok(()),
     }
 }

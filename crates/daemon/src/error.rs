@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use crate::config::ConfigError;
 use crate::run_dir::RunDirError;
 
-/// Why a daemon does not start. Each says what to do about it.
+/// Why a daemon does not start. Each message says how to fix it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// The configuration.
+    /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The run dir.
+    /// The run dir cannot be used.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
     /// The kernel has no userfaultfd.
@@ -23,38 +23,38 @@ pub enum StartError {
          forks with --backend file"
     )]
     NoUserfaultfd,
-    /// The page server.
+    /// The page server cannot start.
     #[error("the page server cannot start")]
     Server(#[source] pagecast::server::Error),
-    /// A thread.
+    /// A thread cannot start.
     #[error("a thread cannot start")]
     Thread {
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// What an earlier daemon has kept.
+    /// The state of an earlier daemon cannot be read.
     #[error("the state of an earlier daemon in the run dir cannot be read")]
     State {
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The control socket.
+    /// The control socket cannot be bound.
     #[error("cannot listen at {}", path.display())]
     Control {
-        /// Where.
+        /// Its path.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The address of the metrics.
+    /// The address of the metrics cannot be bound.
     #[error("cannot serve metrics on {addr}: choose another --metrics-addr")]
     Metrics {
-        /// Which.
+        /// The address.
         addr: SocketAddr,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },

@@ -1,6 +1,6 @@
-//! Tells when processes exit, of any number on one thread.
+//! Notices when processes exit, on one thread for any number of them.
 //!
-//! Not with the runtime's `AsyncFd`, whose constructors are unsafe: this is one `epoll` of pidfds.
+//! Uses one `epoll` of pidfds. The runtime's `AsyncFd` has unsafe constructors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,13 +16,13 @@ use tracing::error;
 use crate::own_thread::survive;
 use crate::vmm_process::VmmProcess;
 
-/// What is done when a process has exited. On the watching thread: it must not wait for anything.
+/// Called when a process has exited, on the watching thread. Must not block.
 type OnExit = Box<dyn FnOnce() + Send>;
 
-/// How many exits are taken at once.
+/// Most exits that one `epoll_wait` returns.
 const EVENTS: usize = 64;
 
-/// Not the number of a process.
+/// The event data of the stop eventfd. No process has this number.
 const STOP: u64 = u64::MAX;
 
 /// Watches processes until it is dropped.
@@ -63,9 +63,9 @@ impl ExitWatch {
         })
     }
 
-    /// Calls `on_exit` once the process has exited, at once where it has already.
+    /// Calls `on_exit` when the process exits; at once if it has already.
     pub(crate) fn add(&self, vmm: &Arc<VmmProcess>, on_exit: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        // Held until it is in both, so that an exit finds it.
+        // Held until `epoll` and the map both have the process, so that its exit is not lost.
         let mut watched = self.shared.watched();
         let number = watched.next;
         epoll::add(&self.shared.epoll, vmm, EventData::new_u64(number), EventFlags::IN)?;
@@ -96,7 +96,7 @@ impl Shared {
                 }
                 let exited = self.watched().processes.remove(&number);
                 if let Some((vmm, on_exit)) = exited {
-                    // A pidfd stays readable.
+                    // Removed, since the pidfd of an exited process stays readable.
                     let _ = epoll::delete(&self.epoll, &vmm);
                     survive("exits", on_exit);
                 }
@@ -110,7 +110,7 @@ impl Drop for ExitWatch {
         // Writing 1 to an eventfd of 0 cannot fail.
         let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take()
-            // What is done on exit may hold the last handle on this.
+            // `on_exit` may drop the last handle of this on the thread itself.
             && thread.thread().id() != std::thread::current().id()
         {
             let _ = thread.join();

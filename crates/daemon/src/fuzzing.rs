@@ -1,4 +1,4 @@
-//! What `pagecast-fuzz` calls and is private, as functions of bytes.
+//! Private parsers that `pagecast-fuzz` calls, as functions of bytes.
 
 use pagecast_client::ApiError;
 use serde::de::DeserializeOwned;
@@ -11,25 +11,25 @@ use crate::run_dir::{decode, encode};
 ///
 /// # Errors
 ///
-/// The status and error that are answered.
+/// The status and error of the response.
 pub fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (u16, ApiError)> {
     crate::api::body(bytes)
 }
 
-/// Reads what is saved of a template, and writes it again.
+/// Parses the saved record of a template, and serializes it again.
 ///
 /// # Errors
 ///
-/// It cannot be read.
+/// The record cannot be parsed.
 pub fn saved_template(bytes: &[u8]) -> serde_json::Result<Vec<u8>> {
     encode(&decode::<SavedTemplate>(bytes)?)
 }
 
-/// Reads what is saved of a fork, and writes it again.
+/// Parses the saved record of a fork, and serializes it again.
 ///
 /// # Errors
 ///
-/// It cannot be read.
+/// The record cannot be parsed.
 pub fn saved_fork(bytes: &[u8]) -> serde_json::Result<Vec<u8>> {
     encode(&decode::<SavedFork>(bytes)?)
 }

@@ -1,4 +1,4 @@
-//! Which file a file is, by whatever path it is found.
+//! The identity of a file, independent of its path.
 
 use std::fmt;
 use std::os::fd::AsFd;
@@ -6,10 +6,10 @@ use std::os::fd::AsFd;
 use rustix::fs::Stat;
 use serde::{Deserialize, Serialize};
 
-/// Device and inode number: the same for all links, mounts and file descriptors of one file, and for no other file as long
-/// as that one exists.
+/// Device and inode number: the same for all links, mounts and file descriptors of one file. No other file has them
+/// while that file exists.
 ///
-/// The device may get another number when the host restarts, so what is persisted holds until then.
+/// The device number may change when the host restarts, so a saved identity is valid until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct InodeId {
     /// The device, as `st_dev` has it.
@@ -19,7 +19,7 @@ pub(crate) struct InodeId {
 }
 
 impl InodeId {
-    /// The file that is open as `file`.
+    /// Returns the identity of the open file `file`.
     ///
     /// # Errors
     ///
@@ -28,7 +28,7 @@ impl InodeId {
         Ok(Self::of_stat(&rustix::fs::fstat(file)?))
     }
 
-    /// The file that `stat` tells of.
+    /// Returns the identity of the file that `stat` describes.
     pub(crate) fn of_stat(stat: &Stat) -> Self {
         Self {
             device: stat.st_dev,

@@ -1,4 +1,4 @@
-//! Paths of processes that have another root directory than we have, such as those that Firecracker's jailer starts.
+//! Paths of processes with another root directory than the daemon's, such as those that Firecracker's jailer starts.
 
 use std::path::Path;
 
@@ -6,14 +6,14 @@ use pagecast::proc_files::path_in_maps;
 
 use crate::inode::InodeId;
 
-/// Whether a process has opened the file at `place`, if `mapped` is the path that `/proc/PID/maps` tells: that starts at the
-/// root directory of the process, and is as the kernel writes it. `place` need not exist any more.
+/// Returns `true` if the process has opened the file at `place`. `mapped` is the path in its `/proc/PID/maps`, which
+/// starts at the root directory of the process, and is escaped by the kernel. `place` need not exist any more.
 pub(crate) fn is_at(pid: i32, mapped: &Path, place: &Path) -> bool {
     if mapped == path_in_maps(place) {
         return true;
     }
     let of = |path: &Path| rustix::fs::stat(path).map(|stat| InodeId::of_stat(&stat));
-    // The folder above `place` from which on it is `mapped`, if there is one.
+    // The folder above `place` that has to be the root directory for `mapped` to be `place`, if there is one.
     let is_root = |root: &&Path| {
         let below = place.strip_prefix(root).map(|below| Path::new("/").join(below));
         below.is_ok_and(|below| mapped == path_in_maps(&below))
@@ -44,7 +44,7 @@ mod tests {
     #[test]
     fn the_end_of_a_place_is_not_enough() {
         let folder = tempfile::tempdir().unwrap();
-        // The root directory of this process is another one.
+        // This folder is not the root directory of this process.
         assert!(!is_at(own(), Path::new("/mem"), &folder.path().join("mem")));
         assert!(!is_at(own(), Path::new(""), &folder.path().join("mem")));
         assert!(!is_at(own(), Path::new("mem"), &folder.path().join("mem")));

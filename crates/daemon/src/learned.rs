@@ -1,6 +1,6 @@
-//! What is learned of a template and kept beside its memory file: its zeros, and the working set of its forks.
+//! Data learned about a template and kept beside its memory file: its zeros, and the working set of its forks.
 //!
-//! Neither is needed. What is not there, or cannot be used or kept, is a line in the log, and found or recorded anew.
+//! Neither is needed. If a file is missing, or cannot be used or saved, its data is searched for or recorded again.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use crate::fork::Fork;
 use crate::local_file::LocalFile;
 use crate::template::Template;
 
-/// Takes up what is kept of a template that was added or found again, and looks for the rest of its zeros.
+/// Loads the saved data of a template that was added or taken up, and searches for the rest of its zeros.
 pub(crate) fn take_up(template: &Arc<Template>) {
     if let Some(file) = &template.file {
         take_up_beside(template, file);
@@ -34,7 +34,7 @@ pub(crate) fn take_up(template: &Arc<Template>) {
     });
 }
 
-/// Takes up what is kept beside a memory file.
+/// Loads the data saved beside a memory file.
 fn take_up_beside(template: &Arc<Template>, file: &LocalFile) {
     let content = file.mem_file.content();
     let set_path = WorkingSet::path_for(file.path());
@@ -44,7 +44,7 @@ fn take_up_beside(template: &Arc<Template>, file: &LocalFile) {
     }
     match file.mem_file.kept_zeros() {
         Ok(()) => {
-            // A link or permissions of ours may have come since, and have changed its ctime.
+            // The daemon may have linked or protected the file since, which changes its ctime.
             *zeros_kept(file) = Some(content);
             keep_in_background(template, file);
         }
@@ -52,7 +52,7 @@ fn take_up_beside(template: &Arc<Template>, file: &LocalFile) {
     }
 }
 
-/// Keeps the zeros of a template beside its memory file, for the file as it is now. Nothing is written where they are there
+/// Saves the zeros of a template beside its memory file, for the file as it is now. Writes nothing if they are saved
 /// already. Waits for the disk, and for a tick of the file system's clock if the file was linked just now.
 pub(crate) fn keep(template: &Template) {
     let Some(file) = &template.file else { return };
@@ -67,7 +67,7 @@ pub(crate) fn keep(template: &Template) {
             *kept_as = Some(identity);
             debug!(template = %name, "its zeros are kept beside the memory file");
         }
-        // Nothing is wrong.
+        // These errors are expected.
         Err(error @ (KeepError::TooFresh | KeepError::NotLeased)) => {
             debug!(template = %name, why = chain(&error), "its zeros are not kept beside the memory file, and will be searched for again");
         }
@@ -77,7 +77,7 @@ pub(crate) fn keep(template: &Template) {
     }
 }
 
-/// The same on a thread of its own, unless there is nothing to do.
+/// Calls [`keep`] on a thread of its own, if the file has changed its identity.
 fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
     let content = file.mem_file.content();
     if file.mem_file.state().is_ok_and(|now| now.content() == content) {
@@ -97,14 +97,14 @@ fn keep_in_background(template: &Arc<Template>, file: &LocalFile) {
 }
 
 fn zeros_kept(file: &LocalFile) -> MutexGuard<'_, Option<ContentIdentity>> {
-    // What is there is right, whatever becomes of who holds it.
+    // The value is right even if a thread panicked with the lock held.
     file.zeros_kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Learns from what a fork has touched, and keeps it. May wait for the disk.
+/// Adds a fork's recording to the working set, and saves that. May wait for the disk.
 pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let template = &fork.template;
-    // One after the other: each goes on from what the one before has learned.
+    // One at a time: each adds to the result of the one before.
     let _one = template.learning.lock().unwrap_or_else(PoisonError::into_inner);
     let recorded_bytes = recording.len() as u64 * PageSize::SMALLEST;
     let set = match template.pages.working_set() {
@@ -126,7 +126,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         None => WorkingSet::of(recording),
     };
     let name = &template.name;
-    // Of a file that has changed nothing is worth keeping, and what is kept there may be of the new one.
+    // Nothing is saved for a changed file: the saved data there may be that of the new content.
     let kept = match &template.file {
         Some(file) if template.check().is_ok() => match file.mem_file.state() {
             Ok(now) => set.save(&WorkingSet::path_for(file.path()), &now.content()),
@@ -135,7 +135,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
         _ => Ok(()),
     };
     let (size_bytes, recordings) = (set.size().get(), set.recordings());
-    // Once it is kept: who sees it finds it again after a crash.
+    // Set after saving, so that a working set that was seen survives a crash.
     template.pages.set_working_set(Some(Arc::new(set)));
     template.told_switched_off.store(false, Ordering::Relaxed);
     // Stored last: a thread that sees this finds all of the above.
@@ -156,7 +156,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     );
 }
 
-/// Says that the working set of a template does so badly that forks are not given it any more, once.
+/// Logs once that the working set of a template is switched off, since forks use too little of it.
 pub(crate) fn tell_switched_off(template: &Template) {
     let score = template.pages.prefault_score();
     if score.switched_off && !template.told_switched_off.swap(true, Ordering::Relaxed) {
@@ -170,7 +170,7 @@ pub(crate) fn tell_switched_off(template: &Template) {
     }
 }
 
-/// Says why something that is kept is not used, where there is something.
+/// Logs why saved data is not used, if there is any.
 fn not_used(template: &Template, what: &str, path: &std::path::Path, error: &SidecarError) {
     if !matches!(error, SidecarError::Missing) {
         warn!(

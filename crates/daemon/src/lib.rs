@@ -4,23 +4,24 @@
 //! | --- | --- |
 //! | `serve` | a daemon in a process of its own |
 //! | `daemon` | start and stop |
-//! | `config` | what can be set |
+//! | `config` | settings, from a file and from flags |
 //! | `api` | HTTP: calls, bodies, statuses, connections |
-//! | `service` | what the calls do |
-//! | `template`, `fork` | what there is |
-//! | `validity` | whether a template is still what it was |
-//! | `learned` | what is learned of a template, and kept beside its memory file |
-//! | `backend` | which backend a fork gets, and why |
+//! | `service` | the calls, without HTTP |
+//! | `template`, `fork` | a template that was added, a fork that was created |
+//! | `validity` | whether a template has changed |
+//! | `learned` | zeros and working set of a template, saved beside its memory file |
+//! | `local_file` | the memory file of a template |
+//! | `backend` | the choice of a fork's backend, with its reason |
 //! | `warmth` | templates in memory ahead of their forks |
-//! | `placement`, `protection` | what is done to a memory file, and undone |
+//! | `placement`, `protection` | links, mounts and permissions of a memory file, set and undone |
 //! | `ownership` | owner and mode of a memory file |
-//! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes, their end, and what they cost |
-//! | `vmstate` | what the state file of a snapshot says of its pages |
-//! | `run_dir` | what is kept |
-//! | `own_thread` | tasks that block |
-//! | `metrics`, `requests`, `logging` | what is told |
+//! | `vmm_process`, `exit_watch`, `process_memory` | VMMs as processes: their identity, exit and memory use |
+//! | `vmstate` | the page size of a guest, from the state file of its snapshot |
+//! | `run_dir` | the folder with all state of a daemon |
+//! | `own_thread` | tasks that block, and panics in tasks |
+//! | `metrics`, `requests`, `logging` | metrics, counts of API calls, log lines |
 //!
-//! Nothing of this is on the fault path: that is in the library, on threads of its own.
+//! None of this is on the fault path, which is in the crate `pagecast`, on threads of its own.
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
 

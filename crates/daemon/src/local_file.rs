@@ -1,6 +1,7 @@
-//! The memory file of a template, and what is done to it for as long as it is one.
+//! The memory file of a template, and the changes to it that last as long as the template.
 //!
-//! All that only a file on this host has is here: a path, an inode, a lease, owner and mode, protection, placement, warmth.
+//! This holds all properties that only a file on this host has: path, inode, lease, owner and mode, protection,
+//! placement, warmth.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -19,19 +20,19 @@ use crate::protection::Applied;
 use crate::run_dir::{RunDir, Saved};
 use crate::warmth::Warmth;
 
-/// What was asked for when a template was added, from wherever its pages come.
+/// The request with which a template was added, for any source of pages.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Spec {
     pub(crate) vmstate_path: Option<PathBuf>,
     /// In bytes.
     pub(crate) page_size: u64,
-    /// Nobody has said the page size, neither who asked nor the state file of the snapshot.
+    /// The page size is a guess: neither the request nor the state file of the snapshot has it.
     #[serde(default)]
     pub(crate) page_size_is_guess: bool,
 }
 
 impl PartialEq for Spec {
-    /// Whether they ask for the same template. How the page size is known makes no other one of it.
+    /// Returns `true` if both request the same template. A guessed page size equals a given one.
     fn eq(&self, other: &Self) -> bool {
         (&self.vmstate_path, self.page_size) == (&other.vmstate_path, other.page_size)
     }
@@ -39,12 +40,12 @@ impl PartialEq for Spec {
 
 impl Spec {
     pub(crate) fn page_size(&self) -> PageSize {
-        // Checked where it came in.
+        // Checked when the request was parsed.
         PageSize::from_bytes(self.page_size).unwrap_or(PageSize::Small)
     }
 }
 
-/// What was asked for when a memory file was added as a template, and is asked for again to get the same one.
+/// The request with which a memory file was added. An equal request returns the same template.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct FileSpec {
     #[serde(flatten)]
@@ -56,19 +57,19 @@ pub(crate) struct FileSpec {
 /// The memory file of a template.
 pub(crate) struct LocalFile {
     pub(crate) mem_file: Arc<MemFile>,
-    /// How it was asked to be protected.
+    /// The requested protection.
     pub(crate) protect: Protection,
-    /// How it was protected, to be undone.
+    /// The protection that was applied, and is undone at the end.
     pub(crate) protection: Applied,
-    /// Where forks with `file` find it; its own path if it could not be placed anywhere else.
+    /// The path for forks with `file`; `None` if the file could not be placed, and its own path is used.
     pub(crate) placement: Option<Placement>,
-    /// How far it is in memory ahead of its forks.
+    /// How far it was read into memory ahead of its forks.
     pub(crate) warmth: Warmth,
-    /// The content that its zeros were kept for beside it; `None` if they are not. Held while they are.
+    /// The content that its zeros were saved for; `None` if they were not. Locked while they are being saved.
     pub(crate) zeros_kept: Mutex<Option<ContentIdentity>>,
-    /// Owner and mode when it was added, as far as that did not change them.
+    /// Owner and mode when it was added, before it was protected.
     ownership: Ownership,
-    /// In what they differ, as it was told last.
+    /// The difference that was reported last.
     told_ownership: Mutex<Option<String>>,
     lease: Mutex<Option<Lease>>,
     in_run_dir: Mutex<InRunDir>,
@@ -97,27 +98,27 @@ impl LocalFile {
         }
     }
 
-    /// The path that it was added with.
+    /// Returns the path that it was added with.
     pub(crate) fn path(&self) -> &Path {
         self.mem_file.path()
     }
 
-    /// The inode that is held, wherever its path leads by now.
+    /// Returns the inode of the open file, even if its path leads to another one by now.
     pub(crate) fn inode(&self) -> InodeId {
         self.mem_file.identity().inode().into()
     }
 
-    /// Where forks with `file` find it.
+    /// Returns the path for forks with `file`.
     pub(crate) fn path_for_forks(&self) -> &Path {
         self.placement.as_ref().map_or_else(|| self.path(), Placement::path)
     }
 
-    /// Keeps in the run dir what is to be known of its template after a restart, unless that is there already. `resident` if
-    /// it is to stay in memory; `None` for what was said last. Nothing is kept of a file that has changed.
+    /// Saves the record of its template in the run dir, unless that is there already. `resident` says whether the
+    /// template stays locked in memory; `None` keeps the last value. Saves nothing for a file that has changed.
     ///
     /// # Errors
     ///
-    /// It cannot be written; what was there before is there still.
+    /// The record cannot be written. The earlier one stays.
     pub(crate) fn save(&self, name: &str, spec: &Spec, run_dir: &RunDir, resident: Option<bool>) -> io::Result<()> {
         let mut there = self.in_run_dir();
         let Ok(state) = self.mem_file.state() else {
@@ -145,7 +146,7 @@ impl LocalFile {
         Ok(())
     }
 
-    /// From now on nothing is kept in the run dir.
+    /// Stops saving in the run dir.
     pub(crate) fn end_saving(&self) {
         self.in_run_dir().is_over = true;
     }
@@ -155,24 +156,24 @@ impl LocalFile {
         self.in_run_dir.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on nothing of it is kept in memory, and nothing more is kept of it in the run dir for that.
+    /// Unlocks it in memory for good. Requests to lock it are no longer saved in the run dir.
     pub(crate) fn end_warmth(&self) {
         let _asking = self.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
         self.warmth.end();
     }
 
-    /// Lets whoever waits to write the file go on.
+    /// Drops the lease, so that a process that waits to write the file continues.
     pub(crate) fn release_lease(&self) {
         drop(self.lease.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Whether somebody waits to write the file.
+    /// Returns `true` if a process waits to write the file.
     pub(crate) fn is_lease_broken(&self) -> bool {
         let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         lease.as_ref().is_some_and(Lease::is_broken)
     }
 
-    /// How changes are noticed.
+    /// Returns the way changes of the file are noticed.
     pub(crate) fn guard(&self) -> Guard {
         match &*self.lease.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(lease) if lease.is_sure() => Guard::Lease,
@@ -180,17 +181,17 @@ impl LocalFile {
         }
     }
 
-    /// Owner and mode when it was added.
+    /// Returns owner and mode when it was added.
     pub(crate) fn ownership(&self) -> Ownership {
         self.ownership
     }
 
-    /// In what owner and mode differ from those when it was added; `None` where they do not, or cannot be told.
+    /// Describes how owner and mode differ from those when it was added. `None` if they do not, or `fstat(2)` fails.
     pub(crate) fn ownership_change(&self) -> Option<String> {
         self.ownership.difference(&Ownership::of(self.mem_file.as_fd()).ok()?)
     }
 
-    /// The same, if it is not what this has answered the last time.
+    /// Returns the same, unless it equals the last result.
     pub(crate) fn new_ownership_change(&self) -> Option<String> {
         let change = self.ownership_change();
         let mut told = self.told_ownership.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,33 +203,34 @@ impl LocalFile {
     }
 }
 
-/// What is kept of a template with a file in the run dir, to be found again after a restart. Kept before anything is done to the
-/// memory file, so that it can be undone whatever happens in the middle.
+/// The record of a template with a file in the run dir, for the next daemon. Saved before the memory file is changed,
+/// so that any change can be undone after a crash.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedTemplate {
     pub(crate) spec: FileSpec,
     pub(crate) identity: SavedIdentity,
-    /// Owner and mode of the file; `None` where an earlier version has kept it.
+    /// Owner and mode of the file; `None` in a record of an earlier version.
     #[serde(default)]
     pub(crate) ownership: Option<Ownership>,
     pub(crate) protection: Applied,
     pub(crate) place: Option<Place>,
-    /// It is to stay in memory.
+    /// The template stays locked in memory.
     #[serde(default)]
     pub(crate) resident: bool,
 }
 
-/// What a memory file was when it was kept in the run dir.
+/// The identity of a memory file when its record was saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum SavedIdentity {
     State(FileState),
-    /// Kept by an older version, which did not look at the ctime.
+    /// Saved by an older version, without the ctime.
     Identity(Identity),
 }
 
 impl SavedIdentity {
-    /// In what the file was written since, if it is `now`. `is_explained` if something is known that explains another ctime.
+    /// Describes how the file differs from `now` if it was written since. `is_explained` if a change by the daemon
+    /// explains another ctime.
     pub(crate) fn written(&self, now: &FileState, is_explained: bool) -> Option<String> {
         match self {
             Self::State(state) => state.written(now, is_explained),
@@ -237,7 +239,7 @@ impl SavedIdentity {
     }
 }
 
-/// What is kept in the run dir.
+/// The state of the record in the run dir.
 #[derive(Debug, Default)]
 struct InRunDir {
     saved_as: Option<FileState>,
@@ -246,7 +248,7 @@ struct InRunDir {
     is_over: bool,
 }
 
-/// Where a memory file was put, or was about to be.
+/// The place where a memory file was put, or was about to be put.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Place {
@@ -255,7 +257,7 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// Takes away whatever is there of it.
+    /// Removes the placement, or the parts of it that exist.
     pub(crate) fn remove(&self) -> Result<Removal, PlaceError> {
         match self {
             Self::Planned(plan) => plan.undo(),

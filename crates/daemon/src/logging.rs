@@ -1,4 +1,4 @@
-//! Log lines on standard error: `docs/logs.md` lists them.
+//! Log lines on standard error. `docs/logs.md` lists them.
 
 use std::fmt;
 use std::io::Write;

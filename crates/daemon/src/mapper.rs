@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// What every script can use. `turn` lets the test look, and ends the process when the test is gone.
+/// Functions for every script. `turn` returns control to the test, and exits when the test has ended.
 const PRELUDE: &str = "
 import mmap, os, sys
 def turn():
@@ -26,12 +26,12 @@ pub(crate) struct Mapper {
 }
 
 impl Mapper {
-    /// Starts one and waits until its script takes its first turn.
+    /// Starts a process, and waits until its script first calls `turn`.
     pub(crate) fn start(script: &str, args: &[&str]) -> Self {
         Self::start_with(script, args)
     }
 
-    /// The same, with arguments that need not be UTF-8.
+    /// Does the same with arguments that need not be UTF-8.
     pub(crate) fn start_with(script: &str, args: &[impl AsRef<std::ffi::OsStr>]) -> Self {
         let mut child = Command::new("python3")
             .arg("-c")
@@ -50,19 +50,19 @@ impl Mapper {
         mapper
     }
 
-    /// One that maps a file privately, as a VMM does, and reads all of it.
+    /// Starts a process that maps a file privately, as a VMM does, and reads all of it.
     pub(crate) fn of_file(path: &std::path::Path) -> Self {
         let path = path.to_str().unwrap();
         Self::start("memory = map(sys.argv[1])\ntouch(memory)\nturn()", &[path])
     }
 
-    /// Lets it go on to its next turn.
+    /// Continues the script up to its next `turn`.
     pub(crate) fn next(&mut self) {
         self.go_on();
         self.wait();
     }
 
-    /// Lets it go on to whatever comes after its last turn.
+    /// Continues the script, and does not wait.
     pub(crate) fn go_on(&mut self) {
         writeln!(self.stdin).unwrap();
     }
@@ -77,12 +77,12 @@ impl Mapper {
         self.child.id().try_into().unwrap()
     }
 
-    /// Kills it; it stays a zombie.
+    /// Kills the process, which stays a zombie.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
     }
 
-    /// Kills and reaps it.
+    /// Kills and reaps the process.
     pub(crate) fn reap(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -91,7 +91,7 @@ impl Mapper {
 
 impl Drop for Mapper {
     fn drop(&mut self) {
-        // Where this fails it is dead and reaped already.
+        // These fail if the process is dead and reaped already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! A task on a thread of its own, and what a panic of a task comes to.
+//! Tasks on threads of their own, and the handling of panics in tasks.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,10 +8,10 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tracing::error;
 
-/// Does a part of a task that goes on whatever becomes of that part; `None` if it panics, which is logged.
+/// Runs one part of a task. Logs a panic in it and returns `None`, so that the task continues.
 ///
-/// For tasks that guard templates and forks: nobody else does what they do. No lock is left poisoned that is taken again as if
-/// nothing had happened: all that these tasks share stays true at every moment.
+/// For tasks that guard templates and forks, and must not end. Ignoring a poisoned lock afterwards is safe: the shared
+/// state of these tasks is consistent at every moment.
 pub(crate) fn survive<T>(task: &'static str, part: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(part))
         .map_err(|panic| {
@@ -27,15 +27,15 @@ pub(crate) fn survive<T>(task: &'static str, part: impl FnOnce() -> T) -> Option
         .ok()
 }
 
-/// A task that may block: the threads that the runtime has for that are for calls, and all of them may be waiting for
-/// somebody just then. Dropping this ends the task where it awaits something, and waits for that.
+/// A task that may block, on a thread of its own: API calls may occupy all blocking threads of the runtime. Dropping
+/// this stops the task at its next `await`, and waits for that.
 pub(crate) struct OwnThread {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl OwnThread {
-    /// Starts the task. Timers and the like are those of the runtime that this is called on.
+    /// Starts the task. It uses the timers of the current runtime.
     pub(crate) fn start(name: &str, task: impl Future<Output = ()> + Send + 'static) -> io::Result<Self> {
         let runtime = Handle::current();
         let (stop, stopped) = oneshot::channel();
@@ -60,7 +60,7 @@ impl Drop for OwnThread {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic has been told on its thread.
+            // Its thread has logged a panic.
             let _ = thread.join();
         }
     }

@@ -1,4 +1,4 @@
-//! Owner and mode of a memory file, which the owner of a hard link of it may change.
+//! Owner and mode of a memory file. The owner of a folder with a hard link of it may change them.
 
 use std::os::fd::AsFd;
 
@@ -14,7 +14,7 @@ pub(crate) struct Ownership {
 }
 
 impl Ownership {
-    /// Those of the file that is open as `file`.
+    /// Returns those of the open file `file`.
     ///
     /// # Errors
     ///
@@ -28,8 +28,8 @@ impl Ownership {
         })
     }
 
-    /// In what `now` differs; `None` if it does not. Write permissions that were taken away since do not count: pagecast does
-    /// that to protect a file.
+    /// Describes how `now` differs; `None` if it does not. Removed write permissions do not count, since the daemon
+    /// removes them to protect a file.
     pub(crate) fn difference(&self, now: &Self) -> Option<String> {
         let writable = (Mode::WUSR | Mode::WGRP | Mode::WOTH).bits();
         let mut differences = Vec::new();

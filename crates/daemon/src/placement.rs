@@ -1,19 +1,20 @@
-//! Puts the memory file of a template at a path where a VMM can open it: the same inode, never a copy, since another inode
-//! shares nothing.
+//! Puts the memory file of a template at a path where a VMM can open it. The inode is the same: a copy would share no
+//! page cache.
 //!
-//! Either a **hard link**, whose owner and mode are the template's, or a read-only **bind mount**, over that link or, where none
-//! can be made (another file system, an immutable file), over a new empty file. Nothing that exists is ever replaced, and only
-//! what is known to be ours is ever taken away.
+//! The path is a **hard link**, with the owner and mode of the template, or a read-only **bind mount**. The mount is
+//! over such a link, or over a new empty file if no link is possible (another file system, an immutable file). Existing
+//! files are never replaced, and only files and mounts made by the daemon are ever removed.
 //!
-//! Where others may own the folder ([`Prefer::Mount`]), the mount comes first: a `chown -R` of a jail changes the owner of the
-//! template through a link, and fails with `EROFS` through the mount.
+//! If another user may own the folder, a mount is preferred ([`Prefer::Mount`]). A `chown -R` of a jail changes the
+//! owner of the template through a link, and fails with `EROFS` through a mount.
 //!
-//! A bind mount is made in the mount namespace of this process. A VMM in another one sees it where mounts propagate there, or
-//! where its namespace is made afterwards, as Firecracker's jailer does; elsewhere it sees the link below.
+//! A bind mount is made in the mount namespace of this process. A VMM in another namespace sees it if mounts propagate
+//! there, or if that namespace is created later, as by Firecracker's jailer. Otherwise it sees the link below the
+//! mount.
 //!
-//! Placing is done in two steps, so that nothing is left behind by a process that is killed in between: [`Plan::new`]
-//! looks and changes nothing; write the plan down; [`Plan::carry_out`]; write down the [`Placement`] in its place.
-//! Both can be undone after they were read back.
+//! Placing takes two steps, so that a daemon killed between them leaves nothing behind. [`Plan::new`] changes nothing;
+//! save the plan; call [`Plan::carry_out`]; save the [`Placement`] in place of the plan. A loaded plan or placement can
+//! be undone.
 
 use std::ffi::OsString;
 use std::io;
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::inode::InodeId;
 
-/// A file could not be placed, or what was placed could not be taken away.
+/// Why a file could not be placed, or a placement not be removed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum PlaceError {
@@ -37,23 +38,23 @@ pub(crate) enum PlaceError {
         /// The path.
         path: PathBuf,
     },
-    /// The folder of the path is not there, or not ours to use.
+    /// The folder of the path does not exist, or this process may not use it.
     #[error("the folder of {} cannot be opened: {source}; create it first", path.display())]
     Folder {
         /// The path, with its last name.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Something is at the path, and is left there.
+    /// Another file is at the path, and was left there.
     #[error("{what} is already at {}; remove it, or request another path", path.display())]
     Exists {
         /// The path.
         path: PathBuf,
-        /// What is there.
+        /// The kind of file at the path.
         what: &'static str,
     },
-    /// Neither way works here.
+    /// Neither a link nor a mount is possible here.
     #[error(
         "at {}, neither a hard link ({}) nor a bind mount ({}) of the template is possible; use a path on the file system \
          of the template, or run with CAP_SYS_ADMIN",
@@ -62,36 +63,36 @@ pub(crate) enum PlaceError {
     Impossible {
         /// The path.
         path: PathBuf,
-        /// Why there is no hard link.
+        /// The error of the hard link.
         link: io::Error,
-        /// Why there is no bind mount.
+        /// The error of the bind mount.
         mount: io::Error,
     },
-    /// What is at the path after placing is not the template, or its folder is no longer the one that was looked at:
-    /// somebody else changes them at the same time.
+    /// The file at the path after placing is not the template, or the folder was replaced: another process changes them
+    /// at the same time.
     #[error("another process changes {} or its folder while the template is placed there; use another path", path.display())]
     Interfered {
         /// The path.
         path: PathBuf,
     },
-    /// The file given is not the one that the plan was made for.
+    /// The given file is not the one in the plan.
     #[error("{} was planned for {planned}, not for {given}", path.display())]
     OtherFile {
         /// The path.
         path: PathBuf,
-        /// The file of the plan.
+        /// The file in the plan.
         planned: InodeId,
-        /// The file given.
+        /// The given file.
         given: InodeId,
     },
-    /// Anything else.
+    /// Any other error.
     #[error("failed to {doing} {}: {source}", path.display())]
     Io {
-        /// What failed, as in "failed to …".
+        /// The failed operation, as in "failed to …".
         doing: &'static str,
         /// The path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -117,16 +118,16 @@ fn why_no_mount(error: &io::Error) -> String {
     }
 }
 
-/// Which way of placing a file is tried first. The other follows where that does not work.
+/// The way of placing a file that is tried first. The other is used if it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Prefer {
-    /// A hard link: for a folder that nobody but us uses.
+    /// A hard link, for a folder that only the daemon uses.
     Link,
-    /// A read-only bind mount: for a folder whose owner may change the owner and mode of all that is in it.
+    /// A read-only bind mount, for a folder whose owner may change the owner and mode of all files in it.
     Mount,
 }
 
-/// How a file was placed.
+/// The way a file was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum How {
@@ -134,23 +135,23 @@ pub(crate) enum How {
     HardLink,
     /// A read-only mount of the inode.
     BindMount {
-        /// What it hides: an empty file, or a hard link of the inode.
+        /// The file below the mount: an empty file, or a hard link of the inode.
         over: InodeId,
     },
 }
 
-/// What became of what was placed.
+/// The outcome of removing a placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Removal {
-    /// It was there, and is gone.
+    /// The placement was removed.
     Removed,
-    /// It was gone already.
+    /// It did not exist any more.
     Gone,
-    /// Something else is at the path, or in place of its folder, and was left there.
+    /// Another file is at the path, or the folder was replaced. Nothing was removed.
     NotOurs,
 }
 
-/// Where a file is to be placed, and which.
+/// A plan to place a file: path, folder and inode.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Plan {
     path: PathBuf,
@@ -158,7 +159,7 @@ pub(crate) struct Plan {
     template: InodeId,
 }
 
-/// A file that was placed. Dropping it changes nothing.
+/// A placed file. Dropping it changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "what was placed stays until it is removed"]
 pub(crate) struct Placement {
@@ -167,11 +168,11 @@ pub(crate) struct Placement {
 }
 
 impl Plan {
-    /// Looks whether `file` could be placed at the absolute path `at`, and changes nothing.
+    /// Checks that `file` could be placed at the absolute path `at`, and changes nothing.
     ///
     /// # Errors
     ///
-    /// The path is none, its folder is not there, or something is there already, be it a symbolic link.
+    /// The path is invalid, its folder does not exist, or a file or symbolic link is at the path already.
     pub(crate) fn new(file: BorrowedFd<'_>, at: &Path) -> Result<Self, PlaceError> {
         let no_path = || PlaceError::Path { path: at.to_owned() };
         if !at.is_absolute() || at.as_os_str().as_encoded_bytes().ends_with(b"/") {
@@ -191,11 +192,11 @@ impl Plan {
         }
     }
 
-    /// Places the file, which must be the one that the plan was made for. Nothing is left where this fails.
+    /// Places the file, which must be the one in the plan. Leaves nothing behind if that fails.
     ///
     /// # Errors
     ///
-    /// [`PlaceError`]: something is there by now, or it is not possible.
+    /// [`PlaceError`]: a file is at the path by now, or no link or mount is possible.
     pub(crate) fn carry_out(&self, file: BorrowedFd<'_>, prefer: Prefer) -> Result<Placement, PlaceError> {
         let spot = self.spot()?;
         let given = InodeId::of(file).map_err(|errno| spot.failed("look at", errno))?;
@@ -213,7 +214,7 @@ impl Plan {
             Ok(()) if prefer == Prefer::Mount => self.mount_over_link(&spot, file)?,
             Ok(()) => How::HardLink,
             Err(Errno::EXIST) => return Err(self.exists(&spot)),
-            // The template cannot be linked to here; another way may lead there.
+            // No link of the template is possible here, but a mount may be.
             Err(link @ (Errno::XDEV | Errno::PERM | Errno::MLINK | Errno::NOENT | Errno::OPNOTSUPP)) => {
                 let over = self.bind(&spot, file, link)?;
                 How::BindMount { over }
@@ -228,23 +229,23 @@ impl Plan {
         if there.is_some_and(|there| there.id == self.template) {
             return Ok(placement);
         }
-        // Nothing but what is known to be ours.
+        // Removes only a link or mount made by this call.
         placement.remove()?;
         Err(self.interfered())
     }
 
-    /// Takes away what [`carry_out`](Self::carry_out) may have left when it was killed in the middle. Where it was killed
-    /// between making an empty file and mounting on it, that file stays: it cannot be told from one of somebody else's.
+    /// Removes what an interrupted [`carry_out`](Self::carry_out) may have left. An empty file without a mount stays,
+    /// since it may belong to another process.
     ///
     /// # Errors
     ///
-    /// It is there and cannot be taken away.
+    /// The placement exists and cannot be removed.
     pub(crate) fn undo(&self) -> Result<Removal, PlaceError> {
         self.take_away(None)
     }
 
     fn spot(&self) -> Result<Spot<'_>, PlaceError> {
-        // `new` has seen to it that there is a name; what was read back may be anything.
+        // `new` checks that the path has a name; a loaded plan may have any path.
         let name = self.path.file_name().ok_or_else(|| PlaceError::Path {
             path: self.path.clone(),
         })?;
@@ -264,7 +265,7 @@ impl Plan {
         }
     }
 
-    /// Mounts `file` over a hard link of it. Where that is not possible, the link has to do.
+    /// Mounts `file` over a hard link of it. If that fails, the link remains the placement.
     fn mount_over_link(&self, spot: &Spot<'_>, file: BorrowedFd<'_>) -> Result<How, PlaceError> {
         let point = spot
             .open_what_is_there()
@@ -276,13 +277,13 @@ impl Plan {
         if spot.mount(file, &point, self.template).is_ok() {
             return Ok(How::BindMount { over: self.template });
         }
-        // What there is of the mount.
+        // Removes an unfinished mount.
         spot.unmount(self.template)
             .map_err(|errno| spot.failed("unmount", errno))?;
         Ok(How::HardLink)
     }
 
-    /// Mounts `file` over a new empty file, which is the answer.
+    /// Mounts `file` over a new empty file, and returns the inode of that.
     fn bind(&self, spot: &Spot<'_>, file: BorrowedFd<'_>, link: Errno) -> Result<InodeId, PlaceError> {
         let point = match spot.create() {
             Ok(point) => point,
@@ -296,7 +297,7 @@ impl Plan {
                 plan: self.clone(),
                 how: How::BindMount { over },
             };
-            // The mount, if there is one, and the empty file.
+            // Removes the mount, if there is one, and the empty file.
             placed.remove()?;
             return Err(PlaceError::Impossible {
                 path: self.path.clone(),
@@ -307,7 +308,7 @@ impl Plan {
         Ok(over)
     }
 
-    /// Takes away what is at the path, if it was placed there in this way, or in any way where that is not known.
+    /// Removes the placement at the path: one made in the way `how`, or in any way if that is `None`.
     fn take_away(&self, how: Option<How>) -> Result<Removal, PlaceError> {
         let spot = match self.spot() {
             Ok(spot) => spot,
@@ -345,7 +346,7 @@ impl Plan {
         let is_mount_point = if let Some(How::BindMount { over }) = how {
             below.id == over
         } else {
-            // Only we mount templates, and only over empty files and links of them.
+            // Only the daemon mounts templates, and only over empty files and links of them.
             let is_empty = below.kind == FileType::RegularFile && below.size == 0;
             was_mounted && (is_empty || below.id == self.template)
         };
@@ -358,17 +359,17 @@ impl Plan {
 }
 
 impl Placement {
-    /// Where the file was placed.
+    /// The path of the placed file.
     pub(crate) fn path(&self) -> &Path {
         &self.plan.path
     }
 
-    /// How it was placed.
+    /// The way it was placed.
     pub(crate) fn how(&self) -> How {
         self.how
     }
 
-    /// Whether this file is still there, placed in this way.
+    /// Returns `true` if `file` is still at the path, placed in this way.
     pub(crate) fn holds(&self, file: BorrowedFd<'_>) -> bool {
         let is_ours = |there: There| {
             there.id == self.plan.template && there.is_mount == matches!(self.how, How::BindMount { .. })
@@ -377,24 +378,25 @@ impl Placement {
         there.is_some_and(is_ours) && InodeId::of(file).is_ok_and(|given| given == self.plan.template)
     }
 
-    /// Takes it away. A VMM that has opened the file keeps it. What is not ours is left alone, and told.
+    /// Removes the placement. A VMM that has opened the file keeps it. Another file at the path is left alone, and
+    /// reported as [`Removal::NotOurs`].
     ///
     /// # Errors
     ///
-    /// It is there and cannot be taken away.
+    /// The placement exists and cannot be removed.
     pub(crate) fn remove(&self) -> Result<Removal, PlaceError> {
         self.plan.take_away(Some(self.how))
     }
 }
 
-/// A name in a folder that is held, so that whoever may rename folders above it cannot lead us elsewhere.
+/// A name in an open folder, so that renames of folders above it cannot redirect the path.
 struct Spot<'a> {
     path: &'a Path,
     folder: OwnedFd,
     name: OsString,
 }
 
-/// What is at a spot.
+/// The file at a spot.
 struct There {
     id: InodeId,
     kind: FileType,
@@ -436,7 +438,7 @@ impl<'a> Spot<'a> {
         }
     }
 
-    /// What is there; symbolic links are not followed, mounts are.
+    /// Returns the file at the spot, if any. Does not follow symbolic links, but sees mounts.
     fn look(&self) -> Result<Option<There>, Errno> {
         match self.open_what_is_there() {
             Ok(there) => Ok(Some(There::of(&there)?)),
@@ -450,34 +452,35 @@ impl<'a> Spot<'a> {
         rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty())
     }
 
-    /// Makes a hard link of exactly the file that is open. Never replaces anything.
+    /// Creates a hard link of the open file itself. Never replaces a file.
     fn link(&self, file: BorrowedFd<'_>) -> Result<(), Errno> {
         rustix::fs::linkat(CWD, path_of(file), &self.folder, &self.name, AtFlags::SYMLINK_FOLLOW)
     }
 
-    /// Makes an empty file. Never opens one that is there.
+    /// Creates an empty file. Never opens an existing one.
     fn create(&self) -> Result<OwnedFd, Errno> {
         let flags = OFlags::RDONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat(&self.folder, &self.name, flags, Mode::RUSR)
     }
 
-    /// Mounts exactly the file that is open over exactly the file that is open as `point`.
+    /// Mounts the open file itself over the open file `point`.
     fn mount(&self, file: BorrowedFd<'_>, point: &OwnedFd, template: InodeId) -> Result<(), Errno> {
         rustix::mount::mount_bind(path_of(file), path_of(point.as_fd()))?;
         let mounted = self.open_what_is_there()?;
         let there = There::of(&mounted)?;
         if there.id != template || !there.is_mount {
-            // Somebody has put something else there meanwhile.
+            // Another process has replaced the file at the path meanwhile.
             return Err(Errno::EXIST);
         }
-        // A bind mount starts with the flags of the mount that it is taken from: read-only needs a second call.
+        // A bind mount inherits the flags of its source mount, so read-only needs a second call.
         let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount_remount(path_of(mounted.as_fd()), flags, "")?;
-        // It has propagated as it was before, and does not change elsewhere. A copy of it propagates read-only.
+        // The mount has already propagated writable, and the remount does not propagate. A copy of it propagates
+        // read-only.
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let copy = match rustix::mount::open_tree(&mounted, "", flags) {
             Ok(copy) => copy,
-            // Before Linux 5.2.
+            // Linux before 5.2 has no `open_tree`.
             Err(Errno::NOSYS) => return Ok(()),
             Err(errno) => return Err(errno),
         };
@@ -486,14 +489,15 @@ impl<'a> Spot<'a> {
         rustix::mount::move_mount(&copy, "", point, "", flags)
     }
 
-    /// Unmounts the template, and nothing else; answers whether it was there. Whoever has it open keeps it.
+    /// Unmounts the template, and nothing else. Returns `false` if it was not mounted. Processes that have it open keep
+    /// it.
     fn unmount(&self, template: InodeId) -> Result<bool, Errno> {
         let mounted = self.open_what_is_there()?;
         let there = There::of(&mounted)?;
         if there.id != template || !there.is_mount {
             return Ok(false);
         }
-        // Through the descriptor, so that it is this mount whatever becomes of the path. It follows what is in /proc.
+        // Through the descriptor in `/proc`, so that renames of the path do not redirect it.
         rustix::mount::unmount(path_of(mounted.as_fd()), UnmountFlags::DETACH)?;
         Ok(true)
     }
@@ -519,7 +523,7 @@ impl There {
     }
 }
 
-/// A path that leads to exactly the file that is open, until it is closed.
+/// Returns a path to the open file itself, valid until it is closed.
 fn path_of(file: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }

@@ -1,10 +1,10 @@
-//! What the memory of a VMM costs.
+//! The memory use of a VMM.
 
 use pagecast_client::fork::ForkMemory;
 use procfs::process::{MemoryMap, Process};
 
-/// The memory of a process now, from `/proc/PID/smaps_rollup`; `None` where it has exited, has no memory of its own, or is
-/// not ours to look at. The process is held, so that this is not that of another one with its number.
+/// Returns the memory use of a process, from `/proc/PID/smaps_rollup`. `None` if it has exited, has no memory of its
+/// own, or may not be inspected. `process` is an open handle, so a reused pid is not mistaken for it.
 ///
 /// The kernel walks all page tables of the process, so this takes longer the more small pages are resident: measured on
 /// Linux 6.18, 0.15 ms for a small process, 0.7 ms with 64 MiB and 17 ms with 1 GiB of its own.
@@ -13,11 +13,12 @@ pub(crate) fn of_process(process: &Process) -> Option<ForkMemory> {
     rollup.iter().next().map(of_map)
 }
 
-/// The memory of one mapping, or of what stands for all of them. Adds the hugepages, which the kernel counts apart and in
-/// none of the other numbers.
+/// Returns the memory use of one mapping, or of the sum of all. Adds hugepages, which the kernel counts apart from all
+/// other fields.
 ///
-/// It does not say how many processes share a hugepage, only whether one does. Then it is two at least, so at most a half
-/// of it is this process's share, and that is taken. Private ones, such as those of guests, are exact.
+/// The kernel does not say how many processes share a hugepage, only whether it is shared. At least two processes share
+/// it, so half of it is counted, the most that can be this process's share. Private hugepages, such as those of guests,
+/// are exact.
 fn of_map(map: &MemoryMap) -> ForkMemory {
     let fields = &map.extension.map;
     let bytes = |name: &str| fields.get(name).copied().unwrap_or(0);
@@ -31,7 +32,7 @@ fn of_map(map: &MemoryMap) -> ForkMemory {
     }
 }
 
-/// Our own resident memory in bytes; `None` where it cannot be told.
+/// Returns the resident memory of this process in bytes; `None` if `/proc` cannot be read.
 pub(crate) fn own_rss() -> Option<u64> {
     let pages = Process::myself().ok()?.statm().ok()?.resident;
     Some(pages * procfs::page_size())
@@ -53,8 +54,8 @@ mod tests {
         of_process(&Process::new(pid).ok()?)
     }
 
-    /// What one mapping of a process costs, that of `path`. What a test says of this is exact: how much of the libraries
-    /// of a process is its own changes whenever another process with them starts or ends.
+    /// Returns the memory use of the mapping of `path`, which is exact. That of a whole process is not: its share of
+    /// libraries changes whenever another process with them starts or ends.
     #[track_caller]
     fn of_mapping(pid: i32, path: &str) -> ForkMemory {
         let maps = Process::new(pid).unwrap().smaps().unwrap();
@@ -63,7 +64,7 @@ mod tests {
         let ours: Vec<_> = maps.iter().filter(is_of_path).map(of_map).collect();
         let [of_mapping] = ours.try_into().expect("one mapping of the path");
         let rss = maps.iter().map(|map| of_map(map).rss).sum();
-        // Of the whole process, whatever others share with it.
+        // These hold for the whole process, however many others share its pages.
         let whole = of_pid(pid).unwrap();
         assert_eq!((whole.rss, whole.private + whole.shared), (rss, rss), "{whole:?}");
         assert!(whole.pss >= of_mapping.pss, "{whole:?}");
@@ -131,7 +132,7 @@ os.read(ready, 1)
 touch(shared)
 turn()";
         let mut mapper = Mapper::start(script, &[]);
-        // What the kernel calls anonymous hugepages: a file that nobody sees.
+        // The kernel's name for anonymous hugepages, which are an unlinked file.
         let path = "/anon_hugepage (deleted)";
         mapper.next();
         let private = ForkMemory {

@@ -1,13 +1,13 @@
-//! Protects the memory file of a template from being written while it is a template, and undoes it.
+//! Protects the memory file of a template from writes, and undoes that.
 //!
-//! Neither way changes when the file was last written, which is a part of its identity. And neither hinders whoever has it
-//! open for writing already, on most file systems: changes have to be noticed all the same.
+//! Neither way changes the mtime, which is a part of the file's identity. On most file systems neither stops a process
+//! that already has the file open for writing, so changes must still be noticed.
 //!
-//! Protecting is done in two steps, so that it can be undone after a process was killed in between: [`Applied::plan`]
-//! looks and changes nothing; write that down; [`Applied::enforce`].
+//! Protection takes two steps, so that it can be undone after a crash between them. [`Applied::plan`] changes nothing;
+//! save its result; then call [`Applied::enforce`].
 //!
-//! What was written down may be lost, as a run dir on tmpfs is when the host restarts. So the file itself has a [`Mark`] of what
-//! was changed, and the next template of it takes that over.
+//! The saved plan may be lost, for example a run dir on tmpfs when the host restarts. So a [`Mark`] on the file itself
+//! records the change, and the next template of the file takes it over.
 
 use std::fs::File;
 use std::io;
@@ -23,11 +23,11 @@ use tracing::warn;
 
 use crate::inode::InodeId;
 
-/// A file could not be protected, or that could not be undone.
+/// Why a file could not be protected, or its protection not be undone.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum ProtectError {
-    /// The mode of the file is not ours to change.
+    /// This process may not change the mode of the file.
     #[error(
         "the write permissions of the file cannot be changed: it is immutable, or belongs to another user; run as its \
          owner or with CAP_FOWNER, or do not protect it"
@@ -39,42 +39,42 @@ pub(crate) enum ProtectError {
          tmpfs"
     )]
     NoImmutableFlag,
-    /// The immutable flag is not ours to change.
+    /// This process may not change the immutable flag.
     #[error("the immutable flag cannot be changed without CAP_LINUX_IMMUTABLE; run with it, or protect it as readonly")]
     ImmutablePermission,
-    /// The file system is mounted read-only, here.
+    /// The file system is mounted read-only here.
     #[error("its file system is mounted read-only here; mount it writable, or do not protect it")]
     ReadOnlyFileSystem,
-    /// The file given is not the one that this is about.
+    /// The given file is not the protected one.
     #[error("the protected file was replaced: it is {given}, was {protected}")]
     OtherFile {
-        /// The file that this is about.
+        /// The protected file.
         protected: InodeId,
-        /// The file given.
+        /// The given file.
         given: InodeId,
     },
-    /// Anything else.
+    /// Any other error.
     #[error("failed to {doing} the file: {source}")]
     Io {
-        /// What failed, as in "failed to … the file".
+        /// The failed operation, as in "failed to … the file".
         doing: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// What became of a protection.
+/// The outcome of undoing a protection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Undone {
     /// The file is as it was before.
     Restored,
-    /// Somebody has changed the mode since, and that was left alone.
+    /// Another process has changed the mode since; the mode was left as it is.
     ChangedSince,
     /// The file is gone.
     Gone,
 }
 
-/// A protection of one file, with all that it takes to undo it. Dropping it changes nothing.
+/// The protection of one file, with all data that undoing needs. Dropping it changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "a protection stays until it is undone"]
 pub(crate) struct Applied {
@@ -82,28 +82,28 @@ pub(crate) struct Applied {
     change: Change,
 }
 
-/// What is changed.
+/// The change to the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Change {
     /// Nothing.
     None,
-    /// The permissions, from what they were before.
+    /// Write permissions are removed from the mode `mode_before`.
     Readonly { mode_before: u32 },
-    /// The immutable flag, unless it was there before.
+    /// The immutable flag is set, unless it was set before.
     Immutable { set_before: bool },
 }
 
 impl Applied {
-    /// Looks at what protecting `file` would change, and changes nothing.
+    /// Plans the protection of `file`, and changes nothing.
     ///
     /// # Errors
     ///
-    /// There is no such protection here.
+    /// [`ProtectError`]: this protection is not possible here.
     pub(crate) fn plan(file: BorrowedFd<'_>, protection: Protection) -> Result<Self, ProtectError> {
         let stat = rustix::fs::fstat(file).map_err(failed("look at"))?;
         let change = match (protection, left(file, &stat)) {
-            // What an earlier pagecast has done is ours to undo. It is enough for what is asked for.
+            // The protection that an earlier daemon left is taken over. It suffices for this request.
             (Protection::None | Protection::Readonly, Some(left))
             | (Protection::Immutable, Some(left @ Change::Immutable { .. })) => left,
             (Protection::None, None) => Change::None,
@@ -120,7 +120,7 @@ impl Applied {
         })
     }
 
-    /// Nothing is changed of the file.
+    /// Returns the plan without any change to the file.
     pub(crate) fn nothing(self) -> Self {
         Self {
             change: Change::None,
@@ -128,13 +128,13 @@ impl Applied {
         }
     }
 
-    /// Whether anything is changed of the file.
+    /// Returns `true` if the file is not changed.
     pub(crate) fn is_nothing(&self) -> bool {
         self.change == Change::None
     }
 
-    /// The same for a file that is protected already, as that of another template: whichever is undone last restores what
-    /// was before the first. `None` where the file is protected in another way.
+    /// Returns the plan for a file that `first` protects already, for another template. The plan that is undone last
+    /// restores the state before `first`. `None` if the two protections differ.
     pub(crate) fn beside(self, first: &Self) -> Option<Self> {
         use Change::{Immutable, Readonly};
         match (self.change, first.change) {
@@ -143,21 +143,21 @@ impl Applied {
         }
     }
 
-    /// Whether the file of this one is protected by `other` too.
+    /// Returns `true` if `other` protects the same file.
     pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
         self.file == other.file && !self.is_nothing() && !other.is_nothing()
     }
 
-    /// Whether the file can be neither linked nor its links be taken away.
+    /// Returns `true` if links of the file can be neither created nor removed.
     pub(crate) fn holds_links(&self) -> bool {
         matches!(self.change, Change::Immutable { .. })
     }
 
-    /// Protects the file, which must be the one that the plan was made for.
+    /// Protects the file, which must be the one in the plan.
     ///
     /// # Errors
     ///
-    /// [`ProtectError`], and then nothing was changed.
+    /// [`ProtectError`]; nothing was changed then.
     pub(crate) fn enforce(&self, file: BorrowedFd<'_>) -> Result<(), ProtectError> {
         self.check(file)?;
         let changed = match self.change {
@@ -167,7 +167,7 @@ impl Applied {
                 if before == before - writable() {
                     return Ok(());
                 }
-                // First: without write permissions, a file can have no mark any more.
+                // Marked first: a file without write permissions cannot be marked.
                 mark(file, self.change);
                 change_mode(file, before, before - writable())
             }
@@ -186,11 +186,11 @@ impl Applied {
         changed
     }
 
-    /// Undoes it. The mode is restored only if it still is what it was set to.
+    /// Undoes the protection. Restores the mode only if no other process has changed it since.
     ///
     /// # Errors
     ///
-    /// It is another file, or cannot be changed.
+    /// `file` is another file, or cannot be changed.
     pub(crate) fn undo(&self, file: BorrowedFd<'_>) -> Result<Undone, ProtectError> {
         self.check(file)?;
         match self.change {
@@ -219,13 +219,13 @@ impl Applied {
         Ok(Undone::Restored)
     }
 
-    /// Undoes it for the file at `path`, if that still is the one, for a protection that was read back.
+    /// Undoes a loaded protection for the file at `path`, if that is still the same file.
     ///
     /// # Errors
     ///
     /// As for [`undo`](Self::undo), or the file cannot be opened.
     pub(crate) fn undo_at(&self, path: &Path) -> Result<Undone, ProtectError> {
-        // What is there may be anything by now, also a fifo.
+        // The file at the path may have been replaced, even by a FIFO.
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = File::options()
             .read(true)
@@ -251,30 +251,30 @@ impl Applied {
     }
 }
 
-/// Where a file has its mark. That of the first name cannot be forged, and takes `CAP_SYS_ADMIN`.
+/// Names of the extended attribute that holds the mark. The first cannot be forged, and needs `CAP_SYS_ADMIN`.
 const MARKS: [&str; 2] = ["trusted.pagecast.protected", "user.pagecast.protected"];
 
-/// More than a mark has, in bytes.
+/// Buffer size for a mark, in bytes. No mark is that long.
 const MARK_BYTES: usize = 512;
 
-/// What is written at a file before it is changed: by what, so that a later daemon can undo it.
+/// The mark of a file, set before the change that it records, so that a later daemon can undo that.
 #[derive(Serialize, Deserialize)]
 struct Mark {
-    /// Of this inode. A copy of the file may have a copy of the mark.
+    /// The inode of the marked file. A copy of the file may have a copy of the mark.
     inode: u64,
-    /// Which was born then, in seconds and nanoseconds, where its file system knows.
+    /// Its birth time in seconds and nanoseconds, if its file system records that.
     born: Option<(i64, u32)>,
     change: Change,
 }
 
-/// When a file was born, where its file system knows.
+/// Returns the birth time of a file, if its file system records that.
 fn born(file: BorrowedFd<'_>) -> Option<(i64, u32)> {
     let statx = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok()?;
     let knows = StatxFlags::from_bits_retain(statx.stx_mask).contains(StatxFlags::BTIME);
     knows.then_some((statx.stx_btime.tv_sec, statx.stx_btime.tv_nsec))
 }
 
-/// Marks a file. Where that is not possible, what is in the run dir has to do.
+/// Marks a file. If that fails, only the run dir records the protection.
 fn mark(file: BorrowedFd<'_>, change: Change) {
     let marked = || -> io::Result<()> {
         let mark = Mark {
@@ -292,18 +292,18 @@ fn mark(file: BorrowedFd<'_>, change: Change) {
     }
 }
 
-/// Takes the mark away.
+/// Removes the mark.
 fn unmark(file: BorrowedFd<'_>) {
     for name in MARKS {
         match rustix::fs::fremovexattr(file, name) {
-            // Most file systems say so, too, where there are no such marks.
+            // Most file systems return one of these errors if there is no mark.
             Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM) => {}
             Err(errno) => warn!(%errno, name, "the mark of a memory file that is no longer protected stays"),
         }
     }
 }
 
-/// What an earlier pagecast has changed of a file, and has lost its note of.
+/// Returns the change that an earlier daemon has left on a file, if that daemon's record is lost.
 fn left(file: BorrowedFd<'_>, stat: &rustix::fs::Stat) -> Option<Change> {
     let mut bytes = [0; MARK_BYTES];
     let mark = MARKS.iter().find_map(|name| {
@@ -313,7 +313,7 @@ fn left(file: BorrowedFd<'_>, stat: &rustix::fs::Stat) -> Option<Change> {
     let is_of_this = mark.inode == stat.st_ino && mark.born == born(file);
     let is_there = match mark.change {
         Change::None => false,
-        // Nothing but write permissions is ever given back.
+        // Only write permissions are ever restored.
         Change::Readonly { mode_before } => {
             let before = Mode::from_bits_retain(mode_before);
             before != before - writable() && Mode::from_raw_mode(stat.st_mode) == before - writable()
@@ -325,19 +325,19 @@ fn left(file: BorrowedFd<'_>, stat: &rustix::fs::Stat) -> Option<Change> {
     (is_of_this && is_there).then_some(mark.change)
 }
 
-/// Whether an earlier pagecast has left a file protected, and has lost its note of that.
+/// Returns `true` if an earlier daemon has left a file protected, and its record is lost.
 pub(crate) fn is_left(file: BorrowedFd<'_>) -> bool {
     rustix::fs::fstat(file).is_ok_and(|stat| left(file, &stat).is_some())
 }
 
-/// The permissions that are taken away.
+/// Returns the permissions that protection removes.
 fn writable() -> Mode {
     Mode::WUSR | Mode::WGRP | Mode::WOTH
 }
 
 fn change_mode(file: BorrowedFd<'_>, from: Mode, to: Mode) -> Result<(), ProtectError> {
     if from == to {
-        // Nothing to ask permission for.
+        // Without a change, no permission is needed.
         return Ok(());
     }
     rustix::fs::fchmod(file, to).map_err(|errno| match errno {
@@ -431,14 +431,14 @@ mod tests {
 
     impl Drop for Template {
         fn drop(&mut self) {
-            // Of a test that failed, whose folder could not be removed.
+            // Left by a failed test: its folder could not be removed.
             if flags(self.file.as_fd()).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE)) {
                 self.set_immutable(false);
             }
         }
     }
 
-    /// A template on each kind of file system here that has an immutable flag: that of temporary files, and tmpfs.
+    /// Creates a template on each file system with an immutable flag here: that of temporary files, and tmpfs.
     fn templates_with_flag() -> Vec<Template> {
         let capabilities = rustix::thread::capabilities(None).unwrap().effective;
         let folders = [std::env::temp_dir(), "/dev/shm".into()];
@@ -555,11 +555,11 @@ mod tests {
             Err(ProtectError::OtherFile { .. })
         ));
         assert_eq!(std::fs::metadata(template.path()).unwrap().mode() & 0o7777, 0o444);
-        // The one that is held can be given back all the same.
+        // The protection of the open file can still be undone.
         assert_eq!(applied.undo(template.file.as_fd()).unwrap(), Undone::Restored);
     }
 
-    /// As after a restart of the host whose run dir was on tmpfs.
+    /// The state after a restart of a host whose run dir was on tmpfs.
     #[test]
     fn what_is_left_of_a_protection_whose_note_was_lost_is_taken_over() {
         let mut all = vec![(Template::with_mode(0o660), Protection::Readonly)];
@@ -586,7 +586,7 @@ mod tests {
     fn a_mark_says_nothing_of_another_file_or_a_protection_of_somebody_else() {
         for template in templates_with_flag() {
             let file = template.file.as_fd();
-            // Undone by somebody, and done again.
+            // Another process changes the mode.
             let applied = apply(file, Protection::Readonly).unwrap();
             template
                 .file
@@ -594,7 +594,7 @@ mod tests {
                 .unwrap();
             assert!(!is_left(file));
             assert_eq!(applied.undo(file).unwrap(), Undone::ChangedSince);
-            // A copy of it, which somebody has made immutable.
+            // The mark of another file, copied to an immutable file.
             let mut mark = Mark {
                 inode: rustix::fs::fstat(file).unwrap().st_ino + 1,
                 born: born(file),
@@ -651,7 +651,7 @@ mod tests {
 
     #[test]
     fn a_file_system_without_the_flag_is_told() {
-        // procfs has none, anywhere.
+        // procfs has no immutable flag.
         let file = File::open("/proc/self/status").unwrap();
         let error = apply(file.as_fd(), Protection::Immutable).unwrap_err();
         assert!(matches!(error, ProtectError::NoImmutableFlag), "{error}");

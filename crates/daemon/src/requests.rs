@@ -1,14 +1,14 @@
-//! How many calls of the API were answered.
+//! Counts of answered API calls.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What answered requests are counted by.
+/// The labels by which answered requests are counted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Answered {
     pub(crate) method: &'static str,
-    /// The path, with the names of variables in place of their values. `other` for a path that does not exist, or that this
-    /// client may not use.
+    /// The path, with variable names in place of values. `other` if the path does not exist, or this client may not use
+    /// it.
     pub(crate) path: String,
     pub(crate) status: u16,
 }
@@ -28,7 +28,7 @@ impl Requests {
         *self.lock().entry(answered).or_default() += 1;
     }
 
-    /// How many requests were answered.
+    /// Returns the number of answered requests by label.
     pub(crate) fn counts(&self) -> BTreeMap<Answered, u64> {
         self.lock().clone()
     }

@@ -157,7 +157,7 @@ impl RunDir {
     ///
     /// # Errors
     ///
-    /// Where it cannot be written; what was there before is there still.
+    /// The record cannot be written. The earlier one stays.
     pub fn save(&self, what: Saved, name: &str, value: &impl Serialize) -> io::Result<()> {
         let path = self.saved(what, name);
         let folder = path.parent().unwrap_or(&self.path);
@@ -171,7 +171,7 @@ impl RunDir {
     ///
     /// # Errors
     ///
-    /// Where it is there and cannot be deleted.
+    /// The record exists and cannot be deleted.
     pub fn forget(&self, what: Saved, name: &str) -> io::Result<()> {
         match std::fs::remove_file(self.saved(what, name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -179,11 +179,11 @@ impl RunDir {
         }
     }
 
-    /// All records of a kind, by name. A record that cannot be read is an error beside its name.
+    /// Returns all records of a kind, sorted by name. A record that cannot be read is an error beside its name.
     ///
     /// # Errors
     ///
-    /// Where the folder cannot be listed.
+    /// The folder cannot be listed.
     pub fn saved_values<T: DeserializeOwned>(&self, what: Saved) -> io::Result<Vec<(String, io::Result<T>)>> {
         let mut values = Vec::new();
         for entry in std::fs::read_dir(self.path.join(what.folder()))? {

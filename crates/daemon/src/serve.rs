@@ -1,4 +1,4 @@
-//! A daemon in a process of its own: until a signal stops it.
+//! Runs a daemon in a process of its own, until a signal stops it.
 
 use std::sync::mpsc;
 use std::time::Duration;
@@ -13,33 +13,33 @@ use crate::error::StartError;
 use crate::logging;
 use pagecast_command::signals::{self, EndSignal, Wanted, Wish};
 
-/// Threads of the runtime: the control API is not what this machine is for.
+/// Threads of the runtime. Few, since this host is for VMMs, not for the control API.
 const API_THREADS: usize = 2;
 
-/// Calls that wait for disks and processes at the same time, at most.
+/// Most calls that wait for disks and processes at the same time.
 const BLOCKING_THREADS: usize = 32;
 
-/// How long forks may take to complete before we say which do not.
+/// Time that forks have to complete before the daemon logs that it cannot stop.
 const CLOSE_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// How long killed processes may take to die.
+/// Time that killed processes have to die.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the threads for calls stay without work: for good. The first is there once the daemon has started, so calls are
-/// answered also where no more threads can be had (`TasksMax`).
+/// Time that idle threads for calls are kept: forever. The first one exists once the daemon has started, so calls are
+/// answered even if no more threads can be created (`TasksMax`).
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
 
-/// How a daemon has ended.
+/// The way a daemon has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// By a signal; no VMM was hurt.
+    /// By a signal. No VMM was killed.
     Closed,
-    /// By a second signal: VMMs that were not complete have been killed.
+    /// By a second signal. VMMs of forks that were not complete were killed.
     Killed,
 }
 
-/// Runs a daemon until a [signal](signals) asks for its end: then all forks are completed. A second SIGTERM, SIGINT or SIGQUIT
-/// kills the VMMs that are left.
+/// Runs a daemon until a [signal](signals) stops it: then all forks are completed. A second SIGTERM, SIGINT or SIGQUIT
+/// kills the remaining VMMs.
 ///
 /// Log lines may still be in the queue of [`stderr`](pagecast_command::stderr) afterwards.
 ///
@@ -57,7 +57,7 @@ pub fn serve(config: Config) -> Result<Ended, StartError> {
         .build()
         .map_err(|source| StartError::Thread { source })?;
     let ended = runtime.block_on(until_stopped(config));
-    // Whoever waits for a slow disk is not waited for.
+    // Does not wait for calls that wait for a slow disk.
     runtime.shutdown_background();
     ended
 }
@@ -107,7 +107,7 @@ async fn kill(daemon: &Daemon) -> Ended {
     Ended::Killed
 }
 
-/// Signals, and what they want of the daemon.
+/// Signals, and the way to end that they request.
 struct Signals {
     signals: UnboundedReceiver<EndSignal>,
     wish: Wish,
@@ -117,7 +117,7 @@ impl Signals {
     fn watch() -> std::io::Result<Self> {
         let (heard, signals) = unbounded_channel();
         signals::watch(move |signal| {
-            // Nobody listens any more only while we exit.
+            // The receiver is gone only while this process exits.
             let _ = heard.send(signal);
         })?;
         Ok(Self {
@@ -129,19 +129,19 @@ impl Signals {
     async fn next(&mut self) -> Wanted {
         match self.signals.recv().await {
             Some(signal) => self.wish.heard(signal),
-            // The thread that sends them never ends.
+            // The sending thread never ends.
             None => std::future::pending().await,
         }
     }
 
-    /// Waits until signals want the VMMs killed.
+    /// Waits until a signal requests to kill the VMMs.
     async fn kill(&mut self) {
         while self.next().await != Wanted::Kill {}
     }
 }
 
-/// Tells the process that has started this one how it does, if that process wants to know. On a thread of its own: a supervisor that
-/// does not read blocks its writer.
+/// Reports the daemon's state to systemd or another supervisor (`sd_notify(3)`). Runs on a thread of its own, since a
+/// supervisor that does not read blocks the writer.
 struct Supervisor(mpsc::Sender<NotifyState<'static>>);
 
 impl Supervisor {

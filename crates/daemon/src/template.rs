@@ -1,4 +1,4 @@
-//! A template that has been added.
+//! Templates that were added.
 
 use std::fmt;
 use std::io;
@@ -42,24 +42,24 @@ impl fmt::Display for TemplateName {
     }
 }
 
-/// A template, from adding to removing.
+/// A template, from addition to removal.
 pub(crate) struct Template {
     pub(crate) name: TemplateName,
     pub(crate) spec: Spec,
-    /// Its pages, as the page server knows them.
+    /// The page server's handle of its pages.
     pub(crate) pages: pagecast::Template,
-    /// The file that they come from. `None` if they come from anywhere else.
+    /// The file with its pages; `None` if they come from another source.
     pub(crate) file: Option<Arc<LocalFile>>,
-    /// Held while something is learned of it.
+    /// Held while a recording is added to its working set.
     pub(crate) learning: Mutex<()>,
-    /// It was told that its working set is not used.
+    /// A log line has said that its working set is not used.
     pub(crate) told_switched_off: AtomicBool,
-    /// Whether it is still what it was when it was added.
+    /// Whether it has changed since it was added.
     pub(crate) validity: Validity,
 }
 
 impl Template {
-    /// One whose pages come from `source`.
+    /// Creates a template whose pages come from `source`.
     pub(crate) fn new(
         name: TemplateName,
         spec: Spec,
@@ -77,23 +77,23 @@ impl Template {
         }
     }
 
-    /// One whose pages come from a memory file.
+    /// Creates a template whose pages come from a memory file.
     pub(crate) fn of_file(name: TemplateName, spec: Spec, file: Arc<LocalFile>) -> Self {
         Self::new(name, spec, Arc::clone(&file.mem_file), Some(file))
     }
 
-    /// Whether `wanted` asks for this template.
+    /// Returns `true` if `wanted` requests this template.
     pub(crate) fn is_asked_for(&self, wanted: &FileSpec) -> bool {
         let is_its_file = |file: &Arc<LocalFile>| file.path() == wanted.mem_path && file.protect == wanted.protect;
         self.spec == wanted.spec && self.file.as_ref().is_some_and(is_its_file)
     }
 
-    /// Keeps in the run dir what is to be known of it after a restart: see [`LocalFile::save`]. Nothing is kept of a template
-    /// without a file, and so it is not found again.
+    /// Saves its record in the run dir: see [`LocalFile::save`]. A template without a file has no record, so the next
+    /// daemon does not take it up.
     ///
     /// # Errors
     ///
-    /// It cannot be written; what was there before is there still.
+    /// The record cannot be written. The earlier one stays.
     pub(crate) fn save(&self, run_dir: &RunDir, resident: Option<bool>) -> io::Result<()> {
         match &self.file {
             Some(file) => file.save(self.name.as_str(), &self.spec, run_dir, resident),
@@ -101,11 +101,11 @@ impl Template {
         }
     }
 
-    /// Forgets what is kept in the run dir, and keeps nothing there from now on.
+    /// Deletes its record in the run dir, and saves none from now on.
     ///
     /// # Errors
     ///
-    /// It cannot be deleted.
+    /// The record cannot be deleted.
     pub(crate) fn forget(&self, run_dir: &RunDir) -> io::Result<()> {
         if let Some(file) = &self.file {
             file.end_saving();
@@ -113,7 +113,7 @@ impl Template {
         run_dir.forget(Saved::Template, self.name.as_str())
     }
 
-    /// Makes sure that its bytes are what they were. Waits for a file server.
+    /// Checks that its bytes have not changed. May wait for a file server.
     ///
     /// # Errors
     ///
@@ -125,11 +125,11 @@ impl Template {
         }
     }
 
-    /// Makes sure that it can be forked: its bytes, and the path of its file, are what they were.
+    /// Checks that it can be forked: its bytes, and the path of its file, have not changed.
     ///
     /// # Errors
     ///
-    /// In what it has changed. Once changed, always changed; what merely cannot be told now is told another time.
+    /// [`SourceError::Changed`] says how it has changed, and is final. Other errors may pass.
     pub(crate) fn check(&self) -> Result<(), SourceError> {
         if self.validity.change().is_none() {
             let compared = self.compare().and_then(|()| match &self.file {
@@ -144,24 +144,24 @@ impl Template {
             };
             self.validity.invalidate(&how, Forks::Left);
         }
-        // The first reason that was noticed, perhaps by another thread.
+        // The first reason, perhaps set by another thread.
         let how = self.validity.change().unwrap_or_default().to_string();
         Err(SourceError::Changed { how })
     }
 
-    /// How changes are noticed.
+    /// Returns the way its changes are noticed.
     pub(crate) fn guard(&self) -> Guard {
         self.file.as_ref().map_or(Guard::Watch, |file| file.guard())
     }
 
-    /// Lets go whoever waits to write its file.
+    /// Drops the lease on its file, so that a waiting writer continues.
     pub(crate) fn release_lease(&self) {
         if let Some(file) = &self.file {
             file.release_lease();
         }
     }
 
-    /// How far its file is in memory ahead of its forks; `None` if nobody has asked for that.
+    /// Returns how far its file was read into memory ahead of its forks; `None` without a request for that.
     pub(crate) fn warmth(&self) -> Option<Warmth> {
         self.file.as_ref()?.warmth.told()
     }

@@ -1,29 +1,29 @@
-//! Whether a template is still what it was when it was added.
+//! Whether a template has changed since it was added.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Whether a template can be forked, and what becomes of its forks if it cannot.
+/// Whether a template can be forked, and whether its forks are being ended.
 #[derive(Debug, Default)]
 pub(crate) struct Validity(Mutex<State>);
 
-/// Only ever moves down this list. The first reason stays.
+/// The state only moves down this list. The first reason stays.
 #[derive(Debug, Default)]
 enum State {
     /// No change is known.
     #[default]
     Valid,
-    /// The template has changed in the way that is told, and cannot be forked.
+    /// The template has changed in the given way, and cannot be forked.
     Changed(Arc<str>),
     /// The template has changed, and its forks are ended or being ended.
     Withdrawn(Arc<str>),
 }
 
-/// What becomes of the forks of a template that has changed.
+/// The treatment of the forks of a changed template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Forks {
     /// They are left alone for now.
     Left,
-    /// They are to be ended.
+    /// They must be ended.
     Ended,
 }
 
@@ -33,7 +33,8 @@ impl Validity {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The template has changed, `how` says in what way. Returns `true` once: to the caller that has to end its forks.
+    /// Notes that the template has changed, as described by `how`. Returns `true` once: to the caller that must end its
+    /// forks.
     pub(crate) fn invalidate(&self, how: &str, forks: Forks) -> bool {
         let mut state = self.state();
         let first = match &*state {
@@ -50,7 +51,7 @@ impl Validity {
         ends_forks
     }
 
-    /// In what the template has changed, as far as that was noticed.
+    /// Describes how the template has changed; `None` if no change is known.
     pub(crate) fn change(&self) -> Option<Arc<str>> {
         match &*self.state() {
             State::Valid => None,
@@ -58,7 +59,7 @@ impl Validity {
         }
     }
 
-    /// Whether the forks of the template are ended, or being ended.
+    /// Returns `true` if the forks of the template are ended, or being ended.
     pub(crate) fn is_withdrawn(&self) -> bool {
         matches!(&*self.state(), State::Withdrawn(_))
     }

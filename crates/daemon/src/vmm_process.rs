@@ -1,4 +1,4 @@
-//! A VMM that is known by its pid, and which processes map a file.
+//! VMMs known by pid, and the processes that map a file.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::inode::InodeId;
 use crate::process_memory;
 
-/// A process cannot be taken for a VMM.
+/// Why a process cannot be used as a VMM.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum VmmError {
@@ -31,15 +31,15 @@ pub(crate) enum VmmError {
         /// The pid.
         pid: i32,
     },
-    /// It is the pid of pagecast, of the init process, a thread or the kernel.
+    /// The pid is that of pagecast, the init process, a thread or a kernel thread.
     #[error("the pid {pid} is not a VMM but {what}")]
     NoVmm {
         /// The pid.
         pid: i32,
-        /// What it is.
+        /// The kind of process.
         what: &'static str,
     },
-    /// We may not kill it, so we could not keep it from reading wrong bytes.
+    /// The daemon may not kill it, so it could not keep it from reading wrong bytes.
     #[error(
         "the process {pid} belongs to another user, and pagecast must be able to kill the VMM of a template that changes; \
          run pagecast as the user of the VMM, or with CAP_KILL"
@@ -48,28 +48,28 @@ pub(crate) enum VmmError {
         /// The pid.
         pid: i32,
     },
-    /// Anything else.
+    /// Any other error.
     #[error("failed to look at the process {pid}: {source}")]
     Io {
         /// The pid.
         pid: i32,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// What tells a process from all others that have had its pid: to be persisted.
+/// The saved identity of a process, which tells it from other processes with the same pid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedVmm {
     /// Its pid.
     pub(crate) pid: i32,
-    /// When it was started, in clock ticks since the host was.
+    /// Its start time, in clock ticks since the boot of the host.
     pub(crate) start_time: u64,
-    /// Which start of the host that is (`/proc/sys/kernel/random/boot_id`).
+    /// The id of that boot (`/proc/sys/kernel/random/boot_id`).
     pub(crate) boot_id: String,
 }
 
-/// A VMM that is known by its pid. Holds two file descriptors, so that it is never another process.
+/// A VMM known by its pid. Holds two file descriptors, so that a reused pid is not mistaken for it.
 #[derive(Debug)]
 pub(crate) struct VmmProcess {
     pidfd: PidFd,
@@ -78,11 +78,11 @@ pub(crate) struct VmmProcess {
 }
 
 impl VmmProcess {
-    /// The process that has this pid now.
+    /// Opens the process that has this pid now.
     ///
     /// # Errors
     ///
-    /// [`VmmError`]: there is none, it cannot be a VMM, or is not ours to kill.
+    /// [`VmmError`]: there is none, it cannot be a VMM, or the daemon may not kill it.
     pub(crate) fn open(pid: i32) -> Result<Self, VmmError> {
         let no_vmm = |what| VmmError::NoVmm { pid, what };
         if u32::try_from(pid).is_ok_and(|pid| pid == std::process::id()) {
@@ -99,14 +99,14 @@ impl VmmProcess {
         Ok(process)
     }
 
-    /// The process that was saved; `None` where it has exited.
+    /// Opens a saved process; `None` if it has exited.
     ///
     /// # Errors
     ///
-    /// It lives, or may do so, but cannot be looked at or is not ours to kill.
+    /// It is or may be alive, but cannot be inspected, or the daemon may not kill it.
     pub(crate) fn find(saved: &SavedVmm) -> Result<Option<Self>, VmmError> {
         let pid = saved.pid;
-        // Start times of another start of the host say nothing, and none of its processes is alive.
+        // No process of an earlier boot is alive, and its start time means nothing now.
         if boot_id().map_err(|source| VmmError::Io { pid, source })? != saved.boot_id {
             return Ok(None);
         }
@@ -115,13 +115,13 @@ impl VmmProcess {
                 process.check_may_kill()?;
                 Ok(Some(process))
             }
-            // Its pid is another process's by now, a thread's, or nobody's.
+            // Another process, a thread or none has the pid by now.
             Ok(_) | Err(VmmError::NoProcess { .. } | VmmError::NoVmm { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Any process, and its flags as the kernel has them.
+    /// Opens any process, and returns it with its kernel flags.
     fn look(pid: i32) -> Result<(Self, u32), VmmError> {
         let gone = VmmError::NoProcess { pid };
         if pid <= 0 {
@@ -132,7 +132,7 @@ impl VmmProcess {
             Err(errno) => {
                 return Err(match Errno::from_raw_os_error(errno.get()) {
                     Errno::SRCH => gone,
-                    // Which of them Linux says depends on its version.
+                    // The errno depends on the version of Linux.
                     Errno::INVAL | Errno::NOENT => VmmError::NoVmm { pid, what: "a thread" },
                     errno => VmmError::Io {
                         pid,
@@ -142,12 +142,12 @@ impl VmmProcess {
             }
         };
         let looked = Process::new(pid).and_then(|process| Ok((process.stat()?, process)));
-        // It has not exited after it was looked at, so it was this one that was looked at.
+        // If it is still alive, the stat above was of this process.
         if pidfd.has_exited() {
             return Err(gone);
         }
         let (stat, process) = looked.map_err(|error| match error {
-            // It lives, so it is hidden (`hidepid`).
+            // It is alive, so `/proc` hides it (`hidepid`).
             ProcError::NotFound(_) => VmmError::NotOurs { pid },
             error => VmmError::Io {
                 pid,
@@ -159,7 +159,7 @@ impl VmmProcess {
             process,
             start_time: stat.starttime,
         };
-        // Not `Stat::flags`, which fails for flags that it does not know.
+        // Not `Stat::flags`, which fails for unknown flags.
         Ok((looked, stat.flags))
     }
 
@@ -176,11 +176,11 @@ impl VmmProcess {
             })
     }
 
-    /// What to persist of it.
+    /// Returns its identity, to be saved.
     ///
     /// # Errors
     ///
-    /// The host does not say which of its starts this is.
+    /// The id of this boot cannot be read.
     pub(crate) fn saved(&self) -> io::Result<SavedVmm> {
         Ok(SavedVmm {
             pid: self.pid(),
@@ -194,43 +194,43 @@ impl VmmProcess {
         self.process.pid()
     }
 
-    /// Sends SIGKILL. No error where it has died already.
+    /// Sends SIGKILL. Succeeds if it has died already.
     ///
     /// # Errors
     ///
-    /// It is no longer ours to kill.
+    /// The daemon may no longer kill it.
     pub(crate) fn kill(&self) -> io::Result<()> {
         self.pidfd
             .kill()
             .map_err(|errno| io::Error::from_raw_os_error(errno.get()))
     }
 
-    /// Waits until it has exited, but no longer than `patience`; whether it has.
+    /// Waits up to `patience` for it to exit. Returns `true` if it has.
     pub(crate) fn wait_exited(&self, patience: Duration) -> bool {
-        // Far beyond the patience of anybody.
+        // A patience out of range does not occur.
         let patience = Timespec::try_from(patience).unwrap_or_default();
         let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
         matches!(rustix::event::poll(&mut poll, Some(&patience)), Ok(ready) if ready > 0)
     }
 
-    /// What its memory costs now; `None` where it has exited, or is not ours to look at.
+    /// Returns its current memory use; `None` if it has exited, or may not be inspected.
     pub(crate) fn memory(&self) -> Option<ForkMemory> {
         process_memory::of_process(&self.process)
     }
 
-    /// Whether page faults of its memory go to somebody who serves them (`um` in `VmFlags`, `proc_pid_smaps(5)`): one that is
-    /// complete has none left that do. `true` where that cannot be told.
+    /// Returns `true` if a userfaultfd handles page faults of its memory (`um` in `VmFlags`, `proc_pid_smaps(5)`), or
+    /// if that cannot be read. A complete VMM has no such memory left.
     pub(crate) fn needs_server(&self) -> bool {
         read_of_memory(&self.process, "smaps").map_or(true, |smaps| proc_files::has_flag(&smaps, "um"))
     }
 
-    /// By which paths it has opened this file that it maps; empty where it does not. Where it runs in another mount
-    /// namespace, as in Firecracker's jailer, a path starts at the root of that. It ends in ` (deleted)` where it is gone, and
-    /// is as the kernel writes it: compare it with [`path_in_maps`](proc_files::path_in_maps).
+    /// Returns the paths by which it has opened this file that it maps; empty if it does not map it. In another mount
+    /// namespace, such as in Firecracker's jailer, a path starts at the root of that. A removed path ends in `
+    /// (deleted)`. The kernel escapes paths: compare them with [`path_in_maps`](proc_files::path_in_maps).
     ///
     /// # Errors
     ///
-    /// It has exited, or may map the file and cannot be looked at.
+    /// It has exited, or may map the file and cannot be inspected.
     pub(crate) fn mapped_paths(&self, file: InodeId) -> io::Result<Vec<PathBuf>> {
         let maps = read_of_memory(&self.process, "maps")?;
         Ok(paths(&mapped(&self.process, &maps, file)?))
@@ -245,7 +245,7 @@ impl AsFd for VmmProcess {
 }
 
 impl AsRawFd for VmmProcess {
-    /// The same, for who waits by number, such as `tokio::io::unix::AsyncFd`.
+    /// The same as a raw descriptor, such as for `tokio::io::unix::AsyncFd`.
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
     }
@@ -256,35 +256,35 @@ impl AsRawFd for VmmProcess {
 pub(crate) struct Holder {
     /// Its pid.
     pub(crate) pid: i32,
-    /// Which file.
+    /// The file.
     pub(crate) file: InodeId,
-    /// By which paths it has opened the file; see [`VmmProcess::mapped_paths`].
+    /// The paths by which it has opened the file; see [`VmmProcess::mapped_paths`].
     pub(crate) paths: Vec<PathBuf>,
 }
 
-/// A process that may map any file: nobody can tell.
+/// A process whose mappings cannot be read, so it may map any file.
 #[derive(Debug)]
 pub(crate) struct Unreadable {
     /// Its pid.
     pub(crate) pid: i32,
-    /// How much it maps, in bytes: it does not map a larger file whole, as a VMM does.
+    /// Total size of its mappings in bytes. It cannot map a larger file whole, as a VMM does.
     pub(crate) mapped_bytes: u64,
     /// Why its mappings cannot be read.
     pub(crate) why: io::Error,
 }
 
-/// Which processes map some files.
+/// The processes that map a set of files.
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
-    /// Those that do. One that maps two of the files is there twice.
+    /// Processes that map one of the files. One that maps two of them is listed twice.
     pub(crate) found: Vec<Holder>,
-    /// Those that may. Not in it: the init process, threads of the kernel, and processes that we may neither look at nor kill,
-    /// which pagecast takes for no VMM (see [`VmmError::NotOurs`]).
+    /// Processes that may map them. Without the init process, kernel threads, and processes that the daemon may neither
+    /// inspect nor kill, which cannot be a VMM of it (see [`VmmError::NotOurs`]).
     pub(crate) unreadable: Vec<Unreadable>,
 }
 
 impl Holders {
-    /// Those that may be the VMM of a template of `bytes` bytes, though nobody can tell.
+    /// Returns the unreadable processes that may map a whole template of `bytes` bytes.
     pub(crate) fn may_hold(&self, bytes: u64) -> impl Iterator<Item = &Unreadable> {
         self.unreadable
             .iter()
@@ -292,8 +292,8 @@ impl Holders {
     }
 }
 
-/// All other processes of this host that map one of these files. Reads `maps` of each process once, which takes some 0.2 ms for
-/// one with a hundred mappings.
+/// Finds all other processes of this host that map one of these files. Reads `maps` of each process once, which takes
+/// about 0.2 ms for a hundred mappings.
 ///
 /// # Errors
 ///
@@ -303,9 +303,9 @@ pub(crate) fn holders(files: &BTreeSet<InodeId>) -> io::Result<Holders> {
     tests::may_panic(files);
     let mut holders = Holders::default();
     for process in procfs::process::all_processes().map_err(io_error)? {
-        // A process that exits meanwhile maps nothing any more.
+        // A process that exits meanwhile no longer maps any file.
         let Ok(process) = process else { continue };
-        // We map templates too, to have them in memory, and are nobody's VMM.
+        // This process maps templates too, to warm them, and is no VMM.
         if process.pid().cast_unsigned() == std::process::id() {
             continue;
         }
@@ -317,7 +317,7 @@ pub(crate) fn holders(files: &BTreeSet<InodeId>) -> io::Result<Holders> {
     Ok(holders)
 }
 
-/// Which of these files a process maps.
+/// Returns those of these files that a process maps.
 fn holdings(process: &Process, files: &BTreeSet<InodeId>) -> io::Result<Vec<Holder>> {
     let maps = read_of_memory(process, "maps")?;
     let mut found = Vec::new();
@@ -334,7 +334,7 @@ fn holdings(process: &Process, files: &BTreeSet<InodeId>) -> io::Result<Vec<Hold
     Ok(found)
 }
 
-/// A process whose mappings cannot be read, if it can be a VMM.
+/// Describes a process whose mappings cannot be read; `None` if it cannot be a VMM.
 fn unreadable(process: &Process, why: io::Error) -> Option<Unreadable> {
     let pid = process.pid();
     match VmmProcess::open(pid) {
@@ -343,21 +343,21 @@ fn unreadable(process: &Process, why: io::Error) -> Option<Unreadable> {
     }
     Some(Unreadable {
         pid,
-        // Everybody may know this of every process.
+        // Every user may read this of every process.
         mapped_bytes: process.stat().map_or(u64::MAX, |stat| stat.vsize),
         why,
     })
 }
 
-/// A file of a process's folder that tells of its memory; nothing if the process has none, or exits.
+/// Reads a file about a process's memory from its folder in `/proc`. Empty if the process has no memory, or exits.
 ///
-/// Where the first thread of a process has ended, the file tells nothing, while other threads use the memory: theirs does.
+/// If the first thread has ended while others run, its file is empty, and that of another thread is read.
 fn read_of_memory(process: &Process, name: &str) -> io::Result<Vec<u8>> {
     let bytes = read(process, Path::new(name))?;
     if !bytes.is_empty() {
         return Ok(bytes);
     }
-    // Neither has a folder of threads once it is gone.
+    // An exited process has no folder of threads.
     for task in process.tasks().into_iter().flatten().flatten() {
         let bytes = read(process, &Path::new("task").join(task.tid.to_string()).join(name))?;
         if !bytes.is_empty() {
@@ -367,7 +367,7 @@ fn read_of_memory(process: &Process, name: &str) -> io::Result<Vec<u8>> {
     Ok(Vec::new())
 }
 
-/// A file of a process's folder; nothing if the process or thread has exited, or has no memory.
+/// Reads a file of a process's folder. Empty if the process or thread has exited, or has no memory.
 fn read(process: &Process, name: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let opened = process.open_relative(name).map_err(io_error);
@@ -379,7 +379,7 @@ fn read(process: &Process, name: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Those mappings of a process that are of this file.
+/// Returns the mappings of this file in a process.
 ///
 /// # Errors
 ///
@@ -395,23 +395,23 @@ fn mapped<'a>(process: &Process, maps: &'a [u8], file: InodeId) -> io::Result<Ve
     Ok(found)
 }
 
-/// Whether a mapping is one of this file.
+/// Returns `true` if a mapping is one of this file.
 ///
 /// # Errors
 ///
-/// It may be, and cannot be looked at.
+/// The mapping may be of this file, and cannot be inspected.
 fn is_of(process: &Process, mapping: &Mapping<'_>, file: InodeId) -> io::Result<bool> {
     if mapping.inode != file.inode {
         return Ok(false);
     }
     let (major, minor) = mapping.device;
     let device = rustix::fs::makedev(major, minor);
-    // Btrfs and overlays show another device in `maps` than `fstat(2)` does. Neither is that of a disk.
+    // Btrfs and overlays show another device in `maps` than `fstat(2)` does. Neither is the device of a disk.
     let may_differ = major == 0 && rustix::fs::major(file.device) == 0;
     if device == file.device || !may_differ {
         return Ok(device == file.device);
     }
-    // So the mapped file itself has to be asked, which takes `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`.
+    // So the mapped file itself is checked, which needs `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`.
     let path = format!(
         "/proc/{}/map_files/{:x}-{:x}",
         process.pid(),
@@ -420,13 +420,13 @@ fn is_of(process: &Process, mapping: &Mapping<'_>, file: InodeId) -> io::Result<
     );
     match rustix::fs::stat(path) {
         Ok(of_map) => Ok(InodeId::of_stat(&of_map) == file),
-        // Unmapped meanwhile.
+        // The file was unmapped meanwhile.
         Err(Errno::NOENT) => Ok(false),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// The paths of these mappings. What has none is shown by a name in brackets.
+/// Returns the paths of these mappings. The kernel shows mappings without a path by a name in brackets.
 fn paths(mappings: &[Mapping<'_>]) -> Vec<PathBuf> {
     let mut paths: Vec<_> = mappings
         .iter()

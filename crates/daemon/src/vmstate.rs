@@ -1,8 +1,8 @@
-//! What the state file of a snapshot says of the guest's memory: whether it has pages of 2 MiB.
+//! Reads from the state file of a snapshot whether the guest's memory has pages of 2 MiB.
 //!
-//! A pure function of the first bytes of the file, which cannot panic. Firecracker 1.7 to 1.14 (snapshot versions 1 to 8) write
-//! with `bincode`: integers of fixed length, little-endian; strings and options behind a length or a byte. The file begins with
-//! (`src/vmm/src/snapshot/mod.rs` and `persist.rs` in Firecracker's tree):
+//! This is a pure function of the first bytes of the file, which cannot panic. Firecracker 1.7 to 1.14 (snapshot
+//! versions 1 to 8) write with `bincode`: little-endian integers of fixed length, strings after their length, options
+//! after a byte. The file begins with (`src/vmm/src/snapshot/mod.rs` and `persist.rs` in Firecracker's tree):
 //!
 //! | field | as |
 //! | --- | --- |
@@ -15,7 +15,7 @@
 //! | initrd, boot arguments | optional strings |
 //! | pages: 0 for 4 KiB, 1 for 2 MiB of hugetlbfs | `u32` |
 //!
-//! Later versions are written with `bitcode`, which has no fixed places: of those nothing is known.
+//! Later versions are written with `bitcode`, which has no fixed offsets. Their page size is not known.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -25,37 +25,38 @@ use std::path::Path;
 use pagecast::PageSize;
 use rustix::fs::OFlags;
 
-/// How much of a file is read, in bytes: paths and boot arguments are the only parts whose length varies.
+/// Bytes read from a file. Only paths and boot arguments vary in length.
 const HEAD: u64 = 32 << 10;
 
 /// The magic numbers on x86-64 and aarch64.
 const MAGIC: [u64; 2] = [0x0710_1984_8664_0000, 0x0710_1984_AAAA_0000];
 
-/// Snapshot versions that are written as above.
+/// Snapshot versions with this format.
 const VERSIONS: std::ops::RangeInclusive<u64> = 1..=8;
 
-/// The most that a string may have, in bytes.
+/// The longest string in bytes.
 const LONGEST: u64 = 16 << 10;
 
-/// How many CPU templates there are.
+/// The number of CPU templates.
 const CPU_TEMPLATES: u32 = 6;
 
-/// The page size of the guest whose state file is at `path` and whose memory file has `memory_bytes`; `None` if it is not known.
+/// Returns the page size of the guest with the state file at `path` and a memory file of `memory_bytes`; `None` if it
+/// is not known.
 ///
 /// # Errors
 ///
 /// The file cannot be read.
 pub(crate) fn page_size_at(path: &Path, memory_bytes: u64) -> io::Result<Option<PageSize>> {
     let mut head = Vec::new();
-    // What is there may be anything by now, also a fifo.
+    // The file at the path may have been replaced, even by a FIFO.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     file.take(HEAD).read_to_end(&mut head)?;
     Ok(page_size(&head, memory_bytes))
 }
 
-/// The page size of the guest whose state file begins with `head` and whose memory file has `memory_bytes`; `None` if it is not
-/// known: of a version that this does not know, or of another guest.
+/// Returns the page size of the guest whose state file begins with `head`, and whose memory file has `memory_bytes`.
+/// `None` if the version is unknown, or the file is that of another guest.
 pub fn page_size(head: &[u8], memory_bytes: u64) -> Option<PageSize> {
     let mut fields = Fields(head);
     if !MAGIC.contains(&fields.u64()?) {
@@ -85,7 +86,8 @@ pub fn page_size(head: &[u8], memory_bytes: u64) -> Option<PageSize> {
     }
 }
 
-/// Bytes that are left to be read; each method takes those of a field from the front, or answers `None` if they are not such.
+/// The bytes left to be read. Each method takes one field from the front, or returns `None` if the bytes are no such
+/// field.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {

@@ -1,7 +1,7 @@
-//! Templates in memory ahead of their forks: brought into the page cache, and kept there where that is asked for.
+//! Templates in memory ahead of their forks: read into the page cache, and locked there on request.
 //!
-//! What is locked is locked by a mapping of this process, so it ends with it, however it ends. Nothing else is changed on the
-//! host: the memory file, its inode and whoever guards it stay the same.
+//! Memory is locked by a mapping of this process, so the lock ends with the process. Nothing else changes on the host:
+//! the memory file, its inode, lease and protection stay the same.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,27 +9,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pagecast::template::{Locked, MemFile, Wanted};
 use pagecast_client::template::{Warmth as Told, WarmthState};
 
-/// How far a template has been brought into memory, and what keeps it there.
+/// How far a template has been read into memory, and the locks that keep it there.
 pub(crate) struct Warmth {
     file: Arc<MemFile>,
     state: Mutex<State>,
-    /// Held by whoever changes what is wanted and keeps that in the run dir, so that both happen in one order.
+    /// Held while a request is changed and saved in the run dir, so that both happen in the same order.
     pub(crate) asking: Mutex<()>,
-    /// A thread reads ahead of forks with `file`.
+    /// A thread is reading ahead of forks with `file`.
     pub(crate) reading_ahead: AtomicBool,
 }
 
 #[derive(Default)]
 struct State {
-    /// Counts what was wished for: whoever works for an earlier wish stops.
+    /// The number of the last request. Threads that work for an earlier one stop.
     wish: u64,
     told: Option<Told>,
     locked: Vec<Locked>,
-    /// The template is gone, or no longer what it was: nothing is wished for any more.
+    /// The template was removed or has changed. No more requests are accepted.
     over: bool,
 }
 
-/// A wish that was taken down, to be fulfilled.
+/// An accepted request to warm a template.
 #[derive(Debug)]
 pub(crate) struct Wish {
     number: u64,
@@ -52,12 +52,13 @@ impl Warmth {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is said of it.
+    /// Returns the progress, as the API shows it.
     pub(crate) fn told(&self) -> Option<Told> {
         self.state().told.clone()
     }
 
-    /// Takes down what is wished for from now on. What was locked for an earlier wish is let go. `None` where it is over.
+    /// Accepts a request, which replaces the earlier one, and unlocks the memory of that. Returns `None` if no more
+    /// requests are accepted.
     pub(crate) fn wish(&self, wanted: Wanted, resident: bool) -> Option<Wish> {
         let mut state = self.state();
         if state.over {
@@ -75,7 +76,7 @@ impl Warmth {
             error: None,
         });
         let number = state.wish;
-        // Unmapping much takes a while.
+        // Unlocked outside of the lock, since unmapping much memory takes long.
         let locked = std::mem::take(&mut state.locked);
         drop(state);
         drop(locked);
@@ -86,12 +87,12 @@ impl Warmth {
         })
     }
 
-    /// Nothing is wished for: whoever reads stops soon, and nothing is locked any more.
+    /// Cancels the request: reading stops soon, and all memory is unlocked.
     pub(crate) fn cool(&self) {
         self.stop(false);
     }
 
-    /// The same, for good.
+    /// Does the same, and accepts no more requests.
     pub(crate) fn end(&self) {
         self.stop(true);
     }
@@ -111,7 +112,7 @@ impl Warmth {
         self.state().over
     }
 
-    /// Changes what is locked and what is said, if the wish is still the last. Returns `false` if it is not.
+    /// Changes the locks and the progress, if `wish` is still the last request. Returns `false` if it is not.
     pub(crate) fn tell(&self, wish: &Wish, change: impl FnOnce(&mut Vec<Locked>, &mut Told)) -> bool {
         let mut state = self.state();
         if state.wish != wish.number {

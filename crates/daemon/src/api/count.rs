@@ -1,4 +1,4 @@
-//! Counts the calls that are answered.
+//! Counts answered calls.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use axum::response::Response;
 
 use crate::requests::{Answered, Requests};
 
-/// Counts a request once it is answered, whoever answers it.
+/// Counts a request when it is answered, by a call or by a fallback.
 pub(super) async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Next) -> Response {
     let method = known_method(request.method());
     let path = request
@@ -26,7 +26,7 @@ pub(super) async fn count(State(requests): State<Arc<Requests>>, request: Reques
     response
 }
 
-/// The method, where it is one of a few: a client can make up any number of them.
+/// Returns the method if it is a known one, else `other`: a client can invent any number of methods.
 fn known_method(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",

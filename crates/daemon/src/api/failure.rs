@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use pagecast_client::error::ErrorBody;
 use pagecast_client::{ApiError, ErrorCode};
 
-/// An error as an answer.
+/// An error as a response.
 #[derive(Debug)]
 pub(super) struct Failure(pub(super) ApiError);
 
@@ -47,7 +47,7 @@ pub(super) fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::PathInvalid => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::TooManyForks => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::NotEnoughMemory | ErrorCode::Closing => StatusCode::SERVICE_UNAVAILABLE,
-        // New codes get their line here.
+        // A new code needs its own line above.
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -158,7 +158,7 @@ mod tests {
         let call = async move || {
             let (begun, told) = signals.lock().unwrap().take().expect("it is called once");
             begun.send(()).unwrap();
-            // Never, without a request.
+            // Waits forever if there is no request.
             let _ = told.await;
             "done"
         };
@@ -230,7 +230,7 @@ mod tests {
         let answered = tokio::time::timeout(PATIENCE, client.read_exact(&mut answer)).await;
         answered.expect("nobody may be kept waiting").unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200");
-        // Beyond their own places they get none.
+        // Beyond `MOST_FORBIDDEN`, their connections are closed.
         let last = crowd.last_mut().unwrap();
         let hung_up = tokio::time::timeout(PATIENCE, last.read(&mut [0])).await.unwrap();
         assert!(matches!(hung_up, Ok(0) | Err(_)), "{hung_up:?}");

@@ -3,8 +3,8 @@
 //! | file | holds |
 //! | --- | --- |
 //! | `templates`, `forks`, `health` | the calls |
-//! | `body` | what a request may say |
-//! | `count` | how often each call is answered |
+//! | `body` | bodies, paths and queries of requests |
+//! | `count` | counts of answered calls |
 //! | `failure` | errors and their statuses |
 //! | `listen` | connections, and the users who may make them |
 
@@ -32,10 +32,10 @@ use self::failure::Failure;
 use crate::requests::Requests;
 use crate::service::Service;
 
-/// What calls are answered with.
+/// The state that all calls share.
 #[derive(Clone)]
 pub(crate) struct Api {
-    /// Does what is asked for.
+    /// Carries out the calls.
     pub(crate) service: Arc<Service>,
     /// Counts the answers.
     pub(crate) requests: Arc<Requests>,
@@ -53,7 +53,7 @@ impl FromRef<Api> for Arc<Requests> {
     }
 }
 
-/// What the `OpenAPI` document says of the whole.
+/// The general part of the `OpenAPI` document.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -88,7 +88,7 @@ fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
     (router, document)
 }
 
-/// Adds the errors that every call can answer with.
+/// Adds the errors that every call can return.
 fn add_common_errors(document: &mut utoipa::openapi::OpenApi) {
     let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
     for path in document.paths.paths.values_mut() {
@@ -104,10 +104,10 @@ fn add_common_errors(document: &mut utoipa::openapi::OpenApi) {
     }
 }
 
-/// Errors that any call can answer with: their status and code.
+/// Errors that every call can return: their status and code.
 const OF_EVERY_CALL: [(&str, &str); 2] = [("403", "forbidden"), ("500", "internal")];
 
-/// All calls.
+/// Creates the router with all calls.
 pub(crate) fn router(api: Api) -> Router {
     let (router, _) = described();
     let counted = from_fn_with_state(api.clone(), count::count);
@@ -123,7 +123,7 @@ pub(crate) fn router(api: Api) -> Router {
         .with_state(api)
 }
 
-/// The metrics alone, for whoever may not control anything.
+/// Creates the router with the metrics alone, for clients that may not use the control API.
 pub(crate) fn metrics_router(api: Api) -> Router {
     let counted = from_fn_with_state(api.clone(), count::count);
     Router::new()
@@ -133,7 +133,7 @@ pub(crate) fn metrics_router(api: Api) -> Router {
         .with_state(api)
 }
 
-/// What those get who may not use the control socket.
+/// Creates the router for users who may not use the control socket: every call is refused.
 pub(crate) fn forbidden_router(api: Api) -> Router {
     let counted = from_fn_with_state(api, count::count);
     Router::new()
@@ -146,16 +146,16 @@ pub(crate) fn forbidden_router(api: Api) -> Router {
         .layer(counted)
 }
 
-/// The `OpenAPI` document as JSON, generated from the code.
+/// Returns the `OpenAPI` document as JSON, generated from the code.
 pub fn openapi() -> String {
     let (_, document) = described();
-    // Made of strings and maps only.
+    // Strings and maps can always be serialized.
     let mut json = document.to_pretty_json().expect("a document that is plain data");
     json.push('\n');
     json
 }
 
-/// Runs work that may wait for disks and processes, on a thread for that.
+/// Runs work that may wait for disks and processes, on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, Failure> {

@@ -1,4 +1,4 @@
-//! What each backend says of a fork.
+//! The facts that each backend knows about a fork.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,12 +10,12 @@ use pagecast_client::{Backend, ForkState};
 use crate::placement::Placement;
 use crate::vmm_process::VmmProcess;
 
-/// How the memory of one fork is backed.
+/// The memory backend of one fork.
 pub(crate) trait Backing {
     /// `uffd` or `file`.
     fn backend(&self) -> Backend;
 
-    /// Where the fork is in its life.
+    /// The state of the fork.
     fn state(&self) -> ForkState;
 
     /// The VMM, if it is known.
@@ -24,33 +24,33 @@ pub(crate) trait Backing {
     /// Why the fork failed, or could not be completed.
     fn error(&self) -> Option<ForkError>;
 
-    /// A path of the memory file that was made for this fork alone.
+    /// The path of the memory file that was created for this fork alone.
     fn placement(&self) -> Option<&Placement>;
 
-    /// Whether the VMM would wait for ever without this daemon.
+    /// Returns `true` if the VMM would hang forever without this daemon.
     fn needs_daemon(&self) -> bool;
 
-    /// What tells whether the fork is idle. `None` while the page server does not serve it.
+    /// The fork's recent activity, for the idle check. `None` while the page server does not serve it.
     fn activity(&self) -> Option<Activity>;
 
-    /// What has happened to the fork so far.
+    /// The fork's counters and outcome so far.
     fn numbers(&self) -> Numbers;
 
-    /// Adds what the backend knows to the answer of the API.
+    /// Adds the backend's fields to the API's answer.
     fn describe(&self, shown: &mut pagecast_client::Fork);
 }
 
-/// What a fork has done that the page server serves.
+/// The activity of a fork that the page server serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Activity {
     /// Page faults so far.
     pub(crate) faults: u64,
-    /// Its recording is not over, and would be cut short by completing it. The recording begins with the first fault, and
-    /// ends by itself soon after faults have become rare.
+    /// The fork is being recorded, and completing it would cut the recording short. A recording begins with the first
+    /// fault, and ends by itself soon after faults have become rare.
     pub(crate) is_recorded: bool,
 }
 
-/// What has happened to a fork.
+/// The counters and outcome of a fork.
 pub(crate) struct Numbers {
     pub(crate) state: ForkState,
     /// Set if the fork has failed.
@@ -59,7 +59,7 @@ pub(crate) struct Numbers {
     pub(crate) served: Option<Served>,
 }
 
-/// How a fork has failed.
+/// The failure of a fork.
 pub(crate) struct Failure {
     /// The code of the reason.
     pub(crate) code: String,
@@ -69,12 +69,12 @@ pub(crate) struct Failure {
     pub(crate) is_kill: bool,
 }
 
-/// What the page server counts of a fork.
+/// The page server's counters of a fork.
 pub(crate) struct Served {
     pub(crate) stats: ForkStats,
-    /// From reading a fault to its page being in place.
+    /// Time from reading a fault to installing its page.
     pub(crate) fault_latency: LatencyHistogram,
-    /// What the kernel took for the installs of demand faults.
+    /// Time that the kernel took to install pages for demand faults.
     pub(crate) install_latency: LatencyHistogram,
     /// Connections that were refused without ending the fork, by code.
     pub(crate) refusals: BTreeMap<&'static str, u64>,

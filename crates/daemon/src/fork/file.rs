@@ -11,13 +11,13 @@ use crate::local_file::LocalFile;
 use crate::placement::{PlaceError, Placement};
 use crate::vmm_process::VmmProcess;
 
-/// A fork with `file`: its VMM maps the memory file and never speaks to us.
+/// A fork with `file`: its VMM maps the memory file and never connects to the daemon.
 pub(crate) struct FileFork {
     /// The memory file of its template.
     pub(crate) file: Arc<LocalFile>,
-    /// A place of its own, where it was asked for.
+    /// The fork's own place, if one was requested.
     placement: Option<Placement>,
-    /// That place was taken away: what is at its path by now is another fork's.
+    /// That place was removed. Its path may belong to another fork by now.
     taken_away: Mutex<bool>,
     life: Mutex<FileLife>,
 }
@@ -26,14 +26,14 @@ struct FileLife {
     state: ForkState,
     vmm: Option<Arc<VmmProcess>>,
     error: Option<ForkError>,
-    /// When it is looked whether its VMM has come.
+    /// The time of the next search for its VMM.
     deadline: Option<Instant>,
-    /// A process was seen that may be its VMM.
+    /// A process was found that may be its VMM.
     has_candidate: bool,
 }
 
 impl FileLife {
-    /// An error that came first stays.
+    /// Ends the fork: `Failed` if an error was set before, else `state`.
     fn end(&mut self, state: ForkState) {
         self.state = match self.error {
             Some(_) => ForkState::Failed,
@@ -43,7 +43,7 @@ impl FileLife {
 }
 
 impl FileFork {
-    /// One whose VMM is known, or not yet.
+    /// Creates a fork: `Serving` if `vmm` is known, else `Waiting`.
     pub(crate) fn new(file: Arc<LocalFile>, placement: Option<Placement>, vmm: Option<Arc<VmmProcess>>) -> Self {
         Self {
             file,
@@ -67,11 +67,11 @@ impl FileFork {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes its own place, once. When this returns, the place is gone, also if another thread removed it.
+    /// Removes its own place, once. When this returns, the place is gone, even if another thread removed it.
     ///
     /// # Errors
     ///
-    /// It is there and cannot be taken away.
+    /// The place exists and cannot be removed.
     pub(crate) fn take_place_away(&self) -> Result<(), PlaceError> {
         let mut taken_away = self.taken_away.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(placement) = self.placement.as_ref().filter(|_| !*taken_away) {
@@ -81,7 +81,7 @@ impl FileFork {
         Ok(())
     }
 
-    /// Its VMM was found. `false` where it has one, or has ended.
+    /// Sets the VMM that was found. Returns `false` if the fork has one already, or has ended.
     pub(crate) fn found(&self, vmm: &Arc<VmmProcess>) -> bool {
         let mut life = self.life();
         if life.state != ForkState::Waiting {
@@ -92,7 +92,7 @@ impl FileFork {
         true
     }
 
-    /// It has ended. `false` where it had before.
+    /// Ends the fork. Returns `false` if it had ended before.
     pub(crate) fn end(&self, state: ForkState) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
@@ -102,7 +102,7 @@ impl FileFork {
         true
     }
 
-    /// When it is to be looked whether its VMM has come; never, where this is `None`.
+    /// Returns the time of the next search for its VMM; `None` for no search.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.life().deadline
     }
@@ -111,13 +111,13 @@ impl FileFork {
         self.life().deadline = deadline;
     }
 
-    /// A process was seen that may be its VMM, and cannot be told from those of others.
+    /// Notes that a process was found that may be its VMM or that of another fork.
     pub(crate) fn note_candidate(&self) {
         self.life().has_candidate = true;
     }
 
-    /// Its VMM has not come: it has failed, or, where it may have come without being known, that has exited. `false` where
-    /// it has been found meanwhile, or the fork has ended.
+    /// Gives up waiting for the VMM. The fork has exited if a candidate was noted, else failed. Returns `false` if the
+    /// VMM was found meanwhile, or the fork has ended.
     pub(crate) fn give_up(&self, error: ForkError) -> bool {
         let mut life = self.life();
         if life.state != ForkState::Waiting {
@@ -130,7 +130,7 @@ impl FileFork {
         true
     }
 
-    /// Why it is about to end: its VMM is being killed.
+    /// Sets the error with which the fork ends, since its VMM is being killed.
     pub(crate) fn fail_when_dead(&self, error: ForkError) {
         self.life().error.get_or_insert(error);
     }
@@ -158,7 +158,7 @@ impl Backing for FileFork {
     }
 
     fn needs_daemon(&self) -> bool {
-        // Its VMM maps a file of the kernel's.
+        // Its VMM maps a file, so the kernel answers its faults.
         false
     }
 

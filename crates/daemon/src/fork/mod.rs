@@ -1,8 +1,8 @@
-//! A fork that has been made.
+//! A created fork.
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | `backing` | what each backend says of a fork |
+//! | `backing` | the facts that each backend knows about a fork |
 //! | `uffd`, `file` | the two backends |
 
 mod backing;
@@ -25,17 +25,17 @@ use crate::placement::Placement;
 use crate::template::Template;
 use crate::vmm_process::{SavedVmm, VmmProcess};
 
-/// A fork, from making to deleting.
+/// A fork, from creation to deletion.
 pub(crate) struct Fork {
     pub(crate) id: ForkId,
     pub(crate) template: Arc<Template>,
-    /// Why its backend is the one it is.
+    /// The reason for its backend.
     pub(crate) reason: String,
     pub(crate) mem_backend: MemBackend,
     pub(crate) backed_by: BackedBy,
 }
 
-/// The backend of a fork. A `match` of it belongs into this file or the service's `backends`.
+/// The backend of a fork. Only this file and the service's `backends` may `match` it.
 pub(crate) enum BackedBy {
     Uffd(UffdFork),
     File(FileFork),
@@ -49,7 +49,7 @@ impl Fork {
         }
     }
 
-    /// The parts that only a fork with `uffd` has.
+    /// Returns the parts that only a fork with `uffd` has.
     pub(crate) fn uffd(&self) -> Option<&UffdFork> {
         match &self.backed_by {
             BackedBy::Uffd(uffd) => Some(uffd),
@@ -57,7 +57,7 @@ impl Fork {
         }
     }
 
-    /// The parts that only a fork with `file` has.
+    /// Returns the parts that only a fork with `file` has.
     pub(crate) fn file(&self) -> Option<&FileFork> {
         match &self.backed_by {
             BackedBy::File(file) => Some(file),
@@ -65,12 +65,12 @@ impl Fork {
         }
     }
 
-    /// Where it is in its life.
+    /// Its state.
     pub(crate) fn state(&self) -> ForkState {
         self.backing().state()
     }
 
-    /// Its VMM, where it is known.
+    /// Its VMM, if it is known.
     pub(crate) fn vmm(&self) -> Option<Arc<VmmProcess>> {
         self.backing().vmm()
     }
@@ -85,37 +85,37 @@ impl Fork {
         self.backing().backend()
     }
 
-    /// A path of the memory file that was made for this fork alone.
+    /// The path of the memory file that was created for this fork alone.
     pub(crate) fn placement(&self) -> Option<&Placement> {
         self.backing().placement()
     }
 
-    /// Whether its VMM would wait for ever without this daemon.
+    /// Returns `true` if its VMM would hang forever without this daemon.
     pub(crate) fn needs_daemon(&self) -> bool {
         self.backing().needs_daemon()
     }
 
-    /// What tells whether it is idle. `None` while the page server does not serve it.
+    /// Its recent activity, for the idle check. `None` while the page server does not serve it.
     pub(crate) fn activity(&self) -> Option<Activity> {
         self.backing().activity()
     }
 
-    /// What has happened to it so far.
+    /// Its counters and outcome so far.
     pub(crate) fn numbers(&self) -> Numbers {
         self.backing().numbers()
     }
 
-    /// What the page server has counted of it.
+    /// The page server's counters of it.
     pub(crate) fn stats(&self) -> Option<ForkStats> {
         Some(self.uffd()?.served.status().stats)
     }
 
-    /// Adds what its backend knows to the answer of the API.
+    /// Adds its backend's fields to the API's answer.
     pub(crate) fn describe(&self, shown: &mut pagecast_client::Fork) {
         self.backing().describe(shown);
     }
 
-    /// The answer to whoever asked for it.
+    /// The answer to the request that created it.
     pub(crate) fn created(&self) -> CreatedFork {
         CreatedFork {
             id: self.id.to_string(),
@@ -126,7 +126,7 @@ impl Fork {
         }
     }
 
-    /// What is kept of it in the run dir.
+    /// The record of it in the run dir.
     pub(crate) fn saved(&self, vmm: Option<SavedVmm>) -> SavedFork {
         SavedFork {
             template: self.template.name.to_string(),
@@ -139,7 +139,7 @@ impl Fork {
     }
 }
 
-/// What is kept of a fork in the run dir, to be found again after a restart.
+/// The record of a fork in the run dir, for the next daemon.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedFork {
     pub(crate) template: String,
@@ -151,13 +151,13 @@ pub(crate) struct SavedFork {
 }
 
 impl SavedFork {
-    /// Whether its VMM waits for ever since the daemon that kept this has died.
+    /// Returns `true` if its VMM hangs forever after the death of the daemon that saved this.
     pub(crate) fn needed_daemon(&self) -> bool {
         self.backend != Backend::File
     }
 }
 
-/// Firecracker's object of this name.
+/// Creates Firecracker's `mem_backend` object.
 pub(crate) fn mem_backend(backend_type: BackendType, path: &Path) -> MemBackend {
     MemBackend {
         backend_type,

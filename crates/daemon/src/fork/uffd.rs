@@ -12,20 +12,20 @@ use crate::vmm_process::VmmProcess;
 
 /// A fork with `uffd`.
 pub(crate) struct UffdFork {
-    /// The page server knows all about it, and has it for as long as it is not forgotten.
+    /// The page server's handle of it, valid until the fork is forgotten.
     pub(crate) served: pagecast::server::Fork,
-    /// Its VMM, once it has shaken hands: one that is complete lives on, and may have exited since.
+    /// Its VMM, set after the handshake. It runs on when the fork is complete, and may have exited since.
     pub(crate) vmm: OnceLock<Arc<VmmProcess>>,
-    /// What it is given ahead of its faults.
+    /// The pages that are installed ahead of its faults.
     prefault: Prefault,
-    /// Whether they are recorded.
+    /// Whether its faults are recorded.
     record: bool,
-    /// How many bytes were recorded, once that is over and has been learned from.
+    /// Recorded bytes, set when the recording is part of the working set.
     recorded: OnceLock<u64>,
 }
 
 impl UffdFork {
-    /// Creates one that waits for its VMM. `record` if its faults are recorded.
+    /// Creates a fork that waits for its VMM. `record` says whether its faults are recorded.
     pub(crate) fn new(served: pagecast::server::Fork, prefault: Prefault, record: bool) -> Self {
         Self {
             served,
@@ -36,7 +36,7 @@ impl UffdFork {
         }
     }
 
-    /// Its recording of `bytes` is over, and has been learned from.
+    /// Notes that its recording of `bytes` is now part of the working set.
     pub(crate) fn set_recorded(&self, bytes: u64) {
         // The page server records a fork once.
         let _ = self.recorded.set(bytes);
@@ -80,7 +80,7 @@ impl Backing for UffdFork {
     }
 
     fn numbers(&self) -> Numbers {
-        // First, so that all is counted of one that is seen to have ended.
+        // Read first: if the status is an end, all counters below are final.
         let status = self.served.status();
         let failure = status.reason.as_deref().filter(|_| status.state == ServedState::Failed);
         Numbers {
@@ -90,7 +90,7 @@ impl Backing for UffdFork {
                 Failure {
                     code: reason.code().to_owned(),
                     is_refusal,
-                    // The size is known from the moment on when it has shaken hands.
+                    // The size is known since the handshake.
                     is_kill: !is_refusal && status.memory_bytes > 0,
                 }
             }),
@@ -137,7 +137,7 @@ impl Backing for UffdFork {
     }
 }
 
-/// The state, in the words of the API.
+/// Converts a state to that of the API.
 fn state_of(state: ServedState) -> ForkState {
     match state {
         ServedState::Waiting => ForkState::Waiting,

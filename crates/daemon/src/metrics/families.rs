@@ -98,10 +98,10 @@ impl Families {
         self.0.push(family);
     }
 
-    /// All of it as text.
+    /// Returns all metrics as text.
     pub(super) fn text(&self) -> String {
         TextEncoder::new().encode_to_string(&self.0).unwrap_or_else(|error| {
-            // It refuses metrics without a name or sample, and there are none.
+            // The encoder refuses metrics without a name or sample. None of these lacks one.
             error!(%error, "cannot write the metrics");
             String::new()
         })

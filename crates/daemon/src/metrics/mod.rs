@@ -2,11 +2,11 @@
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | `process` | what the daemon itself costs |
-//! | `families` | the format |
+//! | `process` | CPU time, memory and file descriptors of the daemon |
+//! | `families` | the text format |
 //!
-//! Nothing is counted twice: a scrape reads the counters that the page server counts with anyway, and adds what was kept of
-//! forks that are gone. It does not wait for disks or VMMs.
+//! Nothing is counted twice: a scrape reads the page server's own counters, and adds the saved counters of deleted
+//! forks. It does not wait for disks or VMMs.
 
 mod families;
 mod process;
@@ -36,7 +36,7 @@ const BOUNDS: [u32; 22] = [
     10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 30, 32, 34, 36,
 ];
 
-/// All metrics as text.
+/// Returns all metrics as text.
 pub(crate) fn text(service: &Service, requests: &Requests) -> String {
     let Snapshot {
         templates,

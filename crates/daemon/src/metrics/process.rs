@@ -1,10 +1,10 @@
-//! What the daemon itself costs, under the names that all programs have for it.
+//! CPU time, memory and file descriptors of the daemon, under Prometheus' standard names.
 
 use procfs::process::{LimitValue, Process};
 
 use super::families::{Families, NO_LABELS, number};
 
-/// Adds what can be told; a platform without some of it has fewer metrics.
+/// Adds the metrics of this process. Those that the platform does not report are left out.
 pub(super) fn collect(families: &mut Families) {
     let Ok(process) = Process::myself() else { return };
     if let Ok(stat) = process.stat() {

@@ -1,4 +1,4 @@
-//! A daemon with simulated VMMs, scraped.
+//! Scrapes a daemon with simulated VMMs.
 #![expect(clippy::float_cmp, reason = "counts are exact, also as floating point numbers")]
 
 mod text_format;
@@ -55,7 +55,7 @@ impl Rig {
         Scrape::parse(&self.client.metrics().await.unwrap())
     }
 
-    /// The socket of a new fork.
+    /// Creates a fork, and returns its socket.
     async fn fork(&self, id: &str) -> std::path::PathBuf {
         self.fork_with(id, Backend::Uffd).await
     }
@@ -69,7 +69,7 @@ impl Rig {
         self.client.create_fork(&wanted).await.unwrap().mem_backend.backend_path
     }
 
-    /// A VMM that has read its first `pages` pages.
+    /// Starts a VMM that has read its first `pages` pages.
     async fn reader(&self, id: &str, pages: u64) -> SimVmm {
         let socket = self.fork(id).await;
         let vmm = SimVmm::spawn().unwrap();
@@ -82,7 +82,7 @@ impl Rig {
         vmm
     }
 
-    /// Has forks be given these pages ahead.
+    /// Sets the working set of the template to these pages.
     fn learn(&self, pages: &[u64]) {
         let template = &self.daemon.service().registry().templates()[0].pages;
         let mut recording = Recording::new(template.len());
@@ -92,7 +92,7 @@ impl Rig {
         template.set_working_set(Some(Arc::new(WorkingSet::of(&recording))));
     }
 
-    /// Waits until the page server has seen this of a fork.
+    /// Waits until a fork has this state in the page server.
     fn wait(&self, id: &str, wanted: ServedState) {
         let forks = self.daemon.service().registry().forks();
         let fork = forks.iter().find(|fork| fork.id.as_str() == id).unwrap();
@@ -105,7 +105,7 @@ impl Rig {
     }
 }
 
-/// Everything that can be counted, happens once at least.
+/// Causes each countable event at least once.
 async fn eventful(rig: &Rig) {
     let vmm = rig.reader("all", PAGES).await;
     vmm.exit(0).unwrap();
@@ -159,7 +159,7 @@ async fn what_is_scraped_is_what_the_api_says() {
     assert_eq!(scrape.sum("pagecast_forks_created_total", &of_t), 5.0);
     assert_eq!(scrape.sum("pagecast_forks_ended_total", &of_t), 3.0);
 
-    // The last fault of the VMM that lives may not be counted yet.
+    // The last fault of the living VMM may not be counted yet.
     let ended = PAGES + 10;
     let demand = scrape.sum("pagecast_faults_total", &[("kind", "demand")]);
     assert!([ended, ended + 1].map(metrics::number).contains(&demand), "{demand}");
@@ -201,7 +201,7 @@ async fn nothing_counts_down_when_forks_are_deleted_or_forgotten() {
     let rig = Rig::start().await;
     eventful(&rig).await;
     let before = rig.scrape().await;
-    // Each of these is in place for one fault, and is counted by both.
+    // Each of these faults installs one page, and both histograms count it.
     let demand = before.sum("pagecast_faults_total", &[("kind", "demand")]);
     assert_eq!(demand, metrics::number(PAGES + 10));
     for histogram in ["pagecast_fault_latency_seconds", "pagecast_install_latency_seconds"] {
@@ -216,7 +216,7 @@ async fn nothing_counts_down_when_forks_are_deleted_or_forgotten() {
     }
     assert_eq!(rig.scrape().await.sum("pagecast_forks", &[]), 0.0);
 
-    // Whose VMM lives, and who waits for one: closed, and counted as such.
+    // A fork with a living VMM, and two that wait for one.
     let vmm = rig.reader("again", 3).await;
     rig.fork("waiting").await;
     rig.fork_with("file", Backend::File).await;
@@ -330,7 +330,7 @@ async fn all_that_is_scraped_is_documented_and_the_other_way_round() {
     let documented = first_column(&page, |name| {
         name.starts_with("pagecast_") || name.starts_with("process_")
     });
-    // As long as too few forks were given a working set ahead, there is nothing to say of these.
+    // These are absent while too few forks have had a working set prefaulted.
     let mut names = scrape.names();
     for name in ["pagecast_prefault_precision_ratio", "pagecast_prefault_recall_ratio"] {
         assert!(names.insert(name), "{name}");
@@ -345,14 +345,14 @@ fn every_reason_is_documented_and_every_documented_reason_exists() {
     let page = page();
     let (_, tables) = page.split_once("## Reasons").unwrap();
     let documented = first_column(tables, |_| true);
-    // Where the library has them; there is no list of them at run time.
+    // The library's source files with these codes. There is no list of them at run time.
     let files = ["server/fail_reason.rs", "server/refusal.rs", "template/source.rs"];
     let sources = files.map(|file| read(&format!("crates/pagecast/src/{file}")));
     let codes = sources.iter().flat_map(|source| source.lines()).filter_map(|line| {
         let (_, code) = line.split_once("=> \"")?;
         code.strip_suffix("\",")
     });
-    // Those of the daemon itself.
+    // The daemon's own codes.
     let codes: BTreeSet<&str> = codes.chain(["server_died"]).collect();
     assert!(codes.len() > 30, "{codes:?}");
     assert_eq!(documented, codes);
@@ -367,7 +367,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(root.join(path)).unwrap()
 }
 
-/// What tables have as code in their first column.
+/// Returns the code in the first column of the page's tables.
 fn first_column(page: &str, wanted: impl Fn(&str) -> bool) -> BTreeSet<&str> {
     page.lines()
         .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))

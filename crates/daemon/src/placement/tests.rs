@@ -11,7 +11,7 @@ use super::*;
 
 const CONTENT: &[u8] = &[7; 4096];
 
-/// A template, a folder on its file system and one on another; mounts in them go away with it.
+/// A template, a folder on its file system and one on another. Mounts in them are removed at the end.
 struct Files {
     dir: tempfile::TempDir,
     elsewhere: tempfile::TempDir,
@@ -53,7 +53,7 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
-        // Of a test that failed.
+        // Left by a failed test.
         let _ = rustix::mount::unmount(self.far(), UnmountFlags::DETACH);
         let _ = rustix::mount::unmount(self.near(), UnmountFlags::DETACH);
     }
@@ -73,7 +73,7 @@ fn may_mount() -> bool {
     may
 }
 
-/// Takes a capability from this thread, which is the test's own.
+/// Drops a capability of this thread, which only this test uses.
 fn give_up(capability: CapabilitySet) {
     let mut sets = rustix::thread::capabilities(None).unwrap();
     sets.effective.remove(capability);
@@ -88,7 +88,7 @@ fn reloaded<T: Serialize + serde::de::DeserializeOwned>(value: &T) -> T {
 fn on_the_same_file_system_it_is_a_hard_link_of_the_held_inode() {
     let files = Files::new();
     let before = files.identity();
-    // Not of what the path leads to by now.
+    // The path leads to another file now.
     std::fs::rename(files.mem(), files.dir.path().join("renamed")).unwrap();
     std::fs::write(files.mem(), "another file").unwrap();
 
@@ -159,7 +159,8 @@ fn a_mount_that_another_mount_namespace_has_too_is_removed_all_the_same() {
     }
     let files = Files::new();
     let placement = files.place(&files.far()).unwrap();
-    // As Firecracker's jailer makes one. It says a word once it is in there, and ends when the test does.
+    // A namespace as Firecracker's jailer creates it. The process prints a line once it is in there, and ends with the
+    // test.
     let mut jailed = std::process::Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", "echo; read end"])
         .stdin(std::process::Stdio::piped())
@@ -220,7 +221,7 @@ fn nothing_that_exists_is_replaced() {
         refused("a folder");
         std::fs::remove_dir(&path).unwrap();
 
-        // One that leads nowhere, and one that leads to the template.
+        // One dangling link, and one link to the template.
         for target in [files.dir.path().join("nowhere"), files.mem()] {
             std::os::unix::fs::symlink(&target, &path).unwrap();
             refused("a symbolic link");
@@ -376,7 +377,7 @@ fn a_plan_that_was_read_back_undoes_what_a_killed_process_had_done() {
     for path in paths {
         let plan = Plan::new(files.file.as_fd(), &path).unwrap();
         assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Gone);
-        // Killed before it could write this down.
+        // Killed before it could save the placement.
         let _ = plan.carry_out(files.file.as_fd(), Prefer::Link).unwrap();
         assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
         assert!(!path.exists());
@@ -473,12 +474,12 @@ fn a_mount_over_a_link_is_taken_away_however_far_it_came() {
         return;
     }
     let files = Files::new();
-    // Killed before it could note what it has done.
+    // Killed before it could save the placement.
     let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
     let _ = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
     assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
     assert!(!files.near().exists());
-    // Killed between link and mount; and unmounted by somebody else.
+    // Killed between link and mount; then unmounted by another process.
     std::fs::hard_link(files.mem(), files.near()).unwrap();
     assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
     let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
@@ -500,7 +501,7 @@ fn without_the_right_to_mount_a_place_in_a_jail_is_a_link() {
     assert!(!files.near().exists());
 }
 
-/// Prints what is at a path and whether its owner can be changed, in a mount namespace of its own that is made first.
+/// Prints the file at a path, and whether its owner can be changed, in a mount namespace of its own.
 const JAIL: &str = "
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -525,7 +526,7 @@ while True:
         print('nothing', flush=True)
 ";
 
-/// A namespace of mounts that a jailer has made.
+/// A mount namespace as a jailer creates it.
 struct Jail {
     child: std::process::Child,
     lines: std::io::BufReader<std::process::ChildStdout>,
@@ -566,14 +567,14 @@ impl Drop for Jail {
     }
 }
 
-/// Where mounts propagate, that is what reaches a jail that was there before; elsewhere the link does.
+/// If mounts propagate, an existing jail sees the mount; otherwise it sees the link.
 #[test]
 fn a_jail_that_is_there_already_gets_the_template_read_only_where_mounts_propagate() {
     if !may_mount() {
         return;
     }
     let files = Files::new();
-    // A file system of its own, with the template on it.
+    // A separate file system, with the template on it.
     let shared = files.elsewhere.path().canonicalize().unwrap();
     rustix::mount::mount("tmpfs", &shared, "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
     let _mounted = Unmounted(&shared);

@@ -1,4 +1,4 @@
-//! What is said of templates and forks.
+//! Templates and forks as the API shows them.
 
 use std::sync::Arc;
 
@@ -12,9 +12,9 @@ use crate::local_file::LocalFile;
 use crate::template::Template;
 
 impl Service {
-    /// A template as the API shows it; with `memory`, what its forks cost is measured.
+    /// Returns a template as the API shows it. With `memory`, measures the memory of its forks.
     pub(crate) fn describe_template(&self, template: &Template, memory: bool) -> pagecast_client::Template {
-        // Whatever comes of it is remembered.
+        // A change is stored in the template's validity, which is read next.
         let _ = template.check();
         let change = template.validity.change();
         let living: Vec<Arc<Fork>> = self
@@ -46,19 +46,19 @@ impl Service {
         }
     }
 
-    /// One template as the API shows it.
+    /// Returns one template as the API shows it.
     pub(crate) fn show_template(self: &Arc<Self>, name: &str) -> Result<pagecast_client::Template, ApiError> {
         self.find_vmms();
         Ok(self.describe_template(&*self.registry.template(name)?, true))
     }
 
-    /// One fork as the API shows it.
+    /// Returns one fork as the API shows it.
     pub(crate) fn show_fork(self: &Arc<Self>, id: &str) -> Result<pagecast_client::Fork, ApiError> {
         self.find_vmms();
         Ok(describe_fork(&*self.registry.fork(id)?, true))
     }
 
-    /// All templates as the API shows them.
+    /// Returns all templates as the API shows them.
     pub(crate) fn show_templates(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Template> {
         self.find_vmms();
         let templates = self.registry.templates();
@@ -68,7 +68,7 @@ impl Service {
             .collect()
     }
 
-    /// All forks as the API shows them.
+    /// Returns all forks as the API shows them.
     pub(crate) fn show_forks(self: &Arc<Self>, memory: bool) -> Vec<pagecast_client::Fork> {
         self.find_vmms();
         self.registry
@@ -79,7 +79,7 @@ impl Service {
     }
 }
 
-/// A fork as the API shows it; with `memory`, what it costs is measured.
+/// Returns a fork as the API shows it. With `memory`, measures its memory.
 fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
     let mut shown = pagecast_client::Fork {
         id: fork.id.to_string(),
@@ -103,7 +103,7 @@ fn describe_fork(fork: &Fork, memory: bool) -> pagecast_client::Fork {
     shown
 }
 
-/// What was learned of what the forks of a template touch.
+/// Returns the working set of a template, with its score.
 fn working_set(template: &Template) -> Option<WorkingSet> {
     let set = template.pages.working_set()?;
     let score = template.pages.prefault_score();
@@ -117,7 +117,7 @@ fn working_set(template: &Template) -> Option<WorkingSet> {
     })
 }
 
-/// What forks cost together.
+/// Returns the sum of the forks' memory.
 fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
     let total = forks
         .iter()
@@ -131,7 +131,7 @@ fn measure(forks: &[Arc<Fork>]) -> Option<TemplateMemory> {
     (total.measured > 0).then_some(total)
 }
 
-/// What the VMM of a fork costs, where it is known and lives.
+/// Returns the memory of a fork's VMM, if that is known and alive.
 fn measure_fork(fork: &Fork) -> Option<ForkMemory> {
     fork.vmm()?.memory()
 }

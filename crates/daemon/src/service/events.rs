@@ -1,4 +1,4 @@
-//! What happens to forks: reports of the page server, and the end of each fork.
+//! Events of forks: reports of the page server, and the end of each fork.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::run_dir::Saved;
 use crate::vmm_process::VmmProcess;
 
 impl Service {
-    /// Acts on what the page server reports of a fork with `uffd`.
+    /// Acts on an event of the page server about a fork with `uffd`.
     pub(crate) fn on_event(self: &Arc<Self>, event: &ForkEvent) {
         match event {
             ForkEvent::Serving {
@@ -24,7 +24,7 @@ impl Service {
                 self.fork_serving.notify_one();
                 info!(event = "fork_serving", fork = %id, pid, memory_bytes, "serving");
             }
-            // One that is forgotten already has no template any more that could learn from it.
+            // A fork that was forgotten already has no template that could learn from it.
             ForkEvent::Recorded { id, recording } => {
                 if let Ok(fork) = self.registry.fork(id.as_str()) {
                     let recording = Arc::clone(recording);
@@ -38,7 +38,7 @@ impl Service {
                 debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
             }
             ForkEvent::Ended(status) => {
-                // One that is just being made or deleted is seen to by whoever does that.
+                // If the fork is being created or deleted, that call handles its end.
                 if let Ok(fork) = self.registry.fork(status.id.as_str()) {
                     self.ended(&fork);
                 }
@@ -67,12 +67,12 @@ impl Service {
         }
     }
 
-    /// A fork has ended: it stays readable until it is deleted, or too many others have ended since.
+    /// Handles the end of a fork. It can be read until it is deleted, or `ended_forks` others have ended since.
     pub(super) fn ended(self: &Arc<Self>, ended: &Arc<Fork>) {
         let Some(forgotten) = self.registry.note_end(ended) else {
             return;
         };
-        // It need not be found again after a restart.
+        // The next daemon need not take it up.
         self.forget_saved(ended);
         Self::log_end(ended);
         for fork in &forgotten {
@@ -80,7 +80,7 @@ impl Service {
         }
     }
 
-    /// Logs how a fork has ended, once for each fork.
+    /// Logs the end of a fork. Called once for each fork.
     pub(super) fn log_end(ended: &Fork) {
         let numbers = ended.stats();
         let faults = numbers.map(|stats| stats.faults.demand);
@@ -94,7 +94,7 @@ impl Service {
         }
     }
 
-    /// Gives back what a fork held that is off the list. Its id may be another fork's by now.
+    /// Releases the resources of a fork that is no longer in the registry. Another fork may have its id by now.
     pub(super) fn forget(self: &Arc<Self>, fork: &Fork) {
         backends::of(fork).release(self, fork);
         self.forget_saved(fork);
@@ -105,13 +105,13 @@ impl Service {
         if let Err(error) = saved.and_then(|vmm| self.run_dir.save(Saved::Fork, fork.id.as_str(), &fork.saved(vmm))) {
             warn!(fork = %fork.id, %error, "will not be found again after a restart");
         }
-        // It may have ended meanwhile, and been forgotten before it was saved.
+        // It may have ended, and its record been deleted, before this saved it.
         if fork.state().is_end() {
             self.forget_saved(fork);
         }
     }
 
-    /// Forgets what is kept of a fork in the run dir, and not what is kept of another that has its id by now.
+    /// Deletes the record of a fork in the run dir, unless another fork has its id by now.
     pub(super) fn forget_saved(&self, fork: &Fork) {
         let forget = || self.run_dir.forget(Saved::Fork, fork.id.as_str());
         if let Some(Err(error)) = self.registry.unless_replaced(fork, forget) {
@@ -119,8 +119,8 @@ impl Service {
         }
     }
 
-    /// Forgets the forks that have ended, before this process does: the next daemon would take their VMMs for ones that
-    /// have lost their server.
+    /// Deletes the records of ended forks before this process ends. Otherwise the next daemon would take their VMMs for
+    /// ones that have lost their page server.
     pub(crate) fn forget_ended(&self) {
         for fork in self.registry.forks() {
             if fork.state().is_end() {

@@ -1,4 +1,4 @@
-//! Forks: made, completed and deleted.
+//! Calls that create, complete and delete forks.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::fork::Fork;
 use crate::template::Template;
 
 impl Service {
-    /// Makes a fork.
+    /// Creates a fork.
     pub(crate) fn create_fork(self: &Arc<Self>, wanted: &CreateFork) -> Result<Arc<Fork>, ApiError> {
         self.check_open()?;
         if let Some(prefault @ (Prefault::WorkingSet | Prefault::All)) = wanted.prefault.filter(|_| wanted.record) {
@@ -37,7 +37,7 @@ impl Service {
         }
         self.start(&fork);
         self.fork_made.notify_one();
-        // Its VMM may have been very quick.
+        // Its VMM may have connected already.
         self.fork_serving.notify_one();
         info!(
             event = "fork_created",
@@ -86,18 +86,18 @@ impl Service {
         backends::make(self, backend, order)
     }
 
-    /// Begins to look after a fork that was made or found again.
+    /// Starts to track a fork that was created or taken up.
     pub(super) fn start(self: &Arc<Self>, fork: &Arc<Fork>) {
         backends::of(fork).start(self, fork);
     }
 
-    /// Begins to complete a fork.
+    /// Starts to complete a fork.
     pub(crate) fn complete_fork(&self, id: &str) -> Result<(), ApiError> {
         let fork = self.registry.fork(id)?;
         backends::of(&fork).complete(&fork)
     }
 
-    /// Deletes a fork; with `kill`, its VMM is killed first.
+    /// Deletes a fork. With `kill`, kills its VMM first.
     pub(crate) fn remove_fork(self: &Arc<Self>, id: &str, kill: bool) -> Result<(), ApiError> {
         self.find_vmms();
         let fork = self.registry.fork(id)?;
@@ -105,7 +105,7 @@ impl Service {
             self.kill_vmm(&fork)?;
         }
         backends::of(&fork).close(&fork)?;
-        // Somebody else may have deleted it and made another of this id.
+        // Another call may have deleted it and created another one with this id.
         let Some(told) = self.registry.remove_fork(&fork) else {
             return Ok(());
         };

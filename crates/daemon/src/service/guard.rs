@@ -1,4 +1,4 @@
-//! What happens when a template changes: nobody gets a wrong byte.
+//! Ends the forks of a template that changes, so that none reads a wrong byte.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -22,16 +22,16 @@ use crate::template::Template;
 use crate::validity::Forks;
 use crate::vmm_process::VmmProcess;
 
-/// How often templates are compared that have no lease, while forks of them live.
+/// Interval of comparing templates without a lease, while they have living forks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long forks with `uffd` may take to complete or to die while somebody waits to write their template, at most.
+/// Most time that forks with `uffd` have to complete or die while a process waits to write their template.
 const VACATE_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// What a withdrawal is called where a part of it panics.
+/// The task name of a withdrawal, for panics in its parts.
 const TASK: &str = "withdrawal";
 
-/// How long the kernel holds up whoever breaks a lease, where it does not say.
+/// Assumed time that the kernel blocks a process that breaks a lease, if the sysctl cannot be read.
 const LEASE_BREAK_TIME: Duration = Duration::from_secs(45);
 
 impl Service {
@@ -45,14 +45,15 @@ impl Service {
         }
     }
 
-    /// Somebody wants to write the file of a template, which we have a lease on, and waits for us to let go. Must not block.
+    /// Handles a broken lease: a process waits to write the file of a template until the lease is dropped. Must not
+    /// block.
     pub(super) fn lease_broken(self: &Arc<Self>, file: &Arc<MemFile>) {
-        // While the daemon starts, forks that live are not found yet, and would be missed.
+        // At start-up, living forks are not taken up yet, and would be missed.
         if !self.acts_on_leases.load(Ordering::SeqCst) {
             return;
         }
-        // By its file, since the name may be another template's by now. One that is just being added is looked at once it is
-        // there.
+        // Searched by file, since another template may have the name by now. For a template that is being added,
+        // `add_template` calls this again.
         let templates = self.registry.templates();
         let is_of_it = |template: &Arc<Template>| {
             let its = template.file.as_ref();
@@ -61,21 +62,21 @@ impl Service {
         let Some(template) = templates.into_iter().find(is_of_it) else {
             return;
         };
-        // Its bytes are right for as long as we have the lease, so forks can be made to do without it.
+        // The bytes cannot change while the lease is held, so there is time to complete forks.
         let timeout = VACATE_TIMEOUT.min(lease_break_time() * 2 / 3);
         self.begin_withdrawal(&template, "another process opens it for writing", Some(timeout));
         warn!(event = "template_lease_broken", template = %template.name, "another process opens the template for writing, and waits until no fork reads it");
     }
 
-    /// Takes a template away that was written while nobody looked.
+    /// Ends the forks of a template that was written while no daemon ran.
     pub(super) fn withdraw_changed(self: &Arc<Self>, template: &Arc<Template>) {
         if let Some(how) = template.validity.change() {
             self.begin_withdrawal(template, &how, None);
         }
     }
 
-    /// Begins to end the forks of a template, once for each template; with `gently`, those that can be completed within that
-    /// time live on. On a thread of its own: those of the runtime may all be waiting for somebody, and this must not.
+    /// Starts to end the forks of a template, once for each template. With `gently`, forks that can be completed within
+    /// that time live on. Runs on a thread of its own, since API calls may occupy all threads of the runtime.
     pub(super) fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         if !template.validity.invalidate(how, Forks::Ended) {
             return;
@@ -102,28 +103,29 @@ impl Service {
         self.withdrawals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The threads that are ending forks now, to be waited for.
+    /// Takes the threads that are ending forks, to be joined.
     pub(crate) fn take_withdrawals(&self) -> Vec<JoinHandle<()>> {
         std::mem::take(&mut *self.withdrawals())
     }
 
-    /// Ends every fork that would still read a template, by killing its VMM, since a wrong byte is worse; then lets go of the
-    /// lease. The kernel gives a writer only so much time, so first comes what waits for nobody, and what is logged comes last.
+    /// Ends every fork that would still read a template, by killing its VMM, since a wrong byte is worse. Then drops
+    /// the lease. The kernel blocks the writer for a limited time, so steps that do not wait come first, and log lines
+    /// last.
     fn withdraw(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         let mut forks = self.living_forks_of(template);
-        // The page server ends the others.
+        // The page server ends those with `uffd`.
         forks.retain(|fork| fork.file().is_some());
-        // Each step is taken whatever becomes of those before it.
+        // Each step runs even if an earlier one panics.
         let file = template.file.as_deref();
         let (mut killed, mut removed) = (Vec::new(), None);
         if let Some(file) = file {
             killed = self.kill_mappers(template, file, &forks, how);
-            // Other templates may be of the same file.
+            // Other templates may share the file.
             survive(TASK, || self.look_before_own_change(file.inode()));
-            // A VMM that has the path and opens it only now finds nothing there.
+            // A VMM that opens the path only now finds no file.
             removed = survive(TASK, || file.placement.as_ref().map(Placement::remove)).flatten();
             survive(TASK, || self.note_own_change(file.inode()));
-            // Not as the removal of a template does: that waits for a call that asks for it to be in memory.
+            // Not `end_warmth`, which waits for a call that is warming the template.
             survive(TASK, || file.warmth.end());
         }
         if let Some(timeout) = gently {
@@ -132,7 +134,7 @@ impl Service {
         let served = survive(TASK, || self.server.withdraw(&template.pages, how));
         let left = survive(TASK, || self.await_deaths(template, killed)).unwrap_or_default();
         let all_ended = survive(TASK, || self.server.wait_withdrawn(&template.pages, KILL_TIMEOUT));
-        // Somebody may have opened the file while it was there, and have mapped it since.
+        // A process may have opened the file while its path existed, and mapped it since.
         if let Some(file) = file {
             survive(TASK, || {
                 let late = kill_untracked(template, file, &places(file, &forks), &left);
@@ -149,8 +151,8 @@ impl Service {
         info!(event = "template_withdrawn", template = %template.name, uffd = served.unwrap_or_default(), file = forks.len(), "all forks of the template have ended");
     }
 
-    /// Kills the VMMs of these forks with `file`, and all others that map the file by a path of theirs. Those whose VMM was
-    /// never seen have ended.
+    /// Kills the VMMs of these forks with `file`, and all other processes that map the file by one of their paths. Ends
+    /// forks whose VMM was never found.
     fn kill_mappers(
         self: &Arc<Self>,
         template: &Template,
@@ -167,7 +169,7 @@ impl Service {
                 fork.fail_when_dead(error.clone());
             }
         }
-        // Those that are known die first: nothing has to be looked for.
+        // Known VMMs first, since they need no search.
         let mut killed = kill_vmms(forks, &[]);
         survive(TASK, || self.find_vmms());
         let found = kill_vmms(forks, &killed);
@@ -180,7 +182,7 @@ impl Service {
         killed
     }
 
-    /// Waits until those that were killed are dead. Those that are not.
+    /// Waits until the killed processes are dead. Returns those that are not.
     fn await_deaths(self: &Arc<Self>, template: &Template, mut killed: Vec<Killed>) -> Vec<Killed> {
         let until = Instant::now() + KILL_TIMEOUT;
         killed.retain(|Killed { vmm, fork }| {
@@ -203,21 +205,21 @@ impl Service {
         forks
     }
 
-    /// Compares templates that have no lease, or of which there are hard links that others were told, with what they were, for as
-    /// long as forks of them live. Blocks.
+    /// Compares templates with their saved identity, while they have living forks and either no lease or hard links
+    /// made for single forks. Blocks.
     pub(crate) async fn watch_templates(self: Arc<Self>) {
         loop {
-            // Where that panics, there may be something to watch.
+            // After a panic, there may still be a template to watch.
             if survive("watch", || self.compare_templates()).unwrap_or(true) {
                 tokio::time::sleep(WATCH_INTERVAL).await;
             } else {
-                // Nothing to watch until a fork is made.
+                // There is no template to watch until a fork is created.
                 self.fork_made.notified().await;
             }
         }
     }
 
-    /// Whether there is anything to watch.
+    /// Compares them once. Returns `true` if there is a template to watch.
     fn compare_templates(self: &Arc<Self>) -> bool {
         let mut watched = false;
         for template in self.registry.templates() {
@@ -249,24 +251,25 @@ impl Service {
     }
 }
 
-/// Whether a fork with `file` has a hard link of its template, by which the owner of its folder may change the template's owner.
+/// Returns `true` if the fork's path is a hard link of its template: the owner of its folder may change the template's
+/// owner.
 fn is_linked(fork: &Fork) -> bool {
     fork.placement().is_some_and(|place| place.how() == How::HardLink)
 }
 
-/// A process that was sent SIGKILL, and the fork that it is the VMM of, where that was told or found.
+/// A process that was sent SIGKILL, and its fork, if that is known.
 struct Killed {
     vmm: Arc<VmmProcess>,
     fork: Option<Arc<Fork>>,
 }
 
-/// Where these forks with `file` find the memory file.
+/// Returns the places where these forks with `file` find the memory file.
 fn places<'a>(file: &'a LocalFile, forks: &'a [Arc<Fork>]) -> Vec<&'a Placement> {
     let own = forks.iter().filter_map(|fork| fork.placement());
     file.placement.iter().chain(own).collect()
 }
 
-/// Kills the VMMs of these forks with `file` that are known, but those that were killed already.
+/// Kills the known VMMs of these forks with `file`, except those in `already`.
 fn kill_vmms(forks: &[Arc<Fork>], already: &[Killed]) -> Vec<Killed> {
     let mut killed = Vec::new();
     for fork in forks {
@@ -285,8 +288,8 @@ fn kill_vmms(forks: &[Arc<Fork>], already: &[Killed]) -> Vec<Killed> {
     killed
 }
 
-/// Kills who maps the file of a template by one of `places`, but those that were killed already. What cannot be looked at is not
-/// killed: it may be anybody.
+/// Kills the processes that map the file of a template by one of `places`, except those in `already`. Spares processes
+/// that cannot be inspected, since they may have no relation to it.
 fn kill_untracked(template: &Template, file: &LocalFile, places: &[&Placement], already: &[Killed]) -> Vec<Killed> {
     let untracked = match untracked_vmms(file, places) {
         Ok(untracked) => untracked,
@@ -314,7 +317,7 @@ fn kill_untracked(template: &Template, file: &LocalFile, places: &[&Placement], 
     vmms.into_iter().map(killed).collect()
 }
 
-/// How long the kernel holds up whoever breaks a lease: the sysctl `fs.lease-break-time`.
+/// Returns how long the kernel blocks a process that breaks a lease: the sysctl `fs.lease-break-time`.
 fn lease_break_time() -> Duration {
     std::fs::read_to_string("/proc/sys/fs/lease-break-time")
         .ok()

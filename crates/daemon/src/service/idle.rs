@@ -1,4 +1,4 @@
-//! Forks that have no page faults any more, and are completed, so that they do not need the daemon.
+//! Completes forks without page faults, so that they no longer need the daemon.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use super::{Service, backends};
 use crate::fork::Fork;
 use crate::own_thread::survive;
 
-/// How often it is looked at faults, at least and at most, however long forks may be idle.
+/// The shortest and the longest interval between two looks at the fault counts.
 const INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
-/// How many faults a fork had when that was last another number, and when that was seen.
+/// The last fault count of each fork, and the time when it was first seen.
 type Seen = HashMap<ForkId, (u64, Instant)>;
 
 impl Service {
-    /// Completes forks with `uffd` that had no fault for as long as `after`. Sleeps while none is served. Blocks.
+    /// Completes forks with `uffd` that had no fault for `after`. Sleeps while none is served. Blocks.
     pub(crate) async fn complete_idle(self: Arc<Self>, after: Duration) {
         let interval = (after / 4).clamp(INTERVAL.0, INTERVAL.1);
         let mut seen = Seen::new();
@@ -38,7 +38,7 @@ impl Service {
         }
     }
 
-    /// The forks with `uffd` that are served.
+    /// Returns the forks with `uffd` that are served.
     fn served(&self) -> Vec<Arc<Fork>> {
         let mut forks = self.registry.forks();
         forks.retain(|fork| fork.activity().is_some());
@@ -53,8 +53,8 @@ fn complete_idle_fork(fork: &Fork) {
     }
 }
 
-/// Those of `forks` that had no fault since `after` ago, and are not being recorded. Each is named once in that time: it may
-/// take long to be complete, or not be possible.
+/// Returns the forks that had no fault for `after`, and are not being recorded. Each is returned at most once per
+/// `after`, since its completion may take long, or fail.
 fn look(seen: &mut Seen, forks: &[Arc<Fork>], after: Duration, now: Instant) -> Vec<Arc<Fork>> {
     seen.retain(|id, _| forks.iter().any(|fork| fork.id == *id));
     let mut idle = Vec::new();

@@ -1,4 +1,4 @@
-//! Reads templates into memory, on threads of their own.
+//! Threads that read templates into memory.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,16 +13,16 @@ use crate::local_file::LocalFile;
 use crate::template::Template;
 use crate::warmth::Wish;
 
-/// How long to wait until the zeros of a template are known, before all that may be data is read: a zero that is read costs as
-/// much memory as a byte that is none.
+/// Time to search for the zeros of a template before its data is read. A page of zeros that is read takes as much
+/// memory as any other.
 const ZEROS_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Fulfils a wish, as long as it is the last one. Waits for the disk.
+/// Carries out a request while it is the last one. Waits for the disk.
 pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
     let done = read_all(template, file, wish);
     let error = match &done {
         Ok(true) => None,
-        // Somebody else wishes something else by now.
+        // A later request has replaced this one.
         Ok(false) => return,
         Err(error) => Some(error.clone()),
     };
@@ -34,7 +34,7 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
             told.state = WarmthState::Failed;
         } else {
             told.state = WarmthState::Warm;
-            // Said under this lock, as is that it is no more.
+            // Set under the same lock as it is reset.
             file.mem_file.set_pinned(told.resident && wish.wanted.is_all_data());
         }
         told.error.clone_from(&error);
@@ -56,7 +56,7 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
     }
 }
 
-/// `false` where the wish is not the last any more.
+/// Reads the requested pages. Returns `false` if a later request has replaced this one.
 fn read_all(template: &Template, file: &LocalFile, wish: &Wish) -> Result<bool, String> {
     let without_zeros = wish.wanted.is_all_data().then(|| {
         template.pages.find_zeros(Instant::now() + ZEROS_TIMEOUT);
@@ -88,9 +88,8 @@ fn read_all(template: &Template, file: &LocalFile, wish: &Wish) -> Result<bool, 
     Ok(true)
 }
 
-/// Has the working set of a template brought into the page cache, in first-touch order, ahead of a fork with `file` that is
-/// just being made. Waits for nothing: one thread does it, however many forks are made meanwhile, and what is there already
-/// costs it next to nothing.
+/// Starts to read the working set of a template into the page cache, in first-touch order, for a fork with `file` that
+/// is being created. Does not wait. One thread reads for any number of forks, and skips cached pages at almost no cost.
 pub(super) fn read_ahead(template: &Template, file: &Arc<LocalFile>) {
     let is_kept = || {
         let told = file.warmth.told();
@@ -111,7 +110,7 @@ pub(super) fn read_ahead(template: &Template, file: &Arc<LocalFile>) {
             of.warmth.reading_ahead.store(false, Ordering::SeqCst);
             match done {
                 Ok(()) => debug!(template = %name, bytes = wanted.size().get(), "working set read ahead of forks"),
-                // Whoever needs the bytes will say so too.
+                // A VMM that needs these bytes will fail too.
                 Err(error) => warn!(template = %name, error, "the working set cannot be read ahead of forks"),
             }
         });
@@ -173,11 +172,11 @@ mod tests {
             .unwrap();
         let template = Arc::clone(&daemon.service().registry().templates()[0]);
         let file = template.file.as_ref().unwrap();
-        // Whoever looks for zeros reads.
+        // The search for zeros reads the file, so it must end first.
         template.pages.find_zeros(Instant::now() + PATIENCE);
 
         let mut recording = Recording::new(template.pages.len());
-        // 24 MiB, and the very first page.
+        // 24 MiB, and the first page.
         let pages = (SIZE / 4 / PAGE..SIZE / PAGE).chain([0]);
         for page in pages {
             recording.push(TemplateOffset::new(page * PAGE));
@@ -187,7 +186,7 @@ mod tests {
             .set_working_set(Some(Arc::new(WorkingSet::of(&recording))));
         fdatasync(file.mem_file.as_fd()).unwrap();
         fadvise(file.mem_file.as_fd(), 0, None, Advice::DontNeed).unwrap();
-        // To ask for a page has the kernel read it, and what follows.
+        // Checking a page makes the kernel read it, and the following ones.
         if is_cached(file, SIZE - PAGE) {
             return skip("the file system of temporary files keeps its pages in memory");
         }

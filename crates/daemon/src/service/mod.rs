@@ -1,26 +1,26 @@
-//! What the daemon does, without HTTP: templates and forks, added, described and removed.
+//! The calls of the daemon, without HTTP: adding, describing and removing templates and forks.
 //!
 //! | file | holds |
 //! | --- | --- |
 //! | `registry` | the templates and forks, by name, under one lock |
-//! | `totals` | what has happened to forks, added up by template |
+//! | `totals` | counters of forks, summed by template |
 //! | `templates` | calls on templates |
 //! | `forks` | calls on forks |
-//! | `backends` | what depends on the backend of a fork: `uffd` and `file` |
+//! | `backends` | the parts that differ by backend: `uffd` and `file` |
 //! | `events` | reports of the page server, and the end of each fork |
-//! | `describe` | what is said of them |
+//! | `describe` | templates and forks as the API shows them |
 //! | `warm` | templates in memory ahead of their forks |
 //! | `loading` | threads that read templates into memory |
-//! | `guard` | what happens when a template changes |
-//! | `untracked` | VMMs that are found by the memory file that they map |
-//! | `idle` | forks that are completed because they have no faults any more |
-//! | `overdue` | forks with `file` whose VMM has not come |
-//! | `restore` | what is found in the run dir at the start |
-//! | `refusal` | what went wrong, as the API says it |
+//! | `guard` | the end of forks when their template changes |
+//! | `untracked` | VMMs found by the memory file that they map |
+//! | `idle` | completion of forks without page faults |
+//! | `overdue` | the end of forks with `file` whose VMM was not found in time |
+//! | `restore` | templates and forks taken up at start-up |
+//! | `refusal` | errors of the API |
 //!
-//! Calls may wait for disks and for processes to die, so they are made on threads that may. Names are taken first, used
-//! afterwards, and given back where that fails, so no lock is held meanwhile but two that only such calls take: that of protecting
-//! files, and that of asking for one template to be in memory.
+//! Calls may wait for disks and for processes to die, so they run on threads that may block. Names are taken first,
+//! used afterwards, and released on failure. So only two locks are held while a call waits, and only such calls take
+//! them: that of protecting files, and a template's lock for requests to warm it.
 
 mod backends;
 mod describe;
@@ -59,7 +59,7 @@ use crate::config::Config;
 use crate::exit_watch::ExitWatch;
 use crate::run_dir::RunDir;
 
-/// How long forks may take to complete where nobody has asked for it, before they are killed.
+/// Time that forks have to complete when the service is dropped, before their VMMs are killed.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The daemon's templates and forks.
@@ -69,22 +69,22 @@ pub(crate) struct Service {
     server: Server,
     exits: ExitWatch,
     registry: Registry,
-    /// Held from looking at how a file is protected until what that changes can be seen: several templates may be of it.
+    /// Held from planning the protection of a file until its template is in the registry, since several templates may
+    /// share a file.
     protecting: Mutex<()>,
     closing: AtomicBool,
-    /// All templates and forks of an earlier daemon were found, so a template that is to be written can be taken from its
-    /// forks.
+    /// `true` once all templates and forks of an earlier daemon are taken up, so that broken leases can be acted on.
     acts_on_leases: AtomicBool,
-    /// Threads that end forks of templates that change.
+    /// Threads that end the forks of changed templates.
     withdrawals: Mutex<Vec<JoinHandle<()>>>,
-    /// A fork was made: there may be a template to watch.
+    /// Notified when a fork is created: its template may have to be watched.
     fork_made: tokio::sync::Notify,
-    /// A fork with `uffd` is served: it may come to be idle.
+    /// Notified when a fork with `uffd` is served: it may become idle.
     fork_serving: tokio::sync::Notify,
-    /// A fork with `file` waits for its VMM: it may come to be overdue.
+    /// Notified when a fork with `file` waits for its VMM: it may become overdue.
     file_fork_waits: tokio::sync::Notify,
     started: Instant,
-    /// Where slow work is done.
+    /// The runtime whose blocking threads do slow work.
     runtime: tokio::runtime::Handle,
 }
 
@@ -97,7 +97,7 @@ impl Service {
         &self.server
     }
 
-    /// How the daemon does.
+    /// Returns the answer to `/v1/health`.
     pub(crate) fn health(&self) -> Health {
         let forks = self.registry.forks();
         let mut states = BTreeMap::new();
@@ -120,17 +120,17 @@ impl Service {
         &self.registry
     }
 
-    /// For how long it has run.
+    /// Returns the time since the start of the daemon.
     pub(crate) fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// How many forks may wait or live at once.
+    /// Returns the most forks that may wait or live at once.
     pub(crate) fn max_forks(&self) -> usize {
         self.config.max_forks
     }
 
-    /// Refuses while the daemon stops.
+    /// Returns an error while the daemon is stopping.
     fn check_open(&self) -> Result<(), ApiError> {
         if self.closing.load(Ordering::SeqCst) {
             return Err(refuse(ErrorCode::Closing, "the daemon is stopping"));
@@ -138,12 +138,13 @@ impl Service {
         Ok(())
     }
 
-    /// Refuses new templates and forks while the daemon stops, or takes them again.
+    /// Sets whether new templates and forks are refused, since the daemon is stopping.
     pub(crate) fn set_closing(&self, closing: bool) {
         self.closing.store(closing, Ordering::SeqCst);
     }
 
-    /// Where something may be put for a VMM: absolute, without detours, and where the configuration allows it.
+    /// Checks a path for a socket or memory file: absolute, without `..`, and in a folder that the configuration
+    /// allows. Returns it with its folder resolved.
     fn allowed_path(&self, field: &str, path: &Path) -> Result<PathBuf, ApiError> {
         let invalid = |why: &dyn Display| {
             refuse(
@@ -175,7 +176,7 @@ impl Service {
 }
 
 impl Drop for Service {
-    /// Completes its forks, or kills their VMMs, while they can still be forgotten.
+    /// Completes its forks, or kills their VMMs, and deletes the records of ended ones.
     fn drop(&mut self) {
         for template in self.registry.templates() {
             if let Some(file) = &template.file {

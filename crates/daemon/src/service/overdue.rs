@@ -1,4 +1,4 @@
-//! Forks with `file` whose VMM has not come in time, such as those of a client that has died.
+//! Ends forks with `file` whose VMM was not found in time, such as those of a client that has died.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,18 +16,18 @@ use crate::fork::{FileFork, Fork};
 use crate::own_thread::survive;
 use crate::vmm_process::{self, Holder};
 
-/// When overdue forks are looked for again if that has failed.
+/// Pause before the next search for overdue forks, after a failed one.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Service {
-    /// Gives the VMM of a fork with `file` as long to come as one with `uffd` has.
+    /// Sets the deadline for the VMM of a fork with `file`: the `connect_deadline`, as with `uffd`.
     pub(super) fn await_vmm(&self, file: &FileFork) {
-        // One that is later than any clock goes is none.
+        // A deadline beyond the range of the clock is no deadline.
         file.set_deadline(Instant::now().checked_add(self.config.connect_deadline));
         self.file_fork_waits.notify_one();
     }
 
-    /// Ends forks with `file` that are overdue. Sleeps until one may be.
+    /// Ends forks with `file` that are overdue. Sleeps until the next deadline.
     pub(crate) async fn end_overdue(self: Arc<Self>) {
         loop {
             let next = self
@@ -45,7 +45,7 @@ impl Service {
             let looked = move || survive("overdue", || service.look_for_overdue());
             match tokio::task::spawn_blocking(looked).await {
                 Ok(Some(())) => {}
-                // They are overdue still.
+                // The forks are still overdue.
                 Ok(None) => tokio::time::sleep(AGAIN).await,
                 Err(error) => {
                     return error!(%error, "the daemon stops: overdue forks with `file` no longer end");
@@ -56,7 +56,7 @@ impl Service {
 
     pub(super) fn look_for_overdue(self: &Arc<Self>) {
         let now = Instant::now();
-        // Those with a path of their own may only not have been looked for.
+        // Forks with a path of their own may have a VMM that was not searched for yet.
         self.find_vmms();
         let forks = self.registry.forks();
         let overdue: Vec<_> = forks
@@ -106,13 +106,14 @@ impl Service {
     }
 }
 
-/// A fork with `file` whose VMM is not known.
+/// Returns the fork if it is one with `file` whose VMM is not known.
 fn waits(fork: &Fork) -> Option<&FileFork> {
     fork.file().filter(|_| fork.state() == ForkState::Waiting)
 }
 
-/// Whether a process that maps the template may be the VMM of this fork: it is not known as that of another, and has not
-/// opened the file by paths that only others were told. One in a mount namespace of its own has a path that nobody knows.
+/// Returns `true` if a process that maps the template may be the VMM of this fork: it is not the VMM of another fork,
+/// and has not opened the file only by paths of other forks. A process in a mount namespace of its own has an unknown
+/// path.
 fn may_be_its_vmm(holder: &Holder, fork: &Fork, file: &FileFork, forks: &[Arc<Fork>]) -> bool {
     let is_known = |fork: &Arc<Fork>| fork.vmm().is_some_and(|vmm| vmm.pid() == holder.pid);
     if forks.iter().any(is_known) {

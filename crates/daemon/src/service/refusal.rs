@@ -1,4 +1,4 @@
-//! What went wrong, as the API says it.
+//! Errors of the API.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -15,14 +15,14 @@ pub(super) fn refuse(code: ErrorCode, message: impl Display) -> ApiError {
     }
 }
 
-/// Logs what could not be done, and creates an error of the API for it.
+/// Logs a failed operation, and creates an error of the API for it.
 pub(super) fn internal(what: &str, error: &dyn Error) -> ApiError {
     let error = chain(error);
     warn!(error, "cannot {what}");
     refuse(ErrorCode::Internal, format_args!("cannot {what}: {error}"))
 }
 
-/// What the page server says, as the API says it.
+/// Converts an error of the page server to one of the API.
 pub(super) fn server_refuses(error: &ServerError) -> ApiError {
     let code = match error {
         ServerError::ForkExists(_) => ErrorCode::ForkExists,
@@ -40,7 +40,7 @@ pub(super) fn server_refuses(error: &ServerError) -> ApiError {
     refuse(code, chain(error))
 }
 
-/// A few names, and how many more there are.
+/// Returns the first few names, and the number of the others.
 pub(super) fn abridged(names: &[String]) -> String {
     const SHOWN: usize = 5;
     let shown = names.get(..SHOWN.min(names.len())).unwrap_or_default().join(", ");

@@ -1,11 +1,12 @@
 //! The templates and forks of the daemon, by name, under one lock.
 //!
-//! - A name is taken before its template is opened, and until that of a removed one is cleaned up. So is the id of a fork.
-//! - A template can be removed once its forks have ended. A fork that is being made counts as one that lives.
-//! - A fork that has ended can be read until it is deleted, or too many others have ended since.
-//! - The numbers of a fork or template move to the totals in the same moment as it goes, so no metric counts down.
+//! - A name is taken before its template is opened, and until a removed template is cleaned up. So is the id of a fork.
+//! - A template can be removed once its forks have ended. A fork that is being created counts as alive.
+//! - A fork that has ended can be read until it is deleted, or `ended_forks` others have ended since.
+//! - The counters of a fork or template move to the totals when it is removed, under the same lock, so no metric counts
+//!   down.
 //!
-//! Nothing under this lock waits for a disk or a process, but the deletion of what is kept of a fork.
+//! No code under this lock waits for a disk or a process, except the deletion of a fork's record.
 
 #[cfg(test)]
 mod tests;
@@ -21,11 +22,11 @@ use super::totals::Totals;
 use crate::fork::Fork;
 use crate::template::{Template, TemplateName};
 
-/// The templates and forks that exist, and the numbers of those that are gone.
+/// The existing templates and forks, and the counters of removed ones.
 pub(crate) struct Registry {
-    /// How many forks may wait or live at once.
+    /// Most forks that may wait or live at once.
     max_forks: usize,
-    /// How many forks that have ended are remembered.
+    /// Most ended forks that are kept.
     ended_forks: usize,
     state: Mutex<State>,
 }
@@ -33,35 +34,36 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct State {
     templates: BTreeMap<TemplateName, Arc<Template>>,
-    /// Names of templates that are just being added or removed.
+    /// Names of templates that are being added or removed.
     busy: BTreeSet<TemplateName>,
     forks: BTreeMap<ForkId, Entry>,
-    /// Forks that have ended, in that order.
+    /// Ended forks, oldest first.
     ended: VecDeque<ForkId>,
-    /// The number in the last id that was made up.
+    /// The number in the last generated id.
     last_id: u64,
     totals: Totals,
 }
 
 /// A fork by its id.
 enum Entry {
-    /// Just being made.
+    /// The fork is being created.
     Making(TemplateName),
     Made(Arc<Fork>),
 }
 
-/// All that exists at one moment, and the numbers of what existed.
+/// All templates and forks at one moment, and the counters of removed ones.
 pub(crate) struct Snapshot {
     /// All templates.
     pub(crate) templates: Vec<Arc<Template>>,
-    /// All forks, those that have ended included.
+    /// All forks, ended ones included.
     pub(crate) forks: Vec<Arc<Fork>>,
-    /// The numbers of templates and forks that are gone.
+    /// The counters of removed templates and forks.
     pub(crate) totals: Totals,
 }
 
 impl Registry {
-    /// Creates an empty one. At most `max_forks` wait or live at once, and `ended_forks` that have ended are remembered.
+    /// Creates an empty registry. At most `max_forks` forks wait or live at once, and at most `ended_forks` ended ones
+    /// are kept.
     pub(super) fn new(max_forks: usize, ended_forks: usize) -> Self {
         Self {
             max_forks,
@@ -71,21 +73,21 @@ impl Registry {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic under this lock leaves a state that is true all the same.
+        // The state is consistent even after a panic under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All templates, by name.
+    /// Returns all templates, sorted by name.
     pub(crate) fn templates(&self) -> Vec<Arc<Template>> {
         self.state().templates.values().cloned().collect()
     }
 
-    /// All forks, by id.
+    /// Returns all forks, sorted by id.
     pub(crate) fn forks(&self) -> Vec<Arc<Fork>> {
         self.state().made_forks()
     }
 
-    /// All of it at one moment.
+    /// Returns templates, forks and totals of one moment.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.state();
         Snapshot {
@@ -95,12 +97,12 @@ impl Registry {
         }
     }
 
-    /// The template of this name.
+    /// Returns the template with this name.
     pub(crate) fn template(&self, name: &str) -> Result<Arc<Template>, ApiError> {
         self.state().template(name)
     }
 
-    /// The fork of this id, once it is made.
+    /// Returns the fork with this id, once it is created.
     pub(crate) fn fork(&self, id: &str) -> Result<Arc<Fork>, ApiError> {
         let parsed = id.parse::<ForkId>().ok();
         let state = self.state();
@@ -108,7 +110,7 @@ impl Registry {
         fork.ok_or_else(|| refuse(ErrorCode::ForkNotFound, format_args!("no fork has the id {id:?}")))
     }
 
-    /// Takes the name for a template that is to be added, unless there is one.
+    /// Takes the name of a template that is to be added, or returns the template that has it.
     pub(super) fn take_name(&self, name: TemplateName) -> Result<Name<'_>, ApiError> {
         let mut state = self.state();
         if let Some(there) = state.templates.get(&name) {
@@ -123,12 +125,12 @@ impl Registry {
         Ok(Name::Free(TakenName::new(self, name)))
     }
 
-    /// Adds a template that was found again at the start.
+    /// Adds a template that was taken up at start-up.
     pub(super) fn restore_template(&self, template: Arc<Template>) {
         self.state().templates.insert(template.name.clone(), template);
     }
 
-    /// Removes a template that no fork uses. Its name stays taken until what is returned is dropped.
+    /// Removes a template that no fork uses. Its name stays taken until the returned guard is dropped.
     pub(super) fn remove_template(&self, template: &Arc<Template>) -> Result<TakenName<'_>, ApiError> {
         let name = &template.name;
         let mut state = self.state();
@@ -156,7 +158,7 @@ impl Registry {
         Ok(TakenName::new(self, name.clone()))
     }
 
-    /// Takes an id for a new fork, `wanted` or one that is made up. The template cannot be removed meanwhile.
+    /// Takes an id for a new fork: `wanted`, or a generated one. The template cannot be removed meanwhile.
     pub(super) fn take_id(&self, template: &str, wanted: Option<ForkId>) -> Result<TakenId<'_>, ApiError> {
         let most = self.max_forks;
         let mut state = self.state();
@@ -186,13 +188,13 @@ impl Registry {
         })
     }
 
-    /// Adds a fork that was found again at the start.
+    /// Adds a fork that was taken up at start-up.
     pub(super) fn restore_fork(&self, fork: Arc<Fork>) {
         self.state().forks.insert(fork.id.clone(), Entry::Made(fork));
     }
 
-    /// Notes that a fork has ended, and returns those that are forgotten for it. Returns `None` if that was noted before, or
-    /// the fork is not here: its end may be reported by its event and by the call that made it, and late.
+    /// Notes that a fork has ended, and returns the older ended forks that this removes. Returns `None` if its end was
+    /// noted before, or it is not in the registry: its end may be reported twice, and late.
     pub(super) fn note_end(&self, fork: &Arc<Fork>) -> Option<Vec<Arc<Fork>>> {
         let mut state = self.state();
         if !fork.state().is_end() || !state.has(fork) || state.ended.contains(&fork.id) {
@@ -207,7 +209,7 @@ impl Registry {
         Some(forgotten)
     }
 
-    /// Removes a fork. Returns whether its end had been noted, or `None` if it is not here any more.
+    /// Removes a fork. Returns whether its end had been noted, or `None` if it is no longer in the registry.
     pub(super) fn remove_fork(&self, fork: &Arc<Fork>) -> Option<bool> {
         let mut state = self.state();
         if !state.has(fork) {
@@ -219,14 +221,14 @@ impl Registry {
         Some(was_noted)
     }
 
-    /// Calls `act` unless the id of this fork is another's by now. Nobody can take the id meanwhile.
+    /// Calls `act` unless another fork has this fork's id by now. No call can take the id meanwhile.
     pub(super) fn unless_replaced<T>(&self, fork: &Fork, act: impl FnOnce() -> T) -> Option<T> {
         let state = self.state();
         let is_it = |entry: &Entry| entry.made().is_some_and(|made| std::ptr::eq(&raw const **made, fork));
         state.forks.get(&fork.id).is_none_or(is_it).then(act)
     }
 
-    /// Counts a VMM that was killed and is that of no fork here.
+    /// Counts a killed VMM that belongs to no fork in the registry.
     pub(super) fn count_kill(&self, template: &TemplateName, backend: Backend, reason: &str) {
         self.state().totals.count_kill(template, backend, reason);
     }
@@ -243,14 +245,14 @@ impl State {
         self.forks.values().filter_map(Entry::made).cloned().collect()
     }
 
-    /// The ids of forks that would miss this template.
+    /// Returns the ids of forks that still need this template.
     fn users(&self, template: &TemplateName) -> Vec<String> {
         let forks = self.forks.iter();
         let users = forks.filter(|(_, entry)| entry.template() == template && entry.uses_template());
         users.map(|(id, _)| id.to_string()).collect()
     }
 
-    /// An id that no fork has and no earlier call has made up.
+    /// Generates an id that no fork has and no earlier call has returned.
     fn free_id(&mut self) -> Result<ForkId, ApiError> {
         loop {
             self.last_id += 1;
@@ -263,13 +265,13 @@ impl State {
         }
     }
 
-    /// Whether it is this very fork that has its id.
+    /// Returns `true` if this fork itself, not another with its id, is in the registry.
     fn has(&self, fork: &Arc<Fork>) -> bool {
         let there = self.forks.get(&fork.id).and_then(Entry::made);
         there.is_some_and(|there| Arc::ptr_eq(there, fork))
     }
 
-    /// Removes a fork; its numbers stay.
+    /// Removes a fork, and keeps its counters.
     fn remove_fork(&mut self, id: &ForkId) -> Option<Arc<Fork>> {
         let Some(Entry::Made(fork)) = self.forks.remove(id) else {
             return None;
@@ -279,7 +281,7 @@ impl State {
         Some(fork)
     }
 
-    /// Forgets the numbers of a template that is gone, with all its forks.
+    /// Removes the counters of a template once it and all its forks are removed.
     fn forget_totals(&mut self, name: &TemplateName) {
         if !self.templates.contains_key(name) && !self.forks.values().any(|entry| entry.template() == name) {
             self.totals.forget(name);
@@ -302,23 +304,23 @@ impl Entry {
         }
     }
 
-    /// Whether this fork would miss its template.
+    /// Returns `true` if this fork still needs its template.
     fn uses_template(&self) -> bool {
         self.made().is_none_or(|fork| !fork.state().is_end())
     }
 }
 
-/// A name that a template was to be added by.
+/// A requested template name: free, or that of an existing template.
 pub(super) enum Name<'a> {
     Free(TakenName<'a>),
     Template(Arc<Template>),
 }
 
-/// The name of a template that is being added or removed: no other can be added by it. Given back when this is dropped.
+/// The name of a template that is being added or removed. No other template can take it until this is dropped.
 pub(super) struct TakenName<'a> {
     registry: &'a Registry,
     name: TemplateName,
-    /// `false` once a template has it.
+    /// `false` once a template has the name.
     is_taken: bool,
 }
 
@@ -331,7 +333,7 @@ impl<'a> TakenName<'a> {
         }
     }
 
-    /// Adds the template of this name.
+    /// Adds the template with this name.
     pub(super) fn add(mut self, template: Arc<Template>) {
         self.is_taken = false;
         let mut state = self.registry.state();
@@ -348,21 +350,21 @@ impl Drop for TakenName<'_> {
     }
 }
 
-/// The id of a fork that is being made. Given back when this is dropped.
+/// The id of a fork that is being created. Released when this is dropped.
 pub(super) struct TakenId<'a> {
     registry: &'a Registry,
     pub(super) id: ForkId,
     pub(super) template: Arc<Template>,
-    /// `false` once a fork has it.
+    /// `false` once a fork has the id.
     is_taken: bool,
 }
 
 impl TakenId<'_> {
-    /// Adds the fork of this id.
+    /// Adds the fork with this id.
     ///
     /// # Errors
     ///
-    /// The change of its template, noticed meanwhile: all forks that were here may have been ended for it already.
+    /// The template has changed meanwhile: all its forks in the registry may have been ended already.
     pub(super) fn add(mut self, fork: &Arc<Fork>) -> Result<(), Arc<str>> {
         let mut state = self.registry.state();
         if let Some(how) = fork.template.validity.change() {

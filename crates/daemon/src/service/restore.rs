@@ -1,4 +1,4 @@
-//! What is found in the run dir at the start: templates are added again, forks found again.
+//! Takes up the templates and forks that an earlier daemon has left in the run dir.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
@@ -23,8 +23,8 @@ use crate::template::{Template, TemplateName};
 use crate::validity::Forks;
 
 impl Service {
-    /// Starts the page server, and goes on where the last daemon of this run dir has stopped. `observer` is told of
-    /// every turn in the life of forks with `uffd`, and must not block.
+    /// Starts the page server, and takes up the state of the last daemon of this run dir. `observer` is called with
+    /// each event of forks with `uffd`, and must not block.
     pub(crate) fn start_up(
         config: Config,
         run_dir: RunDir,
@@ -41,7 +41,7 @@ impl Service {
         let withdrawals = service.take_withdrawals();
         service.act_on_leases();
         for withdrawal in withdrawals {
-            // A panic has been told on its thread.
+            // Its thread has logged a panic.
             let _ = withdrawal.join();
         }
         for (id, orphan) in &orphans {
@@ -51,7 +51,7 @@ impl Service {
         Ok(service)
     }
 
-    /// One that has no templates and forks yet.
+    /// Creates a service without templates and forks.
     pub(super) fn new(
         config: Config,
         run_dir: RunDir,
@@ -99,7 +99,7 @@ impl Service {
             };
             match self.find_template(&name, &saved) {
                 Ok(template) => {
-                    // Nothing that is kept is of a file that has changed.
+                    // Learned data does not apply to a changed file.
                     if template.validity.change().is_none() {
                         learned::take_up(&template);
                         if saved.resident {
@@ -139,7 +139,7 @@ impl Service {
         let parsed: TemplateName = name.parse()?;
         let mem_file = MemFile::open(&saved.spec.mem_path).map_err(|error| chain(&error))?;
         let mem_file = Arc::new(mem_file);
-        // A link that was about to be made explains another ctime.
+        // A planned link explains another ctime.
         let is_explained = matches!(saved.place, Some(Place::Planned(_)));
         let mut changed = match mem_file.state() {
             Ok(now) => saved.identity.written(&now, is_explained),
@@ -157,7 +157,8 @@ impl Service {
             None => self.ownership(&mem_file).map_err(|error| error.message)?,
         };
         let placement = match (&saved.place, &changed) {
-            // Forks live that were told this path. And an immutable file could be neither taken away nor linked again.
+            // Kept, since living forks may use this path. Also, links of an immutable file can be neither removed nor
+            // created.
             (Some(Place::Done(placement)), None) if placement.holds(mem_file.as_fd()) => Some(placement.clone()),
             (place, changed) => {
                 remove_place(name, place.as_ref());
@@ -197,8 +198,8 @@ impl Service {
         Ok(Arc::new(template))
     }
 
-    /// Finds forks with `file` again. Those with `uffd` are handed out, for their VMMs to be killed: that waits for them, and
-    /// nobody else should.
+    /// Takes up forks with `file`. Returns those with `uffd`, whose VMMs the caller must kill: that takes time, and
+    /// must not delay the others.
     pub(super) fn find_forks(self: &Arc<Self>) -> std::io::Result<Vec<(String, SavedFork)>> {
         let mut orphans = Vec::new();
         for (id, saved) in self.run_dir.saved_values::<SavedFork>(Saved::Fork)? {
@@ -216,12 +217,12 @@ impl Service {
         }
     }
 
-    /// Deletes sockets that a daemon has left behind which was killed.
+    /// Deletes sockets left by a killed daemon.
     fn clear_sockets(&self) {
         let forks = self.run_dir.path().join("forks");
         for entry in std::fs::read_dir(forks).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
-                // One that stays is replaced when its fork is made again.
+                // A remaining socket is replaced when its fork is created again.
                 let _ = std::fs::remove_file(entry.path());
             }
         }

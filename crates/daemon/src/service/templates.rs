@@ -1,4 +1,4 @@
-//! Templates: added and removed.
+//! Calls that add and remove templates.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -29,7 +29,7 @@ use crate::template::{Template, TemplateName};
 use crate::vmstate;
 
 impl Service {
-    /// Adds a template; `true` beside it where it is new, `false` where the same was there.
+    /// Adds a template. Returns it with `true` if it is new, `false` if the same one existed.
     pub(crate) fn add_template(
         self: &Arc<Self>,
         name: &str,
@@ -48,7 +48,7 @@ impl Service {
         let template = Arc::new(template);
         taken.add(Arc::clone(&template));
         drop(protecting);
-        // Before it could be found.
+        // The lease may have been broken before the template was in the registry.
         let file = template.file.as_deref();
         if let Some(file) = file.filter(|file| file.is_lease_broken()) {
             self.lease_broken(&file.mem_file);
@@ -66,7 +66,7 @@ impl Service {
         Ok((template, true))
     }
 
-    /// Checks what was asked for.
+    /// Checks the request.
     fn spec(&self, add: AddTemplate) -> Result<FileSpec, ApiError> {
         absolute("mem_path", &add.mem_path)?;
         if let Some(bytes) = add.page_size {
@@ -110,8 +110,8 @@ impl Service {
         })
     }
 
-    /// Opens a template, guards it and puts its file where forks find it; undoes all of that where a part fails. What is
-    /// beside it is to be held until it can be found by its name.
+    /// Opens a template, leases, protects and places its file; undoes all of that if a step fails. The caller holds the
+    /// returned guard until the template is in the registry.
     fn open_template(
         self: &Arc<Self>,
         name: TemplateName,
@@ -146,7 +146,7 @@ impl Service {
             lease,
         ));
         let template = Template::of_file(name, wanted.spec, Arc::clone(&file));
-        // After the link was made, which the immutable flag refuses.
+        // Protected after the link was made, since an immutable file cannot be linked.
         if let Err(error) = protection.enforce(file.mem_file.as_fd()) {
             undo(&template, &file, self.protects_too(&protection).as_ref());
             self.forget_template(&template.name);
@@ -156,14 +156,15 @@ impl Service {
             ));
         }
         self.note_own_change(inode);
-        // In no list yet. Its own links were made under its lease, or a moment ago.
+        // Accepted here, since the template is not in the registry yet. Its link was made under its lease, or a moment
+        // ago.
         if file.mem_file.accept_own_change().is_ok() {
             self.save_template(&template);
         }
         Ok((template, protecting))
     }
 
-    /// Owner and mode of a memory file, before any template of it was protected.
+    /// Returns owner and mode of a memory file before any template of it was protected.
     pub(super) fn ownership(&self, file: &MemFile) -> Result<Ownership, ApiError> {
         let inode = file.identity().inode().into();
         let templates = self.registry.templates().into_iter();
@@ -174,13 +175,13 @@ impl Service {
         }
     }
 
-    /// Held while a file is protected, or that is undone.
+    /// Locks the protection of files, while one is protected or its protection undone.
     fn protecting(&self) -> MutexGuard<'_, ()> {
-        // There is nothing in it that could be wrong.
+        // The lock holds no data, so poisoning does not matter.
         self.protecting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at what protecting a file will change.
+    /// Plans the protection of a file.
     fn plan_protection(&self, spec: &FileSpec, file: &MemFile) -> Result<Applied, ApiError> {
         let invalid = |why: &dyn Display| refuse(ErrorCode::TemplateInvalid, format_args!("protect: {why}"));
         let planned = Applied::plan(file.as_fd(), spec.protect).map_err(|error| invalid(&chain(&error)))?;
@@ -200,7 +201,7 @@ impl Service {
         }
     }
 
-    /// A template that protects the same file, and that file as it has it.
+    /// Returns another template that protects the same file, with its handle of that file.
     fn protects_too(&self, protection: &Applied) -> Option<(TemplateName, Arc<LocalFile>)> {
         self.registry.templates().into_iter().find_map(|template| {
             let file = template.file.clone()?;
@@ -209,13 +210,13 @@ impl Service {
         })
     }
 
-    /// The lease that guards a template, where its file system has leases and we may have one.
+    /// Takes the lease that guards a template, if its file system has leases and this process may take one.
     pub(super) fn lease(self: &Arc<Self>, name: &TemplateName, file: &Arc<MemFile>) -> Result<Option<Lease>, ApiError> {
         let service = Arc::downgrade(self);
         let leased = Arc::clone(file);
         let on_break = move || {
             if let Some(service) = service.upgrade() {
-                // A second time, where the first was a panic: nobody else is told of the break.
+                // Tried again after a panic, since the break is reported only once.
                 for _ in 0..2 {
                     if survive("lease", || service.lease_broken(&leased)).is_some() {
                         return;
@@ -236,8 +237,8 @@ impl Service {
         }
     }
 
-    /// Puts the memory file where nobody can exchange it for another, so that every fork with `file` opens this inode.
-    /// What is about to be done is kept in the run dir first.
+    /// Places the memory file in the run dir, where no other user can replace it, so that every fork with `file` opens
+    /// this inode. Saves the plan in the run dir first.
     pub(super) fn place_template(
         &self,
         name: &TemplateName,
@@ -288,8 +289,8 @@ impl Service {
         Ok(placement)
     }
 
-    /// Before the daemon links this file, takes a link away, or changes its permissions, which could hide a write: looks at
-    /// it, and ends the forks of its templates if it was written.
+    /// Ends the forks of all templates of this file if it was written. To be called before the daemon changes its links
+    /// or permissions, since that changes the ctime and could hide a write.
     pub(super) fn look_before_own_change(self: &Arc<Self>, inode: InodeId) {
         for (template, file) in self.templates_of(inode) {
             if let Err(error) = file.mem_file.state()
@@ -300,17 +301,17 @@ impl Service {
         }
     }
 
-    /// After that: the ctime that the file has by now is ours, and what is kept in the run dir of its templates says so.
+    /// Accepts the ctime after such a change, and saves it in the records of all templates of this file.
     pub(super) fn note_own_change(&self, inode: InodeId) {
         for (template, file) in self.templates_of(inode) {
-            // What has changed is told where it is looked for.
+            // A changed template is reported by the next comparison.
             if file.mem_file.accept_own_change().is_ok() && template.validity.change().is_none() {
                 self.save_template(&template);
             }
         }
     }
 
-    /// The templates of this file whose forks are not being ended.
+    /// Returns the templates of this file whose forks are not being ended.
     fn templates_of(&self, inode: InodeId) -> Vec<(Arc<Template>, Arc<LocalFile>)> {
         let templates = self.registry.templates().into_iter();
         let valid = templates.filter(|template| !template.validity.is_withdrawn());
@@ -318,14 +319,14 @@ impl Service {
         with_file.filter(|(_, file)| file.inode() == inode).collect()
     }
 
-    /// Keeps in the run dir what a template is now.
+    /// Saves the record of a template in the run dir.
     pub(super) fn save_template(&self, template: &Template) {
         if let Err(error) = template.save(&self.run_dir, None) {
             warn!(template = %template.name, %error, "cannot be kept in the run dir as it is now");
         }
     }
 
-    /// Keeps what is known of all templates, for the next daemon.
+    /// Saves the records and learned data of all templates, for the next daemon.
     pub(crate) fn keep_all(&self) {
         for template in self.registry.templates() {
             if template.validity.change().is_none() {
@@ -341,7 +342,7 @@ impl Service {
         }
     }
 
-    /// Removes a template that no fork uses, and undoes what was done to its file.
+    /// Removes a template that no fork uses, and undoes all changes to its file.
     pub(crate) fn remove_template(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         let template = self.registry.template(name)?;
         self.find_vmms();
@@ -375,7 +376,7 @@ impl Service {
     }
 }
 
-/// Refuses to give up a file that VMMs map, or may map, whose pids are not among these.
+/// Refuses to remove a template if VMMs with other pids than `pids` map its file, or may map it.
 fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<(), ApiError> {
     let place: Vec<_> = file.placement.iter().collect();
     let untracked = untracked_vmms(file, &place).map_err(|error| {
@@ -413,17 +414,17 @@ fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<
     Ok(())
 }
 
-/// Undoes what was done to the file of a template, but for what `other` protects too.
+/// Undoes all changes to the file of a template, except for a protection that `other` shares.
 fn undo(template: &Template, file: &LocalFile, other: Option<&(TemplateName, Arc<LocalFile>)>) {
     let protection = &file.protection;
-    // The immutable flag first: it refuses to let the link go.
+    // The immutable flag first, since it prevents removing the link.
     let undone = match other {
         Some(_) if !protection.holds_links() => Ok(()),
         _ => protection.undo(file.mem_file.as_fd()).map(drop),
     };
     let removed = file.placement.as_ref().map(Placement::remove);
     let enforced = other.map(|(other, file)| (other, file.protection.enforce(file.mem_file.as_fd())));
-    // While nobody can write the file: it is found as it is now when it is added again.
+    // Saved while the lease still holds writers off, so that the data is valid if the file is added again.
     if template.validity.change().is_none() && file.mem_file.accept_own_change().is_ok() {
         learned::keep(template);
     }
@@ -449,7 +450,7 @@ fn warn_not_taken_away(name: &TemplateName, error: &dyn std::error::Error) {
     warn!(template = %name, error = chain(error), "its memory file cannot be removed from the run dir");
 }
 
-/// The template that is there, where it is the one that was asked for.
+/// Returns the existing template if it equals the requested one.
 fn same(there: &Arc<Template>, wanted: &FileSpec) -> Result<Arc<Template>, ApiError> {
     if !there.is_asked_for(wanted) {
         let of = there.file.as_ref().map(|file| format!(" ({})", file.path().display()));
@@ -466,7 +467,7 @@ fn same(there: &Arc<Template>, wanted: &FileSpec) -> Result<Arc<Template>, ApiEr
     Ok(Arc::clone(there))
 }
 
-/// Refuses a template that cannot be forked.
+/// Returns an error if a template cannot be forked.
 pub(super) fn check(template: &Template) -> Result<(), ApiError> {
     template.check().map_err(|error| match error {
         SourceError::Changed { how } => changed(template, &how),
@@ -477,7 +478,7 @@ pub(super) fn check(template: &Template) -> Result<(), ApiError> {
     })
 }
 
-/// It is not what it was when it was added.
+/// Creates the error for a template that has changed since it was added.
 pub(super) fn changed(template: &Template, how: &str) -> ApiError {
     refuse(
         ErrorCode::TemplateChanged,
@@ -492,9 +493,9 @@ fn invalid(error: &OpenError) -> ApiError {
     refuse(ErrorCode::TemplateInvalid, format_args!("mem_path: {}", chain(error)))
 }
 
-/// The page size that the state file of a snapshot says, in bytes.
+/// Returns the page size from the state file of a snapshot, in bytes.
 fn page_size_said(vmstate: &Path, mem: &Path) -> Option<u64> {
-    // A memory file that cannot be looked at is told of when it is opened.
+    // An error of the memory file is reported when it is opened.
     let memory_bytes = std::fs::metadata(mem).ok()?.len();
     match vmstate::page_size_at(vmstate, memory_bytes) {
         Ok(said) => said.map(PageSize::bytes),

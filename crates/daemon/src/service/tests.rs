@@ -1,4 +1,4 @@
-//! A service in orders of events that no client can bring about at will.
+//! Tests of the service in orders of events that no client can cause at will.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -30,7 +30,7 @@ use crate::template::Template;
 use crate::vmm_process::{self, VmmProcess};
 use crate::{Config, Settings};
 
-/// Reached only where something hangs.
+/// Reached only if an operation hangs.
 const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A daemon in a folder of its own, with a template named `t`.
@@ -51,7 +51,7 @@ impl Rig {
         Self::start_in(tempfile::tempdir().unwrap(), runtime)
     }
 
-    /// One that has its run dir there.
+    /// Starts a daemon with its run dir in `folder`.
     fn start_in(folder: TempDir, runtime: Runtime) -> Self {
         let rig = Self {
             daemon: runtime.block_on(Daemon::start(config(&folder))).unwrap(),
@@ -63,13 +63,13 @@ impl Rig {
         rig
     }
 
-    /// One whose template is guarded by a lease, where there are such.
+    /// Starts a daemon whose template has a lease; `None` if there are no leases here.
     fn leased() -> Option<Self> {
         let rig = Self::start();
         rig.is_leased().then_some(rig)
     }
 
-    /// Says that the test is skipped where it is not.
+    /// Returns `false`, and reports the test as skipped, if the template has no lease.
     fn is_leased(&self) -> bool {
         let is_leased = self.template().guard() == Guard::Lease;
         if !is_leased {
@@ -78,10 +78,10 @@ impl Rig {
         is_leased
     }
 
-    /// Stops it; forks with `file` live on.
+    /// Stops the daemon. VMMs of forks with `file` live on.
     fn stop(self) -> (TemplateFile, TempDir) {
         drop(self.daemon);
-        // With whatever still holds the run dir.
+        // With all tasks that still hold the run dir.
         drop(self.runtime);
         (self.file, self.folder)
     }
@@ -113,7 +113,7 @@ impl Rig {
         self.service().create_fork(&wanted).unwrap()
     }
 
-    /// The forks that the next daemon would find.
+    /// Returns the forks that the next daemon would take up.
     fn saved(&self) -> Vec<String> {
         let saved = self.service().run_dir().saved_values::<SavedFork>(Saved::Fork);
         saved.unwrap().into_iter().map(|(id, _)| id).collect()
@@ -133,7 +133,7 @@ fn config(folder: &TempDir) -> Config {
     settings.resolve().unwrap()
 }
 
-/// Opens a file for writing without waiting: refused, but from then on its lease is broken.
+/// Opens a file for writing without blocking. The open is refused, and the lease is broken from then on.
 fn break_lease(file: &TemplateFile) {
     let mut open = File::options();
     open.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
@@ -141,7 +141,7 @@ fn break_lease(file: &TemplateFile) {
     assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
 }
 
-/// A process of which nothing is of interest but its end.
+/// A process of which only the end matters.
 struct Vmm {
     _mapper: Mapper,
     process: VmmProcess,
@@ -157,7 +157,7 @@ impl Vmm {
         }
     }
 
-    /// Has it be the VMM of a fork with `file`.
+    /// Starts the VMM of a fork with `file`.
     fn of_fork(rig: &Rig, id: &str) -> Self {
         let vmm = Self::start();
         rig.fork_as(id, Backend::File, |wanted| wanted.pid = Some(vmm.process.pid()));
@@ -169,7 +169,7 @@ impl Vmm {
     }
 }
 
-/// Waits for something that nobody reports.
+/// Polls for a condition that no event reports.
 #[track_caller]
 fn eventually(what: &str, holds: impl Fn() -> bool) {
     let until = Instant::now() + PATIENCE;
@@ -179,7 +179,7 @@ fn eventually(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// As whoever deletes a fork, or forgets it because many others have ended since, and is held up in the middle of it.
+/// A thread that deletes a fork, or forgets an old one, is delayed in the middle.
 #[test]
 fn whoever_comes_late_to_a_fork_leaves_another_of_its_id_alone() {
     let rig = Rig::start();
@@ -221,14 +221,14 @@ fn a_break_of_the_lease_of_a_removed_template_leaves_another_of_its_name_alone()
     let removed = rig.template();
     rig.service().remove_template("t").unwrap();
     rig.add_template();
-    // It was broken before it was given up, and its thread comes to tell only now.
+    // The lease was broken before it was dropped, and its thread reports that only now.
     rig.service().lease_broken(&file_of(&removed).mem_file);
     assert!(rig.service().take_withdrawals().is_empty());
     let there = rig.template();
     assert!(!there.validity.is_withdrawn() && there.validity.change().is_none());
 }
 
-/// Before its template is on the list, and before its forks are.
+/// The writer comes before the template is in the registry, or before its forks are.
 #[test]
 fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found() {
     for on_the_list in [false, true] {
@@ -252,7 +252,7 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         };
         let holders = Arc::strong_count(&file_of(&template).mem_file);
         break_lease(&file);
-        // Its thread holds the file until it has told, and then nobody may have begun yet.
+        // The lease's thread holds the file until it has reported the break. No withdrawal may have begun then.
         eventually("the break is told", || {
             Arc::strong_count(&file_of(&template).mem_file) < holders
         });
@@ -270,7 +270,7 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
     }
 }
 
-/// As where many clients ask for what takes long.
+/// Many slow API calls at once have the same effect.
 #[test]
 fn calls_that_take_long_do_not_hold_up_who_ends_the_forks_of_a_template_that_is_to_be_written() {
     let mut builder = Builder::new_multi_thread();
@@ -280,7 +280,7 @@ fn calls_that_take_long_do_not_hold_up_who_ends_the_forks_of_a_template_that_is_
         return;
     }
     let (end, ended) = mpsc::channel::<()>();
-    // The one thread that there is for such calls.
+    // Blocks the only thread for such calls.
     rig.runtime.spawn_blocking(move || ended.recv());
     let vmm = Vmm::of_fork(&rig, "f");
     break_lease(&rig.file);
@@ -296,7 +296,7 @@ fn without_a_lease_calls_that_take_long_do_not_hold_up_who_notices_a_write_eithe
     let rig = Rig::start_on(runtime.unwrap());
     let (end, ended) = mpsc::channel::<()>();
     rig.runtime.spawn_blocking(move || ended.recv());
-    // As on a file system that has none.
+    // The template then has no lease, as on a file system without leases.
     rig.template().release_lease();
     let vmm = Vmm::of_fork(&rig, "f");
     let file = File::options().write(true).open(rig.file.path()).unwrap();
@@ -306,7 +306,7 @@ fn without_a_lease_calls_that_take_long_do_not_hold_up_who_notices_a_write_eithe
     assert!(in_time);
 }
 
-/// As whoever asks for the template to be in memory, and has its zeros looked for.
+/// A call that warms the template holds its lock while zeros are searched for.
 #[test]
 fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
     let Some(rig) = Rig::leased() else { return };
@@ -320,7 +320,7 @@ fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
     assert!(in_time && file_of(&template).warmth.is_over());
 }
 
-/// Nobody has told of it, and in `/proc` its path is gone with the mount.
+/// Its pid was not given, and `/proc` no longer shows its path once the mount is removed.
 #[test]
 fn who_maps_the_file_by_a_mount_that_forks_were_told_of_dies_before_the_writer_is_let_in() {
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -371,7 +371,7 @@ fn exists(path: &Path) -> bool {
     path.try_exists().unwrap()
 }
 
-/// As if any part of pagecast had a defect.
+/// The panic stands for any defect of pagecast.
 #[test]
 fn a_withdrawal_that_panics_ends_its_forks_all_the_same() {
     let Some(rig) = Rig::leased() else { return };
@@ -407,7 +407,7 @@ fn forks_that_are_overdue_are_ended_after_a_panic() {
     task.abort();
 }
 
-/// As where pagecast has `CAP_KILL` and not `CAP_SYS_PTRACE`.
+/// The daemon has `CAP_KILL` but not `CAP_SYS_PTRACE`.
 #[test]
 fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     let capability = CapabilitySet::SYS_PTRACE;
@@ -415,7 +415,7 @@ fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     if !sets.effective.contains(capability) {
         return skip((Need::Capabilities(capability), "to give it up"));
     }
-    // Started with the capability, and so not to be looked at by this process, once it is without.
+    // Started with the capability, so that this process cannot inspect it after giving that up.
     let rig = Rig::start();
     let place = rig.folder.path().canonicalize().unwrap().join("place");
     let fork = rig.fork_as("f", Backend::File, |wanted| wanted.path = Some(place.clone()));
@@ -432,7 +432,7 @@ fn a_process_that_cannot_be_looked_at_counts_as_a_vmm() {
     drop(mapper);
 }
 
-/// Pages that are in no file: zeros.
+/// A source of zeros without a file.
 struct NoFile(ZeroMap);
 
 impl PageSource for NoFile {

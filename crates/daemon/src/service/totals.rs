@@ -1,4 +1,4 @@
-//! What has happened to forks, added up by template.
+//! Counters of forks, summed by template.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,18 @@ use pagecast_client::{Backend, ForkState};
 use crate::fork::Fork;
 use crate::template::TemplateName;
 
-/// The backends that forks have.
+/// The backends that a fork can have.
 pub(crate) const BACKENDS: [Backend; 2] = [Backend::Uffd, Backend::File];
 
-/// How often something happened, by backend and the code of the reason.
+/// Counts by backend and code of the reason.
 pub(crate) type Reasons = BTreeMap<(Backend, String), u64>;
 
-/// The numbers of each template. Those of forks and templates that are gone are kept here, so that nothing ever counts
-/// down; a scrape adds those that are there to a copy.
+/// The counters of each template. Those of removed forks and templates are kept here, so that no counter ever goes
+/// down. A scrape adds the existing ones to a copy.
 #[derive(Clone, Default)]
 pub(crate) struct Totals(BTreeMap<TemplateName, TemplateTotals>);
 
-/// The numbers of one template.
+/// The counters of one template.
 #[derive(Clone, Default)]
 pub(crate) struct TemplateTotals {
     faults: FaultCounts,
@@ -32,31 +32,31 @@ pub(crate) struct TemplateTotals {
     pub(crate) reads: SlowReadStats,
     created: BTreeMap<Backend, u64>,
     ended: BTreeMap<(Backend, ForkState), u64>,
-    /// Of forks.
+    /// Failures of forks.
     pub(crate) failures: Reasons,
-    /// Connections that were refused: those of VMMs, whose forks have failed, and those that no fork ended for.
+    /// Refused connections: those that made a fork fail, and those that did not.
     pub(crate) refusals: Reasons,
-    /// Of VMMs: those of failed forks, and those that were no forks of this daemon.
+    /// Killed VMMs: those of failed forks, and those that belonged to no fork of this daemon.
     pub(crate) kills: Reasons,
 }
 
 impl Totals {
-    /// Adds the numbers of a fork as they are.
+    /// Adds the current counters of a fork.
     pub(crate) fn add(&mut self, fork: &Fork) {
         self.of(&fork.template.name).add(fork);
     }
 
-    /// Keeps the numbers of a fork that is forgotten and does not change any more.
+    /// Adds the final counters of a fork that is being removed.
     pub(crate) fn keep(&mut self, fork: &Fork) {
         let totals = self.of(&fork.template.name);
         let state = totals.add(fork);
         if !state.is_end() {
-            // Its VMM was never known, so nobody will ever tell of its end.
+            // Its VMM was never known, so its end will never be reported.
             *totals.ended.entry((fork.backend(), state)).or_default() += 1;
         }
     }
 
-    /// Adds what was read of a template.
+    /// Adds the reads of a template.
     pub(crate) fn add_reads(&mut self, template: &TemplateName, reads: SlowReadStats) {
         let total = &mut self.of(template).reads;
         total.reads += reads.reads;
@@ -65,12 +65,12 @@ impl Totals {
         total.time += reads.time;
     }
 
-    /// Counts a VMM that was killed and is that of no fork here.
+    /// Counts a killed VMM that belongs to no fork in the registry.
     pub(crate) fn count_kill(&mut self, template: &TemplateName, backend: Backend, reason: &str) {
         count(&mut self.of(template).kills, backend, reason);
     }
 
-    /// Forgets a template that is gone, with all its forks.
+    /// Removes the counters of a template.
     pub(crate) fn forget(&mut self, template: &TemplateName) {
         self.0.remove(template);
     }
@@ -85,7 +85,7 @@ impl Totals {
 }
 
 impl TemplateTotals {
-    /// Adds a fork. Returns its state, which is what was counted.
+    /// Adds a fork. Returns the state that was counted.
     fn add(&mut self, fork: &Fork) -> ForkState {
         let backend = fork.backend();
         let numbers = fork.numbers();
@@ -128,7 +128,7 @@ impl TemplateTotals {
         total.slow += faults.slow;
     }
 
-    /// How well first faults were foreseen.
+    /// Returns how first faults were predicted, by kind.
     pub(crate) fn prefault_by_kind(&self) -> [(&'static str, u64); 3] {
         let PrefaultCounts {
             late,
@@ -155,7 +155,7 @@ impl TemplateTotals {
         self.created.get(&backend).copied().unwrap_or(0)
     }
 
-    /// How many forks have ended in which state; all ends are there, also where none has.
+    /// Returns the number of ended forks by backend and state, zeros included.
     pub(crate) fn ended(&self) -> impl Iterator<Item = (Backend, ForkState, u64)> {
         let ends = ForkState::ALL.into_iter().filter(|state| state.is_end());
         let mut ended: BTreeMap<(Backend, ForkState), u64> = ends

@@ -1,4 +1,4 @@
-//! VMMs that are found by the path of the memory file that they map.
+//! VMMs found by the path of the memory file that they map.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -16,9 +16,9 @@ use crate::vmm_process::{self, VmmError, VmmProcess};
 /// Processes whose pid was not given.
 #[derive(Default)]
 pub(super) struct UntrackedVmms {
-    /// VMMs that map the file of a template by a path that only forks are told.
+    /// VMMs that map the file of a template by a path for forks.
     pub(super) vmms: Vec<VmmProcess>,
-    /// Pids of processes that may be such, and why they cannot be looked at.
+    /// Pids of processes that may be such VMMs, and why they cannot be inspected.
     pub(super) unknown: Vec<(i32, String)>,
 }
 
@@ -40,7 +40,7 @@ pub(super) fn untracked_vmms(file: &LocalFile, places: &[&Placement]) -> io::Res
             .any(|path| places.iter().any(|place| is_at(pid, path, place)))
     };
     for holder in holders.found.iter().filter(|holder| is_fork(holder.pid, &holder.paths)) {
-        // Looked at again, now that it cannot be another process any more.
+        // Checked again with the pid held, so that it cannot be another process.
         let looked = VmmProcess::open(holder.pid).map(|vmm| (vmm.mapped_paths(inode), vmm));
         match looked {
             Ok((Ok(paths), vmm)) if is_fork(vmm.pid(), &paths) => untracked.vmms.push(vmm),
@@ -52,8 +52,8 @@ pub(super) fn untracked_vmms(file: &LocalFile, places: &[&Placement]) -> io::Res
     Ok(untracked)
 }
 
-/// Whether a path of a mapping, as the kernel tells it, is this place, which may be gone by now: then a link is told to be
-/// deleted, and of a mount, which was of this one file, nothing is left but its root. A mount may have a link below it.
+/// Returns `true` if the path of a mapping in `/proc` is this place. The place may be removed by now: the kernel shows
+/// a removed link as deleted, and a removed mount of one file as `/`. A mount may have a link below it.
 fn is_at(pid: i32, mapped: &Path, place: &Placement) -> bool {
     let before = mapped.as_os_str().as_bytes().strip_suffix(b" (deleted)");
     let before = before.map(|bytes| Path::new(OsStr::from_bytes(bytes)));

@@ -1,4 +1,4 @@
-//! Templates brought into memory ahead of their forks.
+//! Calls that read templates into memory ahead of their forks, and lock them there.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,25 +16,25 @@ use super::{Service, loading};
 use crate::local_file::LocalFile;
 use crate::template::Template;
 
-/// How long zeros are looked for where a template would not fit into memory without knowing them.
+/// Time to search for zeros if a template would not fit into memory without knowing them.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Service {
-    /// Begins to bring a template into memory, where with `resident` it stays.
+    /// Starts to read a template into memory. With `resident`, locks it there.
     pub(crate) fn warm_template(&self, name: &str, resident: bool) -> Result<Arc<Template>, ApiError> {
         self.check_open()?;
         let template = self.registry.template(name)?;
         check(&template)?;
         let file = file_of(&template)?;
         let asking = file.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        // Once it is locked, it is there; and one that is being read is not begun anew.
+        // Nothing to do if it is locked already, or being read for an equal request.
         let is_so = file.warmth.told().is_some_and(|told| {
             told.resident == resident
                 && (told.state == WarmthState::Warming || (resident && told.state == WarmthState::Warm))
         });
         if !is_so {
             let wanted = self::wanted(&template, file, resident).or_else(|_| {
-                // All that is not zeros may be much less than all that is not known to be.
+                // The pages that are not zeros may be far fewer than those not yet known to be zeros.
                 template.pages.find_zeros(Instant::now() + SEARCH_TIMEOUT);
                 self::wanted(&template, file, resident)
             })?;
@@ -57,7 +57,7 @@ impl Service {
         Ok(template)
     }
 
-    /// Stops bringing a template into memory, or keeping it there.
+    /// Stops reading a template into memory, and unlocks it.
     pub(crate) fn cool_template(&self, name: &str) -> Result<(), ApiError> {
         let template = self.registry.template(name)?;
         let file = file_of(&template)?;
@@ -82,7 +82,7 @@ impl Service {
     }
 }
 
-/// Goes on with what an earlier daemon was asked for: the template stays in memory.
+/// Locks a template in memory again, as an earlier daemon was asked to.
 pub(super) fn warm_again(template: &Arc<Template>) {
     let begun = file_of(template).and_then(|file| {
         let wanted = wanted(template, file, true)?;
@@ -93,7 +93,7 @@ pub(super) fn warm_again(template: &Arc<Template>) {
     }
 }
 
-/// The file of a template, which is what can be brought into memory.
+/// Returns the file of a template. Only a file can be read into memory.
 fn file_of(template: &Template) -> Result<&Arc<LocalFile>, ApiError> {
     template.file.as_ref().ok_or_else(|| {
         refuse(
@@ -106,7 +106,7 @@ fn file_of(template: &Template) -> Result<&Arc<LocalFile>, ApiError> {
     })
 }
 
-/// What is to be brought into memory; refused where that is too much.
+/// Returns the pages to read into memory. Refuses if they do not fit.
 fn wanted(template: &Template, file: &LocalFile, resident: bool) -> Result<Wanted, ApiError> {
     let wanted = match template.pages.working_set() {
         Some(working_set) if !resident => Wanted::working_set(&file.mem_file, &working_set),
@@ -116,7 +116,7 @@ fn wanted(template: &Template, file: &LocalFile, resident: bool) -> Result<Wante
     Ok(wanted)
 }
 
-/// Begins to bring it in, on a thread of its own.
+/// Starts to read them, on a thread of its own.
 fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, resident: bool) -> Result<(), ApiError> {
     let Some(wish) = file.warmth.wish(wanted, resident) else {
         return Ok(());
@@ -131,12 +131,12 @@ fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, reside
     })
 }
 
-/// Refuses what the memory of the host, or of a cgroup of ours, which is charged for what we read, cannot hold. What is to
-/// stay has to fit into what is available. What the kernel may give up again has to fit at all, else it would drive itself
-/// out.
+/// Refuses `wanted` bytes that do not fit into the memory of the host or of the daemon's cgroups, which are charged for
+/// reads. Pages that are locked must fit into the available memory of a cgroup. Other pages must fit under its limit,
+/// or they would evict each other.
 fn check_room(template: &Template, file: &LocalFile, wanted: u64, resident: bool) -> Result<(), ApiError> {
     let told = file.warmth.told();
-    // It is let go first.
+    // The memory locked for the earlier request is unlocked first.
     let locked = told.map_or(0, |told| told.locked_bytes);
     let check = |room: Option<u64>, place: &str| {
         let Some(room) = room.map(memory::usable) else {

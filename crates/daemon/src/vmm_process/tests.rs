@@ -10,14 +10,14 @@ use rustix::thread::CapabilitySet;
 
 use super::*;
 
-/// Files that [`holders`] panics about, and how often it has. Each test has files of its own.
+/// Files for which [`holders`] panics, and how often it has. Each test has files of its own.
 static PANICS: Mutex<BTreeMap<InodeId, usize>> = Mutex::new(BTreeMap::new());
 
 fn panics() -> MutexGuard<'static, BTreeMap<InodeId, usize>> {
     PANICS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Gives up what it takes to look at processes that have more capabilities, for this thread.
+/// Drops the capabilities of this thread to inspect processes with more capabilities.
 pub(crate) fn look_at_nobody_else() {
     let mut sets = rustix::thread::capabilities(None).unwrap();
     // The latter two are enough on recent kernels.
@@ -32,22 +32,22 @@ pub(crate) fn look_at_nobody_else() {
     rustix::thread::set_capabilities(None, sets).unwrap();
 }
 
-/// From now on a look for who maps this file panics.
+/// Makes every search for processes that map this file panic.
 pub(crate) fn panic_about(file: InodeId) {
     panics().insert(file, 0);
 }
 
-/// No longer.
+/// Ends these panics.
 pub(crate) fn panic_no_more_about(file: InodeId) {
     panics().remove(&file);
 }
 
-/// How often it has.
+/// Returns how often a search for this file has panicked.
 pub(crate) fn panics_about(file: InodeId) -> usize {
     panics().get(&file).copied().unwrap_or(0)
 }
 
-/// Panics if it was asked to for one of these files.
+/// Panics if a test has requested that for one of these files.
 pub(super) fn may_panic(files: &BTreeSet<InodeId>) {
     for (file, count) in &mut *panics() {
         if files.contains(file) {
@@ -63,7 +63,7 @@ fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
 use crate::mapper::Mapper;
 use crate::placement::{How, Plan, Prefer};
 
-/// A mount that goes away with the test.
+/// A mount that is removed at the end of the test.
 struct Mounted(PathBuf);
 
 impl Drop for Mounted {
@@ -134,7 +134,7 @@ fn a_saved_process_is_found_again_until_it_has_exited() {
 #[test]
 fn a_pid_that_others_have_by_now_is_no_error() {
     let boot_id = boot_id().unwrap();
-    // Ourselves, init, a thread of ours, impossible ones.
+    // This process, init, a thread of this process, impossible pids.
     let thread = std::thread::spawn(|| rustix::thread::gettid().as_raw_nonzero().get());
     let thread = thread.join().unwrap();
     let own = i32::try_from(std::process::id()).unwrap();
@@ -206,7 +206,7 @@ fn a_process_that_we_may_not_kill_is_refused() {
     child.wait().unwrap();
 
     assert!(matches!(opened, Err(VmmError::NotOurs { .. })), "{opened:?}");
-    // It lives: this is not the same as being gone.
+    // It is alive, which differs from having exited.
     assert!(matches!(found, Err(VmmError::NotOurs { .. })), "{found:?}");
 }
 
@@ -222,7 +222,7 @@ fn a_process_maps_a_file_or_does_not() {
     assert!(maps_file(&process, id_of(&path)).unwrap());
     assert_eq!(process.mapped_paths(id_of(&path)).unwrap(), std::slice::from_ref(&path));
 
-    // It is the inode that counts, not what the path leads to by now.
+    // The inode counts, not the file at the path by now.
     let template = id_of(&path);
     std::fs::copy(&path, dir.path().join("copy")).unwrap();
     std::fs::rename(dir.path().join("copy"), &path).unwrap();
@@ -263,7 +263,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
         mappers.push(mapper);
     }
 
-    // All processes are looked at once for any number of files.
+    // One scan of all processes serves any number of files.
     let other_dir = tempfile::tempdir().unwrap();
     let other = template(other_dir.path());
     let other_mapper = Mapper::of_file(&other);
@@ -334,7 +334,7 @@ fn a_file_on_an_overlay_is_recognised() {
     assert!(!maps_below, "an overlay's file is one of its own");
 }
 
-/// A process that is complete outlives its daemon only if this can be told.
+/// A complete VMM outlives its daemon only because this can be read.
 #[test]
 fn faults_of_a_process_are_nobodys_whatever_the_names_of_its_files_are() {
     let dir = tempfile::tempdir().unwrap();
@@ -349,7 +349,7 @@ fn faults_of_a_process_are_nobodys_whatever_the_names_of_its_files_are() {
     assert!(!process.needs_server());
 }
 
-/// Its vCPUs run on, and `/proc/PID/maps` is empty.
+/// The vCPUs of such a VMM run on, and `/proc/PID/maps` is empty.
 #[test]
 fn a_process_whose_first_thread_has_ended_maps_its_files_all_the_same() {
     let dir = tempfile::tempdir().unwrap();
@@ -389,7 +389,7 @@ fn a_process_that_cannot_be_looked_at_may_map_any_file_that_it_has_room_for() {
     }
     let dir = tempfile::tempdir().unwrap();
     let path = template(dir.path());
-    // With a capability that we are without, so that it is not ours to look at. It is ours to kill.
+    // It has a capability that this process drops, so it can be killed but not inspected.
     let mapper = Mapper::of_file(&path);
     look_at_nobody_else();
 

@@ -1,10 +1,10 @@
-//! A parser of Prometheus' text format that forgives nothing.
+//! A strict parser of Prometheus' text format.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 type Labels = BTreeMap<String, String>;
 
-/// What was scraped.
+/// A parsed scrape.
 #[derive(Debug, Default)]
 pub(super) struct Scrape {
     families: BTreeMap<String, Family>,
@@ -17,7 +17,7 @@ struct Family {
 }
 
 impl Scrape {
-    /// Panics where anything is not as the format says it should be.
+    /// Parses the text. Panics if it violates the format.
     pub(super) fn parse(text: &str) -> Self {
         assert!(text.ends_with('\n'), "the last line has no end");
         let mut scrape = Self::default();
@@ -69,12 +69,12 @@ impl Scrape {
         scrape
     }
 
-    /// The names of all metrics.
+    /// Returns the names of all metrics.
     pub(super) fn names(&self) -> BTreeSet<&str> {
         self.families.keys().map(String::as_str).collect()
     }
 
-    /// The sum of all samples of this name (with the suffix, for histograms) that have these labels.
+    /// Returns the sum of all samples of this name (with the suffix, for histograms) that have these labels.
     pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let samples = self.families.values().flat_map(|family| &family.samples);
         samples
@@ -86,7 +86,7 @@ impl Scrape {
             .sum()
     }
 
-    /// All values that a label has anywhere.
+    /// Returns all values of a label in any metric.
     pub(super) fn values_of(&self, label: &str) -> BTreeSet<&str> {
         let samples = self.families.values().flat_map(|family| family.samples.keys());
         samples
@@ -95,7 +95,7 @@ impl Scrape {
             .collect()
     }
 
-    /// What a metric counts, by one of its labels, where it is not 0.
+    /// Returns the sums of a metric that are not 0, by one of its labels.
     pub(super) fn by(&self, name: &str, label: &str, labels: &[(&str, &str)]) -> BTreeMap<String, f64> {
         let mut counts = BTreeMap::new();
         for value in self.values_of(label) {
@@ -109,7 +109,7 @@ impl Scrape {
         counts
     }
 
-    /// Panics where something that can only go up is lower than before, or gone.
+    /// Panics if a counter or histogram is lower than before, or missing.
     pub(super) fn check_not_below(&self, before: &Self) {
         for (name, family) in &before.families {
             if family.kind == "gauge" {
@@ -128,7 +128,7 @@ impl Scrape {
 
 impl Family {
     fn check_histogram(&self, name: &str) {
-        // By all labels but `le`: the buckets, by their end.
+        // The buckets by their upper bound, grouped by all labels except `le`.
         let mut histograms: BTreeMap<Labels, Vec<(f64, f64)>> = BTreeMap::new();
         for ((sampled, labels), value) in &self.samples {
             let mut labels = labels.clone();
@@ -181,7 +181,7 @@ fn parse_labels(mut text: &str) -> Labels {
     let mut labels = Labels::new();
     while !text.is_empty() {
         let (name, rest) = text.split_once("=\"").unwrap_or_else(|| panic!("{text:?}"));
-        // None of our values has anything to escape.
+        // No value here contains characters to escape.
         let (value, rest) = rest.split_once('"').unwrap_or_else(|| panic!("{text:?}"));
         assert!(is_name(name) && !value.is_empty() && !value.contains('\\'), "{text:?}");
         assert!(

@@ -1,4 +1,4 @@
-//! Forks with `file`: their VMMs map the memory file, and only the daemon knows them.
+//! Forks with `file`. Their VMMs map the memory file, and the page server does not know them.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ fn check_fields(order: &Order<'_>) -> Result<(), String> {
     match socket_field(order.wanted) {
         None => Ok(()),
         Some("socket_path") => Err("socket_path: a fork with `file` has no socket; use path, or `uffd`".to_owned()),
-        // The memory file is the template's own inode, so it cannot be given to anybody.
+        // The memory file is the template's own inode, so its owner cannot be changed.
         Some(field) => Err(format!(
             "{field}: with `file` the memory file keeps the owner and mode of the template; let the VMM's user read that \
              and leave {field} out, or use `uffd`"
@@ -46,7 +46,7 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
         reason,
         wanted,
     } = order;
-    // A restart that finds it as it is now has nothing to explain.
+    // Saved, so that after a restart the file's current ctime counts as unchanged.
     service.save_template(&template);
     loading::read_ahead(&template, &file);
     let reason = with_warmth(reason, &file);
@@ -66,7 +66,7 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
         Some(path) => {
             let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
             let plan = Plan::new(file.mem_file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
-            // Kept before it is done, so that it can be undone whatever happens.
+            // Saved before it is carried out, so that it can be undone after a crash.
             saved.place = Some(Place::Planned(plan.clone()));
             let kept = service.run_dir.save(Saved::Fork, id.as_str(), &saved);
             kept.map_err(|error| internal("keep the fork in the run dir", &error))?;
@@ -99,7 +99,7 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     }))
 }
 
-/// Finds VMMs whose pid was not told: those that map the file by the path that was made for their fork alone, in a jail too.
+/// Finds VMMs whose pid was not given: processes that map the file by the path of one fork alone, also in a jail.
 pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
     let waits = |file: &&FileFork| file.placement().is_some() && file.state() == ForkState::Waiting;
     let waiting = forks.iter().filter_map(|fork| Some((fork, fork.file().filter(waits)?)));
@@ -107,7 +107,7 @@ pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
     if waiting.is_empty() {
         return;
     }
-    // All processes are looked at once, however many forks wait.
+    // One scan of all processes serves all waiting forks.
     let holders = match vmm_process::holders(&waiting.iter().map(|(_, file)| file.file.inode()).collect()) {
         Ok(holders) => holders,
         Err(error) => return warn!(%error, "cannot find the processes that map a template"),
@@ -123,7 +123,7 @@ pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
             .iter()
             .filter(|holder| holder.file == inode && is_it(holder.pid, &holder.paths))
             .filter_map(|holder| VmmProcess::open(holder.pid).ok())
-            // Looked at again, now that it cannot be another process any more.
+            // Checked again with the pid held, so that it cannot be another process.
             .find(|vmm| {
                 let paths = vmm.mapped_paths(inode);
                 paths.is_ok_and(|paths| is_it(vmm.pid(), &paths))
@@ -138,7 +138,7 @@ pub(super) fn find_vmms(service: &Arc<Service>, forks: &[Arc<Fork>]) {
     }
 }
 
-/// Finds a fork of an earlier daemon again.
+/// Takes up a fork of an earlier daemon.
 pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
     let vmm = find_vmm(id, &saved);
     let gone = saved.vmm.is_some() && vmm.is_none();
@@ -174,7 +174,7 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) {
     info!(event = "fork_found", fork = %fork.id, pid, "fork taken up");
 }
 
-/// Takes away the memory file of a fork that is no more, and forgets the fork.
+/// Removes the placement of a fork that has ended, and its record.
 fn forget_place(service: &Arc<Service>, id: &str, saved: &SavedFork) {
     let template = service.registry.template(&saved.template).ok();
     let inode = template.and_then(|template| Some(template.file.as_ref()?.inode()));
@@ -191,7 +191,7 @@ fn forget_place(service: &Arc<Service>, id: &str, saved: &SavedFork) {
     }
 }
 
-/// Waits for the VMM of a fork to exit.
+/// Watches for the exit of a fork's VMM.
 fn watch(service: &Arc<Service>, fork: &Arc<Fork>, vmm: &Arc<VmmProcess>) {
     let watching = Arc::downgrade(service);
     let watched = Arc::clone(fork);
@@ -248,7 +248,7 @@ impl Lifecycle for FileFork {
     }
 
     fn release(&self, service: &Arc<Service>, fork: &Fork) {
-        // Another thread may be doing that, if it has just ended.
+        // If the fork has just ended, another thread may be removing it too.
         if let Err(error) = take_place_away(service, self) {
             warn_place_stays(fork, &error);
         }
@@ -256,7 +256,7 @@ impl Lifecycle for FileFork {
 }
 
 impl Service {
-    /// The VMM of a fork with `file` has exited, or will never come.
+    /// Handles the end of a fork with `file`: its VMM has exited, or was never found.
     pub(in crate::service) fn file_fork_ended(self: &Arc<Self>, fork: &Arc<Fork>, state: ForkState) {
         if let Some(file) = fork.file()
             && file.end(state)
@@ -265,7 +265,7 @@ impl Service {
         }
     }
 
-    /// Cleans up after a fork with `file`, which has just ended.
+    /// Cleans up after a fork with `file` that has just ended.
     pub(in crate::service) fn file_fork_is_over(self: &Arc<Self>, fork: &Arc<Fork>, file: &FileFork) {
         let removed = take_place_away(self, file);
         self.ended(fork);
@@ -275,7 +275,7 @@ impl Service {
     }
 }
 
-/// Removes the path of the memory file that was made for this fork, if there is one. Does nothing the second time.
+/// Removes the path of the memory file that was created for this fork, if any. Does nothing the second time.
 fn take_place_away(service: &Arc<Service>, fork: &FileFork) -> Result<(), PlaceError> {
     service.look_before_own_change(fork.file.inode());
     let removed = fork.take_place_away();
@@ -287,7 +287,7 @@ fn warn_place_stays(fork: &Fork, error: &PlaceError) {
     warn!(fork = %fork.id, error = chain(error), "its memory file cannot be removed");
 }
 
-/// Says beside the reason for `file` what was done ahead of the fork.
+/// Appends to the reason for `file` how much was read into memory ahead of the fork.
 fn with_warmth(reason: String, file: &LocalFile) -> String {
     match file.warmth.told() {
         Some(told) if told.state == WarmthState::Warm => {

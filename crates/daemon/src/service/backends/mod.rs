@@ -1,4 +1,4 @@
-//! What the service does with a fork, by its backend: the same functions for each.
+//! Operations on forks that differ by backend, behind one trait.
 
 mod file;
 mod uffd;
@@ -16,40 +16,40 @@ use crate::fork::{BackedBy, Fork, SavedFork};
 use crate::template::Template;
 use crate::vmm_process::VmmProcess;
 
-/// How long a killed VMM may take to die.
+/// Time that a killed VMM has to die.
 pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A fork that is to be made.
+/// The data to create a fork.
 pub(super) struct Order<'a> {
     pub(super) id: ForkId,
     pub(super) template: Arc<Template>,
-    /// Why it gets its backend.
+    /// The reason for its backend.
     pub(super) reason: String,
     pub(super) wanted: &'a CreateFork,
 }
 
-/// What the service does with a fork, from making to deleting.
+/// The service's operations on a fork, from creation to deletion.
 pub(super) trait Lifecycle {
-    /// Begins to look after the fork, which was made or found again.
+    /// Starts to track the fork, which was created or taken up.
     fn start(&self, service: &Arc<Service>, fork: &Arc<Fork>);
 
     /// Notes the VMM of the fork if the page server knows it, once.
     fn note_vmm(&self, service: &Service, fork: &Fork);
 
-    /// Begins to complete the fork.
+    /// Starts to complete the fork.
     fn complete(&self, fork: &Fork) -> Result<(), ApiError>;
 
     /// Kills the VMM, unless none is known or it has exited. Returns `false` if it does not die in time.
     fn kill(&self, service: &Arc<Service>, fork: &Arc<Fork>) -> Result<bool, ApiError>;
 
-    /// Makes the fork one that can be deleted. Refused while its VMM lives and needs it.
+    /// Prepares the fork for deletion. Refuses while its VMM is alive and needs it.
     fn close(&self, fork: &Fork) -> Result<(), ApiError>;
 
-    /// Gives back what the fork held, which is in the registry no more. Its id may be another fork's by now.
+    /// Releases the resources of the fork, which is no longer in the registry. Another fork may have its id by now.
     fn release(&self, service: &Arc<Service>, fork: &Fork);
 }
 
-/// The functions for the backend of this fork.
+/// Returns the operations for the backend of this fork.
 pub(super) fn of(fork: &Fork) -> &dyn Lifecycle {
     match &fork.backed_by {
         BackedBy::Uffd(uffd) => uffd,
@@ -57,7 +57,7 @@ pub(super) fn of(fork: &Fork) -> &dyn Lifecycle {
     }
 }
 
-/// Makes a fork with this backend, which is not `auto`.
+/// Creates a fork with this backend, which is not `auto`.
 pub(super) fn make(service: &Arc<Service>, backend: Backend, order: Order<'_>) -> Result<Arc<Fork>, ApiError> {
     if backend == Backend::File {
         file::make(service, order)
@@ -66,7 +66,7 @@ pub(super) fn make(service: &Arc<Service>, backend: Backend, order: Order<'_>) -
     }
 }
 
-/// Finds a fork of an earlier daemon again. Returns it if its VMM has lost the daemon that it needed, and is to be killed.
+/// Takes up a fork of an earlier daemon. Returns it instead if its VMM needed that daemon, and the caller must kill it.
 pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) -> Option<SavedFork> {
     if saved.needed_daemon() {
         return Some(saved);
@@ -76,7 +76,7 @@ pub(super) fn find_again(service: &Arc<Service>, id: &str, saved: SavedFork) -> 
 }
 
 impl Service {
-    /// Looks for VMMs that are not known yet.
+    /// Searches for VMMs that are not known yet.
     pub(crate) fn find_vmms(self: &Arc<Self>) {
         let forks = self.registry.forks();
         uffd::find_vmms(self, &forks);
@@ -84,7 +84,7 @@ impl Service {
     }
 }
 
-/// The VMM of a fork that was saved, if it lives.
+/// Returns the VMM of a saved fork, if it is alive.
 pub(super) fn find_vmm(id: &str, saved: &SavedFork) -> Option<Arc<VmmProcess>> {
     match saved.vmm.as_ref().map(VmmProcess::find).transpose() {
         Ok(vmm) => vmm.flatten().map(Arc::new),

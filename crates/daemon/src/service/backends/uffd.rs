@@ -1,4 +1,4 @@
-//! Forks with `uffd`: the page server has them.
+//! Forks with `uffd`, which the page server serves.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::service::Service;
 use crate::service::refusal::{internal, refuse, server_refuses};
 use crate::vmm_process::VmmProcess;
 
-/// The field of a request that is about a socket, if there is one.
+/// Returns the first field of a request that concerns a socket, if there is one.
 pub(in crate::service) fn socket_field(wanted: &CreateFork) -> Option<&'static str> {
     [
         ("socket_path", wanted.socket_path.is_some()),
@@ -82,7 +82,7 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     }))
 }
 
-/// Notes VMMs that have connected, though the event that says so may still be on its way.
+/// Notes VMMs that have connected, even if the event for that has not arrived yet.
 pub(super) fn find_vmms(service: &Service, forks: &[Arc<Fork>]) {
     for fork in forks {
         if let Some(uffd) = fork.uffd().filter(|uffd| uffd.vmm.get().is_none())
@@ -93,8 +93,8 @@ pub(super) fn find_vmms(service: &Service, forks: &[Arc<Fork>]) {
     }
 }
 
-/// The userfaultfd of a fork with `uffd` has died with the daemon: at its next fault its VMM would hang for ever. But for
-/// one that was complete, which the daemon had no time to note.
+/// Kills the VMM of a fork with `uffd` whose daemon has died: its userfaultfd is closed, so its next fault would hang
+/// forever. Spares a VMM that is complete, which the daemon had no time to record.
 pub(in crate::service) fn end_orphan(service: &Service, id: &str, saved: &SavedFork) {
     if let Some(vmm) = find_vmm(id, saved).filter(|vmm| vmm.needs_server()) {
         let killed = vmm.kill().is_ok() && vmm.wait_exited(KILL_TIMEOUT);
@@ -115,7 +115,7 @@ pub(in crate::service) fn end_orphan(service: &Service, id: &str, saved: &SavedF
 
 impl Lifecycle for UffdFork {
     fn start(&self, service: &Arc<Service>, fork: &Arc<Fork>) {
-        // Its VMM may have been very quick.
+        // Its VMM may have connected already.
         self.note_vmm(service, fork);
         if fork.state().is_end() {
             service.ended(fork);
@@ -124,7 +124,7 @@ impl Lifecycle for UffdFork {
 
     fn note_vmm(&self, service: &Service, fork: &Fork) {
         let Some(pid) = self.served.status().pid else { return };
-        // One that has died already is not looked for any more.
+        // Nothing to note if the VMM has died already.
         if let Ok(vmm) = VmmProcess::open(pid).map(Arc::new)
             && self.vmm.set(Arc::clone(&vmm)).is_ok()
         {
@@ -141,14 +141,14 @@ impl Lifecycle for UffdFork {
             self.served.kill();
             return Ok(self.served.wait(KILL_TIMEOUT, ServedState::is_end).state.is_end());
         }
-        // The page server has let it go.
+        // The page server no longer serves it.
         let Some(vmm) = self.vmm.get() else { return Ok(true) };
         vmm.kill().map_err(|error| internal("kill the VMM", &error))?;
         Ok(vmm.wait_exited(KILL_TIMEOUT))
     }
 
     fn close(&self, _fork: &Fork) -> Result<(), ApiError> {
-        // One that waits for its VMM is closed by this.
+        // This also closes a fork that waits for its VMM.
         self.served.forget().map_err(|error| server_refuses(&error))
     }
 

@@ -27,7 +27,7 @@ fn template(name: &str) -> Arc<Template> {
     Arc::new(Template::of_file(name.parse().unwrap(), spec, Arc::new(file)))
 }
 
-/// A fork with `file` that waits for its VMM.
+/// Creates a fork with `file` that waits for its VMM.
 fn fork(taken: &TakenId<'_>) -> Arc<Fork> {
     let file = taken.template.file.clone().unwrap();
     Arc::new(Fork {
@@ -43,7 +43,7 @@ fn end(fork: &Fork) {
     assert!(fork.file().unwrap().end(ForkState::Exited));
 }
 
-/// A registry with the template `t`.
+/// Creates a registry with the template `t`.
 fn registry() -> (Registry, Arc<Template>) {
     let registry = Registry::new(3, 1);
     let template = template("t");
@@ -163,7 +163,7 @@ fn the_fork_that_ended_first_is_forgotten_and_its_numbers_are_kept() {
             .sum::<u64>()
     };
     assert_eq!(created(&snapshot), 1);
-    // Once there is nothing left of a template, its numbers go too.
+    // Once a template and all its forks are removed, its counters are too.
     drop(registry.remove_template(&template).unwrap());
     assert_eq!(registry.remove_fork(&second), Some(true));
     assert_eq!(created(&registry.snapshot()), 0);
