@@ -63,22 +63,22 @@ pub(crate) fn text(service: &Service, requests: &Requests) -> String {
 fn daemon(families: &mut Families, service: &Service) {
     families.gauge(
         "pagecast_build_info",
-        "What runs; the value is always 1.",
+        "Version of the daemon; the value is always 1.",
         [([("version", env!("CARGO_PKG_VERSION"))], 1.0)],
     );
     families.gauge(
         "pagecast_uptime_seconds",
-        "How long the daemon has run.",
+        "Time since the start of the daemon.",
         [(NO_LABELS, service.uptime().as_secs_f64())],
     );
     families.gauge(
         "pagecast_forks_max",
-        "How many forks may wait or live at once.",
+        "Most forks that may wait or live at once.",
         [(NO_LABELS, number(service.max_forks() as u64))],
     );
     families.counter(
         "pagecast_log_lines_dropped_total",
-        "Log lines that were dropped because nobody has read standard error in time.",
+        "Log lines dropped because standard error was not read in time.",
         [(NO_LABELS, number(stderr::dropped_lines()))],
     );
 }
@@ -90,7 +90,7 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
         .count();
     families.gauge(
         "pagecast_templates",
-        "Templates, by whether they can be forked.",
+        "Templates that can be forked, or have changed and cannot.",
         [
             ([("state", "ready")], number((templates.len() - changed) as u64)),
             ([("state", "changed")], number(changed as u64)),
@@ -103,27 +103,27 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
     };
     families.gauge(
         "pagecast_template_size_bytes",
-        "The length of the memory file.",
+        "Length of the memory file.",
         of_each(|template| template.pages.len().get()),
     );
     families.gauge(
         "pagecast_template_zero_bytes",
-        "How much of the memory file is known to be zeros.",
+        "Bytes of the memory file that are known to be zeros.",
         of_each(|template| template.pages.zeros().known_bytes().get()),
     );
     families.gauge(
         "pagecast_template_warm_bytes",
-        "How much of it was brought into memory ahead of its forks, as last asked for.",
+        "Bytes read into memory by the last request to warm the template.",
         of_each(|template| template.warmth().map_or(0, |told| told.read_bytes)),
     );
     families.gauge(
         "pagecast_template_huge_bytes",
-        "How much of that came in pages of 2 MiB.",
+        "Bytes read into memory by that request in pages of 2 MiB.",
         of_each(|template| template.warmth().map_or(0, |told| told.huge_bytes)),
     );
     families.gauge(
         "pagecast_template_locked_bytes",
-        "How much of it is locked in memory now.",
+        "Bytes of the template locked in memory now.",
         of_each(|template| template.warmth().map_or(0, |told| told.locked_bytes)),
     );
     working_sets(families, templates);
@@ -140,35 +140,35 @@ fn working_sets(families: &mut Families, templates: &[Arc<Template>]) {
     let label = |name| [("template", name)];
     families.gauge(
         "pagecast_working_set_bytes",
-        "What forks touch first, as far as that was learned.",
+        "Size of the working set.",
         learned
             .iter()
             .map(|(name, set, _)| (label(*name), number(set.size().get()))),
     );
     families.gauge(
         "pagecast_working_set_recordings",
-        "Recordings that the working set was learned from.",
+        "Number of recordings in the working set.",
         learned
             .iter()
             .map(|(name, set, _)| (label(*name), f64::from(set.recordings()))),
     );
     families.gauge(
         "pagecast_prefault_precision_ratio",
-        "Which part of what forks were given ahead they have used.",
+        "Part of the prefaulted pages that forks have used.",
         learned
             .iter()
             .filter_map(|(name, _, score)| Some((label(*name), score.precision?))),
     );
     families.gauge(
         "pagecast_prefault_recall_ratio",
-        "Which part of what forks have used they were given ahead.",
+        "Part of the pages used by forks that were prefaulted.",
         learned
             .iter()
             .filter_map(|(name, _, score)| Some((label(*name), score.recall?))),
     );
     families.gauge(
         "pagecast_prefault_switched_off",
-        "Whether forks are not given the working set ahead, because they use too little of it.",
+        "1 if the working set is not prefaulted, because forks use too little of it.",
         learned
             .iter()
             .map(|(name, _, score)| (label(*name), f64::from(u8::from(score.switched_off)))),
@@ -191,7 +191,7 @@ fn of_forks(families: &mut Families, templates: &[Arc<Template>], forks: &[Arc<F
     }
     families.gauge(
         "pagecast_forks",
-        "Forks that wait, live or are remembered.",
+        "Forks that wait or live, and ended ones that are not yet forgotten.",
         counts.iter().map(|((template, backend, state), count)| {
             let labels = [
                 ("template", template.to_string()),
@@ -209,27 +209,27 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         families,
         totals,
         "pagecast_failures_total",
-        "Forks that have failed, for whatever reason.",
+        "Forks that have failed, by reason.",
         |of_template| &of_template.failures,
     );
     reasons(
         families,
         totals,
         "pagecast_refusals_total",
-        "Connections that were refused: their handshake was never finished.",
+        "Refused connections: their handshake did not succeed.",
         |of_template| &of_template.refusals,
     );
     reasons(
         families,
         totals,
         "pagecast_kills_total",
-        "VMMs that were killed rather than left to hang or to read a wrong byte.",
+        "VMMs killed so that they neither hang nor read a wrong byte.",
         |of_template| &of_template.kills,
     );
 
     families.counter(
         "pagecast_faults_total",
-        "Page faults and what else happened to pages; kinds overlap.",
+        "Page faults and other events of pages; kinds overlap.",
         totals.iter().flat_map(|(template, of_template)| {
             of_template
                 .faults_by_kind()
@@ -240,14 +240,14 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         families,
         totals,
         "pagecast_fault_latency_seconds",
-        "From reading a fault to its page being in place.",
+        "Time from reading a fault to the installation of its page.",
         |of_template| &of_template.fault_latency,
     );
     latency(
         families,
         totals,
         "pagecast_install_latency_seconds",
-        "What the kernel took for putting in place a page that a vCPU waited for.",
+        "Time that the kernel took to install pages for demand faults.",
         |of_template| &of_template.install_latency,
     );
     of_each(
@@ -261,12 +261,12 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         families,
         totals,
         "pagecast_given_back_bytes_total",
-        "Bytes of zeros that the kernel fills in by itself.",
+        "Bytes of zeros that the kernel fills in without a fault for the daemon.",
         |of_template| number(of_template.given_back_bytes),
     );
     families.counter(
         "pagecast_prefault_faults_total",
-        "First faults of forks that were given their working set ahead, by how well they were foreseen.",
+        "First faults of forks with a prefaulted working set, by kind.",
         totals.iter().flat_map(|(template, of_template)| {
             of_template
                 .prefault_by_kind()
@@ -284,21 +284,21 @@ fn of_totals(families: &mut Families, totals: &Totals) {
         families,
         totals,
         "pagecast_template_read_failures_total",
-        "Those of them that failed.",
+        "Reads of the memory file that failed.",
         |of_template| number(of_template.reads.failed),
     );
     of_each(
         families,
         totals,
         "pagecast_template_read_bytes_total",
-        "Bytes that the others gave.",
+        "Bytes that successful reads of the memory file returned.",
         |of_template| number(of_template.reads.bytes),
     );
     of_each(
         families,
         totals,
         "pagecast_template_read_seconds_total",
-        "What all of them took together; several are under way at once.",
+        "Total time of all reads of the memory file; several may run at once.",
         |of_template| of_template.reads.time.as_secs_f64(),
     );
 }
@@ -306,7 +306,7 @@ fn of_totals(families: &mut Families, totals: &Totals) {
 fn lives(families: &mut Families, totals: &Totals) {
     families.counter(
         "pagecast_forks_created_total",
-        "Forks made, or found again at the start.",
+        "Forks created, and forks taken up from an earlier daemon.",
         totals.iter().flat_map(|(template, of_template)| {
             BACKENDS.map(|backend| {
                 let labels = [("template", template.to_string()), ("backend", backend.to_string())];
@@ -316,7 +316,7 @@ fn lives(families: &mut Families, totals: &Totals) {
     );
     families.counter(
         "pagecast_forks_ended_total",
-        "Forks that have ended, by how, or were deleted while they waited.",
+        "Forks that have ended, by state, or were deleted before their end was seen.",
         totals.iter().flat_map(|(template, of_template)| {
             of_template.ended().map(move |(backend, state, count)| {
                 let labels = [
@@ -375,7 +375,7 @@ fn of_requests(families: &mut Families, requests: &Requests) {
     let counts = requests.counts();
     families.counter(
         "pagecast_http_requests_total",
-        "Requests of the control API and for metrics that were answered.",
+        "Answered requests of the control API and for metrics.",
         counts.iter().map(|(answered, count)| {
             let labels = [
                 ("method", answered.method.to_owned()),

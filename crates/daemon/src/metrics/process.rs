@@ -27,7 +27,7 @@ pub(super) fn collect(families: &mut Families) {
         if let Ok(boot) = procfs::boot_time_secs() {
             families.gauge(
                 "process_start_time_seconds",
-                "When the daemon was started, since 1970.",
+                "Start time of the daemon, in seconds since 1970.",
                 [(NO_LABELS, number(boot) + seconds(stat.starttime))],
             );
         }
@@ -46,7 +46,7 @@ pub(super) fn collect(families: &mut Families) {
         };
         families.gauge(
             "process_max_fds",
-            "How many file descriptors the daemon may have.",
+            "Most file descriptors that the daemon may have open.",
             [(NO_LABELS, most)],
         );
     }
