@@ -1,7 +1,7 @@
 //! The memory file of a template, and the changes to it that last as long as the template.
 //!
-//! This holds all properties that only a file on this host has: path, inode, lease, owner and mode, protection,
-//! placement, warmth.
+//! It holds the properties that only a file on this host has: path, inode, lease, ownership, protection, placement,
+//! warmth.
 
 use std::io;
 use std::os::fd::AsFd as _;

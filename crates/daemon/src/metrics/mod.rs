@@ -30,8 +30,8 @@ use pagecast_command::stderr;
 /// The content type of [`text`].
 pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
-/// Powers of two nanoseconds, which cut no bucket of the histograms in two: from 1 us each to 67 ms, then every second one
-/// up to 69 s, beyond which faults are given up.
+/// Exponents of the bucket bounds: powers of two nanoseconds, which split no bucket of the histograms. All from 1 us to
+/// 67 ms, then every second one up to 69 s, longer than any fault may wait.
 const BOUNDS: [u32; 22] = [
     10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 30, 32, 34, 36,
 ];

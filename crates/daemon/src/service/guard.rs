@@ -76,7 +76,7 @@ impl Service {
     }
 
     /// Starts to end the forks of a template, once for each template. With `gently`, forks that can be completed within
-    /// that time live on. Runs on a thread of its own, since API calls may occupy all threads of the runtime.
+    /// that time live on. Runs on a thread of its own, since API calls may occupy all blocking threads of the runtime.
     pub(super) fn begin_withdrawal(self: &Arc<Self>, template: &Arc<Template>, how: &str, gently: Option<Duration>) {
         if !template.validity.invalidate(how, Forks::Ended) {
             return;

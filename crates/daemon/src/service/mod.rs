@@ -19,8 +19,8 @@
 //! | `refusal` | errors of the API |
 //!
 //! Calls may wait for disks and for processes to die, so they run on threads that may block. Names are taken first,
-//! used afterwards, and released on failure. So only two locks are held while a call waits, and only such calls take
-//! them: that of protecting files, and a template's lock for requests to warm it.
+//! used afterwards, and released on failure. So a call that waits holds at most two locks, which only such calls take.
+//! One is that of protecting files, the other a template's lock for requests to warm it.
 
 mod backends;
 mod describe;

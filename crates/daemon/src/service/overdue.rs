@@ -111,9 +111,9 @@ fn waits(fork: &Fork) -> Option<&FileFork> {
     fork.file().filter(|_| fork.state() == ForkState::Waiting)
 }
 
-/// Returns `true` if a process that maps the template may be the VMM of this fork: it is not the VMM of another fork,
-/// and has not opened the file only by paths of other forks. A process in a mount namespace of its own has an unknown
-/// path.
+/// Returns `true` if a process that maps the template may be the VMM of this fork. It is not, if it is the VMM of
+/// another fork, or has opened the file only by paths of others. A process in a mount namespace of its own has an
+/// unknown path.
 fn may_be_its_vmm(holder: &Holder, fork: &Fork, file: &FileFork, forks: &[Arc<Fork>]) -> bool {
     let is_known = |fork: &Arc<Fork>| fork.vmm().is_some_and(|vmm| vmm.pid() == holder.pid);
     if forks.iter().any(is_known) {
