@@ -225,8 +225,8 @@ impl VmmProcess {
     }
 
     /// Returns the paths by which it has opened this file that it maps; empty if it does not map it. In another mount
-    /// namespace, such as in Firecracker's jailer, a path starts at the root of that. A removed path ends in `
-    /// (deleted)`. The kernel escapes paths: compare them with [`path_in_maps`](proc_files::path_in_maps).
+    /// namespace, such as in Firecracker's jailer, a path starts at the root of that. A removed path ends in
+    /// ` (deleted)`. The kernel escapes paths: compare them with [`path_in_maps`](proc_files::path_in_maps).
     ///
     /// # Errors
     ///
