@@ -8,8 +8,8 @@ use super::fork_status::ForkState;
 use super::refusal::Refusal;
 use super::registry::Registry;
 use crate::cgroup::HugetlbCgroup;
-use crate::memory;
 use crate::handshake::Layout;
+use crate::memory;
 use crate::page::PageSize;
 use crate::session::Region;
 
