@@ -4,9 +4,7 @@
 mod bench;
 mod cargo;
 mod cargo_tool;
-mod coverage;
 mod demo;
-mod deny;
 mod fuzz;
 mod lint;
 mod openapi;
@@ -23,9 +21,7 @@ use pagecast_bench::sim_vmm;
 #[command(bin_name = "cargo xtask")]
 enum Task {
     Bench(bench::Bench),
-    Coverage(coverage::Coverage),
     Demo(demo::Demo),
-    Deny(deny::Deny),
     Fuzz(fuzz::Fuzz),
     Lint(lint::Lint),
     #[command(name = "openapi")]
@@ -40,8 +36,6 @@ fn main() -> ExitCode {
     }
     exit_code(match Task::parse() {
         Task::Bench(bench) => bench.run(),
-        Task::Coverage(coverage) => coverage.run(),
-        Task::Deny(deny) => deny.run(),
         Task::Demo(demo) => demo.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Lint(lint) => lint.run(),

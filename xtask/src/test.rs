@@ -65,7 +65,7 @@ impl Test {
 }
 
 /// Downloads and builds what the tests on real Firecracker need, so that it does not happen in a test's time.
-pub(crate) fn prepare_firecracker() -> Result<()> {
+fn prepare_firecracker() -> Result<()> {
     if let Kvm::Missing(why) = kvm()? {
         eprintln!("tests on real Firecracker are skipped: {why}");
         return Ok(());
