@@ -74,6 +74,7 @@ fn on_path(paths: &OsStr) -> Option<PathBuf> {
         .find(|path| is_executable(path))
 }
 
-fn is_executable(path: &Path) -> bool {
+/// Returns `true` if `path` is a file that this user may execute.
+pub(super) fn is_executable(path: &Path) -> bool {
     path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }

@@ -15,7 +15,7 @@ use super::forget::forget;
 use super::launch::{Event, Launch, Registered, Stage, Turn};
 use super::plan::Plan;
 
-/// Time for Firecrackers to end, and again for the daemon to forget their forks.
+/// Time that Firecrackers have to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The forks of a run. Must be ended in any case: see [`end`](Self::end).

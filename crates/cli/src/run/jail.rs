@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use pagecast_firecracker::Jailer;
-use rustix::fs::{Access, access};
 use rustix::process::geteuid;
+
+use super::firecracker::is_executable;
 
 /// The jailer's default.
 const CHROOT_BASE: &str = "/srv/jailer";
@@ -60,7 +61,7 @@ impl JailerArgs {
             .canonicalize()
             .with_context(|| format!("there is no jailer at {}", path.display()))?;
         ensure!(
-            path.is_file() && access(&path, Access::EXEC_OK).is_ok(),
+            is_executable(&path),
             "{} is not a file that this user may execute",
             path.display()
         );

@@ -149,7 +149,7 @@ impl Service {
         // Protected after the link was made, since an immutable file cannot be linked.
         if let Err(error) = protection.enforce(file.mem_file.as_fd()) {
             undo(&template, &file, self.protects_too(&protection).as_ref());
-            self.forget_template(&template.name);
+            self.forget_template(&template);
             return Err(refuse(
                 ErrorCode::TemplateInvalid,
                 format_args!("protect: {}", chain(&error)),
@@ -336,9 +336,10 @@ impl Service {
         }
     }
 
-    fn forget_template(&self, name: &TemplateName) {
-        if let Err(error) = self.run_dir.forget(Saved::Template, name.as_str()) {
-            warn!(template = %name, %error, "cannot be forgotten in the run dir");
+    /// Deletes the record of a template in the run dir.
+    fn forget_template(&self, template: &Template) {
+        if let Err(error) = template.forget(&self.run_dir) {
+            warn!(template = %template.name, %error, "cannot be forgotten in the run dir");
         }
     }
 
@@ -367,9 +368,7 @@ impl Service {
             drop(protecting);
             self.note_own_change(file.inode());
         }
-        if let Err(error) = template.forget(&self.run_dir) {
-            warn!(template = name, %error, "cannot be forgotten in the run dir");
-        }
+        self.forget_template(&template);
         drop(taken);
         info!(event = "template_removed", template = name, "template removed");
         Ok(())

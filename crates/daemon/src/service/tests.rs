@@ -253,7 +253,7 @@ fn a_writer_who_comes_while_the_daemon_starts_is_heeded_once_all_forks_are_found
         let holders = Arc::strong_count(&file_of(&template).mem_file);
         break_lease(&file);
         // The lease's thread holds the file until it has reported the break. No withdrawal may have begun then.
-        eventually("the break is told", || {
+        eventually("the thread of the lease has ended", || {
             Arc::strong_count(&file_of(&template).mem_file) < holders
         });
         for withdrawal in service.take_withdrawals() {

@@ -350,36 +350,14 @@ impl ForkRecord {
 
 #[cfg(test)]
 mod tests {
-    use pagecast_uffd::ByteLen;
-
     use super::*;
-    use crate::template::{Page, PageSource, SourceError, TemplateOffset, ZeroMap};
-
-    /// A template without pages.
-    struct Nothing(ZeroMap);
-
-    impl PageSource for Nothing {
-        fn len(&self) -> ByteLen {
-            ByteLen::ZERO
-        }
-        fn try_read<'a>(&'a self, _: TemplateOffset, _: &'a mut [u8]) -> Result<Page<'a>, SourceError> {
-            Ok(Page::NotReady)
-        }
-        fn read(&self, _: TemplateOffset, _: &mut [u8]) -> Result<(), SourceError> {
-            Ok(())
-        }
-        fn check_unchanged(&self) -> Result<(), SourceError> {
-            Ok(())
-        }
-        fn zeros(&self) -> &ZeroMap {
-            &self.0
-        }
-    }
 
     /// A fork that waits for its VMM, and the inbox of the acceptor.
     fn waiting() -> (Arc<ForkRecord>, Arc<Inbox<Request>>) {
         let acceptor = Arc::new(Inbox::new().unwrap());
-        let template = Template::from_source(Arc::new(Nothing(ZeroMap::new(ByteLen::ZERO))));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let template = Template::open(file.path()).unwrap();
         let options = ForkOptions::new("s");
         let id = "a".parse().unwrap();
         let record = ForkRecord::new(id, 1, &template, &options, false, Arc::clone(&acceptor));

@@ -13,6 +13,8 @@ use crate::skip::{Need, skip};
 /// The memory limit of a cgroup in bytes: more than a Firecracker with the tiny guest needs.
 const MEMORY_LIMIT: u64 = 2 << 30;
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// The id of the jail, which is the only one below its folder.
+const ID: &str = "jailed";
 
 /// The jail of one Firecracker. Its root directory exists before the start, so that sockets and files can be placed
 /// there. Dropping it removes the folder and the cgroup, in which no process may be left.
@@ -48,16 +50,13 @@ impl Jail {
         if mount.join("cgroup.procs").exists() {
             jailer = jailer.with_cgroups([format!("{setting}={MEMORY_LIMIT}")]);
             let parent = base.path().file_name().context("a folder has a name")?;
-            cgroup = Some(mount.join(parent).join(Self::ID));
+            cgroup = Some(mount.join(parent).join(ID));
         }
         let place = jailer
-            .jail(&binary()?, Self::ID)
+            .jail(&binary()?, ID)
             .context("failed to create the root of a jail")?;
         Ok(Some(Self { place, cgroup, base }))
     }
-
-    /// The only jail below its folder.
-    const ID: &str = "jailed";
 
     /// The root directory of the Firecracker, as the host sees it.
     pub fn root(&self) -> PathBuf {
