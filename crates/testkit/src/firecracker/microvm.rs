@@ -237,7 +237,7 @@ impl MicroVm {
             Ok((reply.field::<u64>("patterns")?, reply.into_verified(elapsed)?))
         })?;
         if digest != self.patterns.digest(range)? {
-            let error = anyhow!("the guest has noted other patterns than those written ({verified:?})");
+            let error = anyhow!("the guest's notes are not of the patterns that were written ({verified:?})");
             return Err(self.vmm.explain(&error));
         }
         Ok(verified)
