@@ -25,15 +25,11 @@ mod acceptor;
 #[cfg(target_os = "linux")]
 mod admission;
 #[cfg(target_os = "linux")]
-mod builder;
-#[cfg(target_os = "linux")]
 mod counters;
 #[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
 mod fill_pool;
-#[cfg(target_os = "linux")]
-mod fork;
 #[cfg(target_os = "linux")]
 mod fork_record;
 #[cfg(target_os = "linux")]
@@ -66,20 +62,16 @@ mod worker;
 mod workers;
 
 pub use crate::session::Violation;
-#[cfg(target_os = "linux")]
-pub use builder::Builder;
 pub use deadlines::Deadlines;
 pub use error::{CloseError, Error, NotEnoughMemory, chain};
 pub use fail_reason::FailReason;
-#[cfg(target_os = "linux")]
-pub use fork::Fork;
 pub use fork_event::ForkEvent;
 pub use fork_id::{ForkId, InvalidForkId};
 pub use fork_options::{ForkOptions, Prefault};
 pub use fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCounts};
 pub use latency::{Latency, LatencyHistogram};
 #[cfg(target_os = "linux")]
-pub use page_server::Server;
+pub use page_server::{Builder, Fork, Server};
 pub use refusal::Refusal;
 #[cfg(not(target_os = "linux"))]
 pub use unsupported::{Builder, Fork, Server};

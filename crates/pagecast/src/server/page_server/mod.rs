@@ -1,4 +1,7 @@
-//! The server, as the embedding program sees it.
+//! The page server, as the embedding program sees it: [`Server`], its [`Builder`], and [`Fork`], a handle on one fork.
+
+mod builder;
+mod fork;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,11 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::acceptor::Request;
 use super::admission::ZEROS_PATIENCE;
-use super::builder::Builder;
 use super::disposal::Disposal;
 use super::error::{CloseError, Error};
 use super::fail_reason::FailReason;
-use super::fork::Fork;
 use super::fork_id::ForkId;
 use super::fork_options::ForkOptions;
 use super::fork_record::{Asker, ForkRecord};
@@ -23,6 +24,8 @@ use super::registry::Registry;
 use super::socket_file::SocketFile;
 use super::workers::Workers;
 use crate::template::{SourceError, Template};
+pub use builder::Builder;
+pub use fork::Fork;
 
 /// How long dropping a server waits for its forks to complete before their VMMs are killed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
@@ -52,13 +55,13 @@ enum Life {
 }
 
 /// The threads of a server.
-pub(super) struct Threads {
-    pub(super) acceptor: JoinHandle<()>,
-    pub(super) workers: Vec<JoinHandle<()>>,
+struct Threads {
+    acceptor: JoinHandle<()>,
+    workers: Vec<JoinHandle<()>>,
 }
 
 impl Server {
-    pub(super) fn new(
+    fn new(
         registry: Arc<Registry>,
         workers: Arc<Workers>,
         acceptor: Arc<Inbox<Request>>,

@@ -4,17 +4,17 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::acceptor::Acceptor;
-use super::deadlines::Deadlines;
-use super::disposal::Disposal;
-use super::error::Error;
-use super::fill_pool::FillPool;
-use super::fork_event::ForkEvent;
-use super::inbox::Inbox;
-use super::page_server::{Server, Threads};
-use super::registry::{Observer, Registry};
-use super::workers::{WorkerOptions, Workers};
+use super::{Server, Threads};
 use crate::priority;
+use crate::server::acceptor::Acceptor;
+use crate::server::deadlines::Deadlines;
+use crate::server::disposal::Disposal;
+use crate::server::error::Error;
+use crate::server::fill_pool::FillPool;
+use crate::server::fork_event::ForkEvent;
+use crate::server::inbox::Inbox;
+use crate::server::registry::{Observer, Registry};
+use crate::server::workers::{WorkerOptions, Workers};
 
 /// The default of the most bytes a second that a completion installs.
 const COMPLETION_RATE: u64 = 1 << 30;

@@ -6,13 +6,13 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::error::Error;
-use super::fail_reason::FailReason;
-use super::fork_id::ForkId;
-use super::fork_record::ForkRecord;
-use super::fork_status::{ForkState, ForkStatus};
-use super::latency::LatencyHistogram;
-use super::registry::Registry;
+use crate::server::error::Error;
+use crate::server::fail_reason::FailReason;
+use crate::server::fork_id::ForkId;
+use crate::server::fork_record::ForkRecord;
+use crate::server::fork_status::{ForkState, ForkStatus};
+use crate::server::latency::LatencyHistogram;
+use crate::server::registry::Registry;
 
 /// How long [`Fork::forget`] waits for the acceptor to end a fork that waits for its VMM.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ impl Fork {
         self.record.status()
     }
 
-    /// The number of connections to its socket that were refused without ending it, by the [code](super::Refusal::code)
+    /// The number of connections to its socket that were refused without ending it, by the [code](crate::server::Refusal::code)
     /// of the reason: probes, health checks, other users.
     pub fn refusals(&self) -> BTreeMap<&'static str, u64> {
         self.record.refusals()
@@ -74,7 +74,7 @@ impl Fork {
 
     /// Begins to complete the fork and returns at once: installs the rest of its memory, then unregisters it. The state
     /// then becomes [`ForkState::Complete`]. If the fork cannot be completed, it stays served.
-    /// [`ForkEvent::NotCompleted`](super::ForkEvent::NotCompleted) and the [reason](ForkStatus::reason) in the status
+    /// [`ForkEvent::NotCompleted`](crate::server::ForkEvent::NotCompleted) and the [reason](ForkStatus::reason) in the status
     /// then say why. Completing a fork that is complete, or about to be, changes nothing.
     ///
     /// If the known zeros of the template leave too little memory, searches for more first, for at most half a second.
