@@ -346,7 +346,11 @@ fn every_reason_is_documented_and_every_documented_reason_exists() {
     let (_, tables) = page.split_once("## Reasons").unwrap();
     let documented = first_column(tables, |_| true);
     // The library's source files with these codes. There is no list of them at run time.
-    let files = ["server/fail_reason.rs", "server/refusal.rs", "template/source.rs"];
+    let files = [
+        "server/fork/fail_reason.rs",
+        "server/fork/refusal.rs",
+        "template/source.rs",
+    ];
     let sources = files.map(|file| read(&format!("crates/pagecast/src/{file}")));
     let codes = sources.iter().flat_map(|source| source.lines()).filter_map(|line| {
         let (_, code) = line.split_once("=> \"")?;

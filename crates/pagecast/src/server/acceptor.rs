@@ -16,15 +16,12 @@ use slab::Slab;
 
 use super::deadlines::Deadlines;
 use super::disposal::Disposal;
-use super::fail_reason::FailReason;
-use super::fork_event::ForkEvent;
+use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::fork_record::{ForkRecord, Requested};
-use super::fork_status::ForkState;
 use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
 use super::listener::Listener;
-use super::refusal::Refusal;
 use super::registry::Registry;
 use super::served_fork::NewFork;
 use super::workers::Workers;

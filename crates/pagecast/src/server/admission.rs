@@ -4,8 +4,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::{Error, NotEnoughMemory};
+use super::fork::ForkState;
 use super::fork_record::{Asker, ForkRecord};
-use super::fork_status::ForkState;
 use super::memory;
 use super::registry::Registry;
 use crate::template::Template;

@@ -2,8 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::fork_status::{FaultCounts, ForkStats, PrefaultCounts};
-use super::latency::LatencyRecorder;
+use super::fork::{FaultCounts, ForkStats, LatencyRecorder, PrefaultCounts};
 
 /// A number that one thread counts up and any thread reads.
 #[derive(Debug, Default)]

@@ -1,10 +1,8 @@
 //! The errors of the calls of a server.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 
-use super::fork_id::{ForkId, InvalidForkId};
-use super::fork_status::ForkState;
+use super::fork::{ForkId, ForkState, InvalidForkId};
 use crate::template::SourceError;
 
 /// Why a call of the server failed.
@@ -124,16 +122,4 @@ fn names(forks: &[ForkId]) -> String {
         names.push("…");
     }
     names.join(", ")
-}
-
-/// An error with all its causes, on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        // Writing to a string cannot fail.
-        let _ = write!(text, ": {cause}");
-        source = cause.source();
-    }
-    text
 }

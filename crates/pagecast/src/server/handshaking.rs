@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use pagecast_uffd::{Features, Peer, PeerCredentials, Uffd, fd_passing};
 
-use super::error::chain;
-use super::refusal::Refusal;
+use super::causes::chain;
+use super::fork::Refusal;
 use crate::handshake::{Framer, Layout, parse};
 use crate::template::Template;
 

@@ -3,9 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::fork::{ForkState, Refusal};
 use super::fork_record::ForkRecord;
-use super::fork_status::ForkState;
-use super::refusal::Refusal;
 use super::registry::Registry;
 use crate::cgroup::HugetlbCgroup;
 use crate::handshake::Layout;

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fork_id::ForkId;
-use super::fork_options::ForkOptions;
+use super::fork::{ForkId, ForkOptions};
 use super::fork_record::ForkRecord;
 use super::registry::Registry;
 use super::socket_file::SocketFile;

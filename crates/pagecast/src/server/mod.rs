@@ -10,15 +10,10 @@
 //! | fill pool | helps workers to fill forks, when cores are free |
 //! | readers | read bytes that are not in memory; each template has one for its whole life, and a few more while needed |
 
+mod causes;
 mod deadlines;
 mod error;
-mod fail_reason;
-mod fork_event;
-mod fork_id;
-mod fork_options;
-mod fork_status;
-mod latency;
-mod refusal;
+mod fork;
 
 #[cfg(target_os = "linux")]
 mod acceptor;
@@ -62,16 +57,14 @@ mod worker;
 mod workers;
 
 pub use crate::session::Violation;
+pub use causes::chain;
 pub use deadlines::Deadlines;
-pub use error::{CloseError, Error, NotEnoughMemory, chain};
-pub use fail_reason::FailReason;
-pub use fork_event::ForkEvent;
-pub use fork_id::{ForkId, InvalidForkId};
-pub use fork_options::{ForkOptions, Prefault};
-pub use fork_status::{FaultCounts, ForkState, ForkStats, ForkStatus, PrefaultCounts};
-pub use latency::{Latency, LatencyHistogram};
+pub use error::{CloseError, Error, NotEnoughMemory};
+pub use fork::{
+    FailReason, FaultCounts, ForkEvent, ForkId, ForkOptions, ForkState, ForkStats, ForkStatus, InvalidForkId, Latency,
+    LatencyHistogram, Prefault, PrefaultCounts, Refusal,
+};
 #[cfg(target_os = "linux")]
 pub use page_server::{Builder, Fork, Server};
-pub use refusal::Refusal;
 #[cfg(not(target_os = "linux"))]
 pub use unsupported::{Builder, Fork, Server};

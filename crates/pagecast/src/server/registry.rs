@@ -7,12 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::acceptor::Request;
 use super::error::Error;
-use super::fail_reason::FailReason;
-use super::fork_event::ForkEvent;
-use super::fork_id::ForkId;
-use super::fork_options::ForkOptions;
+use super::fork::{FailReason, ForkEvent, ForkId, ForkOptions, ForkState};
 use super::fork_record::ForkRecord;
-use super::fork_status::ForkState;
 use super::inbox::Inbox;
 use super::served_fork::Shown;
 use crate::template::Template;

@@ -7,11 +7,7 @@ use std::time::Duration;
 
 use super::deadlines::Deadlines;
 use super::error::{CloseError, Error};
-use super::fork_event::ForkEvent;
-use super::fork_id::ForkId;
-use super::fork_options::ForkOptions;
-use super::fork_status::{ForkState, ForkStatus};
-use super::latency::LatencyHistogram;
+use super::fork::{ForkEvent, ForkId, ForkOptions, ForkState, ForkStatus, LatencyHistogram};
 use crate::template::Template;
 
 /// The configuration of a server.

@@ -11,7 +11,7 @@ use crate::server::deadlines::Deadlines;
 use crate::server::disposal::Disposal;
 use crate::server::error::Error;
 use crate::server::fill_pool::FillPool;
-use crate::server::fork_event::ForkEvent;
+use crate::server::fork::ForkEvent;
 use crate::server::inbox::Inbox;
 use crate::server::registry::{Observer, Registry};
 use crate::server::workers::{WorkerOptions, Workers};

@@ -7,11 +7,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::server::error::Error;
-use crate::server::fail_reason::FailReason;
-use crate::server::fork_id::ForkId;
+use crate::server::fork::{FailReason, ForkId, ForkState, ForkStatus, LatencyHistogram};
 use crate::server::fork_record::ForkRecord;
-use crate::server::fork_status::{ForkState, ForkStatus};
-use crate::server::latency::LatencyHistogram;
 use crate::server::registry::Registry;
 
 /// How long [`Fork::forget`] waits for the acceptor to end a fork that waits for its VMM.

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use pagecast_uffd::{Errno, Outcome};
 
 use super::{End, Scratch, ServedFork};
-use crate::server::fail_reason::FailReason;
-use crate::server::fork_event::ForkEvent;
+use crate::server::fork::{FailReason, ForkEvent};
 use crate::session::Completion;
 
 impl ServedFork {

@@ -10,8 +10,7 @@ use super::first_faults::FirstFaults;
 use super::installer::Done;
 use super::{Awaited, End, Scratch, ServedFork, kernel};
 use crate::page::PageSize;
-use crate::server::fail_reason::FailReason;
-use crate::server::fork_options::{Plan, Prefault};
+use crate::server::fork::{FailReason, Plan, Prefault};
 use crate::session::{After, Fill, Region};
 use crate::template::{PrefaultPlan, Recording, SourceError};
 

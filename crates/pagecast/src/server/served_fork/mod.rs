@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use pagecast_uffd::{Drained, Errno, HostAddr, HostRange, Outcome, Peer, Uffd};
 
-use super::fail_reason::FailReason;
+use super::fork::FailReason;
 use super::fork_record::ForkRecord;
 use super::worker::{Slot, WorkerContext};
 use crate::page::PageSize;

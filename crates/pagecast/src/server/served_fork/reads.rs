@@ -7,7 +7,7 @@ use slab::Slab;
 
 use super::backoff::Backoff;
 use super::{End, Scratch, ServedFork};
-use crate::server::fail_reason::FailReason;
+use crate::server::fork::FailReason;
 use crate::server::worker::{Message, Slot};
 use crate::session::{Content, PageRef, Step};
 use crate::template::{ReadFor, ReadResult, SourceError, TemplateOffset, leading_zero_pages};

@@ -20,14 +20,11 @@ use rustix::time::Timespec;
 use slab::Slab;
 
 use super::disposal::Disposal;
-use super::fail_reason::FailReason;
 use super::fill_pool::FillPool;
-use super::fork_event::ForkEvent;
+use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::fork_record::Requested;
-use super::fork_status::ForkState;
 use super::idle_timer::IdleTimer;
 use super::inbox::Inbox;
-use super::refusal::Refusal;
 use super::registry::Registry;
 use super::served_fork::{End, NewFork, Scratch, ServedFork};
 use super::transparent_hugepages;

@@ -144,7 +144,7 @@ mod recorder {
 }
 
 #[cfg(target_os = "linux")]
-pub(super) use recorder::LatencyRecorder;
+pub(in crate::server) use recorder::LatencyRecorder;
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {

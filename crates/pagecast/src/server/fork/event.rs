@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::fail_reason::FailReason;
-use super::fork_id::ForkId;
-use super::fork_status::ForkStatus;
+use super::id::ForkId;
 use super::refusal::Refusal;
+use super::status::ForkStatus;
 use crate::template::{PrefaultTally, Recording};
 
 /// An event in the life of a fork, for the observer of the server.

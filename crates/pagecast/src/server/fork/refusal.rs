@@ -6,8 +6,8 @@ use std::time::Duration;
 use pagecast_uffd::{Errno, Features};
 use serde::Serialize;
 
-use super::fail_reason::serialize_reason;
 use crate::handshake::{FrameError, LayoutError, ParseError};
+use crate::server::causes::serialize_reason;
 use crate::template::SourceError;
 
 /// Why a connection was refused. The connection and the file descriptors that it sent are closed; no other fork is

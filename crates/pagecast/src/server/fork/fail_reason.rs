@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use pagecast_uffd::Errno;
 use serde::Serialize;
-use serde::ser::SerializeStruct;
 
-use super::error::chain;
 use super::refusal::Refusal;
+use crate::server::causes::serialize_reason;
 use crate::session::Violation;
 use crate::template::SourceError;
 
@@ -112,18 +111,6 @@ impl Serialize for FailReason {
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         serialize_reason(to, self.code(), self)
     }
-}
-
-/// Serializes an error with a code as `{"code", "message"}`. The message includes all its causes.
-pub(super) fn serialize_reason<S: serde::Serializer>(
-    to: S,
-    code: &str,
-    reason: &dyn std::error::Error,
-) -> Result<S::Ok, S::Error> {
-    let mut object = to.serialize_struct("Reason", 2)?;
-    object.serialize_field("code", code)?;
-    object.serialize_field("message", &chain(reason))?;
-    object.end()
 }
 
 fn refused_before(refused: u64) -> String {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::fail_reason::FailReason;
-use super::fork_id::ForkId;
+use super::id::ForkId;
 use super::latency::Latency;
 
 /// The state of a fork. The last three are ends: the server then holds only its counters.

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 /// The options of a new fork.
 #[derive(Clone, Debug)]
 pub struct ForkOptions {
-    pub(super) socket_path: PathBuf,
-    pub(super) user: Option<u32>,
-    pub(super) group: Option<u32>,
-    pub(super) plan: Plan,
+    pub(in crate::server) socket_path: PathBuf,
+    pub(in crate::server) user: Option<u32>,
+    pub(in crate::server) group: Option<u32>,
+    pub(in crate::server) plan: Plan,
 }
 
 /// The pages that a fork gets ahead of its faults.
@@ -26,9 +26,9 @@ pub enum Prefault {
 
 /// The prefault and the recording of a fork.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Plan {
-    pub(super) prefault: Prefault,
-    pub(super) record: bool,
+pub(in crate::server) struct Plan {
+    pub(in crate::server) prefault: Prefault,
+    pub(in crate::server) record: bool,
 }
 
 impl ForkOptions {
