@@ -11,8 +11,6 @@ mod status;
 pub use event::ForkEvent;
 pub use fail_reason::FailReason;
 pub use id::{ForkId, InvalidForkId};
-#[cfg(target_os = "linux")]
-pub(super) use latency::LatencyRecorder;
 pub use latency::{Latency, LatencyHistogram};
 #[cfg(target_os = "linux")]
 pub(super) use options::Plan;

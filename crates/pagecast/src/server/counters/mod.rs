@@ -1,8 +1,11 @@
-//! Counters of the pages of a fork.
+//! Counters of the pages of a fork, written by one thread and readable by all.
+
+mod latency_recorder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::fork::{FaultCounts, ForkStats, LatencyRecorder, PrefaultCounts};
+use super::fork::{FaultCounts, ForkStats, PrefaultCounts};
+use latency_recorder::LatencyRecorder;
 
 /// A number that one thread counts up and any thread reads.
 #[derive(Debug, Default)]
