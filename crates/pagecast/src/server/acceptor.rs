@@ -17,7 +17,7 @@ use slab::Slab;
 use super::deadlines::Deadlines;
 use super::disposal::Disposal;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
-use super::fork_record::{ForkRecord, Requested};
+use super::fork_record::{ForkRecord, Holder, Requested};
 use super::handshaking::{Handshaken, Handshaking, visible};
 use super::hugepages;
 use super::inbox::Inbox;
@@ -40,6 +40,12 @@ pub(super) enum Request {
     Close(Arc<ForkRecord>),
     /// Take no VMM any more, and stop.
     Stop,
+}
+
+/// The acceptor as the thread that has forks which wait for their VMM. `inbox` is that of the acceptor.
+pub(super) fn holder(inbox: &Arc<Inbox<Request>>) -> Holder {
+    let inbox = Arc::clone(inbox);
+    Holder::new(move |record| inbox.send(Request::Close(Arc::clone(record))))
 }
 
 enum Entry {

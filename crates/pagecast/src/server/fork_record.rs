@@ -1,17 +1,15 @@
 //! The record of a fork, shared by all threads that deal with it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use super::acceptor::Request;
 use super::counters::Counters;
 use super::error::Error;
 use super::fork::{FailReason, ForkId, ForkOptions, ForkState, ForkStatus, Plan, Refusal};
-use super::inbox::Inbox;
-use super::worker::{Message, Slot};
 use crate::session::Region;
 use crate::template::Template;
 
@@ -41,8 +39,9 @@ struct Life {
     state: ForkState,
     pid: Option<i32>,
     reason: Option<Arc<FailReason>>,
-    /// The thread that has the fork. It gets a message if the request changes.
-    holder: Holder,
+    /// The thread that has the fork. `None` if the fork is on its way to a worker, which checks the request when the fork
+    /// arrives; or has ended.
+    holder: Option<Holder>,
     /// The callers that request its completion.
     askers: Vec<Asker>,
     /// Why its VMM is to be killed, once that is requested. Final.
@@ -52,14 +51,29 @@ struct Life {
     last_refusal: Option<Arc<Refusal>>,
 }
 
-/// The thread that has a fork.
-#[derive(Debug)]
-enum Holder {
-    /// The fork waits for its VMM.
-    Acceptor(Arc<Inbox<Request>>),
-    /// The fork is on its way to a worker, which checks the request when the fork arrives; or has ended.
-    Nobody,
-    Worker(Arc<Inbox<Message>>, Slot),
+/// The thread that has a fork, as the fork sees it: one that can be notified. Clones notify the same thread.
+#[derive(Clone)]
+pub(super) struct Holder {
+    notify: Arc<Notify>,
+}
+
+/// Notifies a thread that the request for this fork has changed.
+type Notify = dyn Fn(&Arc<ForkRecord>) + Send + Sync;
+
+impl Holder {
+    /// `notify` is called if the request for a fork has changed. It is called under a lock of the fork, so it may only
+    /// send a message.
+    pub(super) fn new(notify: impl Fn(&Arc<ForkRecord>) + Send + Sync + 'static) -> Self {
+        Self {
+            notify: Arc::new(notify),
+        }
+    }
+}
+
+impl fmt::Debug for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holder").finish_non_exhaustive()
+    }
 }
 
 /// A caller that requests the completion of a fork.
@@ -100,14 +114,14 @@ impl Life {
 }
 
 impl ForkRecord {
-    /// Creates a fork that waits for its VMM. `acceptor` is the inbox of the acceptor.
+    /// Creates a fork that waits for its VMM. `holder` is the thread that waits for the VMM.
     pub(super) fn new(
         id: ForkId,
         serial: u64,
         template: &Template,
         options: &ForkOptions,
         anonymous: bool,
-        acceptor: Arc<Inbox<Request>>,
+        holder: Holder,
     ) -> Self {
         Self {
             id,
@@ -122,7 +136,7 @@ impl ForkRecord {
                 state: ForkState::Waiting,
                 pid: None,
                 reason: None,
-                holder: Holder::Acceptor(acceptor),
+                holder: Some(holder),
                 askers: Vec::new(),
                 kill: None,
                 refusals: BTreeMap::new(),
@@ -187,17 +201,17 @@ impl ForkRecord {
     pub(super) fn set_serving(&self) {
         let mut life = self.life();
         life.state = ForkState::Serving;
-        life.holder = Holder::Nobody;
+        life.holder = None;
         drop(life);
         self.changed.notify_all();
     }
 
-    /// Notes that the fork has come to its worker, which gets a message for each later request. For earlier ones, the
-    /// worker must check [`requested`](Self::requested) after this.
-    pub(super) fn set_worker(&self, inbox: Arc<Inbox<Message>>, slot: Slot) {
+    /// Notes that the fork has come to its worker, which is notified of each later request. For earlier ones, the worker
+    /// must check [`requested`](Self::requested) after this.
+    pub(super) fn set_holder(&self, worker: Holder) {
         let mut life = self.life();
         if !life.state.is_end() {
-            life.holder = Holder::Worker(inbox, slot);
+            life.holder = Some(worker);
         }
     }
 
@@ -211,10 +225,10 @@ impl ForkRecord {
         if reason.is_some() {
             life.reason = reason;
         }
-        // Clears all requests, and drops the inbox, which may itself hold this record.
+        // Clears all requests, and drops the inbox of the holder, which may itself hold this record.
         life.askers.clear();
         life.kill = None;
-        life.holder = Holder::Nobody;
+        life.holder = None;
         drop(life);
         self.changed.notify_all();
         true
@@ -225,13 +239,11 @@ impl ForkRecord {
         self.life().requested()
     }
 
-    /// Sends the thread that has the fork a message that the request has changed. Called under the lock of the request:
-    /// the fork cannot change hands in between, so no request is lost.
-    fn tell_holder(self: &Arc<Self>, life: &Life) {
-        match &life.holder {
-            Holder::Acceptor(inbox) => inbox.send(Request::Close(Arc::clone(self))),
-            Holder::Worker(inbox, slot) => inbox.send(Message::Requested(*slot)),
-            Holder::Nobody => {}
+    /// Notifies the thread that has the fork that the request has changed. Called under the lock of the request: the
+    /// fork cannot change hands in between, so no request is lost.
+    fn notify_holder(self: &Arc<Self>, life: &Life) {
+        if let Some(holder) = &life.holder {
+            (holder.notify)(self);
         }
     }
 
@@ -243,7 +255,7 @@ impl ForkRecord {
         }
         if life.kill.is_none() {
             life.kill = Some(Arc::new(reason));
-            self.tell_holder(&life);
+            self.notify_holder(&life);
         }
         true
     }
@@ -252,7 +264,7 @@ impl ForkRecord {
     pub(super) fn request_close(self: &Arc<Self>) {
         let life = self.life();
         if life.state == ForkState::Waiting {
-            self.tell_holder(&life);
+            self.notify_holder(&life);
         }
     }
 
@@ -282,7 +294,7 @@ impl ForkRecord {
             life.askers.push(asker);
             // The reason of an earlier try.
             life.reason = None;
-            self.tell_holder(&life);
+            self.notify_holder(&life);
         }
         life.state
     }
@@ -292,7 +304,7 @@ impl ForkRecord {
         let mut life = self.life();
         if let Some(at) = life.askers.iter().position(|other| *other == asker) {
             life.askers.swap_remove(at);
-            self.tell_holder(&life);
+            self.notify_holder(&life);
         }
     }
 
@@ -347,23 +359,31 @@ impl ForkRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::inbox::Inbox;
+
+    /// A thread that gets a message each time that it is notified, and its inbox.
+    fn thread() -> (Holder, Arc<Inbox<()>>) {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        let messages = Arc::clone(&inbox);
+        (Holder::new(move |_| messages.send(())), inbox)
+    }
 
     /// A fork that waits for its VMM, and the inbox of the acceptor.
-    fn waiting() -> (Arc<ForkRecord>, Arc<Inbox<Request>>) {
-        let acceptor = Arc::new(Inbox::new().unwrap());
+    fn waiting() -> (Arc<ForkRecord>, Arc<Inbox<()>>) {
+        let (holder, acceptor) = thread();
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
         let template = Template::open(file.path()).unwrap();
         let options = ForkOptions::new("s");
         let id = "a".parse().unwrap();
-        let record = ForkRecord::new(id, 1, &template, &options, false, Arc::clone(&acceptor));
+        let record = ForkRecord::new(id, 1, &template, &options, false, holder);
         (Arc::new(record), acceptor)
     }
 
     /// A worker's inbox, which the fork has come to.
-    fn worker_of(record: &ForkRecord) -> Arc<Inbox<Message>> {
-        let inbox = Arc::new(Inbox::new().unwrap());
-        record.set_worker(Arc::clone(&inbox), Slot { index: 0, serial: 1 });
+    fn worker_of(record: &ForkRecord) -> Arc<Inbox<()>> {
+        let (holder, inbox) = thread();
+        record.set_holder(holder);
         inbox
     }
 

@@ -5,12 +5,9 @@ use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::acceptor::Request;
 use super::error::Error;
 use super::fork::{FailReason, ForkEvent, ForkId, ForkOptions, ForkState};
-use super::fork_record::ForkRecord;
-use super::inbox::Inbox;
-use super::served_fork::Shown;
+use super::fork_record::{ForkRecord, Holder};
 use crate::template::Template;
 
 /// Called with every event of every fork, on the thread where it happens: it must not block.
@@ -23,14 +20,14 @@ pub(super) struct Registry {
     serials: AtomicU64,
     failures: Mutex<BTreeMap<&'static str, u64>>,
     observer: Observer,
-    /// The inbox of the acceptor, which new forks are with.
-    acceptor: Arc<Inbox<Request>>,
+    /// The acceptor, which has new forks.
+    acceptor: Holder,
     /// Held between finding memory for a completion and requesting it, so that no two get the same memory.
     pub(super) admission: Mutex<()>,
 }
 
 impl Registry {
-    pub(super) fn new(observer: Observer, acceptor: Arc<Inbox<Request>>) -> Self {
+    pub(super) fn new(observer: Observer, acceptor: Holder) -> Self {
         Self {
             forks: Mutex::default(),
             serials: AtomicU64::new(1),
@@ -58,7 +55,7 @@ impl Registry {
             Entry::Occupied(_) => Err(Error::ForkExists(id)),
             Entry::Vacant(vacant) => {
                 let serial = self.serials.fetch_add(1, Ordering::Relaxed);
-                let record = ForkRecord::new(id, serial, template, options, anonymous, Arc::clone(&self.acceptor));
+                let record = ForkRecord::new(id, serial, template, options, anonymous, self.acceptor.clone());
                 Ok(Arc::clone(vacant.insert(Arc::new(record))))
             }
         }
@@ -89,18 +86,6 @@ impl Registry {
 
     pub(super) fn observe(&self, event: ForkEvent) {
         (self.observer)(event);
-    }
-
-    /// Reports the results of a fork's first faults.
-    pub(super) fn report(&self, record: &ForkRecord, shown: Shown) {
-        let id = || record.id.clone();
-        if let Some(recording) = shown.recording.map(Arc::new) {
-            self.observe(ForkEvent::Recorded { id: id(), recording });
-        }
-        if let Some(tally) = shown.tally {
-            record.template.note_prefault(tally);
-            self.observe(ForkEvent::Prefaulted { id: id(), tally });
-        }
     }
 
     /// Ends a fork and reports that, once.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Server, Threads};
 use crate::priority;
-use crate::server::acceptor::Acceptor;
+use crate::server::acceptor::{self, Acceptor};
 use crate::server::deadlines::Deadlines;
 use crate::server::disposal::Disposal;
 use crate::server::error::Error;
@@ -106,7 +106,7 @@ impl Builder {
             source,
         };
         let acceptor = Arc::new(Inbox::new().map_err(failed)?);
-        let registry = Arc::new(Registry::new(self.observer, Arc::clone(&acceptor)));
+        let registry = Arc::new(Registry::new(self.observer, acceptor::holder(&acceptor)));
         let fill_pool = Arc::new(FillPool::new(self.fill_threads.map(|threads| threads.get() - 1)));
         let options = WorkerOptions {
             fault_deadline: self.deadlines.fault,

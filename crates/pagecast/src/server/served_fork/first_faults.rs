@@ -35,9 +35,9 @@ struct Window {
 
 /// The result of a window.
 #[derive(Debug)]
-pub(in crate::server) struct Shown {
-    pub(in crate::server) recording: Option<Recording>,
-    pub(in crate::server) tally: Option<PrefaultTally>,
+pub(super) struct Shown {
+    pub(super) recording: Option<Recording>,
+    pub(super) tally: Option<PrefaultTally>,
 }
 
 impl FirstFaults {

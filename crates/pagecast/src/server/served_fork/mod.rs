@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use pagecast_uffd::{Drained, Errno, HostAddr, HostRange, Outcome, Peer, Uffd};
 
-use super::fork::FailReason;
+use super::fork::{FailReason, ForkEvent};
 use super::fork_record::ForkRecord;
 use super::worker::{Slot, WorkerContext};
 use crate::page::PageSize;
@@ -27,8 +27,7 @@ use crate::template::{Page, SourceError, Template};
 use backoff::Backoff;
 use fill_driver::FillDriver;
 pub(super) use fill_step::{FillStep, Filled};
-use first_faults::FirstFaults;
-pub(super) use first_faults::Shown;
+use first_faults::{FirstFaults, Shown};
 use look_again::LookAgain;
 pub(super) use reads::ReadToken;
 use reads::{Awaited, Failed, Reads};
@@ -385,14 +384,27 @@ impl ServedFork {
             if let Some(recording) = &mut shown.recording {
                 recording.cut_short();
             }
-            self.context.registry.report(&self.record, shown);
+            self.report(shown);
+        }
+    }
+
+    /// Reports the results of its first faults.
+    fn report(&self, shown: Shown) {
+        let registry = &self.context.registry;
+        let id = || self.record.id.clone();
+        if let Some(recording) = shown.recording.map(Arc::new) {
+            registry.observe(ForkEvent::Recorded { id: id(), recording });
+        }
+        if let Some(tally) = shown.tally {
+            self.template.note_prefault(tally);
+            registry.observe(ForkEvent::Prefaulted { id: id(), tally });
         }
     }
 
     /// Carries out everything that is due by `now`.
     pub(super) fn on_timer(&mut self, now: Instant, scratch: &mut Scratch) -> Result<(), End> {
         if let Some(shown) = self.first_faults.look(now, &self.record.counters) {
-            self.context.registry.report(&self.record, shown);
+            self.report(shown);
         }
         self.look_after_reads(now, scratch)?;
         self.fill.on_timer(now);

@@ -22,7 +22,7 @@ use slab::Slab;
 use super::disposal::Disposal;
 use super::fill_pool::FillPool;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
-use super::fork_record::Requested;
+use super::fork_record::{Holder, Requested};
 use super::idle_timer::IdleTimer;
 use super::inbox::Inbox;
 use super::registry::Registry;
@@ -448,7 +448,8 @@ impl Worker {
             Ok(())
         });
         self.ask_how_kernel_fills(slot);
-        record.set_worker(Arc::clone(&self.context.inbox), address);
+        let inbox = Arc::clone(&self.context.inbox);
+        record.set_holder(Holder::new(move |_| inbox.send(Message::Requested(address))));
         // Requests from before the fork came here.
         self.do_requested(slot);
     }
