@@ -14,12 +14,12 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::Timespec;
 use slab::Slab;
 
+use super::admission;
 use super::deadlines::Deadlines;
 use super::disposal::Disposal;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::fork_record::{ForkRecord, Holder, Requested};
 use super::handshaking::{Handshaken, Handshaking, visible};
-use super::hugepages;
 use super::inbox::Inbox;
 use super::listener::Listener;
 use super::registry::Registry;
@@ -363,7 +363,7 @@ impl Acceptor {
         }
         let checked = received
             .and_then(|()| handshaking.check(&record.template))
-            .and_then(|layout| hugepages::admit(&registry, &layout).map(|()| layout));
+            .and_then(|layout| admission::admit(&registry, &layout).map(|()| layout));
         if is_for_one {
             self.remove_listener(listener);
         }

@@ -38,8 +38,6 @@ mod inbox;
 #[cfg(target_os = "linux")]
 mod listener;
 #[cfg(target_os = "linux")]
-mod memory;
-#[cfg(target_os = "linux")]
 mod page_server;
 #[cfg(target_os = "linux")]
 mod registry;

@@ -9,14 +9,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::acceptor::Request;
-use super::admission::ZEROS_PATIENCE;
+use super::admission::{self, ZEROS_PATIENCE};
 use super::disposal::Disposal;
 use super::error::{CloseError, Error};
 use super::fork::{FailReason, ForkId, ForkOptions, ForkState};
 use super::fork_record::{Asker, ForkRecord};
 use super::inbox::Inbox;
 use super::listener::{Listener, Serves};
-use super::memory;
 use super::registry::Registry;
 use super::socket_file::SocketFile;
 use super::workers::Workers;
@@ -220,9 +219,9 @@ impl Server {
         }
         let until = Instant::now() + patience;
         let forks = self.registry.serving();
-        if memory::check_room(&forks).is_err() {
-            memory::find_zeros(&forks, until);
-            memory::check_room(&forks)?;
+        if admission::check_room(&forks).is_err() {
+            admission::find_zeros(&forks, until);
+            admission::check_room(&forks)?;
         }
         self.stop_accepting();
         let forks = self.registry.serving();

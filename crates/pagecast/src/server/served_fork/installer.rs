@@ -2,8 +2,8 @@
 
 use pagecast_uffd::{MappedRange, Outcome, Uffd};
 
-use super::presence;
 use crate::page::PageSize;
+use crate::server::hugepages::presence;
 use crate::session::{Content, Fill, Install};
 use crate::template::{MappedPages, Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
 

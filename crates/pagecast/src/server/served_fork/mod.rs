@@ -8,7 +8,6 @@ mod filling;
 mod first_faults;
 mod installer;
 mod look_again;
-mod presence;
 mod reads;
 mod scratch;
 
@@ -20,6 +19,7 @@ use pagecast_uffd::{Drained, Errno, HostAddr, HostRange, Outcome, Peer, Uffd};
 
 use super::fork::{FailReason, ForkEvent};
 use super::fork_record::ForkRecord;
+use super::hugepages::presence;
 use super::worker::{Slot, WorkerContext};
 use crate::page::PageSize;
 use crate::session::{After, Content, Install, Noted, Session, Step, Violation};

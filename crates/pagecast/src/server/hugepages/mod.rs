@@ -1,40 +1,16 @@
-//! Checks whether the pool of hugepages has room for another fork.
+//! Hugepages: how many more can be installed, and whether one is there.
+
+pub(super) mod presence;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::fork::{ForkState, Refusal};
-use super::fork_record::ForkRecord;
-use super::registry::Registry;
 use crate::cgroup::HugetlbCgroup;
-use crate::handshake::Layout;
 use crate::memory;
 use crate::page::PageSize;
-use crate::session::Region;
 
 /// The kernel's pool of 2 MiB pages.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-/// Admits a fork if the pool has a page for each of its pages, besides those promised to forks that have not touched
-/// theirs yet. Firecracker maps with `MAP_NORESERVE`, so the kernel reserves nothing. Without this check, a guest would
-/// freeze at the first page that the pool does not have.
-pub(super) fn admit(registry: &Registry, layout: &Layout) -> Result<(), Refusal> {
-    let needed: u64 = layout.regions().iter().map(|(_, region)| huge_pages(region)).sum();
-    if needed == 0 {
-        return Ok(());
-    }
-    let promised: u64 = registry.all().iter().map(|record| outstanding(record)).sum();
-    let room = HugeRoom::now();
-    let available = room.pages.saturating_sub(promised);
-    if needed > available {
-        return Err(Refusal::NotEnoughHugepages {
-            needed,
-            available,
-            cgroup: room.cgroup,
-        });
-    }
-    Ok(())
-}
 
 /// The number of further 2 MiB pages that this process can install.
 pub(super) struct HugeRoom {
@@ -77,24 +53,6 @@ fn pool(pool: &Path, host_available: Option<u64>) -> u64 {
     let memory = host_available.map_or(u64::MAX, |bytes| memory::usable(bytes) / PageSize::Huge.bytes());
     let free = read("free_hugepages").saturating_add(may_be_added.min(memory));
     free.saturating_sub(read("resv_hugepages"))
-}
-
-/// The number of huge pages that a served fork may still take.
-fn outstanding(record: &ForkRecord) -> u64 {
-    if record.state() != ForkState::Serving {
-        return 0;
-    }
-    let all: u64 = record.regions.get().into_iter().flatten().map(huge_pages).sum();
-    // A fork has pages of one size, so its installed pages are huge ones too. Pages of zeros are not counted, which
-    // errs on the safe side.
-    all.saturating_sub(record.counters.installed_bytes.get() / PageSize::Huge.bytes())
-}
-
-fn huge_pages(region: &Region) -> u64 {
-    match region.page_size() {
-        PageSize::Small => 0,
-        PageSize::Huge => region.pages() as u64,
-    }
 }
 
 #[cfg(test)]

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::error::NotEnoughMemory;
-use super::fork_record::ForkRecord;
-use super::hugepages::HugeRoom;
 use crate::cgroup::MemoryCgroup;
 use crate::memory;
 use crate::page::PageSize;
+use crate::server::error::NotEnoughMemory;
+use crate::server::fork_record::ForkRecord;
+use crate::server::hugepages::HugeRoom;
 use crate::session::Region;
 use crate::template::{Template, TemplateOffset, ZeroMap};
 
@@ -22,14 +22,14 @@ struct Needed {
 
 /// Compares the memory needed to complete these forks with that of the host, of their cgroups and of the pool of
 /// hugepages. Known zeros of the templates are not counted.
-pub(super) fn check_room(forks: &[Arc<ForkRecord>]) -> Result<(), NotEnoughMemory> {
+pub(in crate::server) fn check_room(forks: &[Arc<ForkRecord>]) -> Result<(), NotEnoughMemory> {
     let demand = Demand::of(forks);
     Room::now().check(&demand, demand.by_cgroup.keys())
 }
 
 /// Returns those of `wanted`, in order, that can be completed beside `completing`: as many as there is memory for.
 /// Examines each fork once, and none after `until`.
-pub(super) fn fitting(
+pub(in crate::server) fn fitting(
     completing: &[Arc<ForkRecord>],
     wanted: &[Arc<ForkRecord>],
     until: Instant,
@@ -167,7 +167,7 @@ impl Room {
 }
 
 /// Searches for more zeros in the templates of these forks, as long as there is time: each is one page less to install.
-pub(super) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
+pub(in crate::server) fn find_zeros(forks: &[Arc<ForkRecord>], until: Instant) {
     let mut templates: Vec<&Template> = Vec::new();
     for fork in forks {
         if !templates.iter().any(|known| known.is_same(&fork.template)) {

@@ -3,20 +3,20 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::error::{Error, NotEnoughMemory};
-use super::fork::ForkState;
-use super::fork_record::{Asker, ForkRecord};
 use super::memory;
-use super::registry::Registry;
+use crate::server::error::{Error, NotEnoughMemory};
+use crate::server::fork::ForkState;
+use crate::server::fork_record::{Asker, ForkRecord};
+use crate::server::registry::Registry;
 use crate::template::Template;
 
 /// How long completing one fork searches for zeros if memory is short without them.
-pub(super) const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
+pub(in crate::server) const ZEROS_PATIENCE: Duration = Duration::from_millis(500);
 
 impl Registry {
     /// Requests the completion of one fork. If memory is short with the known zeros of the templates, searches for more
     /// first, for a bounded time.
-    pub(super) fn complete(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
+    pub(in crate::server) fn complete(&self, record: &Arc<ForkRecord>) -> Result<(), Error> {
         let mut forks = Vec::new();
         let state = self.complete_if_fitting(record, &mut forks).or_else(|_| {
             memory::find_zeros(&forks, Instant::now() + ZEROS_PATIENCE);
@@ -44,7 +44,7 @@ impl Registry {
 
     /// Requests the completion of as many forks of a template as memory and time allow, for a caller that takes the
     /// template away. Returns `true` if those are all forks of it that are served.
-    pub(super) fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
+    pub(in crate::server) fn complete_fitting(&self, template: &Template, until: Instant) -> bool {
         let _admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         let (completing, mut wanted): (Vec<_>, Vec<_>) = self
             .serving()

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use pagecast_uffd::{HostAddr, HostRange, Outcome};
 
-use super::super::hugepages::HugeRoom;
+use super::HugeRoom;
 use crate::page::PageSize;
 
 /// Returns the real outcome of an install of hugepages that answered `outcome`.
@@ -13,7 +13,7 @@ use crate::page::PageSize;
 /// `UFFDIO_COPY` into hugetlbfs returns `EEXIST` if the page is there, but also if there is none left for it: the pool
 /// is empty, or our cgroup is at its limit (`hugetlb_mfill_atomic_pte`; tried on 6.18). If an absent page counted as
 /// present, it would read as zeros once the fork is complete.
-pub(super) fn settle(outcome: Outcome, page_size: PageSize, to: HostRange, pid: i32) -> Outcome {
+pub(in crate::server) fn settle(outcome: Outcome, page_size: PageSize, to: HostRange, pid: i32) -> Outcome {
     if page_size == PageSize::Small || outcome != Outcome::AlreadyPresent {
         return outcome;
     }
