@@ -24,7 +24,7 @@ mod counters;
 #[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
-mod fill_pool;
+mod fill;
 #[cfg(target_os = "linux")]
 mod fork_record;
 #[cfg(target_os = "linux")]
@@ -39,6 +39,8 @@ mod inbox;
 mod listener;
 #[cfg(target_os = "linux")]
 mod page_server;
+#[cfg(target_os = "linux")]
+mod read_buffer;
 #[cfg(target_os = "linux")]
 mod registry;
 #[cfg(target_os = "linux")]

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::disposal::Disposal;
-use super::fill_pool::FillPool;
+use super::fill::FillPool;
 use super::registry::Registry;
 use super::served_fork::NewFork;
 use super::worker::{Message, Worker, WorkerHandle};

@@ -10,7 +10,7 @@ use crate::server::acceptor::{self, Acceptor};
 use crate::server::deadlines::Deadlines;
 use crate::server::disposal::Disposal;
 use crate::server::error::Error;
-use crate::server::fill_pool::FillPool;
+use crate::server::fill::FillPool;
 use crate::server::fork::ForkEvent;
 use crate::server::inbox::Inbox;
 use crate::server::registry::{Observer, Registry};

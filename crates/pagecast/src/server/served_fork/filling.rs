@@ -5,11 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use pagecast_uffd::HostRange;
 
-use super::fill_step::{FillStep, Filled};
 use super::first_faults::FirstFaults;
-use super::installer::Done;
 use super::{Awaited, End, Scratch, ServedFork, kernel};
 use crate::page::PageSize;
+use crate::server::fill::{Done, FillStep, Filled};
 use crate::server::fork::{FailReason, Plan, Prefault};
 use crate::session::{After, Fill, Region};
 use crate::template::{PrefaultPlan, Recording, SourceError};

@@ -3,10 +3,8 @@
 mod backoff;
 mod completion;
 mod fill_driver;
-mod fill_step;
 mod filling;
 mod first_faults;
-mod installer;
 mod look_again;
 mod reads;
 mod scratch;
@@ -26,13 +24,11 @@ use crate::session::{After, Content, Install, Noted, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template};
 use backoff::Backoff;
 use fill_driver::FillDriver;
-pub(super) use fill_step::{FillStep, Filled};
 use first_faults::{FirstFaults, Shown};
 use look_again::LookAgain;
 pub(super) use reads::ReadToken;
 use reads::{Awaited, Failed, Reads};
 pub(super) use scratch::Scratch;
-use scratch::room;
 
 /// The most reads of events in one turn, before the other forks of the worker get theirs. The kernel does not let a
 /// page be installed while a removal is unread, so stopping early is safe.
@@ -247,7 +243,7 @@ impl ServedFork {
             let tried = self.copied(install.to, outcome, scratch.read_clock_at);
             return self.finish(install, tried, since, scratch);
         }
-        let buffer = room(&mut scratch.bytes, install.bytes());
+        let buffer = scratch.bytes.first(install.bytes());
         let source = self.template.source();
         // Checked after reading and before the VMM gets the bytes, so they are the template's.
         let found = match source.try_read(from, buffer) {

@@ -11,7 +11,7 @@ use rustix::time::Timespec;
 
 use super::message::Message;
 use crate::page::PageSize;
-use crate::server::fill_pool::FillPool;
+use crate::server::fill::FillPool;
 use crate::server::inbox::Inbox;
 use crate::server::registry::Registry;
 

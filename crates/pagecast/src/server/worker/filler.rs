@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 
 use super::context::WorkerContext;
 use super::message::{Message, Slot};
-use crate::server::served_fork::FillStep;
+use crate::server::fill::FillStep;
 
 /// A step of filling a fork, and the flag that ends it early.
 pub(super) struct Job {

@@ -1,6 +1,7 @@
 //! Messages to a worker.
 
-use crate::server::served_fork::{Filled, NewFork, ReadToken};
+use crate::server::fill::Filled;
+use crate::server::served_fork::{NewFork, ReadToken};
 use crate::template::ReadResult;
 
 /// The place of a fork in its worker. Another fork may get the index later, but never the serial number.

@@ -20,7 +20,7 @@ use rustix::time::Timespec;
 use slab::Slab;
 
 use super::disposal::Disposal;
-use super::fill_pool::FillPool;
+use super::fill::FillPool;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::fork_record::{Holder, Requested};
 use super::idle_timer::IdleTimer;

@@ -8,37 +8,38 @@ use std::time::Instant;
 use pagecast_uffd::Uffd;
 
 use super::installer::{Done, Installer};
-use crate::server::fill_pool::FillThreads;
+use super::pool::FillThreads;
+use crate::server::read_buffer::ReadBuffer;
 use crate::session::{Fill, Install};
 use crate::template::Template;
 
 thread_local! {
-    /// A buffer for bytes that have to be read. Each filling thread has its own.
-    static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Each filling thread has its own.
+    static BUFFER: RefCell<ReadBuffer> = const { RefCell::new(ReadBuffer::new()) };
 }
 
 /// Fills to install. It has all data that it needs, so it needs neither its fork nor its worker.
 pub(in crate::server) struct FillStep {
-    pub(super) uffd: Arc<Uffd>,
+    pub(in crate::server) uffd: Arc<Uffd>,
     /// The process id of the VMM.
-    pub(super) pid: i32,
-    pub(super) template: Template,
-    pub(super) fills: Vec<Fill>,
+    pub(in crate::server) pid: i32,
+    pub(in crate::server) template: Template,
+    pub(in crate::server) fills: Vec<Fill>,
     /// The parts of each fill that are still to be installed.
-    pub(super) parts: Vec<Vec<Install>>,
+    pub(in crate::server) parts: Vec<Vec<Install>>,
     /// The bytes of the only fill, if they were read on another thread.
-    pub(super) bytes: Option<Arc<Vec<u8>>>,
-    /// The generation of the [`FillDriver`](super::FillDriver).
-    pub(super) generation: u64,
+    pub(in crate::server) bytes: Option<Arc<Vec<u8>>>,
+    /// The generation of the fills: those of an earlier one are not continued.
+    pub(in crate::server) generation: u64,
 }
 
 /// The result of a step.
 pub(in crate::server) struct Filled {
-    pub(super) begun: Instant,
-    pub(super) done: Vec<(Fill, Vec<Done>)>,
+    pub(in crate::server) begun: Instant,
+    pub(in crate::server) done: Vec<(Fill, Vec<Done>)>,
     /// The fills that were not begun.
-    pub(super) left: Vec<Fill>,
-    pub(super) generation: u64,
+    pub(in crate::server) left: Vec<Fill>,
+    pub(in crate::server) generation: u64,
 }
 
 impl FillStep {
@@ -57,7 +58,7 @@ impl FillStep {
         let (step, ended, is_interrupted) = (&self, &ended, &is_interrupted);
         let work = (0..threads).map(|number| {
             move || {
-                let mut room = ROOM.take();
+                let mut buffer = BUFFER.take();
                 let mut installer = Installer {
                     uffd: &step.uffd,
                     pid: step.pid,
@@ -65,7 +66,7 @@ impl FillStep {
                     mapping: step.template.mapping(),
                     zeros_are_known,
                     zeros,
-                    room: &mut room,
+                    buffer: &mut buffer,
                 };
                 let mut all_done = Vec::new();
                 let pieces = step.fills.iter().zip(&step.parts).enumerate();
@@ -81,7 +82,7 @@ impl FillStep {
                         break;
                     }
                 }
-                ROOM.set(room);
+                BUFFER.set(buffer);
                 all_done
             }
         });

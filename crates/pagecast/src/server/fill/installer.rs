@@ -4,6 +4,7 @@ use pagecast_uffd::{MappedRange, Outcome, Uffd};
 
 use crate::page::PageSize;
 use crate::server::hugepages::presence;
+use crate::server::read_buffer::ReadBuffer;
 use crate::session::{Content, Fill, Install};
 use crate::template::{MappedPages, Page, PageSource, SourceError, TemplateOffset, leading_zero_pages};
 
@@ -18,13 +19,12 @@ pub(super) struct Installer<'a> {
     pub(super) zeros_are_known: bool,
     /// A huge page of zeros.
     pub(super) zeros: &'a [u8],
-    /// A buffer for bytes that have to be read.
-    pub(super) room: &'a mut Vec<u8>,
+    pub(super) buffer: &'a mut ReadBuffer,
 }
 
 /// The result for a part of a fill.
 #[derive(Debug)]
-pub(super) enum Done {
+pub(in crate::server) enum Done {
     /// Its install was tried.
     Tried {
         part: Install,
@@ -67,14 +67,14 @@ impl Installer<'_> {
     /// given, as the bytes of the whole fill; else the bytes that the source has ready.
     pub(super) fn carry_out(&mut self, fill: &Fill, parts: &[Install], bytes: Option<&[u8]>) -> Vec<Done> {
         let mut done = Vec::new();
-        let mut room = std::mem::take(self.room);
+        let mut buffer = std::mem::take(self.buffer);
         for part in parts {
             let found = match bytes {
                 Some(bytes) => {
                     let start = fill.position_of(part);
                     Ok(Bytes::Read(bytes.get(start..start + part.bytes()).unwrap_or_default()))
                 }
-                None => self.find(fill, part, &mut room),
+                None => self.find(fill, part, &mut buffer),
             };
             match found {
                 Ok(bytes) => {
@@ -90,12 +90,12 @@ impl Installer<'_> {
             }
             break;
         }
-        *self.room = room;
+        *self.buffer = buffer;
         done
     }
 
     /// Finds the bytes of a part, if they are ready.
-    fn find<'a>(&'a self, fill: &Fill, part: &Install, room: &'a mut Vec<u8>) -> Result<Bytes<'a>, Done> {
+    fn find<'a>(&'a self, fill: &Fill, part: &Install, buffer: &'a mut ReadBuffer) -> Result<Bytes<'a>, Done> {
         let Content::Template(from) = part.content else {
             return Ok(Bytes::Zero);
         };
@@ -106,7 +106,7 @@ impl Installer<'_> {
         {
             return Ok(Bytes::Mapped(range));
         }
-        let page = self.source.try_read(from, super::scratch::room(room, part.bytes()));
+        let page = self.source.try_read(from, buffer.first(part.bytes()));
         match page.map_err(Done::Unreadable)? {
             Page::NotReady => Err(Done::NotReady),
             Page::Zero => Ok(Bytes::Zero),

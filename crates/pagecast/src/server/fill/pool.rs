@@ -11,7 +11,7 @@ use rayon::ThreadPool;
 const MOST: usize = 3;
 
 /// The threads that all workers of a server fill forks with. They sleep without work.
-pub(super) struct FillPool {
+pub(in crate::server) struct FillPool {
     /// `None` if there are no threads, as on a machine with one core.
     threads: Option<ThreadPool>,
     cores: usize,
@@ -26,7 +26,7 @@ pub(super) struct FillPool {
 impl FillPool {
     /// Creates a pool of `always` threads that are always used; or, for `None`, of threads that are used while cores
     /// are free.
-    pub(super) fn new(always: Option<usize>) -> Self {
+    pub(in crate::server) fn new(always: Option<usize>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = always.unwrap_or((cores - 1).min(MOST));
         let pool = || {
@@ -46,7 +46,7 @@ impl FillPool {
     }
 
     /// Takes as many threads as there are unused cores. No other caller gets them meanwhile.
-    pub(super) fn take_free(&self) -> FillThreads<'_> {
+    pub(in crate::server) fn take_free(&self) -> FillThreads<'_> {
         FillThreads {
             pool: self,
             count: self.reserve(),
@@ -75,19 +75,19 @@ impl FillPool {
 }
 
 /// Threads of the pool that are taken until this is dropped.
-pub(super) struct FillThreads<'a> {
+pub(in crate::server) struct FillThreads<'a> {
     pool: &'a FillPool,
     count: usize,
 }
 
 impl FillThreads<'_> {
     /// The number of threads, beside the calling one.
-    pub(super) fn count(&self) -> usize {
+    pub(in crate::server) fn count(&self) -> usize {
         self.count
     }
 
     /// Carries out all of `work`, the first on the calling thread and the others on these, and returns when all is done.
-    pub(super) fn run<T: Send>(&self, mut work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
+    pub(in crate::server) fn run<T: Send>(&self, mut work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
         let Some(pool) = self.pool.threads.as_ref().filter(|_| work.len() > 1) else {
             return work.into_iter().map(|work| work()).collect();
         };
