@@ -23,7 +23,7 @@ use super::handshaking::{Handshaken, Handshaking, visible};
 use super::inbox::Inbox;
 use super::listener::Listener;
 use super::registry::Registry;
-use super::served_fork::NewFork;
+use super::worker::NewFork;
 use super::workers::Workers;
 use crate::session::Session;
 

@@ -32,8 +32,6 @@ mod handshaking;
 #[cfg(target_os = "linux")]
 mod hugepages;
 #[cfg(target_os = "linux")]
-mod idle_timer;
-#[cfg(target_os = "linux")]
 mod inbox;
 #[cfg(target_os = "linux")]
 mod listener;
@@ -44,11 +42,7 @@ mod read_buffer;
 #[cfg(target_os = "linux")]
 mod registry;
 #[cfg(target_os = "linux")]
-mod served_fork;
-#[cfg(target_os = "linux")]
 mod socket_file;
-#[cfg(target_os = "linux")]
-mod transparent_hugepages;
 #[cfg(not(target_os = "linux"))]
 mod unsupported;
 #[cfg(target_os = "linux")]

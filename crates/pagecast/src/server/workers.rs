@@ -1,32 +1,15 @@
 //! All workers of a server, and the choice of the worker that gets a fork.
 
-use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use super::disposal::Disposal;
 use super::fill::FillPool;
 use super::registry::Registry;
-use super::served_fork::NewFork;
-use super::worker::{Message, Worker, WorkerHandle};
+use super::worker::{NewFork, Worker, WorkerHandle, WorkerOptions};
 
 /// The most workers if no number is set.
 const MOST: usize = 16;
-
-/// The options of all workers.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct WorkerOptions {
-    /// How long a fault may wait for the template or for memory.
-    pub(super) fault_deadline: Duration,
-    /// Bytes a second.
-    pub(super) completion_rate: Option<NonZeroU64>,
-    /// How long to check for further faults without sleeping, after a fault.
-    pub(super) busy_poll: Duration,
-    /// Whether this process may raise the priority of a thread.
-    pub(super) may_be_raised: bool,
-}
 
 /// The workers of a server, as other threads see them.
 pub(super) struct Workers {
@@ -60,18 +43,15 @@ impl Workers {
 
     /// Gives a fork to one of the workers, for life. Called by one thread only.
     pub(super) fn adopt(&self, fork: NewFork) {
-        let forks = |worker: &WorkerHandle| worker.forks.load(Ordering::Relaxed);
-        let Some(worker) = place(&self.all, self.shared, forks) else {
-            return;
-        };
-        worker.forks.fetch_add(1, Ordering::Relaxed);
-        worker.inbox.send(Message::Adopt(Box::new(fork)));
+        if let Some(worker) = place(&self.all, self.shared, WorkerHandle::forks) {
+            worker.adopt(fork);
+        }
     }
 
     /// Makes all workers stop once they have no fork.
     pub(super) fn stop(&self) {
         for worker in &self.all {
-            worker.inbox.send(Message::Stop);
+            worker.stop();
         }
     }
 }

@@ -14,7 +14,8 @@ use crate::server::fill::FillPool;
 use crate::server::fork::ForkEvent;
 use crate::server::inbox::Inbox;
 use crate::server::registry::{Observer, Registry};
-use crate::server::workers::{WorkerOptions, Workers};
+use crate::server::worker::WorkerOptions;
+use crate::server::workers::Workers;
 
 /// The default of the most bytes a second that a completion installs.
 const COMPLETION_RATE: u64 = 1 << 30;

@@ -16,18 +16,18 @@ use crate::server::inbox::Inbox;
 use crate::server::registry::Registry;
 
 /// The part of a worker that never changes.
-pub(in crate::server) struct WorkerContext {
-    pub(in crate::server) inbox: Arc<Inbox<Message>>,
-    pub(in crate::server) registry: Arc<Registry>,
-    pub(in crate::server) fill_pool: Arc<FillPool>,
+pub(super) struct WorkerContext {
+    pub(super) inbox: Arc<Inbox<Message>>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) fill_pool: Arc<FillPool>,
     /// The epoll that the worker waits on.
     pub(super) epoll: OwnedFd,
     /// A huge page of zeros, for memory that `UFFDIO_ZEROPAGE` does not work on. Never written, so it takes no memory.
-    pub(in crate::server) zeros: Vec<u8>,
+    pub(super) zeros: Vec<u8>,
     /// How long a fault may wait for the template or for memory.
-    pub(in crate::server) fault_deadline: Duration,
+    pub(super) fault_deadline: Duration,
     /// The most bytes a second that a completion installs while no caller waits for it.
-    pub(in crate::server) completion_rate: Option<NonZeroU64>,
+    pub(super) completion_rate: Option<NonZeroU64>,
 }
 
 impl WorkerContext {
@@ -49,7 +49,7 @@ impl WorkerContext {
     }
 
     /// Returns `true` if an event waits for the worker.
-    pub(in crate::server) fn has_event(&self) -> bool {
+    pub(super) fn has_event(&self) -> bool {
         let mut ready = [PollFd::new(&self.epoll, PollFlags::IN)];
         rustix::event::poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::filler::{Filler, Job};
+use super::served_fork::ServedFork;
 use super::{Served, Worker};
-use crate::server::served_fork::ServedFork;
 
 impl Worker {
     /// Carries out one bounded step of filling one fork, or has the filler do so. Faults come first: the next check for

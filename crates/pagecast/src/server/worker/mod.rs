@@ -3,9 +3,14 @@
 mod context;
 mod filler;
 mod filling;
+mod handle;
+mod idle_timer;
 mod message;
 mod needs_turn;
+mod options;
+mod served_fork;
 mod token;
+mod transparent_hugepages;
 
 use std::cell::OnceCell;
 use std::mem::MaybeUninit;
@@ -23,17 +28,17 @@ use super::disposal::Disposal;
 use super::fill::FillPool;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::fork_record::{Holder, Requested};
-use super::idle_timer::IdleTimer;
-use super::inbox::Inbox;
 use super::registry::Registry;
-use super::served_fork::{End, NewFork, Scratch, ServedFork};
-use super::transparent_hugepages;
-use super::workers::WorkerOptions;
 use crate::priority::WorkerPriority;
-pub(super) use context::WorkerContext;
+use context::WorkerContext;
 use filler::Filler;
-pub(super) use message::{Message, Slot};
+pub(super) use handle::WorkerHandle;
+use idle_timer::IdleTimer;
+pub(super) use message::NewFork;
+use message::{Message, Slot};
 use needs_turn::NeedsTurn;
+pub(super) use options::WorkerOptions;
+use served_fork::{End, Scratch, ServedFork};
 use token::Token;
 
 /// The most epoll events that are taken at once.
@@ -41,20 +46,6 @@ const EPOLL_EVENTS: usize = 64;
 
 /// How often to check a killed VMM whose end cannot be watched.
 const UNWATCHED_PAUSE: Duration = Duration::from_millis(10);
-
-/// A worker, as other threads see it.
-pub(super) struct WorkerHandle {
-    pub(super) inbox: Arc<Inbox<Message>>,
-    /// The number of its forks.
-    pub(super) forks: Arc<AtomicUsize>,
-}
-
-impl Drop for WorkerHandle {
-    /// Stops the worker: it cannot get forks any more.
-    fn drop(&mut self) {
-        self.inbox.send(Message::Stop);
-    }
-}
 
 /// A fork, and whether its VMM has been killed.
 struct Served {
@@ -138,7 +129,7 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name(format!("pagecast-{index}"))
             .spawn(move || worker.run())?;
-        Ok((WorkerHandle { inbox, forks }, thread))
+        Ok((WorkerHandle::new(inbox, forks), thread))
     }
 
     fn run(mut self) {

@@ -15,18 +15,18 @@ use std::time::Instant;
 
 use pagecast_uffd::{Drained, Errno, HostAddr, HostRange, Outcome, Peer, Uffd};
 
-use super::fork::{FailReason, ForkEvent};
-use super::fork_record::ForkRecord;
-use super::hugepages::presence;
-use super::worker::{Slot, WorkerContext};
+use super::context::WorkerContext;
+use super::message::{NewFork, Slot};
 use crate::page::PageSize;
+use crate::server::fork::{FailReason, ForkEvent};
+use crate::server::fork_record::ForkRecord;
+use crate::server::hugepages::presence;
 use crate::session::{After, Content, Install, Noted, Session, Step, Violation};
 use crate::template::{Page, SourceError, Template};
 use backoff::Backoff;
 use fill_driver::FillDriver;
 use first_faults::{FirstFaults, Shown};
 use look_again::LookAgain;
-pub(super) use reads::ReadToken;
 use reads::{Awaited, Failed, Reads};
 pub(super) use scratch::Scratch;
 
@@ -73,15 +73,6 @@ struct Retry {
     since: Instant,
     /// At least one was for lack of memory, which must not last.
     out_of_memory: bool,
-}
-
-/// A fork whose VMM has shaken hands, on its way to a worker.
-pub(super) struct NewFork {
-    pub(super) record: Arc<ForkRecord>,
-    pub(super) uffd: Uffd,
-    pub(super) peer: Peer,
-    pub(super) socket: OwnedFd,
-    pub(super) session: Session,
 }
 
 /// A fork that a worker serves: the one owner of its userfaultfd.

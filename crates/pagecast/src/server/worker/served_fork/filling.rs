@@ -22,7 +22,7 @@ const GIVEN_BACK_A_STEP: usize = 16;
 
 impl ServedFork {
     /// Begins the prefault or the recording of a new fork.
-    pub(in crate::server) fn begin(&mut self) {
+    pub(in crate::server::worker) fn begin(&mut self) {
         let source = self.template.source();
         let Plan { prefault, record } = self.record.plan;
         if record {
@@ -45,19 +45,19 @@ impl ServedFork {
     }
 
     /// Notes that the kernel fills unregistered memory in pages of 4 KiB: long runs of zeros can be left to it.
-    pub(in crate::server) fn kernel_fills_small(&mut self) {
+    pub(in crate::server::worker) fn kernel_fills_small(&mut self) {
         self.session.begin_give_back(self.template.zero_runs());
     }
 
     /// The memory of the fork that is in pages of 4 KiB.
-    pub(in crate::server) fn small_memory(&self) -> Vec<HostRange> {
+    pub(in crate::server::worker) fn small_memory(&self) -> Vec<HostRange> {
         let regions = self.session.regions();
         let small = regions.filter(|region| region.page_size() == PageSize::Small);
         small.map(Region::memory).collect()
     }
 
     /// Returns `true` if [`fill`](Self::fill) has something to do.
-    pub(in crate::server) fn wants_to_fill(&self) -> bool {
+    pub(in crate::server::worker) fn wants_to_fill(&self) -> bool {
         let is_wanted = self.session.wants_to_fill() || self.session.completion().is_some() || self.fill.has_begun();
         is_wanted && self.fill.may_step()
     }
@@ -65,7 +65,7 @@ impl ServedFork {
     /// Carries out the next bounded step, on this thread and those that help. Before it, all events were read, and all
     /// faults answered that can be. No more events are read until it is over, on any of its threads. So no page is
     /// installed ahead after its removal was read.
-    pub(in crate::server) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
+    pub(in crate::server::worker) fn fill(&mut self, scratch: &mut Scratch) -> Result<(), End> {
         let context = Arc::clone(&self.context);
         let threads = context.fill_pool.take_free();
         let Some(step) = self.next_fill_step(threads.count(), scratch)? else {
@@ -78,7 +78,7 @@ impl ServedFork {
     /// Begins the next bounded step, to be carried out on another thread until its flag is set.
     /// [`on_filled`](Self::on_filled) takes its result; no event is read before that. A step that takes no time is done
     /// at once; the result is then `None`.
-    pub(in crate::server) fn begin_fill_elsewhere(
+    pub(in crate::server::worker) fn begin_fill_elsewhere(
         &mut self,
         scratch: &mut Scratch,
     ) -> Result<Option<(FillStep, Arc<AtomicBool>)>, End> {
@@ -88,7 +88,7 @@ impl ServedFork {
     }
 
     /// Handles the result of a step on another thread, then events that came meanwhile.
-    pub(in crate::server) fn on_filled(&mut self, filled: Filled, scratch: &mut Scratch) -> Result<(), End> {
+    pub(in crate::server::worker) fn on_filled(&mut self, filled: Filled, scratch: &mut Scratch) -> Result<(), End> {
         self.fill.end_elsewhere();
         self.conclude_step(filled)?;
         if self.unread {

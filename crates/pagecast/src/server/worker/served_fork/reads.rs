@@ -8,18 +8,9 @@ use slab::Slab;
 use super::backoff::Backoff;
 use super::{End, Scratch, ServedFork};
 use crate::server::fork::FailReason;
-use crate::server::worker::{Message, Slot};
+use crate::server::worker::message::{Message, ReadToken};
 use crate::session::{Content, PageRef, Step};
 use crate::template::{ReadFor, ReadResult, SourceError, TemplateOffset, leading_zero_pages};
-
-/// Identifies a read of a fork of a worker. Places are used again, numbers are not.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::server) struct ReadToken {
-    pub(in crate::server) slot: Slot,
-    /// The place of the read in the fork, and its number.
-    place: usize,
-    number: u64,
-}
 
 /// The purpose of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,7 +178,7 @@ impl ServedFork {
     }
 
     /// Handles the result of a read on another thread.
-    pub(in crate::server) fn on_bytes(
+    pub(in crate::server::worker) fn on_bytes(
         &mut self,
         token: ReadToken,
         bytes: ReadResult,

@@ -8,7 +8,7 @@ use crate::page::PageSize;
 use crate::server::read_buffer::ReadBuffer;
 
 /// Buffers, and the last reading of the clock.
-pub(in crate::server) struct Scratch {
+pub(in crate::server::worker) struct Scratch {
     pub(super) events: EventBuffer,
     /// As long as the largest page, so that it never grows on the fault path.
     pub(super) bytes: ReadBuffer,
@@ -17,7 +17,7 @@ pub(in crate::server) struct Scratch {
 }
 
 impl Scratch {
-    pub(in crate::server) fn new() -> Self {
+    pub(in crate::server::worker) fn new() -> Self {
         Self {
             events: EventBuffer::new(),
             bytes: ReadBuffer::with_len(PageSize::Huge.as_usize()),

@@ -10,7 +10,7 @@ use crate::session::Completion;
 
 impl ServedFork {
     /// Begins to install everything that is left, whenever `fill` gets a turn: at the configured rate, or `at_once`.
-    pub(in crate::server) fn begin_completion(&mut self, at_once: bool) {
+    pub(in crate::server::worker) fn begin_completion(&mut self, at_once: bool) {
         self.session.begin_completion(at_once);
         // Pages installed from now on do not fault, so later faults say nothing about the working set.
         self.end_first_faults();
@@ -21,7 +21,7 @@ impl ServedFork {
     }
 
     /// Ends a completion that is no longer requested: serves the fork as before, unless it is unregistered already.
-    pub(in crate::server) fn abandon_completion(&mut self) {
+    pub(in crate::server::worker) fn abandon_completion(&mut self) {
         if self
             .session
             .completion()
