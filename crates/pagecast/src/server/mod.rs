@@ -9,6 +9,19 @@
 //! | workers | answer faults; a fork belongs to one of them for life |
 //! | fill pool | helps workers to fill forks, when cores are free |
 //! | readers | read bytes that are not in memory; each template has one for its whole life, and a few more while needed |
+//!
+//! Its modules, each of which uses only modules further down:
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | `page_server` | the handles of the embedding program: the server, its builder, a fork |
+//! | `acceptor` | the sockets that VMMs connect to, and their handshakes |
+//! | `workers`, `worker` | the threads that answer faults, and the forks that they serve |
+//! | `admission` | decisions by the memory left: which VMMs are served, which completions begin |
+//! | `registry` | all forks by name: their records, counters and requests |
+//! | `fill` | installs of pages that no thread waits for |
+//! | `hugepages`, `disposal`, `socket_file`, `inbox`, `read_buffer` | the parts of the threads above |
+//! | `fork`, `error`, `deadlines`, `causes` | values of the interface, on every platform |
 
 mod causes;
 mod deadlines;
@@ -20,21 +33,13 @@ mod acceptor;
 #[cfg(target_os = "linux")]
 mod admission;
 #[cfg(target_os = "linux")]
-mod counters;
-#[cfg(target_os = "linux")]
 mod disposal;
 #[cfg(target_os = "linux")]
 mod fill;
 #[cfg(target_os = "linux")]
-mod fork_record;
-#[cfg(target_os = "linux")]
-mod handshaking;
-#[cfg(target_os = "linux")]
 mod hugepages;
 #[cfg(target_os = "linux")]
 mod inbox;
-#[cfg(target_os = "linux")]
-mod listener;
 #[cfg(target_os = "linux")]
 mod page_server;
 #[cfg(target_os = "linux")]

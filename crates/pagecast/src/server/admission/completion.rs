@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use super::memory;
 use crate::server::error::{Error, NotEnoughMemory};
 use crate::server::fork::ForkState;
-use crate::server::fork_record::{Asker, ForkRecord};
-use crate::server::registry::Registry;
+use crate::server::registry::{Asker, ForkRecord, Registry};
 use crate::template::Template;
 
 /// How long completing one fork searches for zeros if memory is short without them.

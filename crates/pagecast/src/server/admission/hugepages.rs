@@ -3,9 +3,8 @@
 use crate::handshake::Layout;
 use crate::page::PageSize;
 use crate::server::fork::{ForkState, Refusal};
-use crate::server::fork_record::ForkRecord;
 use crate::server::hugepages::HugeRoom;
-use crate::server::registry::Registry;
+use crate::server::registry::{ForkRecord, Registry};
 use crate::session::Region;
 
 /// Admits a fork if the pool has a page for each of its pages, besides those promised to forks that have not touched

@@ -8,8 +8,8 @@ use crate::cgroup::MemoryCgroup;
 use crate::memory;
 use crate::page::PageSize;
 use crate::server::error::NotEnoughMemory;
-use crate::server::fork_record::ForkRecord;
 use crate::server::hugepages::HugeRoom;
+use crate::server::registry::ForkRecord;
 use crate::session::Region;
 use crate::template::{Template, TemplateOffset, ZeroMap};
 

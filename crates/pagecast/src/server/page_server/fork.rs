@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::server::error::Error;
 use crate::server::fork::{FailReason, ForkId, ForkState, ForkStatus, LatencyHistogram};
-use crate::server::fork_record::ForkRecord;
-use crate::server::registry::Registry;
+use crate::server::registry::{ForkRecord, Registry};
 
 /// How long [`Fork::forget`] waits for the acceptor to end a fork that waits for its VMM.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);

@@ -8,15 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::acceptor::Request;
+use super::acceptor::{Listener, Request, Serves};
 use super::admission::{self, ZEROS_PATIENCE};
 use super::disposal::Disposal;
 use super::error::{CloseError, Error};
 use super::fork::{FailReason, ForkId, ForkOptions, ForkState};
-use super::fork_record::{Asker, ForkRecord};
 use super::inbox::Inbox;
-use super::listener::{Listener, Serves};
-use super::registry::Registry;
+use super::registry::{Asker, ForkRecord, Registry};
 use super::socket_file::SocketFile;
 use super::workers::Workers;
 use crate::template::{SourceError, Template};

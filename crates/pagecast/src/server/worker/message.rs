@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pagecast_uffd::{Peer, Uffd};
 
 use crate::server::fill::Filled;
-use crate::server::fork_record::ForkRecord;
+use crate::server::registry::ForkRecord;
 use crate::session::Session;
 use crate::template::ReadResult;
 

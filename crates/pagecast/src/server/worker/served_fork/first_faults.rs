@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::page::PageSize;
-use crate::server::counters::Counters;
+use crate::server::registry::Counters;
 use crate::template::{Planned, PrefaultPlan, PrefaultTally, Recording, Template, TemplateOffset};
 
 /// How often to check whether faults still come.

@@ -4,44 +4,44 @@ mod latency_recorder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::fork::{FaultCounts, ForkStats, PrefaultCounts};
+use crate::server::fork::{FaultCounts, ForkStats, PrefaultCounts};
 use latency_recorder::LatencyRecorder;
 
 /// A number that one thread counts up and any thread reads.
 #[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
+pub(in crate::server) struct Counter(AtomicU64);
 
 impl Counter {
     /// A load and a store instead of a locked addition: there is only one writer.
-    pub(super) fn add(&self, count: u64) {
+    pub(in crate::server) fn add(&self, count: u64) {
         self.0
             .store(self.0.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
     }
 
-    pub(super) fn get(&self) -> u64 {
+    pub(in crate::server) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
 /// Counters of a fork's pages.
 #[derive(Debug)]
-pub(super) struct Counters {
-    pub(super) demand: Counter,
-    pub(super) zero: Counter,
-    pub(super) removed: Counter,
-    pub(super) prefaulted: Counter,
-    pub(super) retried: Counter,
-    pub(super) slow: Counter,
-    pub(super) installed_bytes: Counter,
+pub(in crate::server) struct Counters {
+    pub(in crate::server) demand: Counter,
+    pub(in crate::server) zero: Counter,
+    pub(in crate::server) removed: Counter,
+    pub(in crate::server) prefaulted: Counter,
+    pub(in crate::server) retried: Counter,
+    pub(in crate::server) slow: Counter,
+    pub(in crate::server) installed_bytes: Counter,
     /// Bytes of zeros that the kernel fills in by itself.
-    pub(super) given_back_bytes: Counter,
-    pub(super) late: Counter,
-    pub(super) missed: Counter,
-    pub(super) held_out_used: Counter,
+    pub(in crate::server) given_back_bytes: Counter,
+    pub(in crate::server) late: Counter,
+    pub(in crate::server) missed: Counter,
+    pub(in crate::server) held_out_used: Counter,
     /// From reading a fault until its page is installed.
-    pub(super) fault_latency: LatencyRecorder,
+    pub(in crate::server) fault_latency: LatencyRecorder,
     /// The time of the kernel to install a page that a vCPU waits for.
-    pub(super) install_latency: LatencyRecorder,
+    pub(in crate::server) install_latency: LatencyRecorder,
 }
 
 impl Counters {
@@ -63,7 +63,7 @@ impl Counters {
         }
     }
 
-    pub(super) fn stats(&self) -> ForkStats {
+    pub(in crate::server) fn stats(&self) -> ForkStats {
         ForkStats {
             faults: FaultCounts {
                 demand: self.demand.get(),

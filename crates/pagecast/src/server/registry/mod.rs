@@ -1,5 +1,8 @@
 //! All forks of a server, and the observer of their events.
 
+mod counters;
+mod fork_record;
+
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::Error;
 use super::fork::{FailReason, ForkEvent, ForkId, ForkOptions, ForkState};
-use super::fork_record::{ForkRecord, Holder};
 use crate::template::Template;
+pub(super) use counters::Counters;
+pub(super) use fork_record::{Asker, ForkRecord, Holder, Requested};
 
 /// Called with every event of every fork, on the thread where it happens: it must not block.
 pub(super) type Observer = Box<dyn Fn(ForkEvent) + Send + Sync>;

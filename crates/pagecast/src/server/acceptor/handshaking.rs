@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use pagecast_uffd::{Features, Peer, PeerCredentials, Uffd, fd_passing};
 
-use super::causes::chain;
-use super::fork::Refusal;
 use crate::handshake::{Framer, Layout, parse};
+use crate::server::causes::chain;
+use crate::server::fork::Refusal;
 use crate::template::Template;
 
 /// How many bytes one `recvmsg` takes; the whole message of Firecracker fits several times.

@@ -8,28 +8,28 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::counters::Counters;
-use super::error::Error;
-use super::fork::{FailReason, ForkId, ForkOptions, ForkState, ForkStatus, Plan, Refusal};
+use crate::server::error::Error;
+use crate::server::fork::{FailReason, ForkId, ForkOptions, ForkState, ForkStatus, Plan, Refusal};
 use crate::session::Region;
 use crate::template::Template;
 
 /// One fork. Its life is under a lock that the fault path never takes; its counters are atomics that one worker writes.
 #[derive(Debug)]
-pub(super) struct ForkRecord {
-    pub(super) id: ForkId,
+pub(in crate::server) struct ForkRecord {
+    pub(in crate::server) id: ForkId,
     /// Distinguishes this fork from others that had its name, or its place in a worker.
-    pub(super) serial: u64,
-    pub(super) template: Template,
+    pub(in crate::server) serial: u64,
+    pub(in crate::server) template: Template,
     /// The path of the socket that its VMM is to connect to.
-    pub(super) socket_path: PathBuf,
+    pub(in crate::server) socket_path: PathBuf,
     /// The pages that it gets ahead of its faults, and whether the faults are recorded.
-    pub(super) plan: Plan,
+    pub(in crate::server) plan: Plan,
     /// The fork was created for a VMM that connected to a socket of any number of forks. It is forgotten once it has
     /// ended.
-    pub(super) anonymous: bool,
-    pub(super) counters: Counters,
+    pub(in crate::server) anonymous: bool,
+    pub(in crate::server) counters: Counters,
     /// Set by the handshake.
-    pub(super) regions: OnceLock<Box<[Region]>>,
+    pub(in crate::server) regions: OnceLock<Box<[Region]>>,
     life: Mutex<Life>,
     changed: Condvar,
 }
@@ -53,7 +53,7 @@ struct Life {
 
 /// The thread that has a fork, as the fork sees it: one that can be notified. Clones notify the same thread.
 #[derive(Clone)]
-pub(super) struct Holder {
+pub(in crate::server) struct Holder {
     notify: Arc<Notify>,
 }
 
@@ -63,7 +63,7 @@ type Notify = dyn Fn(&Arc<ForkRecord>) + Send + Sync;
 impl Holder {
     /// `notify` is called if the request for a fork has changed. It is called under a lock of the fork, so it may only
     /// send a message.
-    pub(super) fn new(notify: impl Fn(&Arc<ForkRecord>) + Send + Sync + 'static) -> Self {
+    pub(in crate::server) fn new(notify: impl Fn(&Arc<ForkRecord>) + Send + Sync + 'static) -> Self {
         Self {
             notify: Arc::new(notify),
         }
@@ -78,7 +78,7 @@ impl fmt::Debug for Holder {
 
 /// A caller that requests the completion of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asker {
+pub(in crate::server) enum Asker {
     /// A caller that requests it for this fork alone, and does not wait.
     Request,
     /// A caller that takes its template away.
@@ -89,7 +89,7 @@ pub(super) enum Asker {
 
 /// The action that is requested for a fork.
 #[derive(Debug)]
-pub(super) enum Requested {
+pub(in crate::server) enum Requested {
     /// Answer the faults of the fork.
     Serve,
     /// Complete the fork, and answer its faults meanwhile.
@@ -151,7 +151,7 @@ impl ForkRecord {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn status(&self) -> ForkStatus {
+    pub(in crate::server) fn status(&self) -> ForkStatus {
         let life = self.life();
         ForkStatus {
             id: self.id.clone(),
@@ -163,32 +163,32 @@ impl ForkRecord {
         }
     }
 
-    pub(super) fn state(&self) -> ForkState {
+    pub(in crate::server) fn state(&self) -> ForkState {
         self.life().state
     }
 
-    pub(super) fn pid(&self) -> Option<i32> {
+    pub(in crate::server) fn pid(&self) -> Option<i32> {
         self.life().pid
     }
 
-    pub(super) fn set_pid(&self, pid: i32) {
+    pub(in crate::server) fn set_pid(&self, pid: i32) {
         self.life().pid = Some(pid);
     }
 
     /// Counts a connection that was refused while this fork waited or was about to be served.
-    pub(super) fn count_refusal(&self, refusal: &Arc<Refusal>) {
+    pub(in crate::server) fn count_refusal(&self, refusal: &Arc<Refusal>) {
         let mut life = self.life();
         *life.refusals.entry(refusal.code()).or_default() += 1;
         life.last_refusal = Some(Arc::clone(refusal));
     }
 
     /// The number of connections that were refused without ending the fork, by the code of the reason.
-    pub(super) fn refusals(&self) -> BTreeMap<&'static str, u64> {
+    pub(in crate::server) fn refusals(&self) -> BTreeMap<&'static str, u64> {
         self.life().refusals.clone()
     }
 
     /// The reason of the failure if no VMM has connected within `deadline`.
-    pub(super) fn not_connected(&self, deadline: Duration) -> FailReason {
+    pub(in crate::server) fn not_connected(&self, deadline: Duration) -> FailReason {
         let life = self.life();
         FailReason::ConnectDeadline {
             deadline,
@@ -198,7 +198,7 @@ impl ForkRecord {
     }
 
     /// Notes that the VMM has completed its handshake: the fork is on its way to a worker.
-    pub(super) fn set_serving(&self) {
+    pub(in crate::server) fn set_serving(&self) {
         let mut life = self.life();
         life.state = ForkState::Serving;
         life.holder = None;
@@ -208,7 +208,7 @@ impl ForkRecord {
 
     /// Notes that the fork has come to its worker, which is notified of each later request. For earlier ones, the worker
     /// must check [`requested`](Self::requested) after this.
-    pub(super) fn set_holder(&self, worker: Holder) {
+    pub(in crate::server) fn set_holder(&self, worker: Holder) {
         let mut life = self.life();
         if !life.state.is_end() {
             life.holder = Some(worker);
@@ -216,7 +216,7 @@ impl ForkRecord {
     }
 
     /// Ends the fork. Returns `false` and changes nothing if it had ended before.
-    pub(super) fn end(&self, state: ForkState, reason: Option<Arc<FailReason>>) -> bool {
+    pub(in crate::server) fn end(&self, state: ForkState, reason: Option<Arc<FailReason>>) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
             return false;
@@ -235,7 +235,7 @@ impl ForkRecord {
     }
 
     /// The current request.
-    pub(super) fn requested(&self) -> Requested {
+    pub(in crate::server) fn requested(&self) -> Requested {
         self.life().requested()
     }
 
@@ -248,7 +248,7 @@ impl ForkRecord {
     }
 
     /// Requests to kill the VMM, or to end the fork if it has none. Returns `false` if the fork has ended.
-    pub(super) fn request_kill(self: &Arc<Self>, reason: FailReason) -> bool {
+    pub(in crate::server) fn request_kill(self: &Arc<Self>, reason: FailReason) -> bool {
         let mut life = self.life();
         if life.state.is_end() {
             return false;
@@ -261,7 +261,7 @@ impl ForkRecord {
     }
 
     /// Requests to end the fork if it waits for its VMM.
-    pub(super) fn request_close(self: &Arc<Self>) {
+    pub(in crate::server) fn request_close(self: &Arc<Self>) {
         let life = self.life();
         if life.state == ForkState::Waiting {
             self.notify_holder(&life);
@@ -269,7 +269,7 @@ impl ForkRecord {
     }
 
     /// Returns `true` if the completion is requested, and not done yet.
-    pub(super) fn completion_is_requested(&self) -> bool {
+    pub(in crate::server) fn completion_is_requested(&self) -> bool {
         !self.life().askers.is_empty()
     }
 
@@ -278,7 +278,7 @@ impl ForkRecord {
     /// # Errors
     ///
     /// [`Error::ForkWaiting`] and [`Error::ForkEnded`].
-    pub(super) fn may_be_completed(&self, state: ForkState) -> Result<(), Error> {
+    pub(in crate::server) fn may_be_completed(&self, state: ForkState) -> Result<(), Error> {
         let id = self.id.clone();
         match state {
             ForkState::Serving | ForkState::Complete => Ok(()),
@@ -288,7 +288,7 @@ impl ForkRecord {
     }
 
     /// Requests the completion, if the fork is served. Returns the state.
-    pub(super) fn request_completion(self: &Arc<Self>, asker: Asker) -> ForkState {
+    pub(in crate::server) fn request_completion(self: &Arc<Self>, asker: Asker) -> ForkState {
         let mut life = self.life();
         if life.state == ForkState::Serving && !life.askers.contains(&asker) {
             life.askers.push(asker);
@@ -300,7 +300,7 @@ impl ForkRecord {
     }
 
     /// Withdraws the request of `asker`. Other requests stay.
-    pub(super) fn withdraw_completion(self: &Arc<Self>, asker: Asker) {
+    pub(in crate::server) fn withdraw_completion(self: &Arc<Self>, asker: Asker) {
         let mut life = self.life();
         if let Some(at) = life.askers.iter().position(|other| *other == asker) {
             life.askers.swap_remove(at);
@@ -309,7 +309,7 @@ impl ForkRecord {
     }
 
     /// Notes that the fork could not be completed and is served as before.
-    pub(super) fn give_up_completion(&self, reason: Arc<FailReason>) {
+    pub(in crate::server) fn give_up_completion(&self, reason: Arc<FailReason>) {
         let mut life = self.life();
         life.askers.clear();
         life.reason = Some(reason);
@@ -318,12 +318,12 @@ impl ForkRecord {
     }
 
     /// Waits until the fork has ended or the request of `asker` is gone.
-    pub(super) fn wait_completed(&self, asker: Asker, until: Instant) {
+    pub(in crate::server) fn wait_completed(&self, asker: Asker, until: Instant) {
         self.wait(until, |life| life.state.is_end() || !life.askers.contains(&asker));
     }
 
     /// Waits until the state is as wanted. Returns `false` if it is not at `until`.
-    pub(super) fn wait_state(&self, until: Instant, wanted: impl Fn(ForkState) -> bool) -> bool {
+    pub(in crate::server) fn wait_state(&self, until: Instant, wanted: impl Fn(ForkState) -> bool) -> bool {
         self.wait(until, |life| wanted(life.state))
     }
 
@@ -346,7 +346,7 @@ impl ForkRecord {
     }
 
     /// The length of its memory in bytes; zero before the handshake.
-    pub(super) fn memory_bytes(&self) -> u64 {
+    pub(in crate::server) fn memory_bytes(&self) -> u64 {
         self.regions
             .get()
             .into_iter()

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fork::{ForkId, ForkOptions};
-use super::fork_record::ForkRecord;
-use super::registry::Registry;
-use super::socket_file::SocketFile;
+use crate::server::fork::{ForkId, ForkOptions};
+use crate::server::registry::{ForkRecord, Registry};
+use crate::server::socket_file::SocketFile;
 use crate::template::Template;
 
 /// The most connections to one socket that may be in their handshake at once. Others wait in the queue of the socket.
@@ -19,18 +18,18 @@ const REPORTS_PER_PERIOD: u32 = 8;
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
 
 /// A socket that VMMs connect to.
-pub(super) struct Listener {
+pub(in crate::server) struct Listener {
     pub(super) socket: SocketFile,
     /// The user whose VMMs may connect.
     pub(super) user: u32,
-    pub(super) serves: Serves,
+    serves: Serves,
     /// Connections that are in their handshake.
     handshakes: usize,
     reports: Reports,
 }
 
 /// The forks that a socket is for.
-pub(super) enum Serves {
+pub(in crate::server) enum Serves {
     /// One fork, whose VMM must connect by the deadline.
     One { record: Arc<ForkRecord>, deadline: Instant },
     /// Any number of forks of a template, named with the prefix and a number.
@@ -43,7 +42,7 @@ pub(super) enum Serves {
 }
 
 impl Listener {
-    pub(super) fn new(socket: SocketFile, user: u32, serves: Serves) -> Self {
+    pub(in crate::server) fn new(socket: SocketFile, user: u32, serves: Serves) -> Self {
         Self {
             socket,
             user,

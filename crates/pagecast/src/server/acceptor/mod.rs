@@ -3,6 +3,9 @@
 //! A connection that sends a file descriptor is a VMM: its fork is then either served, or has failed with a reason. A
 //! connection that ends before that is refused and reported, and its fork waits on.
 
+mod handshaking;
+mod listener;
+
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -18,14 +21,13 @@ use super::admission;
 use super::deadlines::Deadlines;
 use super::disposal::Disposal;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
-use super::fork_record::{ForkRecord, Holder, Requested};
-use super::handshaking::{Handshaken, Handshaking, visible};
 use super::inbox::Inbox;
-use super::listener::Listener;
-use super::registry::Registry;
+use super::registry::{ForkRecord, Holder, Registry, Requested};
 use super::worker::NewFork;
 use super::workers::Workers;
 use crate::session::Session;
+use handshaking::{Handshaken, Handshaking, visible};
+pub(super) use listener::{Listener, Serves};
 
 const EPOLL_EVENTS: usize = 64;
 const INBOX: u64 = u64::MAX;
