@@ -4,9 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use pagecast_uffd::ByteLen;
 
+use super::run::TemplateOffset;
 #[cfg(target_os = "linux")]
 use super::source::MappedPages;
-use super::source::{PageSource, SourceError, TemplateOffset};
+use super::source::{PageSource, SourceError};
 
 /// A [`PageSource`], and the reason of its withdrawal, if there is one. Shared by a template and the threads that read
 /// it.

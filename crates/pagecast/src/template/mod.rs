@@ -11,6 +11,7 @@ mod live_source;
 #[cfg(target_os = "linux")]
 mod mem_file;
 mod open;
+mod run;
 mod slow_reads;
 mod source;
 mod working_set;
@@ -35,14 +36,15 @@ use live_source::LiveSource;
 #[cfg(target_os = "linux")]
 pub use mem_file::{Lease, LeaseError, Loader, LockError, Locked, MemFile, SidecarError, Wanted};
 pub use open::OpenError;
+pub use run::{Run, TemplateOffset};
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub(crate) use slow_reads::{ReadFor, ReadResult};
 #[cfg(target_os = "linux")]
 pub use source::MappedPages;
-pub use source::{Page, PageSource, SourceError, TemplateOffset};
+pub use source::{Page, PageSource, SourceError};
 use working_set::Tallies;
-pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, Run, WorkingSet};
+pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, WorkingSet};
 #[cfg(target_os = "linux")]
 pub use zeros::KeepError;
 use zeros::ZeroSearch;

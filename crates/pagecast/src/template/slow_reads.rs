@@ -5,7 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::live_source::LiveSource;
-use super::source::{SourceError, TemplateOffset};
+use super::run::TemplateOffset;
+use super::source::SourceError;
 
 /// The most threads that read one template at once. Each template has its own, so one that hangs (a network file system)
 /// holds up no other.

@@ -1,6 +1,5 @@
 //! The traits that pages come through: [`PageSource`], and [`MappedPages`] if some of them are mapped.
 
-use std::fmt;
 #[cfg(target_os = "linux")]
 use std::sync::Arc;
 
@@ -8,35 +7,8 @@ use pagecast_uffd::ByteLen;
 #[cfg(target_os = "linux")]
 use pagecast_uffd::MappedRange;
 
-use super::ZeroMap;
-
-/// A position in a template, in bytes from its beginning.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TemplateOffset(u64);
-
-impl TemplateOffset {
-    /// The position `bytes`.
-    pub const fn new(bytes: u64) -> Self {
-        Self(bytes)
-    }
-
-    /// In bytes.
-    pub const fn get(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for TemplateOffset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
-impl fmt::Debug for TemplateOffset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+use super::run::TemplateOffset;
+use super::zeros::ZeroMap;
 
 /// The content of a range of a template, as far as it is known without waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

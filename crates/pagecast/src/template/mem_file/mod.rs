@@ -30,7 +30,8 @@ use self::windows::Windows;
 use super::content::ContentIdentity;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
-use super::source::{MappedPages, Page, PageSource, SourceError, TemplateOffset};
+use super::run::TemplateOffset;
+use super::source::{MappedPages, Page, PageSource, SourceError};
 use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
 

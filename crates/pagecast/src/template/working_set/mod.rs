@@ -4,7 +4,7 @@
 mod file;
 mod plan;
 mod recording;
-mod run;
+mod runs;
 mod score;
 
 use std::cmp::Reverse;
@@ -13,11 +13,10 @@ use std::fmt;
 
 use pagecast_uffd::ByteLen;
 
-use super::TemplateOffset;
+use super::run::{Run, TemplateOffset};
 use crate::page::PageSize;
 pub use plan::{Planned, PrefaultPlan};
 pub use recording::Recording;
-pub use run::Run;
 pub(super) use score::Tallies;
 pub use score::{PrefaultScore, PrefaultTally};
 
@@ -41,7 +40,7 @@ pub struct WorkingSet {
     recordings: u32,
     /// Each page once, in ascending [order](Entry::order).
     entries: Vec<Entry>,
-    /// The result of [`run::merged`] for `entries`.
+    /// The result of [`runs::merged`] for `entries`.
     runs: Box<[Run]>,
 }
 
@@ -121,7 +120,7 @@ impl WorkingSet {
 
     /// `entries` are sorted, and each page is there once.
     fn from_entries(template: ByteLen, recordings: u32, entries: Vec<Entry>) -> Self {
-        let runs = run::merged(&entries).into();
+        let runs = runs::merged(&entries).into();
         Self {
             template,
             recordings,

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{Run, WorkingSet};
+use super::WorkingSet;
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::TemplateOffset;
+use crate::template::run::{Run, TemplateOffset};
 
 /// One page in this many of the working set is held out: it is installed only by its fault. The kernel does not tell
 /// which installed pages are used, so the held-out pages are the sample. For a working set of 64 MiB, they make about

@@ -6,7 +6,7 @@ use pagecast_uffd::ByteLen;
 
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::TemplateOffset;
+use crate::template::run::TemplateOffset;
 
 /// The small pages (4 KiB) of a template that one fork touched, each once, in the order of the first touch.
 ///

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pagecast_uffd::ByteLen;
 
 use crate::page::PageSize;
-use crate::template::{Run, TemplateOffset};
+use crate::template::run::{Run, TemplateOffset};
 
 const BITS: u64 = u64::BITS as u64;
 const SMALLEST: usize = PageSize::Small.as_usize();

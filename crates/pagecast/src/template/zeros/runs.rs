@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::page::PageSize;
-use crate::template::Run;
+use crate::template::run::Run;
 
 /// The shortest run that is given back, in pages: 64 KiB. Unregistering takes as long as answering a fault or two, and a
 /// shorter run saves few.
@@ -61,7 +61,7 @@ mod tests {
     use pagecast_uffd::ByteLen;
 
     use super::*;
-    use crate::template::TemplateOffset;
+    use crate::template::run::TemplateOffset;
 
     fn run(first: u64, pages: u64) -> Run {
         Run {

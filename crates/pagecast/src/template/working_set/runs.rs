@@ -5,20 +5,11 @@ use pagecast_uffd::ByteLen;
 use super::Entry;
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
-use crate::template::TemplateOffset;
+use crate::template::run::{Run, TemplateOffset};
 
 /// The size of an aligned chunk, which no run crosses, in small pages. These 256 KiB are installed at the full speed of
 /// the kernel, and hold up a demand fault for some tens of microseconds.
 const CHUNK_PAGES: usize = 64;
-
-/// Consecutive small pages (4 KiB) of a template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The offset of the first page.
-    pub at: TemplateOffset,
-    /// The length in bytes: whole small pages, at least one.
-    pub len: ByteLen,
-}
 
 /// Merges `entries` into runs: each page takes along its neighbours that are not yet in a run.
 pub(super) fn merged(entries: &[Entry]) -> Vec<Run> {
