@@ -12,6 +12,8 @@ mod live_source;
 mod mem_file;
 mod open;
 mod run;
+#[cfg(target_os = "linux")]
+mod sidecar;
 mod slow_reads;
 mod source;
 mod working_set;
@@ -34,9 +36,11 @@ pub use identity::Identity;
 pub use identity::{FileState, KeptIdentity};
 use live_source::LiveSource;
 #[cfg(target_os = "linux")]
-pub use mem_file::{Lease, LeaseError, Loader, LockError, Locked, MemFile, SidecarError, Wanted};
+pub use mem_file::{KeepError, Lease, LeaseError, Loader, LockError, Locked, MemFile, Wanted};
 pub use open::OpenError;
 pub use run::{Run, TemplateOffset};
+#[cfg(target_os = "linux")]
+pub use sidecar::SidecarError;
 pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub(crate) use slow_reads::{ReadFor, ReadResult};
@@ -45,8 +49,6 @@ pub use source::MappedPages;
 pub use source::{Page, PageSource, SourceError};
 use working_set::Tallies;
 pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, WorkingSet};
-#[cfg(target_os = "linux")]
-pub use zeros::KeepError;
 use zeros::ZeroSearch;
 #[cfg(target_os = "linux")]
 pub(crate) use zeros::leading_zero_pages;

@@ -118,13 +118,13 @@ impl MemFile {
     }
 
     /// Returns `true` if a lease on this file holds off every writer.
-    pub(in crate::template) fn has_sure_leases(&self) -> bool {
+    pub(super) fn has_sure_leases(&self) -> bool {
         self.guarantees.leases
     }
 
     /// Returns `true` if the file cannot have been written since it was opened: it has an unbroken lease, on a file
     /// system where a lease holds off every writer.
-    pub(in crate::template) fn is_surely_leased(&self) -> bool {
+    pub(super) fn is_surely_leased(&self) -> bool {
         self.unwritten.load(Ordering::Acquire) && lease::is_held(self.as_fd()).is_ok_and(|held| held)
     }
 }

@@ -1,10 +1,10 @@
 //! The memory file of a paused microVM, on a local file system.
 
 mod guarantees;
+mod kept_zeros;
 mod lease;
 mod lease_trust;
 mod page_cache;
-pub(super) mod sidecar;
 mod windows;
 
 use std::fs::File;
@@ -22,15 +22,16 @@ use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::{Errno as E, ReadWriteFlags};
 
 use self::guarantees::Guarantees;
+pub use self::kept_zeros::KeepError;
 pub use self::lease::{Lease, LeaseError};
 use self::lease_trust::LeaseTrust;
 pub use self::page_cache::{Loader, LockError, Locked, Wanted};
-pub use self::sidecar::SidecarError;
 use self::windows::Windows;
 use super::content::ContentIdentity;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
 use super::run::TemplateOffset;
+use super::sidecar::SidecarError;
 use super::source::{MappedPages, Page, PageSource, SourceError};
 use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
@@ -66,18 +67,18 @@ pub struct MemFile {
     seen_ctime: AtomicI64,
     /// Whether its holes are relied upon, once that is known.
     holes: OnceLock<bool>,
-    pub(super) zeros: ZeroMap,
+    zeros: ZeroMap,
     /// `Ok` if the zeros of an earlier search were loaded; otherwise why not.
     kept_zeros: OnceLock<Result<(), SidecarError>>,
     opened: SystemTime,
     /// There is a [`Lease`](super::Lease) on it.
-    pub(super) leased: AtomicBool,
+    leased: AtomicBool,
     /// That lease holds off every writer, and the file did not change between its opening and the lease.
-    pub(super) unwritten: AtomicBool,
+    unwritten: AtomicBool,
     /// Whether the lease proves that the file is unchanged.
     lease_trust: LeaseTrust,
     /// The whole file, for runs of pages and for pages locked in memory.
-    pub(super) mapped: Option<Arc<MappedFile>>,
+    mapped: Option<Arc<MappedFile>>,
     /// All of the file but zeros is locked in memory.
     pinned: AtomicBool,
     /// If it is not, these parts of the file are known to be in memory.
@@ -176,7 +177,7 @@ impl MemFile {
     }
 
     /// When it was opened.
-    pub(super) fn opened(&self) -> SystemTime {
+    fn opened(&self) -> SystemTime {
         self.opened
     }
 
@@ -196,7 +197,7 @@ impl MemFile {
     }
 
     /// The identity of the file when it was opened.
-    pub(super) fn opened_as(&self) -> &KeptIdentity {
+    fn opened_as(&self) -> &KeptIdentity {
         self.opened_as.kept()
     }
 

@@ -15,7 +15,7 @@ use super::{Entry, MOST_WEIGHT, WorkingSet};
 use crate::page::{PageIndex, PageSize};
 use crate::page_set::PageSet;
 use crate::template::content::Says;
-use crate::template::mem_file::sidecar::{self, Kind};
+use crate::template::sidecar::{self, Kind};
 use crate::template::{ContentIdentity, Recording, SidecarError};
 
 const KIND: Kind = Kind {

@@ -109,14 +109,14 @@ fn seek(from: u64, word_at: impl Fn(usize) -> Option<u64>) -> Option<u64> {
 #[cfg(target_os = "linux")]
 impl ZeroMap {
     /// The bits as bytes. The bit of the first page is the lowest of the first byte.
-    pub(super) fn to_le_bytes(&self) -> Vec<u8> {
+    pub(in crate::template) fn to_le_bytes(&self) -> Vec<u8> {
         let words = self.words.iter().map(|word| word.load(Ordering::Relaxed).to_le_bytes());
         words.flatten().collect()
     }
 
     /// Adds the result of [`to_le_bytes`](Self::to_le_bytes) of a map of the same template, which has `pages` small
     /// pages. Returns `false`, and adds nothing, if `bytes` is of a template of another size.
-    pub(super) fn set_le_bytes(&self, bytes: &[u8], pages: u64) -> bool {
+    pub(in crate::template) fn set_le_bytes(&self, bytes: &[u8], pages: u64) -> bool {
         let (words, rest) = bytes.as_chunks();
         let past_the_end =
             |word: &[u8; 8]| !pages.is_multiple_of(BITS) && u64::from_le_bytes(*word) >> (pages % BITS) != 0;

@@ -5,16 +5,11 @@
 //! | `map` | the pages known so far: one bit for each |
 //! | `search` | the search for the rest, in the background |
 //! | `runs` | the long runs, once all zeros are known: a fork can leave them to the kernel |
-//! | `file` | the map, kept beside a mem-file |
 
-#[cfg(target_os = "linux")]
-mod file;
 mod map;
 mod runs;
 mod search;
 
-#[cfg(target_os = "linux")]
-pub use file::KeepError;
 pub use map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use map::{is_zero, leading_zero_pages};

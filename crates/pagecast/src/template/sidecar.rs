@@ -20,12 +20,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
-use crate::template::ContentIdentity;
-use crate::template::content::Says;
+use super::content::{ContentIdentity, Says};
 
 const MAGIC: &[u8; 8] = b"pagecast";
 const VERSION: u32 = 2;
-pub(in crate::template) const HEAD: usize = MAGIC.len() + 4 + 4 + ContentIdentity::BYTES;
+pub(super) const HEAD: usize = MAGIC.len() + 4 + 4 + ContentIdentity::BYTES;
 const CHECKSUM: usize = 32;
 
 /// Permission bits of others than the owner that let them change a file.
@@ -76,25 +75,25 @@ pub enum SidecarError {
 }
 
 /// A kind of file that is kept beside mem-files.
-pub(in crate::template) struct Kind {
+pub(super) struct Kind {
     /// The tag in its head.
-    pub(in crate::template) tag: [u8; 4],
+    pub(super) tag: [u8; 4],
     /// The suffix that follows the name of the mem-file.
-    pub(in crate::template) suffix: &'static str,
+    pub(super) suffix: &'static str,
     /// What the file says of the mem-file.
-    pub(in crate::template) says: Says,
+    pub(super) says: Says,
 }
 
 impl Kind {
     /// The path of the sidecar file for the mem-file at this path.
-    pub(in crate::template) fn path(&self, mem_file: &Path) -> PathBuf {
+    pub(super) fn path(&self, mem_file: &Path) -> PathBuf {
         let mut path = OsString::from(mem_file);
         path.push(self.suffix);
         path.into()
     }
 
     /// Encodes a file with this body.
-    pub(in crate::template) fn encode(&self, identity: &ContentIdentity, body: &[u8]) -> Vec<u8> {
+    pub(super) fn encode(&self, identity: &ContentIdentity, body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + body.len() + CHECKSUM);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&self.tag);
@@ -107,11 +106,7 @@ impl Kind {
     }
 
     /// Returns the body of a file, if the file is whole and of this mem-file.
-    pub(in crate::template) fn decode<'a>(
-        &self,
-        identity: &ContentIdentity,
-        bytes: &'a [u8],
-    ) -> Result<&'a [u8], SidecarError> {
+    pub(super) fn decode<'a>(&self, identity: &ContentIdentity, bytes: &'a [u8]) -> Result<&'a [u8], SidecarError> {
         let damaged = |what| SidecarError::Damaged { what };
         let (magic, rest) = bytes.split_first_chunk().ok_or(damaged("it is cut off"))?;
         let (tag, rest) = rest.split_first_chunk().ok_or(damaged("it is cut off"))?;
@@ -141,12 +136,7 @@ impl Kind {
 
     /// Writes a file that only our user can read and write. After a failure or a crash, the file is either whole or as
     /// before.
-    pub(in crate::template) fn write(
-        &self,
-        path: &Path,
-        identity: &ContentIdentity,
-        body: &[u8],
-    ) -> Result<(), SidecarError> {
+    pub(super) fn write(&self, path: &Path, identity: &ContentIdentity, body: &[u8]) -> Result<(), SidecarError> {
         let cannot = |source| SidecarError::Io { what: "write", source };
         let folder = match path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -168,7 +158,7 @@ impl Kind {
 
 /// Reads a file with a body of at most `most_body` bytes. Refuses a file that users other than ours, root, or `owner`
 /// can have written.
-pub(in crate::template) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
+pub(super) fn read(path: &Path, most_body: u64, owner: Option<u32>) -> Result<Vec<u8>, SidecarError> {
     let cannot = |what| move |source| SidecarError::Io { what, source };
     // Without O_NONBLOCK, opening a fifo would wait for a writer. Symbolic links may lead to files of other users.
     let file = File::options()

@@ -12,10 +12,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use super::MemFile;
 use crate::page::PageSize;
 use crate::template::content::Says;
-use crate::template::mem_file::sidecar::{self, Kind};
-use crate::template::{ContentIdentity, KeptIdentity, MemFile, PageSource, SidecarError, SourceError};
+use crate::template::sidecar::{self, Kind};
+use crate::template::{ContentIdentity, KeptIdentity, PageSource, SidecarError, SourceError};
 
 const KIND: Kind = Kind {
     tag: *b"ZERO",
@@ -83,7 +84,7 @@ impl MemFile {
     }
 
     /// Loads the kept zeros. `owner` is the owner of the mem-file.
-    pub(in crate::template) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
+    pub(super) fn load_zeros(&self, owner: u32) -> Result<(), SidecarError> {
         let pages = self.len().get() / PageSize::SMALLEST;
         let words = pages.div_ceil(u64::from(u64::BITS));
         if !self.has_sure_leases() {
