@@ -17,6 +17,7 @@ mod sidecar;
 mod slow_reads;
 mod source;
 mod working_set;
+mod zero_search;
 mod zeros;
 
 use std::fmt;
@@ -49,7 +50,7 @@ pub use source::MappedPages;
 pub use source::{Page, PageSource, SourceError};
 use working_set::Tallies;
 pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, WorkingSet};
-use zeros::ZeroSearch;
+use zero_search::ZeroSearch;
 #[cfg(target_os = "linux")]
 pub(crate) use zeros::leading_zero_pages;
 pub use zeros::{ZeroMap, ZeroRuns};

@@ -3,15 +3,12 @@
 //! | module | holds |
 //! | --- | --- |
 //! | `map` | the pages known so far: one bit for each |
-//! | `search` | the search for the rest, in the background |
 //! | `runs` | the long runs, once all zeros are known: a fork can leave them to the kernel |
 
 mod map;
 mod runs;
-mod search;
 
 pub use map::ZeroMap;
 #[cfg(target_os = "linux")]
 pub(crate) use map::{is_zero, leading_zero_pages};
 pub use runs::ZeroRuns;
-pub(super) use search::ZeroSearch;

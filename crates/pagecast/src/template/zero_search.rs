@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use pagecast_uffd::ByteLen;
 
-use crate::template::live_source::LiveSource;
-use crate::template::{SourceError, TemplateOffset};
+use super::live_source::LiveSource;
+use super::run::TemplateOffset;
+use super::source::SourceError;
 
 /// How many bytes one step searches.
 const STEP_BYTES: u64 = 1 << 20;
@@ -17,7 +18,7 @@ type Done = Box<dyn FnOnce(Result<(), &SourceError>) + Send>;
 
 /// The search for the zeros of one template. At most one runs at a time, for any number of callers; none once all are
 /// known.
-pub(in crate::template) struct ZeroSearch {
+pub(super) struct ZeroSearch {
     shared: Arc<Shared>,
 }
 
@@ -59,7 +60,7 @@ enum Urgency {
 
 impl ZeroSearch {
     /// Creates the search, already done if `all_are_known`.
-    pub(in crate::template) fn new(source: &Arc<LiveSource>, all_are_known: bool) -> Self {
+    pub(super) fn new(source: &Arc<LiveSource>, all_are_known: bool) -> Self {
         let progress = if all_are_known { Progress::Done } else { Progress::Idle };
         Self {
             shared: Arc::new(Shared {
@@ -76,7 +77,7 @@ impl ZeroSearch {
 
     /// Starts the search, or joins the one that runs, and waits for its end, but no longer than `until`: the template
     /// may hang, and the caller must not. The search itself continues.
-    pub(in crate::template) fn run(&self, until: Instant) {
+    pub(super) fn run(&self, until: Instant) {
         let mut state = self.shared.lock();
         match state.progress {
             Progress::Idle if self.spawn(|shared| shared.look(0, Urgency::Urgent)) => {
@@ -94,7 +95,7 @@ impl ZeroSearch {
     }
 
     /// Searches at low priority, and calls `done` with the result.
-    pub(in crate::template) fn run_in_background(&self, done: Done) {
+    pub(super) fn run_in_background(&self, done: Done) {
         let mut state = self.shared.lock();
         match state.progress {
             Progress::Idle if self.spawn(|shared| shared.look(0, Urgency::Background)) => {
@@ -111,12 +112,12 @@ impl ZeroSearch {
     }
 
     /// Returns `true` if all zeros are known. No other flag says so.
-    pub(in crate::template) fn is_done(&self) -> bool {
+    pub(super) fn is_done(&self) -> bool {
         self.shared.is_done.load(Ordering::Acquire)
     }
 
     /// Waits until no search runs. Returns `false` if one still runs at `until`.
-    pub(in crate::template) fn wait(&self, until: Instant) -> bool {
+    pub(super) fn wait(&self, until: Instant) -> bool {
         let mut state = self.shared.lock();
         while matches!(state.progress, Progress::Running(_)) {
             let left = until.saturating_duration_since(Instant::now());
