@@ -2,6 +2,20 @@
 //!
 //! A [`Template`] hands out the pages of a [`PageSource`]. On Linux, `MemFile` is one: the memory file that a paused
 //! microVM leaves behind.
+//!
+//! Its modules, each of which uses only modules further down:
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | `slow_reads`, `zero_search` | reads and searches away from the fault path, on threads of a template |
+//! | `live_source` | a source until its template is withdrawn |
+//! | `mem_file` | the memory file of a paused microVM, its lease, its place in the page cache, its kept zeros |
+//! | `working_set` | the pages that forks touch first |
+//! | `source` | the traits that pages come through, and their errors |
+//! | `zeros` | the pages that are zeros |
+//! | `sidecar`, `content`, `identity` | files beside a mem-file, and the content that they are kept for |
+//! | `open` | why a file cannot be a template |
+//! | `run` | offsets and runs of pages |
 
 #[cfg(target_os = "linux")]
 mod content;
