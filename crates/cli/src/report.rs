@@ -4,8 +4,10 @@ use std::fmt::{self, Display};
 use std::path::Path;
 
 use indicatif::BinaryBytes;
-use pagecast::server::{CloseError, FailReason, ForkEvent, ForkId, ForkState, ForkStatus, Refusal, chain};
+use pagecast::server::{CloseError, FailReason, ForkEvent, ForkState, ForkStatus, Refusal, chain};
+use pagecast_client::fork::{Faults, ForkError, ForkPrefault, Latency, Prefault};
 use pagecast_command::stderr;
+use pagecast_daemon::conversion;
 use serde::{Serialize, Serializer};
 
 /// The format of the lines.
@@ -32,20 +34,22 @@ pub(crate) enum Line<'a> {
         size_bytes: u64,
     },
     Serving {
-        id: &'a ForkId,
+        id: &'a str,
         pid: i32,
         memory_bytes: u64,
         regions: usize,
     },
-    Ended(&'a ForkStatus),
+    Ended(#[serde(serialize_with = "ended")] &'a ForkStatus),
     /// A connection that became no fork.
     Refused {
         pid: Option<i32>,
+        #[serde(serialize_with = "refusal")]
         error: &'a Refusal,
         unreported: u64,
     },
     NotCompleted {
-        id: &'a ForkId,
+        id: &'a str,
+        #[serde(serialize_with = "fail_reason")]
         error: &'a FailReason,
     },
     /// A file beside the template that is not used.
@@ -82,6 +86,47 @@ pub(crate) enum Line<'a> {
     },
 }
 
+/// The end of a fork: the fields of [`pagecast_client::Fork`] that exist without a daemon.
+#[derive(Serialize)]
+struct Ended<'a> {
+    id: &'a str,
+    state: pagecast_client::ForkState,
+    pid: Option<i32>,
+    memory_bytes: Option<u64>,
+    error: Option<ForkError>,
+    faults: Faults,
+    fault_latency_us: Latency,
+    installed_bytes: u64,
+    given_back_bytes: u64,
+    prefault: ForkPrefault,
+}
+
+fn ended<S: Serializer>(status: &ForkStatus, to: S) -> Result<S::Ok, S::Error> {
+    let counts = status.stats;
+    let ended = Ended {
+        id: status.id.as_str(),
+        state: conversion::state(status.state),
+        pid: status.pid,
+        memory_bytes: conversion::memory_bytes(status),
+        error: status.reason.as_deref().map(conversion::fail_reason),
+        faults: conversion::faults(counts.faults),
+        fault_latency_us: conversion::latency(counts.fault_latency_us),
+        installed_bytes: counts.installed_bytes,
+        given_back_bytes: counts.given_back_bytes,
+        // `handle` creates its forks with the page server's default.
+        prefault: conversion::prefault(Prefault::WorkingSet, counts.prefault),
+    };
+    ended.serialize(to)
+}
+
+fn refusal<S: Serializer>(refusal: &Refusal, to: S) -> Result<S::Ok, S::Error> {
+    conversion::refusal(refusal).serialize(to)
+}
+
+fn fail_reason<S: Serializer>(reason: &FailReason, to: S) -> Result<S::Ok, S::Error> {
+    conversion::fail_reason(reason).serialize(to)
+}
+
 fn as_text<S: Serializer>(error: &CloseError, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(&chain(error))
 }
@@ -106,7 +151,7 @@ impl Reporter {
                 memory_bytes,
                 regions,
             } => self.report(&Line::Serving {
-                id,
+                id: id.as_str(),
                 pid: *pid,
                 memory_bytes: *memory_bytes,
                 regions: *regions,
@@ -122,7 +167,10 @@ impl Reporter {
                 error: refusal,
                 unreported: *unreported,
             }),
-            ForkEvent::NotCompleted { id, reason } => self.report(&Line::NotCompleted { id, error: reason }),
+            ForkEvent::NotCompleted { id, reason } => self.report(&Line::NotCompleted {
+                id: id.as_str(),
+                error: reason,
+            }),
             // Events that this version does not know are not reported.
             _ => {}
         }

@@ -5,6 +5,7 @@
 //! | `serve` | a daemon in a process of its own |
 //! | `daemon` | start and stop |
 //! | `config` | settings, from a file and from flags |
+//! | `conversion` | the page server's types as those of the API |
 //! | `api` | HTTP: calls, bodies, statuses, connections |
 //! | `service` | the calls, without HTTP |
 //! | `template`, `fork` | a template that was added, a fork that was created |
@@ -28,6 +29,7 @@
 mod api;
 mod backend;
 pub mod config;
+pub mod conversion;
 mod daemon;
 pub mod error;
 mod exit_watch;

@@ -55,6 +55,9 @@ fn any_number_of_vmms_is_served_and_each_is_accounted_for() {
         assert_eq!(ended["pid"], pid);
         assert_eq!(ended["installed_bytes"], SIZE);
         assert_eq!(ended["faults"]["demand"], SIZE / 4096);
+        let fields = ["fault_latency_us", "given_back_bytes", "memory_bytes", "prefault"];
+        assert!(fields.iter().all(|field| !ended[field].is_null()), "{ended:#}");
+        assert_eq!(ended["prefault"]["what"], "working-set");
     }
 }
 

@@ -3,10 +3,11 @@
 use std::sync::{Arc, OnceLock};
 
 use pagecast::server::{FailReason, ForkState as ServedState};
-use pagecast_client::fork::{Faults, ForkError, ForkPrefault, ForkRecording, Latency, Prefault};
+use pagecast_client::fork::{ForkError, ForkRecording, Prefault};
 use pagecast_client::{Backend, ForkState};
 
 use super::backing::{Activity, Backing, Failure, Numbers, Served};
+use crate::conversion;
 use crate::placement::Placement;
 use crate::vmm_process::VmmProcess;
 
@@ -49,7 +50,7 @@ impl Backing for UffdFork {
     }
 
     fn state(&self) -> ForkState {
-        state_of(self.served.status().state)
+        conversion::state(self.served.status().state)
     }
 
     fn vmm(&self) -> Option<Arc<VmmProcess>> {
@@ -57,10 +58,7 @@ impl Backing for UffdFork {
     }
 
     fn error(&self) -> Option<ForkError> {
-        self.served.status().reason.as_deref().map(|reason| ForkError {
-            code: reason.code().to_owned(),
-            message: pagecast::server::chain(reason),
-        })
+        self.served.status().reason.as_deref().map(conversion::fail_reason)
     }
 
     fn placement(&self) -> Option<&Placement> {
@@ -84,7 +82,7 @@ impl Backing for UffdFork {
         let status = self.served.status();
         let failure = status.reason.as_deref().filter(|_| status.state == ServedState::Failed);
         Numbers {
-            state: state_of(status.state),
+            state: conversion::state(status.state),
             failure: failure.map(|reason| {
                 let is_refusal = matches!(reason, FailReason::Refused(_));
                 Failure {
@@ -105,45 +103,17 @@ impl Backing for UffdFork {
 
     fn describe(&self, shown: &mut pagecast_client::Fork) {
         let status = self.served.status();
-        let (faults, latency) = (status.stats.faults, status.stats.fault_latency_us);
+        let counts = status.stats;
         shown.pid = status.pid;
-        shown.memory_bytes = (status.memory_bytes > 0).then_some(status.memory_bytes);
-        shown.faults = Some(Faults {
-            demand: faults.demand,
-            zero: faults.zero,
-            removed: faults.removed,
-            prefaulted: faults.prefaulted,
-            retried: faults.retried,
-            slow: faults.slow,
-        });
-        shown.fault_latency_us = Some(Latency {
-            p50: latency.p50,
-            p99: latency.p99,
-            max: latency.max,
-        });
-        shown.installed_bytes = status.stats.installed_bytes;
-        shown.given_back_bytes = status.stats.given_back_bytes;
-        let prefault = status.stats.prefault;
-        shown.prefault = Some(ForkPrefault {
-            what: self.prefault,
-            late: prefault.late,
-            missed: prefault.missed,
-            held_out_used: prefault.held_out_used,
-        });
+        shown.memory_bytes = conversion::memory_bytes(&status);
+        shown.faults = Some(conversion::faults(counts.faults));
+        shown.fault_latency_us = Some(conversion::latency(counts.fault_latency_us));
+        shown.installed_bytes = counts.installed_bytes;
+        shown.given_back_bytes = counts.given_back_bytes;
+        shown.prefault = Some(conversion::prefault(self.prefault, counts.prefault));
         shown.recording = self.record.then(|| ForkRecording {
             learned: self.recorded.get().is_some(),
             size_bytes: self.recorded.get().copied().unwrap_or(0),
         });
-    }
-}
-
-/// Converts a state to that of the API.
-fn state_of(state: ServedState) -> ForkState {
-    match state {
-        ServedState::Waiting => ForkState::Waiting,
-        ServedState::Serving => ForkState::Serving,
-        ServedState::Complete => ForkState::Complete,
-        ServedState::Exited => ForkState::Exited,
-        ServedState::Failed => ForkState::Failed,
     }
 }

@@ -4,10 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecast_uffd::Errno;
-use serde::Serialize;
 
 use super::refusal::Refusal;
-use crate::server::causes::serialize_reason;
 use crate::session::Violation;
 use crate::template::SourceError;
 
@@ -103,13 +101,6 @@ impl FailReason {
             Self::Killed => "killed",
             Self::Closed => "closed",
         }
-    }
-}
-
-impl Serialize for FailReason {
-    /// Serializes as `{"code", "message"}`. The message includes all its causes.
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        serialize_reason(to, self.code(), self)
     }
 }
 

@@ -4,8 +4,6 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
 /// The name of a fork: `[a-z0-9][a-z0-9._-]{0,63}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForkId(Arc<str>);
@@ -40,20 +38,6 @@ impl FromStr for ForkId {
     }
 }
 
-impl Serialize for ForkId {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(self.as_str())
-    }
-}
-
-impl<'de> Deserialize<'de> for ForkId {
-    /// Deserializes from text, under the same rule as [`FromStr`].
-    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let id = String::deserialize(from)?;
-        id.parse().map_err(serde::de::Error::custom)
-    }
-}
-
 impl fmt::Display for ForkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -78,16 +62,5 @@ mod tests {
         for bad in ["", "-a", ".a", "A", "a/b", "a b", "ä", &"x".repeat(65)] {
             assert!(bad.parse::<ForkId>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_fork_id_in_json_is_held_to_the_same_rule_and_says_so() {
-        let id: ForkId = serde_json::from_str(r#""fork-1""#).unwrap();
-        assert_eq!(id.as_str(), "fork-1");
-        assert_eq!(serde_json::to_string(&id).unwrap(), r#""fork-1""#);
-        let refused = serde_json::from_str::<ForkId>(r#""A/b""#).unwrap_err().to_string();
-        let expected = "A/b".parse::<ForkId>().unwrap_err().to_string();
-        assert!(refused.starts_with(&expected), "{refused}");
-        assert!(serde_json::from_str::<ForkId>("7").is_err());
     }
 }

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use histogram::{Config, Histogram};
-use serde::Serialize;
 
 /// Buckets a sixteenth wide, up to 2^40 ns (18 minutes, far beyond every deadline).
 const GROUPING: u8 = 4;
@@ -21,7 +20,7 @@ pub struct LatencyHistogram {
 }
 
 /// Times in microseconds, rounded up, to within 7 percent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Latency {
     /// Half were at most this long.
     pub p50: u64,

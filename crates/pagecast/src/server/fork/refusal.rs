@@ -4,10 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagecast_uffd::{Errno, Features};
-use serde::Serialize;
 
 use crate::handshake::{FrameError, LayoutError, ParseError};
-use crate::server::causes::serialize_reason;
 use crate::template::SourceError;
 
 /// Why a connection was refused. The connection and the file descriptors that it sent are closed; no other fork is
@@ -164,13 +162,6 @@ impl Refusal {
             Self::TooLate => "too_late",
             Self::Closing => "closing",
         }
-    }
-}
-
-impl Serialize for Refusal {
-    /// Serializes as `{"code", "message"}`. The message includes all its causes.
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        serialize_reason(to, self.code(), self)
     }
 }
 

@@ -3,15 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde::Serialize;
-
 use super::fail_reason::FailReason;
 use super::id::ForkId;
 use super::latency::Latency;
 
 /// The state of a fork. The last three are ends: the server then holds only its counters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ForkState {
     /// The VMM has not connected, or its handshake is not complete.
     Waiting,
@@ -45,7 +42,7 @@ impl fmt::Display for ForkState {
 }
 
 /// The status of a fork.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct ForkStatus {
     /// Its name.
     pub id: ForkId,
@@ -56,15 +53,13 @@ pub struct ForkStatus {
     /// The size of its memory in bytes; 0 before the handshake.
     pub memory_bytes: u64,
     /// Why it failed, or cannot be completed.
-    #[serde(rename = "error")]
     pub reason: Option<Arc<FailReason>>,
     /// Counters of its pages.
-    #[serde(flatten)]
     pub stats: ForkStats,
 }
 
 /// Counters of the pages of a fork.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ForkStats {
     /// Counts of pages.
     pub faults: FaultCounts,
@@ -79,7 +74,7 @@ pub struct ForkStats {
 }
 
 /// How well a prefault of the working set foresaw the first faults of a fork. Counts of faults.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefaultCounts {
     /// Faults of pages that were to be installed ahead, before their turn came.
     pub late: u64,
@@ -90,7 +85,7 @@ pub struct PrefaultCounts {
 }
 
 /// Counts of faults and pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultCounts {
     /// Page faults that were answered.
     pub demand: u64,

@@ -1,7 +1,5 @@
 //! Scores of the prefaults of a template.
 
-use serde::Serialize;
-
 /// The fewest held-out pages that make a score meaningful.
 const ENOUGH: u64 = 64;
 
@@ -14,7 +12,7 @@ const MANY: u64 = 1024;
 const WORTH: u64 = 4;
 
 /// How well the prefault of one fork foresaw its faults, while it was watched. Counts small pages (4 KiB).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefaultTally {
     /// Pages in the working set.
     pub planned: u64,
@@ -29,7 +27,7 @@ pub struct PrefaultTally {
 }
 
 /// How well the prefaults of a template have done lately.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PrefaultScore {
     /// The number of forks in the score.
     pub forks: u64,
