@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server, chain};
 use pagecast::template::{KeepError, Lease, LeaseError, MemFile, SidecarError, Template, WorkingSet};
-use pagecast_command::signals::{self, EndSignal, Wanted, Wish};
+use pagecast_command::signals::{self, EndSignal, Escalation, Reaction};
 
 use crate::KILLED;
 use crate::argument;
@@ -209,21 +209,21 @@ struct Handling {
 impl Handling {
     /// Reports events until the server is closed.
     fn until_closed(mut self, happened: &mpsc::Receiver<Happening>) -> anyhow::Result<ExitCode> {
-        let mut wish = Wish::default();
+        let mut escalation = Escalation::default();
         let mut closing = false;
         loop {
             match happened.recv().context("the server's threads are gone")? {
                 Happening::Fork(event) => self.reporter.fork(&event),
                 Happening::Signal(signal) => {
                     let forks = self.server.forks().len();
-                    match wish.heard(signal) {
-                        Wanted::Close if closing => {}
-                        Wanted::Close => {
+                    match escalation.react(signal) {
+                        Reaction::Close if closing => {}
+                        Reaction::Close => {
                             self.beside(|server| Happening::Closed(server.close(CLOSE_PATIENCE)));
                             closing = true;
                             self.reporter.report(&Line::Closing { forks });
                         }
-                        Wanted::Kill => {
+                        Reaction::Kill => {
                             let killed = self.server.kill(KILL_PATIENCE);
                             self.reporter.report(&Line::Killing { forks });
                             killed?;

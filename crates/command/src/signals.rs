@@ -72,7 +72,7 @@ pub fn watch(mut on_signal: impl FnMut(EndSignal) + Send + 'static) -> io::Resul
 
 /// The reaction of a server to a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum Reaction {
     /// Complete all forks and end. Nothing to do if that is under way.
     Close,
     /// Kill the VMMs of forks that are not complete, and end.
@@ -82,20 +82,20 @@ pub enum Wanted {
 /// Decides the reaction to signals: the second SIGTERM, SIGINT or SIGQUIT kills the VMMs, every other signal asks for
 /// the orderly end.
 #[derive(Debug, Default)]
-pub struct Wish {
+pub struct Escalation {
     insisted: bool,
 }
 
-impl Wish {
+impl Escalation {
     /// Returns the reaction to this signal, given those before.
-    pub fn heard(&mut self, signal: EndSignal) -> Wanted {
+    pub fn react(&mut self, signal: EndSignal) -> Reaction {
         if !INSISTING.contains(&signal.0) {
-            return Wanted::Close;
+            return Reaction::Close;
         }
         if std::mem::replace(&mut self.insisted, true) {
-            Wanted::Kill
+            Reaction::Kill
         } else {
-            Wanted::Close
+            Reaction::Close
         }
     }
 }
@@ -124,7 +124,7 @@ fn ignored_in(status: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::Wanted::{Close, Kill};
+    use super::Reaction::{Close, Kill};
     use super::*;
 
     #[test]
@@ -138,16 +138,22 @@ mod tests {
 
     #[test]
     fn only_a_second_signal_that_is_sent_on_purpose_kills() {
-        let heard = |signals: &[i32]| {
-            let mut wish = Wish::default();
+        let reactions = |signals: &[i32]| {
+            let mut escalation = Escalation::default();
             signals
                 .iter()
-                .map(|signal| wish.heard(EndSignal(*signal)))
+                .map(|signal| escalation.react(EndSignal(*signal)))
                 .collect::<Vec<_>>()
         };
-        assert_eq!(heard(&[SIGTERM, SIGTERM]), [Close, Kill]);
-        assert_eq!(heard(&[SIGINT, SIGQUIT]), [Close, Kill]);
-        assert_eq!(heard(&[SIGTERM, SIGHUP, SIGXCPU, SIGHUP]), [Close, Close, Close, Close]);
-        assert_eq!(heard(&[SIGHUP, SIGTERM, SIGUSR1, SIGTERM]), [Close, Close, Close, Kill]);
+        assert_eq!(reactions(&[SIGTERM, SIGTERM]), [Close, Kill]);
+        assert_eq!(reactions(&[SIGINT, SIGQUIT]), [Close, Kill]);
+        assert_eq!(
+            reactions(&[SIGTERM, SIGHUP, SIGXCPU, SIGHUP]),
+            [Close, Close, Close, Close]
+        );
+        assert_eq!(
+            reactions(&[SIGHUP, SIGTERM, SIGUSR1, SIGTERM]),
+            [Close, Close, Close, Kill]
+        );
     }
 }

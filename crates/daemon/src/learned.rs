@@ -137,7 +137,7 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
     let (size_bytes, recordings) = (set.size().get(), set.recordings());
     // Set after saving, so that a working set that was seen survives a crash.
     template.pages.set_working_set(Some(Arc::new(set)));
-    template.told_switched_off.store(false, Ordering::Relaxed);
+    template.logged_switched_off.store(false, Ordering::Relaxed);
     // Stored last: a thread that sees this finds all of the above.
     if let Some(uffd) = fork.uffd() {
         uffd.set_recorded(recorded_bytes);
@@ -157,9 +157,9 @@ pub(crate) fn learn(fork: &Fork, recording: &Recording) {
 }
 
 /// Logs once that the working set of a template is switched off, since forks use too little of it.
-pub(crate) fn tell_switched_off(template: &Template) {
+pub(crate) fn log_switched_off(template: &Template) {
     let score = template.pages.prefault_score();
-    if score.switched_off && !template.told_switched_off.swap(true, Ordering::Relaxed) {
+    if score.switched_off && !template.logged_switched_off.swap(true, Ordering::Relaxed) {
         warn!(
             event = "prefault_switched_off",
             template = %template.name,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::inode::InodeId;
 use crate::ownership::Ownership;
-use crate::placement::{PlaceError, Placement, Plan, Removal};
+use crate::placement::{PlaceError, Placement, PlannedPlacement, Removal};
 use crate::protection::Applied;
 use crate::run_dir::{RunDir, Saved};
 use crate::warmth::Warmth;
@@ -70,7 +70,7 @@ pub(crate) struct LocalFile {
     /// Owner and mode when it was added, before it was protected.
     ownership: Ownership,
     /// The difference that was reported last.
-    told_ownership: Mutex<Option<String>>,
+    logged_ownership: Mutex<Option<String>>,
     lease: Mutex<Option<Lease>>,
     in_run_dir: Mutex<InRunDir>,
 }
@@ -92,7 +92,7 @@ impl LocalFile {
             placement,
             zeros_kept: Mutex::new(None),
             ownership,
-            told_ownership: Mutex::default(),
+            logged_ownership: Mutex::default(),
             lease: Mutex::new(lease),
             in_run_dir: Mutex::default(),
         }
@@ -158,7 +158,7 @@ impl LocalFile {
 
     /// Unlocks it in memory for good. Requests to lock it are no longer saved in the run dir.
     pub(crate) fn end_warmth(&self) {
-        let _asking = self.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self.warmth.request_lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.warmth.end();
     }
 
@@ -194,11 +194,11 @@ impl LocalFile {
     /// Returns the same, unless it equals the last result.
     pub(crate) fn new_ownership_change(&self) -> Option<String> {
         let change = self.ownership_change();
-        let mut told = self.told_ownership.lock().unwrap_or_else(PoisonError::into_inner);
-        if *told == change {
+        let mut logged = self.logged_ownership.lock().unwrap_or_else(PoisonError::into_inner);
+        if *logged == change {
             return None;
         }
-        told.clone_from(&change);
+        logged.clone_from(&change);
         change
     }
 }
@@ -252,7 +252,7 @@ struct InRunDir {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Place {
-    Planned(Plan),
+    Planned(PlannedPlacement),
     Done(Placement),
 }
 

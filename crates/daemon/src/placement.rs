@@ -12,9 +12,9 @@
 //! there, or if that namespace is created later, as by Firecracker's jailer. Otherwise it sees the link below the
 //! mount.
 //!
-//! Placing takes two steps, so that a daemon killed between them leaves nothing behind. [`Plan::new`] changes nothing;
-//! save the plan; call [`Plan::carry_out`]; save the [`Placement`] in place of the plan. A loaded plan or placement can
-//! be undone.
+//! Placing takes two steps, so that a daemon killed between them leaves nothing behind. [`PlannedPlacement::new`] changes
+//! nothing; save the result; call [`PlannedPlacement::carry_out`]; save the [`Placement`] in its place. Either can be
+//! undone after it was loaded.
 
 use std::ffi::OsString;
 use std::io;
@@ -151,9 +151,9 @@ pub(crate) enum Removal {
     NotOurs,
 }
 
-/// A plan to place a file: path, folder and inode.
+/// A placement that may not have been carried out: path, folder and inode.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Plan {
+pub(crate) struct PlannedPlacement {
     path: PathBuf,
     folder: InodeId,
     template: InodeId,
@@ -163,11 +163,11 @@ pub(crate) struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "what was placed stays until it is removed"]
 pub(crate) struct Placement {
-    plan: Plan,
+    plan: PlannedPlacement,
     how: How,
 }
 
-impl Plan {
+impl PlannedPlacement {
     /// Checks that `file` could be placed at the absolute path `at`, and changes nothing.
     ///
     /// # Errors

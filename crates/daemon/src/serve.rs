@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::error::StartError;
 use crate::logging;
-use pagecast_command::signals::{self, EndSignal, Wanted, Wish};
+use pagecast_command::signals::{self, EndSignal, Escalation, Reaction};
 
 /// Threads of the runtime. Few, since this host is for VMMs, not for the control API.
 const API_THREADS: usize = 2;
@@ -68,7 +68,7 @@ async fn until_stopped(config: Config) -> Result<Ended, StartError> {
     let daemon = Daemon::start(config).await?;
     supervisor.tell(NotifyState::Ready);
     loop {
-        if signals.next().await == Wanted::Kill {
+        if signals.next().await == Reaction::Kill {
             return Ok(kill(&daemon).await);
         }
         supervisor.tell(NotifyState::Stopping);
@@ -110,7 +110,7 @@ async fn kill(daemon: &Daemon) -> Ended {
 /// Signals, and the way to end that they request.
 struct Signals {
     signals: UnboundedReceiver<EndSignal>,
-    wish: Wish,
+    escalation: Escalation,
 }
 
 impl Signals {
@@ -122,13 +122,13 @@ impl Signals {
         })?;
         Ok(Self {
             signals,
-            wish: Wish::default(),
+            escalation: Escalation::default(),
         })
     }
 
-    async fn next(&mut self) -> Wanted {
+    async fn next(&mut self) -> Reaction {
         match self.signals.recv().await {
-            Some(signal) => self.wish.heard(signal),
+            Some(signal) => self.escalation.react(signal),
             // The sending thread never ends.
             None => std::future::pending().await,
         }
@@ -136,7 +136,7 @@ impl Signals {
 
     /// Waits until a signal requests to kill the VMMs.
     async fn kill(&mut self) {
-        while self.next().await != Wanted::Kill {}
+        while self.next().await != Reaction::Kill {}
     }
 }
 
@@ -146,13 +146,13 @@ struct Supervisor(mpsc::Sender<NotifyState<'static>>);
 
 impl Supervisor {
     fn start() -> std::io::Result<Self> {
-        let (states, told) = mpsc::channel();
+        let (sender, states) = mpsc::channel();
         std::thread::Builder::new().name("notify".to_owned()).spawn(move || {
-            for state in told {
+            for state in states {
                 let _ = sd_notify::notify(&[state]);
             }
         })?;
-        Ok(Self(states))
+        Ok(Self(sender))
     }
 
     fn tell(&self, state: NotifyState<'static>) {

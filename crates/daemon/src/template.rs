@@ -53,7 +53,7 @@ pub(crate) struct Template {
     /// Held while a recording is added to its working set.
     pub(crate) learning: Mutex<()>,
     /// A log line has said that its working set is not used.
-    pub(crate) told_switched_off: AtomicBool,
+    pub(crate) logged_switched_off: AtomicBool,
     /// Whether it has changed since it was added.
     pub(crate) validity: Validity,
 }
@@ -72,7 +72,7 @@ impl Template {
             pages: pagecast::Template::from_source(source),
             file,
             learning: Mutex::new(()),
-            told_switched_off: AtomicBool::new(false),
+            logged_switched_off: AtomicBool::new(false),
             validity: Validity::default(),
         }
     }
@@ -163,6 +163,6 @@ impl Template {
 
     /// Returns how far its file was read into memory ahead of its forks; `None` without a request for that.
     pub(crate) fn warmth(&self) -> Option<Warmth> {
-        self.file.as_ref()?.warmth.told()
+        self.file.as_ref()?.warmth.progress()
     }
 }

@@ -7,14 +7,14 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecast::template::{Locked, MemFile, Wanted};
-use pagecast_client::template::{Warmth as Told, WarmthState};
+use pagecast_client::template::{Warmth as Progress, WarmthState};
 
 /// How far a template has been read into memory, and the locks that keep it there.
 pub(crate) struct Warmth {
     file: Arc<MemFile>,
     state: Mutex<State>,
     /// Held while a request is changed and saved in the run dir, so that both happen in the same order.
-    pub(crate) asking: Mutex<()>,
+    pub(crate) request_lock: Mutex<()>,
     /// A thread is reading ahead of forks with `file`.
     pub(crate) reading_ahead: AtomicBool,
 }
@@ -22,8 +22,8 @@ pub(crate) struct Warmth {
 #[derive(Default)]
 struct State {
     /// The number of the last request. Threads that work for an earlier one stop.
-    wish: u64,
-    told: Option<Told>,
+    last_request: u64,
+    progress: Option<Progress>,
     locked: Vec<Locked>,
     /// The template was removed or has changed. No more requests are accepted.
     over: bool,
@@ -31,7 +31,7 @@ struct State {
 
 /// An accepted request to warm a template.
 #[derive(Debug)]
-pub(crate) struct Wish {
+pub(crate) struct WarmRequest {
     number: u64,
     pub(crate) resident: bool,
     pub(crate) wanted: Wanted,
@@ -42,7 +42,7 @@ impl Warmth {
         Self {
             file,
             state: Mutex::default(),
-            asking: Mutex::default(),
+            request_lock: Mutex::default(),
             reading_ahead: AtomicBool::new(false),
         }
     }
@@ -53,20 +53,20 @@ impl Warmth {
     }
 
     /// Returns the progress, as the API shows it.
-    pub(crate) fn told(&self) -> Option<Told> {
-        self.state().told.clone()
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        self.state().progress.clone()
     }
 
     /// Accepts a request, which replaces the earlier one, and unlocks the memory of that. Returns `None` if no more
     /// requests are accepted.
-    pub(crate) fn wish(&self, wanted: Wanted, resident: bool) -> Option<Wish> {
+    pub(crate) fn accept(&self, wanted: Wanted, resident: bool) -> Option<WarmRequest> {
         let mut state = self.state();
         if state.over {
             return None;
         }
-        state.wish += 1;
+        state.last_request += 1;
         self.file.set_pinned(false);
-        state.told = Some(Told {
+        state.progress = Some(Progress {
             state: WarmthState::Warming,
             resident,
             wanted_bytes: wanted.size().get(),
@@ -75,12 +75,12 @@ impl Warmth {
             locked_bytes: 0,
             error: None,
         });
-        let number = state.wish;
+        let number = state.last_request;
         // Unlocked outside of the lock, since unmapping much memory takes long.
         let locked = std::mem::take(&mut state.locked);
         drop(state);
         drop(locked);
-        Some(Wish {
+        Some(WarmRequest {
             number,
             resident,
             wanted,
@@ -99,9 +99,9 @@ impl Warmth {
 
     fn stop(&self, for_good: bool) {
         let mut state = self.state();
-        state.wish += 1;
+        state.last_request += 1;
         self.file.set_pinned(false);
-        state.told = None;
+        state.progress = None;
         state.over |= for_good;
         let locked = std::mem::take(&mut state.locked);
         drop(state);
@@ -112,17 +112,17 @@ impl Warmth {
         self.state().over
     }
 
-    /// Changes the locks and the progress, if `wish` is still the last request. Returns `false` if it is not.
-    pub(crate) fn tell(&self, wish: &Wish, change: impl FnOnce(&mut Vec<Locked>, &mut Told)) -> bool {
+    /// Changes the locks and the progress, if `request` is still the last request. Returns `false` if it is not.
+    pub(crate) fn update(&self, request: &WarmRequest, change: impl FnOnce(&mut Vec<Locked>, &mut Progress)) -> bool {
         let mut state = self.state();
-        if state.wish != wish.number {
+        if state.last_request != request.number {
             return false;
         }
-        let Some(mut told) = state.told.take() else {
+        let Some(mut progress) = state.progress.take() else {
             return false;
         };
-        change(&mut state.locked, &mut told);
-        state.told = Some(told);
+        change(&mut state.locked, &mut progress);
+        state.progress = Some(progress);
         true
     }
 }

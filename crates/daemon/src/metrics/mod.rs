@@ -114,17 +114,17 @@ fn of_templates(families: &mut Families, templates: &[Arc<Template>]) {
     families.gauge(
         "pagecast_template_warm_bytes",
         "Bytes read into memory by the last request to warm the template.",
-        of_each(|template| template.warmth().map_or(0, |told| told.read_bytes)),
+        of_each(|template| template.warmth().map_or(0, |progress| progress.read_bytes)),
     );
     families.gauge(
         "pagecast_template_huge_bytes",
         "Bytes read into memory by that request in pages of 2 MiB.",
-        of_each(|template| template.warmth().map_or(0, |told| told.huge_bytes)),
+        of_each(|template| template.warmth().map_or(0, |progress| progress.huge_bytes)),
     );
     families.gauge(
         "pagecast_template_locked_bytes",
         "Bytes of the template locked in memory now.",
-        of_each(|template| template.warmth().map_or(0, |told| told.locked_bytes)),
+        of_each(|template| template.warmth().map_or(0, |progress| progress.locked_bytes)),
     );
     working_sets(families, templates);
 }

@@ -43,7 +43,7 @@ impl Files {
     }
 
     fn place(&self, at: &Path) -> Result<Placement, PlaceError> {
-        Plan::new(self.file.as_fd(), at)?.carry_out(self.file.as_fd(), Prefer::Link)
+        PlannedPlacement::new(self.file.as_fd(), at)?.carry_out(self.file.as_fd(), Prefer::Link)
     }
 
     fn identity(&self) -> Identity {
@@ -245,7 +245,7 @@ fn nothing_that_exists_is_replaced() {
 fn what_appears_after_the_plan_is_not_replaced_either() {
     let files = Files::new();
     for path in [files.near(), files.far()] {
-        let plan = Plan::new(files.file.as_fd(), &path).unwrap();
+        let plan = PlannedPlacement::new(files.file.as_fd(), &path).unwrap();
         std::os::unix::fs::symlink(files.dir.path().join("nowhere"), &path).unwrap();
         if path == files.far() && !may_mount() {
             continue;
@@ -278,7 +278,7 @@ fn a_plan_is_for_one_file_and_one_folder() {
     let files = Files::new();
     let folder = files.dir.path().join("folder");
     std::fs::create_dir(&folder).unwrap();
-    let plan = Plan::new(files.file.as_fd(), &folder.join("placed")).unwrap();
+    let plan = PlannedPlacement::new(files.file.as_fd(), &folder.join("placed")).unwrap();
 
     let other = File::open("/dev/null").unwrap();
     assert!(matches!(
@@ -321,7 +321,7 @@ fn a_link_of_the_template_by_somebody_else_is_not_the_mount_that_we_made() {
     }
     let files = Files::new();
     // An immutable or protected template is mounted where it could be linked to: a mount on its own file system.
-    let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
+    let plan = PlannedPlacement::new(files.file.as_fd(), &files.near()).unwrap();
     let spot = plan.spot().unwrap();
     let over = plan.bind(&spot, files.file.as_fd(), Errno::PERM).unwrap();
     let placement = Placement {
@@ -375,7 +375,7 @@ fn a_plan_that_was_read_back_undoes_what_a_killed_process_had_done() {
         paths.push(files.far());
     }
     for path in paths {
-        let plan = Plan::new(files.file.as_fd(), &path).unwrap();
+        let plan = PlannedPlacement::new(files.file.as_fd(), &path).unwrap();
         assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Gone);
         // Killed before it could save the placement.
         let _ = plan.carry_out(files.file.as_fd(), Prefer::Link).unwrap();
@@ -447,7 +447,7 @@ fn changing_the_owner_of_all_that_is_in_a_jail_does_not_change_the_templates() {
         files.file.metadata().unwrap().mode(),
     );
     for at in [files.near(), files.far()] {
-        let plan = Plan::new(files.file.as_fd(), &at).unwrap();
+        let plan = PlannedPlacement::new(files.file.as_fd(), &at).unwrap();
         let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
         assert!(matches!(placement.how(), How::BindMount { .. }), "{placement:?}");
         let refused = std::os::unix::fs::chown(&at, Some(54_321), None).unwrap_err();
@@ -475,7 +475,7 @@ fn a_mount_over_a_link_is_taken_away_however_far_it_came() {
     }
     let files = Files::new();
     // Killed before it could save the placement.
-    let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
+    let plan = PlannedPlacement::new(files.file.as_fd(), &files.near()).unwrap();
     let _ = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
     assert_eq!(reloaded(&plan).undo().unwrap(), Removal::Removed);
     assert!(!files.near().exists());
@@ -494,7 +494,7 @@ fn a_mount_over_a_link_is_taken_away_however_far_it_came() {
 fn without_the_right_to_mount_a_place_in_a_jail_is_a_link() {
     give_up(CapabilitySet::SYS_ADMIN);
     let files = Files::new();
-    let plan = Plan::new(files.file.as_fd(), &files.near()).unwrap();
+    let plan = PlannedPlacement::new(files.file.as_fd(), &files.near()).unwrap();
     let placement = plan.carry_out(files.file.as_fd(), Prefer::Mount).unwrap();
     assert_eq!(placement.how(), How::HardLink);
     assert_eq!(placement.remove().unwrap(), Removal::Removed);
@@ -591,7 +591,7 @@ fn a_jail_that_is_there_already_gets_the_template_read_only_where_mounts_propaga
         let at = shared.join("place");
         let mut earlier = Jail::around(&at);
         assert_eq!(earlier.looks(), "nothing");
-        let plan = Plan::new(file.as_fd(), &at).unwrap();
+        let plan = PlannedPlacement::new(file.as_fd(), &at).unwrap();
         let placement = plan.carry_out(file.as_fd(), Prefer::Mount).unwrap();
         let inode = file.metadata().unwrap().ino();
         assert_eq!(earlier.looks(), format!("{inode} {owner}"));

@@ -33,7 +33,7 @@ impl Service {
             }
             ForkEvent::Prefaulted { id, tally } => {
                 if let Ok(fork) = self.registry.fork(id.as_str()) {
-                    learned::tell_switched_off(&fork.template);
+                    learned::log_switched_off(&fork.template);
                 }
                 debug!(event = "fork_prefaulted", fork = %id, ?tally, "the first faults of a fork that was given its working set are over");
             }

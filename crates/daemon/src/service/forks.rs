@@ -106,11 +106,11 @@ impl Service {
         }
         backends::of(&fork).close(&fork)?;
         // Another call may have deleted it and created another one with this id.
-        let Some(told) = self.registry.remove_fork(&fork) else {
+        let Some(was_noted) = self.registry.remove_fork(&fork) else {
             return Ok(());
         };
         self.forget(&fork);
-        if fork.state().is_end() && !told {
+        if fork.state().is_end() && !was_noted {
             Self::log_end(&fork);
         }
         info!(event = "fork_deleted", fork = id, "fork deleted");

@@ -11,15 +11,15 @@ use tracing::{debug, info, warn};
 
 use crate::local_file::LocalFile;
 use crate::template::Template;
-use crate::warmth::Wish;
+use crate::warmth::WarmRequest;
 
 /// Time to search for the zeros of a template before its data is read. A page of zeros that is read takes as much
 /// memory as any other.
 const ZEROS_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Carries out a request while it is the last one. Waits for the disk.
-pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
-    let done = read_all(template, file, wish);
+pub(super) fn fulfil(template: &Template, file: &LocalFile, request: &WarmRequest) {
+    let done = read_all(template, file, request);
     let error = match &done {
         Ok(true) => None,
         // A later request has replaced this one.
@@ -27,29 +27,30 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
         Err(error) => Some(error.clone()),
     };
     let mut given_up = Vec::new();
-    let is_last = file.warmth.tell(wish, |locked, told| {
+    let is_last = file.warmth.update(request, |locked, progress| {
         if error.is_some() {
             given_up = std::mem::take(locked);
-            told.locked_bytes = 0;
-            told.state = WarmthState::Failed;
+            progress.locked_bytes = 0;
+            progress.state = WarmthState::Failed;
         } else {
-            told.state = WarmthState::Warm;
+            progress.state = WarmthState::Warm;
             // Set under the same lock as it is reset.
-            file.mem_file.set_pinned(told.resident && wish.wanted.is_all_data());
+            file.mem_file
+                .set_pinned(progress.resident && request.wanted.is_all_data());
         }
-        told.error.clone_from(&error);
+        progress.error.clone_from(&error);
     });
     drop(given_up);
-    match (is_last, file.warmth.told(), error) {
+    match (is_last, file.warmth.progress(), error) {
         (true, _, Some(error)) => {
             warn!(event = "template_not_warmed", template = %template.name, error, "the template cannot be read into memory");
         }
-        (true, Some(told), None) => info!(
+        (true, Some(progress), None) => info!(
             event = "template_warmed",
             template = %template.name,
-            read_bytes = told.read_bytes,
-            huge_bytes = told.huge_bytes,
-            locked_bytes = told.locked_bytes,
+            read_bytes = progress.read_bytes,
+            huge_bytes = progress.huge_bytes,
+            locked_bytes = progress.locked_bytes,
             "template read into memory"
         ),
         _ => {}
@@ -57,26 +58,26 @@ pub(super) fn fulfil(template: &Template, file: &LocalFile, wish: &Wish) {
 }
 
 /// Reads the requested pages. Returns `false` if a later request has replaced this one.
-fn read_all(template: &Template, file: &LocalFile, wish: &Wish) -> Result<bool, String> {
-    let without_zeros = wish.wanted.is_all_data().then(|| {
+fn read_all(template: &Template, file: &LocalFile, request: &WarmRequest) -> Result<bool, String> {
+    let without_zeros = request.wanted.is_all_data().then(|| {
         template.pages.find_zeros(Instant::now() + ZEROS_TIMEOUT);
         Wanted::data(&file.mem_file)
     });
-    let wanted = without_zeros.as_ref().unwrap_or(&wish.wanted);
+    let wanted = without_zeros.as_ref().unwrap_or(&request.wanted);
     let bytes = wanted.size().get();
-    if !file.warmth.tell(wish, |_, told| told.wanted_bytes = bytes) {
+    if !file.warmth.update(request, |_, progress| progress.wanted_bytes = bytes) {
         return Ok(false);
     }
     let mut loader = Loader::dropping(&file.mem_file);
     for &run in wanted.runs() {
         let huge = loader.load(run).map_err(|error| chain(&error))?;
-        let locked = wish.resident.then(|| Locked::new(&file.mem_file, run)).transpose();
+        let locked = request.resident.then(|| Locked::new(&file.mem_file, run)).transpose();
         let locked = locked.map_err(|error| chain(&error))?;
-        let goes_on = file.warmth.tell(wish, |all_locked, told| {
-            told.read_bytes += run.len.get();
-            told.huge_bytes += huge.get();
+        let goes_on = file.warmth.update(request, |all_locked, progress| {
+            progress.read_bytes += run.len.get();
+            progress.huge_bytes += huge.get();
             if let Some(locked) = locked {
-                told.locked_bytes += locked.len().get();
+                progress.locked_bytes += locked.len().get();
                 all_locked.push(locked);
             }
         });
@@ -92,8 +93,8 @@ fn read_all(template: &Template, file: &LocalFile, wish: &Wish) -> Result<bool, 
 /// is being created. Does not wait. One thread reads for any number of forks, and skips cached pages at almost no cost.
 pub(super) fn read_ahead(template: &Template, file: &Arc<LocalFile>) {
     let is_kept = || {
-        let told = file.warmth.told();
-        told.is_some_and(|told| told.resident && told.state == WarmthState::Warm)
+        let progress = file.warmth.progress();
+        progress.is_some_and(|progress| progress.resident && progress.state == WarmthState::Warm)
     };
     let Some(working_set) = template.pages.working_set() else {
         return;
@@ -208,6 +209,6 @@ mod tests {
         for at in [SIZE / 4, SIZE / 2, 0] {
             assert!(is_cached(file, at), "{at} is not in the page cache");
         }
-        assert_eq!(file.warmth.told(), None, "nobody has asked for it");
+        assert_eq!(file.warmth.progress(), None, "nobody has asked for it");
     }
 }

@@ -121,13 +121,13 @@ fn may_be_its_vmm(holder: &Holder, fork: &Fork, file: &FileFork, forks: &[Arc<Fo
     }
     let template = &fork.template;
     let shown = |path: &Path| path_in_maps(path).into_owned();
-    let told = |fork: &Fork| shown(&fork.mem_backend.backend_path);
+    let own_path = |fork: &Fork| shown(&fork.mem_backend.backend_path);
     let of_others: BTreeSet<_> = forks
         .iter()
         .filter(|other| other.template.name == template.name)
-        .map(|other| told(other))
+        .map(|other| own_path(other))
         .chain([shown(file.file.path()), shown(file.file.path_for_forks())])
-        .filter(|path| *path != told(fork))
+        .filter(|path| *path != own_path(fork))
         .collect();
     holder.paths.iter().any(|path| !of_others.contains::<Path>(path))
 }

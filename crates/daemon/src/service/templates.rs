@@ -22,7 +22,7 @@ use crate::learned;
 use crate::local_file::{FileSpec, LocalFile, Place, SavedIdentity, SavedTemplate, Spec};
 use crate::own_thread::survive;
 use crate::ownership::Ownership;
-use crate::placement::{Placement, Plan, Prefer};
+use crate::placement::{Placement, PlannedPlacement, Prefer};
 use crate::protection::{self, Applied};
 use crate::run_dir::Saved;
 use crate::template::{Template, TemplateName};
@@ -260,7 +260,7 @@ impl Service {
             let kept = self.run_dir.save(Saved::Template, name.as_str(), saved);
             kept.map_err(|error| internal("keep the template in the run dir", &error))
         };
-        let placed = Plan::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
+        let placed = PlannedPlacement::new(file.as_fd(), &self.run_dir.template_mem(name.as_str())).map(|plan| {
             saved.place = Some(Place::Planned(plan.clone()));
             save(&saved).map(|()| plan.carry_out(file.as_fd(), Prefer::Link))
         });
@@ -384,18 +384,18 @@ fn check_unmapped(name: &str, file: &LocalFile, pids: &BTreeSet<i32>) -> Result<
             format_args!("cannot find the processes that map {name}: {error}"),
         )
     })?;
-    let untold: Vec<String> = untracked
+    let others: Vec<String> = untracked
         .vmms
         .iter()
         .filter(|vmm| !pids.contains(&vmm.pid()))
         .map(|vmm| format!("pid {}", vmm.pid()))
         .collect();
-    if !untold.is_empty() {
+    if !others.is_empty() {
         return Err(refuse(
             ErrorCode::TemplateInUse,
             format_args!(
                 "VMMs whose pid was not given map {name}: {}; end them first",
-                abridged(&untold)
+                abridged(&others)
             ),
         ));
     }

@@ -24,7 +24,7 @@ use crate::daemon::Daemon;
 use crate::fork::{Fork, SavedFork};
 use crate::local_file::{LocalFile, SavedTemplate, Spec};
 use crate::mapper::Mapper;
-use crate::placement::{How, Plan, Prefer, Removal};
+use crate::placement::{How, PlannedPlacement, Prefer, Removal};
 use crate::run_dir::{RunDir, Saved};
 use crate::template::Template;
 use crate::vmm_process::{self, VmmProcess};
@@ -312,11 +312,11 @@ fn whoever_brings_a_template_into_memory_does_not_hold_up_who_ends_its_forks() {
     let Some(rig) = Rig::leased() else { return };
     let vmm = Vmm::of_fork(&rig, "f");
     let template = rig.template();
-    let asking = file_of(&template).warmth.asking.lock().unwrap();
+    let lock = file_of(&template).warmth.request_lock.lock().unwrap();
     break_lease(&rig.file);
     let in_time = vmm.is_dead_in_time();
     eventually("the writer is let in", || template.guard() == Guard::Watch);
-    drop(asking);
+    drop(lock);
     assert!(in_time && file_of(&template).warmth.is_over());
 }
 
@@ -352,7 +352,7 @@ fn who_maps_the_file_is_found_also_when_the_place_is_gone() {
     ] {
         let at = folder.canonicalize().unwrap().join("place");
         let file = file_of(&template).mem_file.as_fd();
-        let placed = Plan::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
+        let placed = PlannedPlacement::new(file, &at).and_then(|plan| plan.carry_out(file, prefer));
         let Ok(placement) = placed else {
             return skip((Need::Capabilities(CapabilitySet::SYS_ADMIN), "to mount"));
         };

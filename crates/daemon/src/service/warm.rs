@@ -26,11 +26,11 @@ impl Service {
         let template = self.registry.template(name)?;
         check(&template)?;
         let file = file_of(&template)?;
-        let asking = file.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = file.warmth.request_lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Nothing to do if it is locked already, or being read for an equal request.
-        let is_so = file.warmth.told().is_some_and(|told| {
-            told.resident == resident
-                && (told.state == WarmthState::Warming || (resident && told.state == WarmthState::Warm))
+        let is_so = file.warmth.progress().is_some_and(|progress| {
+            progress.resident == resident
+                && (progress.state == WarmthState::Warming || (resident && progress.state == WarmthState::Warm))
         });
         if !is_so {
             let wanted = self::wanted(&template, file, resident).or_else(|_| {
@@ -53,7 +53,7 @@ impl Service {
                 "reading the template into memory"
             );
         }
-        drop(asking);
+        drop(lock);
         Ok(template)
     }
 
@@ -61,7 +61,7 @@ impl Service {
     pub(crate) fn cool_template(&self, name: &str) -> Result<(), ApiError> {
         let template = self.registry.template(name)?;
         let file = file_of(&template)?;
-        let _asking = file.warmth.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = file.warmth.request_lock.lock().unwrap_or_else(PoisonError::into_inner);
         file.warmth.cool();
         if file.warmth.is_over() {
             return Ok(());
@@ -118,13 +118,13 @@ fn wanted(template: &Template, file: &LocalFile, resident: bool) -> Result<Wante
 
 /// Starts to read them, on a thread of its own.
 fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, resident: bool) -> Result<(), ApiError> {
-    let Some(wish) = file.warmth.wish(wanted, resident) else {
+    let Some(request) = file.warmth.accept(wanted, resident) else {
         return Ok(());
     };
     let (warmed, of) = (Arc::clone(template), Arc::clone(file));
     let spawned = std::thread::Builder::new()
         .name("pagecast-warm".to_owned())
-        .spawn(move || loading::fulfil(&warmed, &of, &wish));
+        .spawn(move || loading::fulfil(&warmed, &of, &request));
     spawned.map(drop).map_err(|error| {
         file.warmth.cool();
         internal("read the template into memory", &error)
@@ -135,9 +135,9 @@ fn begin(template: &Arc<Template>, file: &Arc<LocalFile>, wanted: Wanted, reside
 /// reads. Pages that are locked must fit into the available memory of a cgroup. Other pages must fit under its limit,
 /// or they would evict each other.
 fn check_room(template: &Template, file: &LocalFile, wanted: u64, resident: bool) -> Result<(), ApiError> {
-    let told = file.warmth.told();
+    let progress = file.warmth.progress();
     // The memory locked for the earlier request is unlocked first.
-    let locked = told.map_or(0, |told| told.locked_bytes);
+    let locked = progress.map_or(0, |progress| progress.locked_bytes);
     let check = |room: Option<u64>, place: &str| {
         let Some(room) = room.map(memory::usable) else {
             return Ok(());

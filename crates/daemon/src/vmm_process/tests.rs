@@ -61,7 +61,7 @@ fn maps_file(process: &VmmProcess, file: InodeId) -> io::Result<bool> {
     Ok(!process.mapped_paths(file)?.is_empty())
 }
 use crate::mapper::Mapper;
-use crate::placement::{How, Plan, Prefer};
+use crate::placement::{How, PlannedPlacement, Prefer};
 
 /// A mount that is removed at the end of the test.
 struct Mounted(PathBuf);
@@ -242,7 +242,7 @@ fn the_paths_tell_which_placement_a_process_has_opened() {
     let path = template(dir.path());
     let file = File::open(&path).unwrap();
     let place = |at: &Path| {
-        Plan::new(file.as_fd(), at)
+        PlannedPlacement::new(file.as_fd(), at)
             .unwrap()
             .carry_out(file.as_fd(), Prefer::Link)
             .unwrap()

@@ -14,7 +14,7 @@ use super::{KILL_TIMEOUT, Lifecycle, Order, find_vmm, socket_field};
 use crate::fork::{BackedBy, Backing as _, FileFork, Fork, SavedFork, mem_backend};
 use crate::jailed;
 use crate::local_file::{LocalFile, Place};
-use crate::placement::{How, PlaceError, Placement, Plan, Prefer};
+use crate::placement::{How, PlaceError, Placement, PlannedPlacement, Prefer};
 use crate::run_dir::Saved;
 use crate::service::refusal::{internal, refuse};
 use crate::service::{Service, loading};
@@ -65,7 +65,8 @@ pub(super) fn make(service: &Arc<Service>, order: Order<'_>) -> Result<Arc<Fork>
     let placement = match &wanted.path {
         Some(path) => {
             let refused = |error| refuse(ErrorCode::PathInvalid, format_args!("path: {}", chain(&error)));
-            let plan = Plan::new(file.mem_file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
+            let plan =
+                PlannedPlacement::new(file.mem_file.as_fd(), &service.allowed_path("path", path)?).map_err(refused)?;
             // Saved before it is carried out, so that it can be undone after a crash.
             saved.place = Some(Place::Planned(plan.clone()));
             let kept = service.run_dir.save(Saved::Fork, id.as_str(), &saved);
@@ -289,10 +290,10 @@ fn warn_place_stays(fork: &Fork, error: &PlaceError) {
 
 /// Appends to the reason for `file` how much was read into memory ahead of the fork.
 fn with_warmth(reason: String, file: &LocalFile) -> String {
-    match file.warmth.told() {
-        Some(told) if told.state == WarmthState::Warm => {
-            let stays = if told.resident { ", where it stays" } else { "" };
-            let (read, huge) = (told.read_bytes, told.huge_bytes);
+    match file.warmth.progress() {
+        Some(progress) if progress.state == WarmthState::Warm => {
+            let stays = if progress.resident { ", where it stays" } else { "" };
+            let (read, huge) = (progress.read_bytes, progress.huge_bytes);
             format!(
                 "{reason}; {read} bytes of it were brought into memory ahead{stays}, {huge} of them in pages of 2 MiB"
             )
