@@ -3,8 +3,8 @@
 #
 #   restore.sh SNAPSHOT.MEM SNAPSHOT.VMSTATE [auto|uffd|file]
 #
-# Runs until the guest has ended; its console is stdin and stdout. PAGECAST and FIRECRACKER name the programs, if they
-# are not on PATH.
+# Ends with the guest, whose console is stdin and stdout. PAGECAST and FIRECRACKER name the programs, if they are not on
+# PATH.
 set -eu
 mem=$(realpath "$1")
 vmstate=$(realpath "$2")
@@ -13,7 +13,7 @@ backend=${3:-auto}
 dir=$(mktemp -d)
 daemon='' vm=''
 clean_up() {
-    # Firecracker first: it must not outlive its page server. Ended processes need no signal.
+    # Firecracker ends first, since it must not outlive its page server. Ended processes need no signal.
     for pid in $vm $daemon; do
         kill "$pid" 2>/dev/null || true
         wait "$pid" || true
@@ -23,7 +23,7 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-# METHOD PATH [JSON]: a call of the control API, or of Firecracker's.
+# METHOD PATH [JSON]: calls the control API, or Firecracker's API.
 pagecast() { call "$dir/run/control.sock" "$@"; }
 firecracker() { call "$dir/firecracker.sock" "$@"; }
 call() {
@@ -31,7 +31,8 @@ call() {
         --header 'Content-Type: application/json' ${4:+--data "$4"} --write-out '\n' "http://localhost$3"
 }
 
-# A daemon, and a Firecracker with nothing in it yet. exec 3: a shell gives /dev/null to what it starts with &.
+# Starts a daemon, and a Firecracker without a microVM. Stdin is passed as fd 3: the shell replaces the stdin of background
+# processes with /dev/null.
 exec 3<&0
 "${PAGECAST:-pagecast}" serve --run-dir "$dir/run" >&2 &
 daemon=$!
@@ -40,12 +41,12 @@ vm=$!
 until pagecast GET /v1/health >&2 2>/dev/null; do kill -0 "$daemon" && sleep 0.1; done
 until firecracker GET / >&2 2>/dev/null; do kill -0 "$vm" && sleep 0.1; done
 
-# The snapshot becomes a template, the Firecracker a fork of it. The pid matters to `file` only.
+# Adds the snapshot as a template, and creates a fork for the Firecracker. Only the backend `file` uses the pid.
 pagecast PUT /v1/templates/snapshot "{\"mem_path\": \"$mem\", \"vmstate_path\": \"$vmstate\"}" >&2
 fork=$(pagecast POST /v1/forks "{\"template\": \"snapshot\", \"id\": \"one\", \"backend\": \"$backend\", \"pid\": $vm}")
 echo "$fork" >&2
 
-# What pagecast answers as mem_backend is what Firecracker wants to hear.
+# The mem_backend in pagecast's answer is the one that Firecracker expects.
 mem_backend=$(echo "$fork" | sed 's/.*"mem_backend":\({[^}]*}\).*/\1/')
 firecracker PUT /snapshot/load "{\"snapshot_path\": \"$vmstate\", \"mem_backend\": $mem_backend, \"resume_vm\": true}" >&2
 pagecast GET /v1/forks/one >&2

@@ -1,9 +1,9 @@
-// Command restore asks pagecast for a fork of a template and has a Firecracker load it.
+// Command restore creates a fork of a template with pagecast, and loads it into a Firecracker.
 //
 //	restore -template browser -vmstate /srv/browser/snapshot.vmstate -firecracker /run/fc.sock
 //
-// The types that Firecracker gets have the names and the JSON of firecracker-go-sdk's client/models. A program that uses
-// the SDK gives it what pagecast answers:
+// The types for Firecracker have the names and the JSON of firecracker-go-sdk's client/models. A program that uses the SDK
+// passes the memory backend b of pagecast's answer to it:
 //
 //	firecracker.WithSnapshot("", vmstate, firecracker.WithMemoryBackend(*b.BackendType, *b.BackendPath))
 package main
@@ -21,7 +21,7 @@ import (
 	"net/http"
 )
 
-// What is sent, but for what the flags say. The project's tests hold these files against the API.
+// The requests, before the flags are applied. The project's tests compare these files with the API.
 var (
 	//go:embed create_fork.json
 	createForkJSON []byte
@@ -45,7 +45,7 @@ type CreatedFork struct {
 	MemBackend *MemoryBackend `json:"mem_backend"`
 }
 
-// MemoryBackend is models.MemoryBackend, and SnapshotLoadParams what is needed of models.SnapshotLoadParams.
+// MemoryBackend is models.MemoryBackend, and SnapshotLoadParams is the used part of models.SnapshotLoadParams.
 type MemoryBackend struct {
 	BackendPath *string `json:"backend_path"`
 	BackendType *string `json:"backend_type"`
@@ -62,7 +62,7 @@ func main() {
 	firecracker := flag.String("firecracker", "", "the API socket of a Firecracker that has no microVM yet")
 	template := flag.String("template", "", "the template to fork")
 	backend := flag.String("backend", "auto", "auto, uffd or file")
-	pid := flag.Int("pid", 0, "the process id of the Firecracker, which file wants to know")
+	pid := flag.Int("pid", 0, "the process ID of the Firecracker, for the backend file")
 	vmstate := flag.String("vmstate", "", "the state file of the snapshot")
 	flag.Parse()
 	log.SetFlags(0)
@@ -72,16 +72,16 @@ func main() {
 	wanted.Template, wanted.Backend, wanted.PID = *template, *backend, *pid
 	var created CreatedFork
 	if err := call(*pagecast, http.MethodPost, "/v1/forks", wanted, &created); err != nil {
-		log.Fatal("no fork: ", err)
+		log.Fatal("failed to create a fork: ", err)
 	}
 	load := loadParams(created, *vmstate)
 	if err := call(*firecracker, http.MethodPut, "/snapshot/load", load, nil); err != nil {
-		log.Fatal("not restored: ", err)
+		log.Fatal("failed to load the snapshot: ", err)
 	}
 	fmt.Printf("%s runs with %s: %s\n", created.ID, created.Backend, created.Reason)
 }
 
-// loadParams says what Firecracker is to load for a fork.
+// loadParams returns the parameters with which Firecracker loads a fork.
 func loadParams(fork CreatedFork, vmstate string) SnapshotLoadParams {
 	var load SnapshotLoadParams
 	decode(loadSnapshotJSON, &load)
@@ -89,7 +89,7 @@ func loadParams(fork CreatedFork, vmstate string) SnapshotLoadParams {
 	return load
 }
 
-// decode reads JSON that is part of this program, all of whose fields are known.
+// decode decodes JSON that is embedded in this program. It panics if a field is unknown.
 func decode(data []byte, into any) {
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.DisallowUnknownFields()
@@ -98,7 +98,7 @@ func decode(data []byte, into any) {
 	}
 }
 
-// call sends JSON over a unix socket, and reads JSON where the caller wants some.
+// call sends JSON over a unix socket, and decodes the answer into answer, unless that is nil.
 func call(socket, method, path string, body, answer any) error {
 	client := http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

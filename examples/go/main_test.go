@@ -10,7 +10,7 @@ import (
 //go:embed created_fork.json
 var createdForkJSON []byte
 
-func TestWhatPagecastAnswersIsWhatFirecrackerGets(t *testing.T) {
+func TestFirecrackerGetsTheMemoryBackendOfTheAnswer(t *testing.T) {
 	var created CreatedFork
 	decode(createdForkJSON, &created)
 	load := loadParams(created, "/srv/browser/snapshot.vmstate")
@@ -23,7 +23,7 @@ func TestWhatPagecastAnswersIsWhatFirecrackerGets(t *testing.T) {
 	}
 }
 
-func TestWhatPagecastIsAskedIsTheExample(t *testing.T) {
+func TestTheRequestEqualsTheExample(t *testing.T) {
 	var wanted CreateFork
 	decode(createForkJSON, &wanted)
 	sent, err := json.MarshalIndent(wanted, "", "  ")

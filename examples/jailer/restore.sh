@@ -3,11 +3,11 @@
 #
 #   restore.sh SNAPSHOT.MEM SNAPSHOT.VMSTATE UID GID [uffd|file]
 #
-# Firecracker runs as UID and GID, in a root directory and a PID namespace of its own. Runs until the guest has ended; its
-# console is stdin and stdout. PAGECAST, FIRECRACKER and JAILER name the programs, if they are not on PATH.
+# Firecracker runs as UID and GID, in a root directory and a PID namespace of its own. This script ends with the guest,
+# whose console is stdin and stdout. PAGECAST, FIRECRACKER and JAILER name the programs, if they are not on PATH.
 #
-# The host needs /dev/userfaultfd for uffd (Linux 6.1): the jailer puts it into the jail. With file, the memory file must be
-# readable for UID, since it keeps its owner and mode.
+# With uffd, the host needs /dev/userfaultfd (Linux 6.1), which the jailer creates in the jail. With file, UID must be able
+# to read the memory file, which keeps its owner and mode.
 set -eu
 mem=$(realpath "$1")
 vmstate=$(realpath "$2")
@@ -21,7 +21,7 @@ dir=$(mktemp -d)
 jail=$dir/$(basename "$firecracker")/one/root
 daemon='' vm=''
 clean_up() {
-    # Firecracker first: it must not outlive its page server. It is no child of this shell, so it cannot be waited for.
+    # Firecracker ends first, since it must not outlive its page server. It is no child of this shell: `wait` cannot be used.
     if [ -n "$vm" ]; then kill -KILL "$vm" 2>/dev/null || true; fi
     if [ -n "$daemon" ]; then
         kill "$daemon" 2>/dev/null || true
@@ -32,7 +32,7 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-# METHOD PATH [JSON]: a call of the control API, or of Firecracker's.
+# METHOD PATH [JSON]: calls the control API, or Firecracker's API.
 pagecast() { call "$dir/run/control.sock" "$@"; }
 api() { call "$jail/api.sock" "$@"; }
 call() {
@@ -45,7 +45,7 @@ daemon=$!
 until pagecast GET /v1/health >&2 2>/dev/null; do kill -0 "$daemon"; sleep 0.1; done
 pagecast PUT /v1/templates/snapshot "{\"mem_path\": \"$mem\", \"vmstate_path\": \"$vmstate\"}" >&2
 
-# The fork comes before the jailer: what is put into the jail may be a mount, and the jailer copies the mounts at its start.
+# The fork is created before the jailer starts: its memory file may be a mount, and the jailer copies mounts at its start.
 mkdir -p "$jail"
 install -o "$uid" -g "$gid" -m 0600 "$vmstate" "$jail/vmstate"
 case $backend in
@@ -55,19 +55,19 @@ esac
 fork=$(pagecast POST /v1/forks "{\"template\": \"snapshot\", \"id\": \"one\", \"backend\": \"$backend\", $where}")
 echo "$fork" >&2
 
-# With a PID namespace of its own Firecracker is a child of the jailer, which writes down its pid and ends.
+# With a PID namespace of its own, Firecracker is a child of the jailer, which writes its pid to a file and ends.
 "${JAILER:-jailer}" --id one --exec-file "$firecracker" --uid "$uid" --gid "$gid" --chroot-base-dir "$dir" --new-pid-ns \
     -- --api-sock /api.sock --level Error
 vm=$(cat "$jail/$(basename "$firecracker").pid")
 until api GET / >&2 2>/dev/null; do kill -0 "$vm"; sleep 0.1; done
 
-# What pagecast answers as mem_backend is what Firecracker wants to hear, with the path as it is in the jail.
+# The mem_backend in pagecast's answer is the one that Firecracker expects, with the path inside the jail.
 mem_backend=$(echo "$fork" | sed "s/.*\"mem_backend\":\({[^}]*}\).*/\1/; s|$jail||")
 api PUT /snapshot/load "{\"snapshot_path\": \"/vmstate\", \"mem_backend\": $mem_backend, \"resume_vm\": true}" >&2
 
 pagecast GET /v1/forks/one >&2
 
-# The daemon knows when Firecracker has ended.
+# The daemon shows the end of Firecracker.
 until pagecast GET /v1/forks/one | grep -q '"state":"exited"'; do kill -0 "$daemon"; sleep 0.2; done
 vm=''
 pagecast DELETE /v1/forks/one >&2

@@ -54,7 +54,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Firecracker => f.write_str("real Firecrackers with the tiny guest"),
-            Self::Simulated(why) => write!(f, "simulated VMMs in the place of Firecracker ({why})"),
+            Self::Simulated(why) => write!(f, "simulated VMMs instead of Firecracker ({why})"),
         }
     }
 }

@@ -105,8 +105,8 @@ impl SectionReport {
             let setting = Some(&floor.setting).filter(|setting| !setting.is_empty());
             let setting = setting.map(|setting| format!(", {setting}")).unwrap_or_default();
             self.warnings.push(format!(
-                "this machine is noisy: the middle half of \"{}{setting}\" ({}) is {:.0}% of its median wide; trust ratios \
-                 rather than numbers",
+                "this machine is noisy: the interquartile range of \"{}{setting}\" ({}) is {:.0}% of its median; ratios are \
+                 more reliable than numbers",
                 floor.name,
                 measure.heading(),
                 noise * 100.0,

@@ -7,17 +7,17 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Section {
-    /// What a page fault costs
+    /// Cost of a page fault
     Faults,
-    /// How soon a fork has read its working set
+    /// Time until a fork has read its working set
     Ready,
-    /// How fast memory is installed that nobody waits for
+    /// Speed of installing memory ahead of faults
     Prefault,
-    /// What a page of zeros costs
+    /// Cost of a page of zeros
     Zeros,
-    /// Many forks at once, in the real Firecracker where there is KVM
+    /// Many forks at once, in real Firecrackers if there is KVM
     Fanout,
-    /// How cost grows with forks and templates, and what idle forks cost
+    /// Growth of cost with forks and templates, and the cost of idle forks
     Growth,
 }
 

@@ -63,11 +63,11 @@ impl Tables {
     pub(crate) fn end(&self, report: &Report) -> String {
         let columns = [
             Column::Text("goal"),
-            Column::Text("beside"),
-            Column::Number("is to be"),
-            Column::Number("is"),
+            Column::Text("relative to"),
+            Column::Number("limit"),
+            Column::Number("measured"),
             Column::Number("95% interval"),
-            Column::Text(""),
+            Column::Text("verdict"),
         ];
         let rows: Vec<Vec<Cell>> = report.goals().map(|(_, goal)| goal_cells(goal)).collect();
         let mut text = String::new();
@@ -77,8 +77,8 @@ impl Tables {
         }
         let _ = write!(
             text,
-            "\nNumbers are medians, ± is half of the interval that has the median with 95% confidence, x the median of the \
-             ratios of paired turns to the floor.\n{}; {:.0} s\n",
+            "\nNumbers are medians. ± is half of the interval that contains the median with 95% confidence. x is the median of \
+             the ratios of paired turns to the floor.\n{}; {:.0} s\n",
             report.machine.line(),
             report.seconds
         );

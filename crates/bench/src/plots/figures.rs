@@ -177,7 +177,7 @@ fn mark(panel: &mut Panel, group: &str, label: &str, times: f64, other: &str) {
 fn faults_figure(section: &SectionReport) -> Option<Figure> {
     let mut p50 = panel(
         section,
-        "Half of the faults took at most",
+        "Time of a fault, median, us",
         Measure::FaultP50Us,
         "us",
         Axis::Linear,
@@ -185,7 +185,7 @@ fn faults_figure(section: &SectionReport) -> Option<Figure> {
     mark(&mut p50, "1 fork", faults::PAGECAST, 1.15, faults::FLOOR);
     let p99 = panel(
         section,
-        "99% of the faults took at most",
+        "Time of a fault, 99th percentile, us",
         Measure::FaultP99Us,
         "us",
         Axis::Linear,
@@ -194,9 +194,9 @@ fn faults_figure(section: &SectionReport) -> Option<Figure> {
     mark(&mut rate, "20 forks", faults::PAGECAST, 0.95, faults::FLOOR);
     Some(Figure {
         title: "Page faults on demand",
-        subtitle: "Medians, with the interval that has them with 95% confidence; red: the goal; in brackets: paired turns to the \
-                   floor."
-            .to_owned(),
+        subtitle:
+            "Medians with their 95% intervals. Red: the goal. In brackets: the ratio of paired turns to the floor."
+                .to_owned(),
         panels: vec![p50, p99, rate],
         beside: false,
     })
@@ -205,7 +205,7 @@ fn faults_figure(section: &SectionReport) -> Option<Figure> {
 fn ready_figure(section: &SectionReport) -> Option<Figure> {
     let mut time = panel(
         section,
-        "Until the working set is read, ms (logarithmic)",
+        "Time until the working set has been read, ms (logarithmic)",
         Measure::ReadyMs,
         "ms",
         Axis::Logarithmic,
@@ -214,28 +214,29 @@ fn ready_figure(section: &SectionReport) -> Option<Figure> {
     mark(&mut time, ready::WARM, ready::PREFAULT, 0.25, ready::ON_DEMAND);
     let memory = panel(
         section,
-        "Copied into the fork, MiB (with file it shares all that it has only read)",
+        "Memory copied into the fork, MiB (with file, pages that are only read are shared)",
         Measure::InstalledMib,
         "MiB",
         Axis::Linear,
     )?;
     Some(Figure {
-        title: "From the restore to a working set that is read",
-        subtitle: section.about.first().map(|about| sentence(about)).unwrap_or_default(),
+        title: "Time to a working set that has been read",
+        subtitle: first_sentence(section),
         panels: vec![time, memory],
         beside: false,
     })
 }
 
-/// Returns the first clause, for a subtitle.
-fn sentence(text: &str) -> String {
-    text.split_once(';').map_or(text, |(first, _)| first).to_owned()
+/// Returns the first sentence of its method, for a subtitle.
+fn first_sentence(section: &SectionReport) -> String {
+    let about = section.about.first().map_or("", String::as_str);
+    about.split_once(". ").map_or(about, |(first, _)| first).to_owned()
 }
 
 fn prefault_figure(section: &SectionReport) -> Option<Figure> {
     Some(Figure {
-        title: "Installing memory that nobody waits for",
-        subtitle: "All of a template of data, from before the VMM connects until the last page is in place.".to_owned(),
+        title: "Prefault of all memory",
+        subtitle: "A whole template of data, from before the VMM connects until the last page is installed.".to_owned(),
         panels: vec![panel(
             section,
             "GiB a second",
@@ -250,7 +251,7 @@ fn prefault_figure(section: &SectionReport) -> Option<Figure> {
 fn zeros_figure(section: &SectionReport) -> Option<Figure> {
     let mut panel = panel(
         section,
-        "Touching a page that is zeros in the template, ns (logarithmic)",
+        "Time to touch a page that is zeros in the template, ns (logarithmic)",
         Measure::NanosPerPage,
         "ns",
         Axis::Logarithmic,
@@ -258,7 +259,7 @@ fn zeros_figure(section: &SectionReport) -> Option<Figure> {
     mark(&mut panel, zeros::WRITTEN, zeros::UFFD, 1.3, zeros::ANONYMOUS);
     Some(Figure {
         title: "Fresh memory",
-        subtitle: "Zeros given back to the kernel, beside memory that nobody serves; red: the goal.".to_owned(),
+        subtitle: "Zeros given back to the kernel, beside memory without a page server. Red: the goal.".to_owned(),
         panels: vec![panel],
         beside: false,
     })
@@ -267,7 +268,7 @@ fn zeros_figure(section: &SectionReport) -> Option<Figure> {
 fn fanout_figure(section: &SectionReport) -> Option<Figure> {
     let time = panel(
         section,
-        "Half of the forks have read their working set after, ms (logarithmic)",
+        "Median time until a fork has read its working set, ms (logarithmic)",
         Measure::ReadyMs,
         "ms",
         Axis::Logarithmic,
@@ -281,18 +282,10 @@ fn fanout_figure(section: &SectionReport) -> Option<Figure> {
     )?;
     Some(Figure {
         title: "Many forks at once",
-        subtitle: section
-            .about
-            .first()
-            .map(|about| sentence_upto_dot(about))
-            .unwrap_or_default(),
+        subtitle: first_sentence(section),
         panels: vec![time, memory],
         beside: false,
     })
-}
-
-fn sentence_upto_dot(text: &str) -> String {
-    text.split_once(". ").map_or(text, |(first, _)| first).to_owned()
 }
 
 fn growth_figure(section: &SectionReport) -> Option<Figure> {
@@ -309,16 +302,16 @@ fn growth_figure(section: &SectionReport) -> Option<Figure> {
     let panels = [
         growing(
             &forks,
-            "Server, resident MiB",
-            "forks of 1 GiB that are served",
+            "Resident memory of the server, MiB",
+            "served forks of 1 GiB",
             false,
             &[(Measure::ServerMib, "resident", OURS)],
             Some((32.0, "goal: at most 32 MiB with 200".to_owned())),
         ),
         growing(
             &templates,
-            "A fault, us",
-            "size of the template, sparse",
+            "Time of a fault, us",
+            "size of the sparse template",
             true,
             &[(Measure::FaultP50Us, "p50", OURS), (Measure::FaultP99Us, "p99", RIVAL)],
             None,
@@ -326,7 +319,7 @@ fn growth_figure(section: &SectionReport) -> Option<Figure> {
     ];
     let panels: Vec<Panel> = panels.into_iter().flatten().map(Panel::Lines).collect();
     (!panels.is_empty()).then(|| Figure {
-        title: "How cost grows",
+        title: "Growth of cost",
         subtitle: "With the number of forks, and with the size of the template.".to_owned(),
         panels,
         beside: true,
@@ -379,8 +372,8 @@ fn goals_picture(report: &Report) -> Option<Picture> {
     let rows = f64::from(u32::try_from(goals.len()).unwrap_or(1));
     let row_height = ROW + 8.0;
     let mut picture = framed(
-        "What was promised, and what was measured",
-        "Each measurement as a multiple of its limit: left of the line is better. With its 95% interval.",
+        "Goals and measurements",
+        "Each measurement as a multiple of its limit, with its 95% interval. Left of the line is better.",
         report,
         rows * row_height + 40.0,
     );

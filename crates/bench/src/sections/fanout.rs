@@ -1,4 +1,4 @@
-//! Many forks at once, in the real Firecracker where there is KVM.
+//! Many forks at once, in real Firecrackers if there is KVM.
 
 use std::time::{Duration, Instant};
 
@@ -86,21 +86,21 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 
     let about = [
         format!(
-            "{kind}, {} MiB each, restored at once. Each reads a word of each page of its working set of {} MiB (ready: from the \
-             start of the restore until then), then writes to 1 of {WRITE_EVERY} pages of it; then memory is measured. {count} \
-             rounds, each with a `pagecast serve` of its own. The working set \
-             of `prefault` was recorded from one fork more.",
+            "The forks are {kind} with {} MiB each, restored at once. Each fork reads one word of each page of its working set of \
+             {} MiB. It is ready then, and the time runs from the start of the restore. Each fork then writes to 1 of \
+             {WRITE_EVERY} pages of its working set, and memory is measured. There are {count} rounds, each with a new \
+             `pagecast serve`. The working set of `prefault` was recorded from another fork.",
             size.mem_mib, size.data_mib
         ),
-        "The least that the forks could cost together: one working set, what all of them wrote, and the same VMMs without a \
-         guest, measured just before."
+        "The least that the forks could cost together is one working set, the pages that all of them wrote, and the same VMMs \
+         without a guest, measured just before."
             .to_owned(),
     ];
     let mut report = SectionReport::new(Section::Fanout, &about, samples.rows(""));
     if let Kind::Simulated(why) = &kind {
-        report
-            .warnings
-            .push(format!("no real Firecracker was measured, VMMs were simulated: {why}"));
+        report.warnings.push(format!(
+            "no real Firecracker was measured, because VMMs were simulated: {why}"
+        ));
     }
     if let Some(most) = forks.iter().max().filter(|most| **most >= 20) {
         let subject = Subject::new(title(*most), FILE);

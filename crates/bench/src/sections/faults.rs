@@ -1,4 +1,4 @@
-//! What a page fault costs.
+//! Cost of a page fault.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -70,14 +70,15 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     }
     let about = [
         format!(
-            "Each fork touches pages of data in random order, one after the other, from one thread, of a template of {TEMPLATE_MIB} \
-             MiB that is in the page cache. The forks are simulated VMMs, a process each.",
+            "Each fork touches data pages of a template of {TEMPLATE_MIB} MiB in random order, one after the other, from one \
+             thread. The template is in the page cache. Each fork is a simulated VMM in a process of its own.",
             TEMPLATE_MIB = TEMPLATE_BYTES >> 20
         ),
         format!(
-            "The floor is a thread a fork with a blocking read and UFFDIO_COPY of one page from memory: what Firecracker's own \
-             example does on demand, with less around it. A resident template is locked in memory \
-             (`pagecast template warm --resident`). {sets} times fresh servers and forks, {turns} turns each, in which they alternate."
+            "The floor has one thread a fork, which repeats a blocking read and a UFFDIO_COPY of one page from memory. \
+             Firecracker's example handler does the same on demand, with more work around it. A resident template is locked in \
+             memory (`pagecast template warm --resident`). Servers and forks are started anew {sets} times, and take {turns} \
+             turns each time, in alternation."
         ),
     ];
     let mut report = SectionReport::new(Section::Faults, &about, samples.rows(FLOOR));

@@ -113,13 +113,13 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     let most = plan.steps.last().copied().unwrap_or_default();
     let about = [
         format!(
-            "One `pagecast serve` and more and more simulated VMMs with 1 GiB each, up to {most}, which then touch {} pages each \
-             at once, spread over all their memory, in random order, and are left alone for {:.0} s.{}{}",
+            "The forks of one `pagecast serve` are simulated VMMs with 1 GiB each, whose number grows to {most}. They then touch \
+             {} pages each at once, spread over all their memory, in random order. After that they are idle for {:.0} s.{}{}",
             plan.loads * (FORK_BYTES >> 20),
             plan.idle.as_secs_f64(),
             if plan.times > 1 {
                 format!(
-                    " All of that is done {} times with the same server: what is not given back would show.",
+                    " All of this is repeated {} times with the same server, which shows memory that is not freed.",
                     plan.times
                 )
             } else {
@@ -127,7 +127,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
             },
             if plan.waiting > 0 {
                 format!(
-                    " {} more forks are registered and wait for a VMM meanwhile.",
+                    " In the last repetition, {} more forks are registered, and wait for a VMM.",
                     plan.waiting
                 )
             } else {
@@ -135,7 +135,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
             },
         ),
         format!(
-            "And one fork of sparse templates from {} MiB to {} MiB, which touches {} pages all over it.",
+            "A second measurement has one fork of a sparse template of {} MiB to {} MiB, which touches {} pages spread over all of \
+             it.",
             plan.templates.first().copied().unwrap_or_default(),
             plan.templates.last().copied().unwrap_or_default(),
             plan.pages
@@ -143,7 +144,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     ];
     let mut report = SectionReport::new(Section::Growth, &about, samples.rows(""));
     report.goal(
-        format!("server resident with {most} forks of 1 GiB, at most ever, MiB"),
+        format!("server resident with {most} forks of 1 GiB, peak, MiB"),
         None,
         Goal::AtMost(32.0),
         Spread::of([mib(many.peak_bytes)]),

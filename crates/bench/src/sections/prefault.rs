@@ -1,4 +1,4 @@
-//! The speed of prefault.
+//! Speed of prefault.
 
 use std::time::{Duration, Instant};
 
@@ -70,8 +70,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     server.end()?;
 
     let about = [format!(
-        "All of a template of {mib} MiB of data, in the page cache, is installed in a fork whose guest does nothing: from before \
-         its VMM connects until the last page is in place. The floor copies from memory, {} MiB a call.",
+        "A whole template of {mib} MiB of data, which is in the page cache, is installed in a fork whose guest does nothing. The \
+         time runs from before its VMM connects until the last page is installed. The floor copies from memory, {} MiB a call.",
         CHUNK >> 20
     )];
     let mut report = SectionReport::new(Section::Prefault, &about, samples.rows(FLOOR));

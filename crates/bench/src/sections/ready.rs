@@ -1,4 +1,4 @@
-//! How soon a fork has read its working set.
+//! Time until a fork has read its working set.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -139,7 +139,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     if let Some(why) = &setup.not_hot {
         quick_ones.retain(|system| *system != System::Hot);
         warnings.push(format!(
-            "nothing hot was measured, the template could not be made resident: {why}"
+            "nothing hot was measured, because the template could not be made resident: {why}"
         ));
     }
     drop_from_page_cache(&setup.file)?;
@@ -148,7 +148,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     if cached > STILL_CACHED {
         systems.retain(|system| !system.is_cold());
         warnings.push(format!(
-            "nothing cold was measured: {:.0}% of the working set stayed in the page cache, where the temporary folder is",
+            "nothing cold was measured: {:.0}% of the working set stayed in the page cache, because of the file system of the \
+             temporary folder",
             cached * 100.0
         ));
     }
@@ -174,18 +175,18 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 
     let about = [
         format!(
-            "A template of {template} MiB, 80% of it zeros that are written out, the rest data in runs of 1 to 31 pages; a fork \
-             reads a word of each of {} MiB of pages with data, run by run in random order, from one thread. The clock starts \
-             with the restore and stops when all have been read.",
+            "A template of {template} MiB has 80% zeros that are written out, and data in runs of 1 to 31 pages. A fork reads one \
+             word of each page in {} MiB of data, run by run in random order, from one thread. The time runs from the start of the \
+             restore until all of these pages have been read.",
             mib(setup.set.bytes())
         ),
-        "Cold: the template was written to disk and its pages dropped from the page cache with posix_fadvise(DONTNEED), no \
-         other file's; that they are gone is checked. Warm: all of it is in the page cache, and other forks have read it \
-         before. Hot: the same of another file, after `pagecast template warm --resident`. The working set of `prefault` was \
-         recorded from one fork."
+        "Cold: the template was written to disk, and its pages, but no other file's, were dropped from the page cache with \
+         posix_fadvise(DONTNEED). A check confirms that they are gone. Warm: all pages are in the page cache, and other forks \
+         have read them before. Hot: the same for another file, after `pagecast template warm --resident`. The working set of \
+         `prefault` was recorded from one fork."
             .to_owned(),
-        "Rivals are strategies of Firecracker's two examples of handlers, the template's bytes at hand in memory: UFFDIO_COPY \
-         of one page a fault, and of all the guest's memory at the first fault."
+        "Rivals are the strategies of Firecracker's two example handlers, with the template's bytes in memory: UFFDIO_COPY of \
+         one page a fault, or of all guest memory at the first fault."
             .to_owned(),
     ];
     let mut report = SectionReport::new(Section::Ready, &about, samples.rows(PLAIN));

@@ -1,4 +1,4 @@
-//! What a page of zeros costs.
+//! Cost of a page of zeros.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -104,10 +104,10 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     server.end()?;
 
     let about = [format!(
-        "A guest touches {mib} MiB that are zeros in the template, page after page, one word each: as fresh memory, which a \
-         guest writes to first, and reading. Runs of zeros are given back to the kernel at the start \
-         of a fork, and that is waited for. Beside a process that does the same with memory of its own that nobody serves; \
-         the rival is the bare loop, which copies zeros."
+        "A guest touches {mib} MiB that are zeros in the template, one word a page, in ascending order. Written: it writes \
+         first, as to fresh memory. Read: it only reads. Runs of zeros are given back to the kernel at the start of a fork, and \
+         the measurement begins after that. The floor is a process that touches anonymous memory of its own, without a page \
+         server. The rival is the bare loop, which copies zeros."
     )];
     let mut report = SectionReport::new(Section::Zeros, &about, samples.rows(ANONYMOUS));
     let (ours, floor) = (
