@@ -32,7 +32,6 @@ pub fn build_guest() -> Result<PathBuf> {
 }
 
 /// Returns `true` if the source of the guest exists at the path of this build. On another machine there is none.
-/// to do without the guest.
 pub fn has_guest_source() -> bool {
     folder().join("Cargo.toml").is_file()
 }
