@@ -5,6 +5,7 @@ mod bench;
 mod cargo;
 mod cargo_tool;
 mod demo;
+mod deny;
 mod fuzz;
 mod lint;
 mod openapi;
@@ -22,6 +23,7 @@ use pagecast_bench::sim_vmm;
 enum Task {
     Bench(bench::Bench),
     Demo(demo::Demo),
+    Deny(deny::Deny),
     Fuzz(fuzz::Fuzz),
     Lint(lint::Lint),
     #[command(name = "openapi")]
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
     exit_code(match Task::parse() {
         Task::Bench(bench) => bench.run(),
         Task::Demo(demo) => demo.run(),
+        Task::Deny(deny) => deny.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Lint(lint) => lint.run(),
         Task::OpenApi(openapi) => openapi.run(),
