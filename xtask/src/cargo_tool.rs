@@ -1,6 +1,6 @@
 //! Subcommands of cargo that are installed if they are missing.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,17 +19,34 @@ pub(crate) struct CargoTool {
 impl CargoTool {
     /// `cargo NAME`, in the root of the workspace: the one that is installed, else `version`, built below `target`.
     pub(crate) fn command(&self) -> Result<Command> {
-        let installed = cargo(self.name)
-            .arg("--version")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        if installed.is_ok_and(|status| status.success()) {
+        if self.is_installed() {
             return Ok(cargo(self.name));
         }
         let mut command = Command::new(self.install()?);
         command.current_dir(workspace_root()).arg(self.name);
         Ok(command)
+    }
+
+    /// Lets another tool find this one as a subcommand of cargo.
+    pub(crate) fn provide_to(&self, other: &mut Command) -> Result<()> {
+        if self.is_installed() {
+            return Ok(());
+        }
+        let program = self.install()?;
+        let folder = program.parent().map(Path::to_owned);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths(folder.into_iter().chain(std::env::split_paths(&path)));
+        other.env("PATH", path.context("a folder of PATH has an impossible name")?);
+        Ok(())
+    }
+
+    fn is_installed(&self) -> bool {
+        let installed = cargo(self.name)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        installed.is_ok_and(|status| status.success())
     }
 
     /// Builds the tool if it was not built before. Returns the path of its program.

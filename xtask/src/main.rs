@@ -4,6 +4,7 @@
 mod bench;
 mod cargo;
 mod cargo_tool;
+mod coverage;
 mod demo;
 mod deny;
 mod fuzz;
@@ -22,6 +23,7 @@ use pagecast_bench::sim_vmm;
 #[command(bin_name = "cargo xtask")]
 enum Task {
     Bench(bench::Bench),
+    Coverage(coverage::Coverage),
     Demo(demo::Demo),
     Deny(deny::Deny),
     Fuzz(fuzz::Fuzz),
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     }
     exit_code(match Task::parse() {
         Task::Bench(bench) => bench.run(),
+        Task::Coverage(coverage) => coverage.run(),
         Task::Demo(demo) => demo.run(),
         Task::Deny(deny) => deny.run(),
         Task::Fuzz(fuzz) => fuzz.run(),

@@ -13,7 +13,7 @@ use pagecast_testkit::firecracker::{self, Kvm, kvm};
 use crate::cargo::{cargo, metadata};
 use crate::cargo_tool::{CargoTool, status};
 
-const NEXTEST: CargoTool = CargoTool {
+pub(crate) const NEXTEST: CargoTool = CargoTool {
     name: "nextest",
     version: "0.9.143",
 };
@@ -65,7 +65,7 @@ impl Test {
 }
 
 /// Downloads and builds what the tests on real Firecracker need, so that it does not happen in a test's time.
-fn prepare_firecracker() -> Result<()> {
+pub(crate) fn prepare_firecracker() -> Result<()> {
     if let Kvm::Missing(why) = kvm()? {
         eprintln!("tests on real Firecracker are skipped: {why}");
         return Ok(());
