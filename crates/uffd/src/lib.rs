@@ -41,6 +41,8 @@ pub mod peer;
 #[cfg(target_os = "linux")]
 pub mod pidfd;
 #[cfg(target_os = "linux")]
+pub mod thread_usage;
+#[cfg(target_os = "linux")]
 pub mod uffd;
 
 pub use address::{ByteLen, HostAddr, HostRange};
