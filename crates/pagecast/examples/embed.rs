@@ -38,7 +38,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // The server answers faults on threads of its own; this one is free meanwhile.
     let status = fork.wait(A_YEAR, ForkState::is_end);
-    println!("{} after {} faults", status.state, status.stats.faults.demand);
+    let faults = status.stats.faults;
+    println!("{} after {} pages", status.state, faults.demand + faults.around);
 
     // Forks that still live would be completed: their memory made whole, so that they need no server.
     server.close(Duration::from_mins(1))?;

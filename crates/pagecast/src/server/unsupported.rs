@@ -40,6 +40,12 @@ impl Builder {
 
     /// Does nothing here.
     #[must_use]
+    pub fn fault_around(self, _pages: usize) -> Self {
+        self
+    }
+
+    /// Does nothing here.
+    #[must_use]
     pub fn busy_poll(self, _time: Duration) -> Self {
         self
     }

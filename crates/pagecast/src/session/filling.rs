@@ -77,7 +77,8 @@ impl Fill {
     }
 }
 
-fn pages_of(len: ByteLen, page_size: PageSize) -> usize {
+/// The number of pages in `len`.
+pub(super) fn pages_of(len: ByteLen, page_size: PageSize) -> usize {
     usize::try_from(len.get() / page_size.bytes()).unwrap_or(0)
 }
 
@@ -240,7 +241,7 @@ impl Filling {
             }
         }
         while let Some(cursor) = &mut self.rest {
-            let Some(TrackedRegion { region, states }) = regions.get(cursor.region) else {
+            let Some(TrackedRegion { region, states, .. }) = regions.get(cursor.region) else {
                 self.rest = None;
                 break;
             };

@@ -53,7 +53,7 @@ impl GiveBack {
                 continue;
             };
             self.pieces += 1;
-            let Some(TrackedRegion { region, states }) = regions.get(index) else {
+            let Some(TrackedRegion { region, states, .. }) = regions.get(index) else {
                 continue;
             };
             if region.page_size() != PageSize::Small {

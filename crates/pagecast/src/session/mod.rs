@@ -10,6 +10,7 @@
 //! [`Session::fill_parts`] returns the parts of a piece that are still absent, and [`Session::on_filled`] notes the
 //! outcome. Long runs of zeros need not be installed at all: [`Session::next_give_back`].
 
+mod fault_around;
 mod filling;
 mod give_back;
 mod page_states;
@@ -23,7 +24,8 @@ use std::sync::Arc;
 use pagecast_uffd::{Event, FaultFlags, HostRange, Outcome, PageFault};
 
 use crate::page::PageIndex;
-use crate::template::{PrefaultPlan, ZeroRuns};
+use crate::template::{PrefaultPlan, TemplateOffset, ZeroRuns};
+use fault_around::Ahead;
 use filling::Filling;
 pub(crate) use filling::{Completion, Fill};
 use give_back::GiveBack;
@@ -48,6 +50,8 @@ pub(crate) struct Session {
     parked: Vec<PageRef>,
     /// The page that last faulted though installed, and how often in a row.
     repeated: Option<(PageRef, u32)>,
+    /// The window of the fault that was answered last, as far as it is not installed.
+    ahead: Option<Ahead>,
     filling: Filling,
     give_back: GiveBack,
 }
@@ -60,6 +64,7 @@ impl Session {
             ready: VecDeque::new(),
             parked: Vec::new(),
             repeated: None,
+            ahead: None,
             filling: Filling::default(),
             give_back: GiveBack::default(),
         }
@@ -100,7 +105,7 @@ impl Session {
         }
         let (region, page) = self.regions.find(address).ok_or(Violation::FaultOutside { address })?;
         let at = PageRef { region, page };
-        let Some(TrackedRegion { region, states }) = self.regions.get(region) else {
+        let Some(TrackedRegion { region, states, .. }) = self.regions.get(region) else {
             return Err(Violation::FaultOutside { address });
         };
         if states.is_waiting(page) {
@@ -115,7 +120,7 @@ impl Session {
 
     fn on_remove(&mut self, range: HostRange) -> usize {
         let mut removed = 0;
-        for TrackedRegion { region, states } in self.regions.iter_mut() {
+        for TrackedRegion { region, states, .. } in self.regions.iter_mut() {
             if let Some((first, count)) = region.pages_within(range) {
                 states.set_removed(first, count);
                 removed += count;
@@ -131,7 +136,7 @@ impl Session {
     /// [`Violation::PageLost`].
     pub(crate) fn next_step(&mut self) -> Result<Option<Step>, Violation> {
         while let Some(at) = self.ready.pop_front() {
-            let Some(TrackedRegion { region, states }) = self.regions.get(at.region) else {
+            let Some(TrackedRegion { region, states, .. }) = self.regions.get(at.region) else {
                 continue;
             };
             // The answer to the waiting fault also wakes the thread of this one.
@@ -204,6 +209,74 @@ impl Session {
         }
     }
 
+    /// Plans fault-around for the fault that `fault` answers. Returns the page and its neighbours, if these are to be
+    /// installed with it; [`next_ahead`](Self::next_ahead) has the rest. A window has at most `most` pages, all of them absent, and
+    /// those only for which `is_wanted` returns `true`.
+    pub(crate) fn plan_around(
+        &mut self,
+        fault: &Install,
+        most: usize,
+        is_wanted: impl Fn(TemplateOffset) -> bool,
+    ) -> Option<Install> {
+        let TrackedRegion { region, states, around } = self.regions.get_mut(fault.at.region)?;
+        let around = around.get_or_insert_default();
+        // Faults of other pages say little about those around them.
+        let Content::Template(from) = fault.content else {
+            return None;
+        };
+        let window = around.on_fault(fault.at.page, is_wanted(from), most)?;
+        let mut ahead = Ahead::new(fault.at.region, window, |page| {
+            states.is_absent(page) && is_wanted(region.offset_of(page))
+        });
+        // Pages that are there already cannot fault.
+        let next = (window.pages..window.pages + fault_around::MOST_PAGES)
+            .map_while(|place| window.page(place).filter(|page| page.get() < region.pages()))
+            .find(|page| states.is_absent(*page));
+        around.on_planned(&window, ahead.pages() - 1, next);
+        let first = ahead.take().map(|pages| template_pages(fault.at.region, region, pages));
+        self.ahead = Some(ahead);
+        first.filter(|first| first.pages > 1)
+    }
+
+    /// The next pages of the window that was planned last, to be installed after its fault was answered.
+    pub(crate) fn next_ahead(&mut self) -> Option<Install> {
+        let ahead = self.ahead.as_mut()?;
+        let Some(pages) = ahead.take() else {
+            self.ahead = None;
+            return None;
+        };
+        let region = &self.regions.get(ahead.region)?.region;
+        Some(template_pages(ahead.region, region, pages))
+    }
+
+    /// Gives up the rest of the window: its bytes are not at hand.
+    pub(crate) fn give_up_ahead(&mut self) {
+        self.ahead = None;
+    }
+
+    /// Notes the outcome of installing pages of a window. Returns the number of pages that were installed. If these are
+    /// not all, the rest of the window is given up.
+    pub(crate) fn on_ahead(&mut self, install: &Install, outcome: Outcome) -> usize {
+        let pages = match outcome {
+            Outcome::Installed => install.pages,
+            Outcome::Retry { installed } => filling::pages_of(installed, install.page_size),
+            _ => 0,
+        };
+        self.set_installed(install.at, pages);
+        if pages < install.pages {
+            self.ahead = None;
+        }
+        if outcome == Outcome::OutOfMemory
+            && let Some(around) = self
+                .regions
+                .get_mut(install.at.region)
+                .and_then(|tracked| tracked.around.as_mut())
+        {
+            around.pause();
+        }
+        pages
+    }
+
     /// Returns `true` if a fault waits for a retry.
     pub(crate) fn has_parked(&self) -> bool {
         !self.parked.is_empty()
@@ -267,7 +340,7 @@ impl Session {
 
     /// The parts of this piece that are still to be installed, in ascending order. Empty once the piece is at its end.
     pub(crate) fn fill_parts(&self, fill: &Fill) -> Vec<Install> {
-        let Some(TrackedRegion { region, states }) = self.regions.get(fill.region) else {
+        let Some(TrackedRegion { region, states, .. }) = self.regions.get(fill.region) else {
             return Vec::new();
         };
         let mut parts = Vec::new();
@@ -283,16 +356,7 @@ impl Session {
             };
             let pages = pages.min(fill.end.get() - first.get());
             from = PageIndex::new(first.get() + pages);
-            parts.push(Install {
-                at: PageRef {
-                    region: fill.region,
-                    page: first,
-                },
-                pages,
-                to: region.range_of(first, pages),
-                page_size: fill.page_size,
-                content: Content::Template(region.offset_of(first)),
-            });
+            parts.push(template_pages(fill.region, region, (first, pages)));
         }
         parts
     }
@@ -369,6 +433,20 @@ impl Session {
             return Err(Violation::PageLost { address: range.start() });
         }
         Ok(())
+    }
+}
+
+/// The install of absent pages, given as first page and count.
+fn template_pages(index: RegionIndex, region: &Region, (first, pages): (PageIndex, usize)) -> Install {
+    Install {
+        at: PageRef {
+            region: index,
+            page: first,
+        },
+        pages,
+        to: region.range_of(first, pages),
+        page_size: region.page_size(),
+        content: Content::Template(region.offset_of(first)),
     }
 }
 

@@ -83,6 +83,11 @@ impl PageStates {
         self.installed.next_run_outside(self.removed.as_ref(), from, most)
     }
 
+    /// Returns `true` if `page` is absent.
+    pub(crate) fn is_absent(&self, page: PageIndex) -> bool {
+        page.get() < self.pages && self.get(page) == PageState::Absent
+    }
+
     /// Returns `true` if a fault of one of `count` pages at `first` waits for its answer.
     pub(crate) fn any_waiting(&self, first: PageIndex, count: usize) -> bool {
         let end = PageIndex::new(first.get() + count);

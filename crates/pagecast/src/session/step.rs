@@ -79,6 +79,11 @@ impl Install {
         })
     }
 
+    /// The number of pages between the first of `other`, which is not after it, and its own first.
+    pub(crate) fn pages_after(&self, other: &Self) -> usize {
+        self.at.page.get().saturating_sub(other.at.page.get())
+    }
+
     /// The length in bytes, for a buffer.
     pub(crate) fn bytes(&self) -> usize {
         self.pages * self.page_size.as_usize()

@@ -324,6 +324,8 @@ struct Driver {
     fills: Vec<Fill>,
     /// The working set, if one is to be prefaulted.
     working_set: Arc<WorkingSet>,
+    /// The most pages that are installed for one fault.
+    fault_around: usize,
 }
 
 impl Driver {
@@ -352,6 +354,7 @@ impl Driver {
             awaited: Vec::new(),
             fills: Vec::new(),
             working_set: Arc::new(WorkingSet::of(&recording)),
+            fault_around: 1,
         }
     }
 
@@ -413,12 +416,46 @@ impl Driver {
                     self.awaited.push(install);
                     return;
                 }
+                if self.install_around(&install) {
+                    return self.install_ahead();
+                }
                 Memory::Template
             }
         };
         let outcome = self.kernel.install(page, 1, what);
         if let After::Wake(range) = self.session.on_outcome(&install, outcome) {
             self.kernel.wake(page_of(range.start()));
+        }
+        self.install_ahead();
+    }
+
+    /// Installs a page with its neighbours. Returns `false` if it is to be installed alone.
+    fn install_around(&mut self, fault: &Install) -> bool {
+        let zeros = self.kernel.zeros;
+        let is_data = |at: TemplateOffset| !zeros[page_in_template(usize::try_from(at.get() / PAGE).unwrap())];
+        let Some(install) = self.session.plan_around(fault, self.fault_around, is_data) else {
+            return false;
+        };
+        let pages = page_of(install.to.start())..page_of(install.to.start()) + install.pages;
+        assert!(pages.contains(&page_of(fault.to.start())));
+        assert!(
+            pages
+                .filter(|page| *page != page_of(fault.to.start()))
+                .all(|page| !zeros[page])
+        );
+        let outcome = self
+            .kernel
+            .install(page_of(install.to.start()), install.pages, Memory::Template);
+        self.session.on_ahead(&install, outcome);
+        outcome == Outcome::Installed
+    }
+
+    fn install_ahead(&mut self) {
+        while let Some(install) = self.session.next_ahead() {
+            let outcome = self
+                .kernel
+                .install(page_of(install.to.start()), install.pages, Memory::Template);
+            self.session.on_ahead(&install, outcome);
         }
     }
 
@@ -513,9 +550,11 @@ proptest! {
         zeros in any::<[bool; PAGES]>(),
         slow in any::<[bool; PAGES]>(),
         completes in any::<bool>(),
+        fault_around in 1..PAGES,
         order in proptest::collection::vec(0..PAGES, 0..PAGES),
     ) {
         let mut driver = Driver::new(zeros, slow, &order);
+        driver.fault_around = fault_around;
         for act in &acts {
             driver.act(act);
         }

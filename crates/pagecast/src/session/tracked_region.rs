@@ -1,5 +1,6 @@
 //! A region and the states of its pages.
 
+use super::fault_around::FaultAround;
 use super::page_states::PageStates;
 use super::region::Region;
 
@@ -8,6 +9,8 @@ use super::region::Region;
 pub(crate) struct TrackedRegion {
     pub(super) region: Region,
     pub(super) states: PageStates,
+    /// Made at the first fault, since a VMM may have thousands of regions.
+    pub(super) around: Option<Box<FaultAround>>,
 }
 
 impl From<Region> for TrackedRegion {
@@ -16,6 +19,7 @@ impl From<Region> for TrackedRegion {
         Self {
             region,
             states: PageStates::new(region.pages()),
+            around: None,
         }
     }
 }

@@ -65,6 +65,16 @@ impl LiveSource {
         Ok(bytes)
     }
 
+    /// Maps the pages around `at`, if they are in memory. May block.
+    #[cfg(target_os = "linux")]
+    pub(super) fn map(&self, at: TemplateOffset) {
+        if let Some(mapping) = self.mapping()
+            && self.check_not_withdrawn().is_ok()
+        {
+            mapping.map(at);
+        }
+    }
+
     /// Looks for zeros in `len` bytes at `at`. May block.
     pub(super) fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
         self.check_not_withdrawn()?;

@@ -60,14 +60,14 @@ pub use slow_reads::SlowReadStats;
 use slow_reads::SlowReads;
 pub(crate) use slow_reads::{ReadFor, ReadResult};
 #[cfg(target_os = "linux")]
-pub use source::MappedPages;
+pub use source::{MappedPages, Residency};
 pub use source::{Page, PageSource, SourceError};
 use working_set::Tallies;
 pub use working_set::{Planned, PrefaultPlan, PrefaultScore, PrefaultTally, Recording, WorkingSet};
 use zero_search::ZeroSearch;
-#[cfg(target_os = "linux")]
-pub(crate) use zeros::leading_zero_pages;
 pub use zeros::{ZeroMap, ZeroRuns};
+#[cfg(target_os = "linux")]
+pub(crate) use zeros::{is_zero, leading_zero_pages};
 
 /// An immutable memory image of a paused microVM. Cloning it is cheap and gives the same template.
 #[derive(Clone)]
@@ -146,6 +146,12 @@ impl Template {
     #[cfg(target_os = "linux")]
     pub(crate) fn mapping(&self) -> Option<&dyn MappedPages> {
         self.inner.source.mapping()
+    }
+
+    /// Maps the pages around `at` on a thread of this template, if they are in memory.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn map_later(&self, at: TemplateOffset) {
+        self.inner.slow_reads.map_later(at);
     }
 
     /// Releases memory that was mapped to answer faults. It is mapped again on demand.

@@ -12,6 +12,9 @@ use super::source::SourceError;
 /// holds up no other.
 const MOST_THREADS: usize = 4;
 
+/// The most parts that wait to be mapped.
+const MOST_MAPS: usize = 64;
+
 /// How long a thread without work stays. The last one stays until the template is dropped.
 const IDLE: Duration = Duration::from_secs(2);
 
@@ -53,6 +56,8 @@ struct State {
     /// Requests that no thread has begun. Demand goes first.
     demand: VecDeque<Key>,
     fills: VecDeque<Key>,
+    /// Parts to be mapped that no thread has begun. These come after demand, and take some microseconds each.
+    maps: VecDeque<TemplateOffset>,
     threads: usize,
     idle: usize,
     /// The number of threads that carry out a request.
@@ -147,6 +152,16 @@ impl SlowReads {
         readers.spawn_wanted(state)
     }
 
+    /// Maps the pages around `at`, if they are in memory. Does nothing if no thread is there, or too much is queued.
+    #[cfg(target_os = "linux")]
+    pub(super) fn map_later(&self, at: TemplateOffset) {
+        let mut state = self.readers.lock();
+        if state.threads > 0 && state.maps.len() < MOST_MAPS {
+            state.maps.push_back(at);
+            self.readers.work.notify_one();
+        }
+    }
+
     /// Tries again to start a wanted thread. Returns `false` if that fails again.
     pub(super) fn start_wanted(&self) -> bool {
         let mut state = self.readers.lock();
@@ -198,7 +213,13 @@ impl State {
         self.filling + 1 < self.threads || (self.threads == 1 && self.short_of_threads)
     }
 
-    fn next(&mut self) -> Option<Key> {
+    fn next(&mut self) -> Option<Work> {
+        if self.demand.is_empty()
+            && let Some(at) = self.maps.pop_front()
+        {
+            self.reading += 1;
+            return Some(Work::Map(at));
+        }
         let key = self
             .demand
             .pop_front()
@@ -208,8 +229,15 @@ impl State {
             self.reading += 1;
             self.filling += usize::from(request.read_for == ReadFor::Fill);
         }
-        Some(key)
+        Some(Work::Read(key))
     }
+}
+
+/// The work of a reading thread.
+enum Work {
+    Read(Key),
+    /// Map the pages around this offset.
+    Map(TemplateOffset),
 }
 
 impl Readers {
@@ -242,7 +270,16 @@ impl Readers {
         // A worker starts this thread, and may run at raised priority.
         #[cfg(target_os = "linux")]
         crate::priority::reset();
-        while let Some((at, length)) = self.next() {
+        while let Some(work) = self.next() {
+            let (at, length) = match work {
+                Work::Read(key) => key,
+                Work::Map(at) => {
+                    #[cfg(target_os = "linux")]
+                    self.source.map(at);
+                    self.mapped();
+                    continue;
+                }
+            };
             let begun = Instant::now();
             let bytes = self.source.read(at, length).map(Arc::new);
             for done in self.finished((at, length), &bytes, begun.elapsed()) {
@@ -252,14 +289,14 @@ impl Readers {
     }
 
     /// The next read, or `None` after some time without any: the calling thread is then no longer counted.
-    fn next(&self) -> Option<Key> {
+    fn next(&self) -> Option<Work> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return None;
             }
-            if let Some(key) = state.next() {
-                return Some(key);
+            if let Some(work) = state.next() {
+                return Some(work);
             }
             state.idle += 1;
             if state.threads == 1 {
@@ -273,10 +310,24 @@ impl Readers {
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.idle -= 1;
-            if timeout.timed_out() && state.threads > 1 && state.demand.is_empty() && state.fills.is_empty() {
+            if timeout.timed_out()
+                && state.threads > 1
+                && state.demand.is_empty()
+                && state.fills.is_empty()
+                && state.maps.is_empty()
+            {
                 state.threads -= 1;
                 return None;
             }
+        }
+    }
+
+    /// Notes that a thread has mapped something.
+    fn mapped(&self) {
+        let mut state = self.lock();
+        state.reading -= 1;
+        if state.reading == 0 {
+            self.quiet.notify_all();
         }
     }
 

@@ -104,13 +104,30 @@ pub trait MappedPages: Send + Sync + 'static {
     /// The `len` bytes at `at`. `None` if they are not known to be in memory.
     fn resident_run(&self, at: TemplateOffset, len: ByteLen) -> Option<MappedRange<'_>>;
 
-    /// The small page at `at`. `None` if the page is known to be zeros, or if only a query for this single page could
-    /// tell whether it is in memory. Called on the fault path, if all zeros are known.
-    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>>;
+    /// The few pages at `at`, `len` bytes, if they are known to be in memory. Called on the fault path, for pages that are not zeros,
+    /// so it queries nothing.
+    fn known_resident(&self, at: TemplateOffset, len: ByteLen) -> Residency<'_>;
+
+    /// Finds out whether the pages around `at` are in memory, and maps them if so. May wait. Called after
+    /// [`Residency::MapFirst`], on a thread for slow reads.
+    fn map(&self, at: TemplateOffset);
 
     /// Releases memory that was mapped to answer faults. It is mapped again on demand. Called when a fork has ended, or
     /// no fork has faulted for a while.
     fn release(&self);
+}
+
+/// Whether pages are known to be in memory.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy, Debug)]
+pub enum Residency<'a> {
+    /// They are, and can be copied from here.
+    Mapped(MappedRange<'a>),
+    /// Not yet: [`map`](MappedPages::map) may change that. Returned once for each part of the template, then again after a
+    /// while.
+    MapFirst,
+    /// No.
+    Unknown,
 }
 
 /// Why a template could not be read. No error is ever answered with guessed bytes.

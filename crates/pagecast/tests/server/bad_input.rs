@@ -676,7 +676,10 @@ fn killed_for(code: &str, misbehave: impl FnOnce(&SimVmm)) {
     let status = scene.vmm.wait().unwrap();
     assert_eq!(status.signal(), Some(9), "{status:?}");
     let status = scene.check_failed(code);
-    assert!(status.stats.faults.demand >= 16, "its numbers stay: {status:?}");
+    assert!(
+        status.stats.faults.demand + status.stats.faults.around >= 16,
+        "its numbers stay: {status:?}"
+    );
     check_idle();
 }
 
@@ -709,7 +712,8 @@ fn a_uffd_made_blocking_kills_its_vmm_and_nobody_else() {
         // The kernel tells nobody before the next fault, unless the server is just looking: then this is its end already.
         let _ = vmm.run(ClearNonblock);
         check_idle();
-        let touched = vmm.run(touch(16..17));
+        // Far from all that was touched, so that it is not there yet.
+        let touched = vmm.run(touch(200..201));
         assert!(touched.is_err(), "it got no page");
     });
 }

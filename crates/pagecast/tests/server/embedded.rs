@@ -51,7 +51,7 @@ fn a_program_of_under_60_lines_serves_a_fork() {
     assert_eq!((checked.pages, checked.mismatches), (1024, 0), "{checked:?}");
     vmm.kill().unwrap();
 
-    assert_eq!(lines.next().unwrap().unwrap(), "exited after 1024 faults");
+    assert_eq!(lines.next().unwrap().unwrap(), "exited after 1024 pages");
     assert!(program.0.wait().unwrap().success());
     assert!(!socket.exists());
 }

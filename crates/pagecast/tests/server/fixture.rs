@@ -162,9 +162,9 @@ impl Bystander {
     }
 }
 
-/// How many pages of a fork were asked for, or would have been if the kernel did not fill them in by itself.
+/// How many pages of a fork were asked for, installed around those, or are filled in by the kernel.
 pub(crate) fn asked_or_given_back(status: &ForkStatus) -> u64 {
-    status.stats.faults.demand + given_back(status)
+    status.stats.faults.demand + status.stats.faults.around + given_back(status)
 }
 
 /// How many pages of a fork the kernel fills in by itself: its long runs of zeros.

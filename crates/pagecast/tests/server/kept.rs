@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pagecast::Template;
 use pagecast::template::{
-    KeptIdentity, LeaseError, MappedPages, MemFile, Page, PageSource, SourceError, TemplateOffset, ZeroMap,
+    KeptIdentity, LeaseError, MappedPages, MemFile, Page, PageSource, Residency, SourceError, TemplateOffset, ZeroMap,
 };
 use pagecast_testkit::sim_vmm::Read;
 use pagecast_testkit::skip::skip;
@@ -60,10 +60,16 @@ impl MappedPages for Counting {
         self.mem_file.resident_run(at, len)
     }
 
-    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        let range = self.mem_file.resident_page(at)?;
-        self.from_mapping.fetch_add(1, Ordering::Relaxed);
-        Some(range)
+    fn known_resident(&self, at: TemplateOffset, len: ByteLen) -> Residency<'_> {
+        let found = self.mem_file.known_resident(at, len);
+        if let Residency::Mapped(_) = found {
+            self.from_mapping.fetch_add(1, Ordering::Relaxed);
+        }
+        found
+    }
+
+    fn map(&self, at: TemplateOffset) {
+        self.mem_file.map(at);
     }
 
     fn release(&self) {

@@ -11,6 +11,7 @@ mod complete;
 mod embedded;
 mod ends;
 mod failing_reads;
+mod fault_around;
 mod file_systems;
 mod fixture;
 mod hugepages;

@@ -19,10 +19,14 @@ const SIZE: u64 = 8 << 20;
 const PAGES: u64 = SIZE / 4096;
 
 /// A fixture that tells its events.
+/// A server that installs a page a fault, so that each page counts, and its events.
 fn observed(workers: usize) -> (Fixture, mpsc::Receiver<ForkEvent>) {
     let (send, events) = mpsc::channel();
     let fixture = Fixture::with(SIZE, |builder| {
-        builder.workers(workers).observer(move |event| drop(send.send(event)))
+        builder
+            .workers(workers)
+            .fault_around(1)
+            .observer(move |event| drop(send.send(event)))
     });
     (fixture, events)
 }
@@ -116,8 +120,8 @@ fn a_working_set_is_installed_before_it_is_asked_for() {
 }
 
 #[test]
-fn without_prefault_nothing_is_installed_ahead() {
-    let fixture = Fixture::new();
+fn without_prefault_and_fault_around_nothing_is_installed_ahead() {
+    let fixture = Fixture::with(SIZE, |builder| builder.fault_around(1));
     fixture.template.set_working_set(Some(working_set(400..1000)));
     let (none, vmm) = fixture.fork_as("none", |options| options.prefault(Prefault::None));
     let (recorded, other) = fixture.fork_as("recorded", ForkOptions::record);

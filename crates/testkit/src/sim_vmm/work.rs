@@ -24,6 +24,9 @@ const LONGEST_REMOVAL: u64 = 32;
 /// would all wait, and nothing would race.
 const LONGEST_BURST: u64 = 8;
 
+/// In a race, one visit in this many is of another page than the next.
+const JUMP_ONE_IN: u32 = 16;
+
 /// One visit of a race in this number is a write.
 const WRITE_ONE_IN: u32 = 8;
 
@@ -171,8 +174,14 @@ pub(crate) fn touch_outside(guest: &Guest) -> Result<()> {
 /// Checks random pages, and writes to some, until the end of the race.
 fn visit_until(guest: &Guest, mut random: fastrand::Rng, at: &AtomicU64, race: &Race, remover: &Thread) -> Checked {
     let mut checked = Checked::default();
+    let mut page = 0;
     while !race.over.load(Ordering::Relaxed) {
-        let page = random.u64(0..guest.pages());
+        // Some pages in order, which a server may foresee, then others elsewhere.
+        page = if random.u32(0..JUMP_ONE_IN) == 0 {
+            random.u64(0..guest.pages())
+        } else {
+            (page + 1) % guest.pages()
+        };
         at.store(page, Ordering::Relaxed);
         if random.u32(0..WRITE_ONE_IN) == 0 {
             let generation = std::num::NonZeroU32::MIN.saturating_add(random.u32(0..1 << 30));

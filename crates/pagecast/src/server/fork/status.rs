@@ -99,4 +99,6 @@ pub struct FaultCounts {
     pub retried: u64,
     /// Faults that waited for the template to be read from disk.
     pub slow: u64,
+    /// Pages that were installed together with one that faulted.
+    pub around: u64,
 }

@@ -26,6 +26,8 @@ pub(super) struct WorkerContext {
     pub(super) zeros: Vec<u8>,
     /// How long a fault may wait for the template or for memory.
     pub(super) fault_deadline: Duration,
+    /// The most pages that one fault installs.
+    pub(super) fault_around: usize,
     /// The most bytes a second that a completion installs while no caller waits for it.
     pub(super) completion_rate: Option<NonZeroU64>,
 }
@@ -35,6 +37,7 @@ impl WorkerContext {
         registry: Arc<Registry>,
         fill_pool: Arc<FillPool>,
         fault_deadline: Duration,
+        fault_around: usize,
         completion_rate: Option<NonZeroU64>,
     ) -> std::io::Result<Self> {
         Ok(Self {
@@ -44,6 +47,7 @@ impl WorkerContext {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             zeros: vec![0; PageSize::Huge.as_usize()],
             fault_deadline,
+            fault_around,
             completion_rate,
         })
     }

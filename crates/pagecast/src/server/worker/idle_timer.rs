@@ -8,7 +8,7 @@ use rustix::time::{
 };
 
 /// Time without a fault that counts as idle. Noticed after one to two such periods.
-const PERIOD: Duration = Duration::from_millis(100);
+const PERIOD: Duration = Duration::from_secs(2);
 
 /// A timer that runs while faults come, and once more after the last one.
 pub(super) struct IdleTimer {

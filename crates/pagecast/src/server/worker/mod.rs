@@ -8,6 +8,7 @@ mod idle_timer;
 mod message;
 mod needs_turn;
 mod options;
+mod polling;
 mod served_fork;
 mod token;
 mod transparent_hugepages;
@@ -37,6 +38,7 @@ pub(super) use message::NewFork;
 use message::{Message, Slot};
 use needs_turn::NeedsTurn;
 pub(super) use options::WorkerOptions;
+use polling::Polling;
 use served_fork::{End, Scratch, ServedFork};
 use token::Token;
 
@@ -86,9 +88,7 @@ pub(super) struct Worker {
     filler: OnceCell<Option<Filler>>,
     /// The filler carries out a step.
     filler_is_busy: bool,
-    /// How long to check for further faults without sleeping, after a fault.
-    busy_poll: Duration,
-    busy_until: Option<Instant>,
+    polling: Polling,
     idle_timer: IdleTimer,
     may_be_raised: bool,
     stopping: bool,
@@ -103,7 +103,13 @@ impl Worker {
         disposal: Arc<Disposal>,
         options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
-        let context = WorkerContext::new(registry, fill_pool, options.fault_deadline, options.completion_rate)?;
+        let context = WorkerContext::new(
+            registry,
+            fill_pool,
+            options.fault_deadline,
+            options.fault_around,
+            options.completion_rate,
+        )?;
         let inbox = Arc::clone(&context.inbox);
         let forks = Arc::new(AtomicUsize::new(0));
         epoll::add(&context.epoll, &*inbox, Token::Inbox.encode(), EventFlags::IN)?;
@@ -119,8 +125,7 @@ impl Worker {
             needs_turn: NeedsTurn::default(),
             filler: OnceCell::new(),
             filler_is_busy: false,
-            busy_poll: options.busy_poll,
-            busy_until: None,
+            polling: Polling::new(options.busy_poll),
             idle_timer,
             may_be_raised: options.may_be_raised,
             stopping: false,
@@ -135,7 +140,7 @@ impl Worker {
         let mut priority = WorkerPriority::new(self.may_be_raised);
         let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); EPOLL_EVENTS];
         while !(self.stopping && self.forks.is_empty()) {
-            let is_busy = self.is_busy();
+            let is_busy = self.polling.is_due();
             let timeout = if is_busy {
                 Some(Timespec::default())
             } else {
@@ -154,7 +159,10 @@ impl Worker {
                 // Only EINTR is possible for our own epoll.
                 Err(_) => continue,
             };
-            let mut has_messages = false;
+            let (mut has_messages, mut answered) = (false, false);
+            if !events.is_empty() {
+                self.polling.found();
+            }
             let alone = events.len() == 1;
             // A poll without an event is no wake.
             if !(is_busy && events.is_empty()) {
@@ -173,9 +181,7 @@ impl Worker {
                     Token::Uffd(slot) => {
                         self.step(slot, |fork, scratch| fork.serve(alone, scratch));
                         self.idle_timer.note_fault();
-                        if !self.busy_poll.is_zero() {
-                            self.busy_until = Some(Instant::now() + self.busy_poll);
-                        }
+                        answered = true;
                     }
                     Token::Process(slot) => self.check_process(slot),
                     Token::Socket(slot) => self.drop_socket(slot),
@@ -185,6 +191,9 @@ impl Worker {
                 self.read_messages();
             }
             self.give_turns();
+            if answered && alone {
+                self.polling.after_fault();
+            }
         }
     }
 
@@ -195,12 +204,6 @@ impl Worker {
                 served.fork.record.template.release_mapped();
             }
         }
-    }
-
-    /// Returns `true` if the next fault may come any moment, so that the worker must not sleep.
-    fn is_busy(&mut self) -> bool {
-        self.busy_until = self.busy_until.filter(|until| Instant::now() < *until);
-        self.busy_until.is_some()
     }
 
     /// The longest time to sleep; `None` for no limit.
@@ -297,7 +300,6 @@ impl Worker {
             self.disposal.drop_later(socket);
         }
         drop(fork);
-        record.template.release_mapped();
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.context.registry.end(&record, state, reason);
     }

@@ -8,6 +8,8 @@ use std::time::Duration;
 pub(in crate::server) struct WorkerOptions {
     /// How long a fault may wait for the template or for memory.
     pub(in crate::server) fault_deadline: Duration,
+    /// The most pages that one fault installs.
+    pub(in crate::server) fault_around: usize,
     /// Bytes a second.
     pub(in crate::server) completion_rate: Option<NonZeroU64>,
     /// How long to check for further faults without sleeping, after a fault.

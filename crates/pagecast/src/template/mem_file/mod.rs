@@ -5,7 +5,7 @@ mod kept_zeros;
 mod lease;
 mod lease_trust;
 mod page_cache;
-mod windows;
+mod resident_blocks;
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut};
@@ -26,13 +26,13 @@ pub use self::kept_zeros::KeepError;
 pub use self::lease::{Lease, LeaseError};
 use self::lease_trust::LeaseTrust;
 pub use self::page_cache::{Loader, LockError, Locked, Wanted};
-use self::windows::Windows;
+use self::resident_blocks::ResidentBlocks;
 use super::content::ContentIdentity;
 use super::identity::{FileState, Identity, KeptIdentity, Look, ctime_of_stat};
 use super::open::OpenError;
 use super::run::TemplateOffset;
 use super::sidecar::SidecarError;
-use super::source::{MappedPages, Page, PageSource, SourceError};
+use super::source::{MappedPages, Page, PageSource, Residency, SourceError};
 use super::zeros::{ZeroMap, is_zero};
 use crate::page::PageSize;
 
@@ -82,7 +82,7 @@ pub struct MemFile {
     /// All of the file but zeros is locked in memory.
     pinned: AtomicBool,
     /// If it is not, these parts of the file are known to be in memory.
-    windows: Option<Windows>,
+    blocks: Option<ResidentBlocks>,
 }
 
 impl MemFile {
@@ -137,10 +137,10 @@ impl MemFile {
         }
         // Some file systems have no mappings. Runs of pages are then read like single pages.
         let mapped = MappedFile::new(file.as_fd(), 0, ByteLen::new(size)).ok().map(Arc::new);
-        // Windows ask which pages are in the page cache.
-        let windows = guarantees
+        // Blocks ask which pages are in the page cache.
+        let blocks = guarantees
             .residency
-            .then(|| Windows::new(file.as_fd(), ByteLen::new(size)))
+            .then(|| ResidentBlocks::new(file.as_fd(), ByteLen::new(size)))
             .flatten();
         let mem_file = Self {
             path: path.to_owned(),
@@ -158,7 +158,7 @@ impl MemFile {
             lease_trust: LeaseTrust::new(),
             mapped,
             pinned: AtomicBool::new(false),
-            windows,
+            blocks,
         };
         mem_file.kept_zeros.get_or_init(|| mem_file.load_zeros(metadata.uid()));
         Ok(mem_file)
@@ -463,21 +463,27 @@ impl MappedPages for MemFile {
         (self.is_pinned() || (self.guarantees.residency && range.is_resident())).then_some(range)
     }
 
-    fn resident_page(&self, at: TemplateOffset) -> Option<MappedRange<'_>> {
-        let page = PageSize::Small.len();
-        if self.zeros.covers(at, page) {
-            return None;
-        }
-        let now = self.lease_trust.holds_now()?;
+    fn known_resident(&self, at: TemplateOffset, len: ByteLen) -> Residency<'_> {
+        let Some(now) = self.lease_trust.holds_now() else {
+            return Residency::Unknown;
+        };
         if self.is_pinned() {
-            return self.mapped.as_ref()?.range(at.get(), page);
+            let range = self.mapped.as_ref().and_then(|mapped| mapped.range(at.get(), len));
+            return range.map_or(Residency::Unknown, Residency::Mapped);
         }
-        self.windows.as_ref()?.page(at, now)
+        let blocks = self.blocks.as_ref();
+        blocks.map_or(Residency::Unknown, |blocks| blocks.find(at, len, now))
+    }
+
+    fn map(&self, at: TemplateOffset) {
+        if let Some(blocks) = &self.blocks {
+            blocks.map(at, &self.zeros);
+        }
     }
 
     fn release(&self) {
-        if let Some(windows) = &self.windows {
-            windows.close_all();
+        if let Some(blocks) = &self.blocks {
+            blocks.close_all();
         }
     }
 }

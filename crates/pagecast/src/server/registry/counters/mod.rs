@@ -32,6 +32,8 @@ pub(in crate::server) struct Counters {
     pub(in crate::server) prefaulted: Counter,
     pub(in crate::server) retried: Counter,
     pub(in crate::server) slow: Counter,
+    /// Installed by fault-around.
+    pub(in crate::server) around: Counter,
     pub(in crate::server) installed_bytes: Counter,
     /// Bytes of zeros that the kernel fills in by itself.
     pub(in crate::server) given_back_bytes: Counter,
@@ -53,6 +55,7 @@ impl Counters {
             prefaulted: Counter::default(),
             retried: Counter::default(),
             slow: Counter::default(),
+            around: Counter::default(),
             installed_bytes: Counter::default(),
             given_back_bytes: Counter::default(),
             late: Counter::default(),
@@ -72,6 +75,7 @@ impl Counters {
                 prefaulted: self.prefaulted.get(),
                 retried: self.retried.get(),
                 slow: self.slow.get(),
+                around: self.around.get(),
             },
             fault_latency_us: self.fault_latency.load().summary(),
             installed_bytes: self.installed_bytes.get(),

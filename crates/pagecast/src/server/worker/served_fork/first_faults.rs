@@ -84,6 +84,17 @@ impl FirstFaults {
         }
     }
 
+    /// Returns `true` if each first fault is recorded.
+    pub(super) fn is_recording(&self) -> bool {
+        self.window.as_ref().is_some_and(|window| window.recording.is_some())
+    }
+
+    /// Returns `true` if the page at `at` was held out, to see whether the fork will touch it.
+    pub(super) fn holds_out(&self, at: TemplateOffset) -> bool {
+        let plan = self.window.as_ref().and_then(|window| window.plan.as_ref());
+        plan.is_some_and(|plan| plan.planned(at) == Planned::HeldOut)
+    }
+
     /// The time of the next check whether the window is over.
     pub(super) fn next_look(&self) -> Option<Instant> {
         let window = self.window.as_ref()?;

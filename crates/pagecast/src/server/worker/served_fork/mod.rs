@@ -2,6 +2,7 @@
 
 mod backoff;
 mod completion;
+mod fault_around;
 mod fill_driver;
 mod filling;
 mod first_faults;
@@ -22,7 +23,7 @@ use crate::server::fork::{FailReason, ForkEvent};
 use crate::server::hugepages::presence;
 use crate::server::registry::ForkRecord;
 use crate::session::{After, Content, Install, Noted, Session, Step, Violation};
-use crate::template::{Page, SourceError, Template};
+use crate::template::{Page, Residency, SourceError, Template, TemplateOffset};
 use backoff::Backoff;
 use fill_driver::FillDriver;
 use first_faults::{FirstFaults, Shown};
@@ -204,7 +205,12 @@ impl ServedFork {
         while let Some(step) = self.session.next_step()? {
             match step {
                 Step::Wake(range) => self.wake(range)?,
-                Step::Install(install) => self.install_from_template(&install, scratch, since, None)?,
+                Step::Install(install) => {
+                    if !self.install_around(&install, scratch, since)? {
+                        self.install_from_template(&install, scratch, since, None)?;
+                    }
+                    self.install_ahead(scratch, since)?;
+                }
             }
         }
         Ok(())
@@ -222,16 +228,7 @@ impl ServedFork {
             let tried = self.install_zeros(install);
             return self.finish(install, tried, since, scratch);
         };
-        if install.page_size == PageSize::Small
-            && self.template.zeros_are_known()
-            && let Some(mapping) = self.template.mapping()
-            && let Some(bytes) = mapping.resident_page(from)
-        {
-            let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
-            // The bytes were read by the install, so they can be checked only now. If they are not the template's, or
-            // the check fails, the VMM is killed before it uses them.
-            self.template.source().check_unchanged().map_err(End::template)?;
-            let tried = self.copied(install.to, outcome, scratch.read_clock_at);
+        if let Some(tried) = self.copy_mapped(install, from, scratch)? {
             return self.finish(install, tried, since, scratch);
         }
         let buffer = scratch.bytes.first(install.bytes());
@@ -259,6 +256,33 @@ impl ServedFork {
             }
         };
         self.finish(install, tried, since, scratch)
+    }
+
+    /// Copies pages straight from the mapped template, if they are known to be in memory and to be data.
+    fn copy_mapped(&self, install: &Install, from: TemplateOffset, scratch: &Scratch) -> Result<Option<Tried>, End> {
+        let len = install.to.len();
+        if install.page_size != PageSize::Small
+            || !self.template.zeros_are_known()
+            || (install.pages == 1 && self.template.zeros().covers(from, len))
+        {
+            return Ok(None);
+        }
+        let Some(mapping) = self.template.mapping() else {
+            return Ok(None);
+        };
+        let bytes = match mapping.known_resident(from, len) {
+            Residency::Mapped(bytes) => bytes,
+            Residency::MapFirst => {
+                self.template.map_later(from);
+                return Ok(None);
+            }
+            Residency::Unknown => return Ok(None),
+        };
+        let outcome = self.uffd.copy_mapped(install.to.start(), bytes);
+        // The bytes were read by the install, so they can be checked only now. If they are not the template's, or the
+        // check fails, the VMM is killed before it uses them.
+        self.template.source().check_unchanged().map_err(End::template)?;
+        Ok(Some(self.copied(install.to, outcome, scratch.read_clock_at)))
     }
 
     /// Copies bytes of the template.
@@ -297,25 +321,30 @@ impl ServedFork {
 
     /// Handles the outcome of an install.
     fn finish(&mut self, install: &Install, tried: Tried, since: Instant, scratch: &mut Scratch) -> Result<(), End> {
-        let Tried { outcome, begun } = tried;
-        let counters = &self.record.counters;
+        let outcome = tried.outcome;
         if outcome == Outcome::Installed {
-            let now = Instant::now();
-            scratch.read_clock_at = now;
-            counters.fault_latency.record(now.duration_since(since));
-            counters.install_latency.record(now.duration_since(begun));
+            self.note_answered(&tried, since, scratch);
         }
         match self.session.on_outcome(install, outcome) {
             After::Done => Ok(()),
             After::Wake(range) => self.wake(range),
             After::Parked => {
-                counters.retried.add(1);
+                self.record.counters.retried.add(1);
                 self.park(since, false)
             }
             After::OutOfMemory => self.park(since, true),
             After::PeerGone => Err(End::PeerGone),
             After::Failed(errno) => Err(kernel("install a page", errno)),
         }
+    }
+
+    /// Notes the time of an answer.
+    fn note_answered(&self, tried: &Tried, since: Instant, scratch: &mut Scratch) {
+        let counters = &self.record.counters;
+        let now = Instant::now();
+        scratch.read_clock_at = now;
+        counters.fault_latency.record(now.duration_since(since));
+        counters.install_latency.record(now.duration_since(tried.begun));
     }
 
     fn wake(&self, range: HostRange) -> Result<(), End> {
