@@ -300,8 +300,8 @@ fn show(fork: &Fork, json: bool, output: Output) -> Result<()> {
         facts.add(
             "faults",
             format!(
-                "{} answered, {} of them with zeros and {} after a slow read; {} installs retried",
-                faults.demand, faults.zero, faults.slow, faults.retried
+                "{} answered, {} of them with zeros and {} after a slow read; {} pages came with others; {} installs retried",
+                faults.demand, faults.zero, faults.slow, faults.around, faults.retried
             ),
         );
         facts.add(

@@ -10,6 +10,7 @@ use clap::Args;
 use pagecast::server::{CloseError, ForkEvent, ForkOptions, Server, chain};
 use pagecast::template::{KeepError, Lease, LeaseError, MemFile, SidecarError, Template, WorkingSet};
 use pagecast_command::signals::{self, EndSignal, Escalation, Reaction};
+use pagecast_daemon::config::FAULT_AROUND;
 
 use crate::KILLED;
 use crate::argument;
@@ -55,10 +56,16 @@ pub(crate) struct Handle {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 
-    /// Time that a thread polls for the next page fault after it has answered one, before it sleeps; at most 10ms: faults can be
-    /// answered sooner where cores are free, and its core is used in full meanwhile.
-    #[arg(long, value_name = "TIME", value_parser = argument::busy_poll, default_value = "0s")]
+    /// Longest time that a thread polls for the next page fault after an answer, before it sleeps; at most 10ms, 0s to never
+    /// poll. Answers faster if cores are free. A thread polls only while that finds faults, while no other thread wants its core,
+    /// and for a bounded part of the time.
+    #[arg(long, value_name = "TIME", value_parser = argument::busy_poll, default_value = "100us")]
     busy_poll: Duration,
+
+    /// Most pages of 4 KiB that one page fault installs. With 1, only pages that have faulted are installed. Otherwise, pages that
+    /// a guest is about to read in order come with them.
+    #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u8).range(1..=64), default_value_t = FAULT_AROUND)]
+    fault_around: u8,
 
     /// User ID of the VMMs, if it is not this process's own: it owns the socket, and no other user is served.
     #[arg(long, value_name = "UID")]
@@ -118,7 +125,7 @@ impl Handle {
             // The receiver is gone only while the process exits.
             move |event| drop(happenings.send(Happening::Fork(event)))
         });
-        builder = builder.busy_poll(self.busy_poll);
+        builder = builder.busy_poll(self.busy_poll).fault_around(self.fault_around.into());
         if let Some(workers) = self.workers {
             builder = builder.workers(workers.into());
         }

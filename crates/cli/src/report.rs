@@ -278,7 +278,7 @@ fn write_ended(f: &mut fmt::Formatter<'_>, status: &ForkStatus) -> fmt::Result {
     let (faults, latency) = (&status.stats.faults, &status.stats.fault_latency_us);
     write!(
         f,
-        ": {} faults (p50 {} us, p99 {} us, max {} us), {} copied, {} zero pages, {} removed, {} prefaulted",
+        ": {} faults (p50 {} us, p99 {} us, max {} us), {} copied, {} zero pages, {} removed, {} prefaulted, {} came with others",
         faults.demand,
         latency.p50,
         latency.p99,
@@ -286,6 +286,7 @@ fn write_ended(f: &mut fmt::Formatter<'_>, status: &ForkStatus) -> fmt::Result {
         BinaryBytes(status.stats.installed_bytes),
         faults.zero,
         faults.removed,
-        faults.prefaulted
+        faults.prefaulted,
+        faults.around
     )
 }

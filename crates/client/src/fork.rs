@@ -245,6 +245,8 @@ pub struct Faults {
     pub retried: u64,
     /// Faults that waited for a read of the template from disk.
     pub slow: u64,
+    /// Pages that were installed together with one that faulted.
+    pub around: u64,
 }
 
 /// What is prefaulted into a fork, and counts of its first faults.

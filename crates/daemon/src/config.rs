@@ -16,6 +16,12 @@ pub const RUN_DIR: &str = "/run/pagecast";
 /// The default of [`Settings::completion_rate`], in MiB per second.
 const COMPLETION_RATE: u32 = 1024;
 
+/// The default of [`Settings::busy_poll`].
+pub const BUSY_POLL: Duration = Duration::from_micros(100);
+
+/// The default of [`Settings::fault_around`].
+pub const FAULT_AROUND: u8 = 32;
+
 /// The longest time for [`Settings::busy_poll`]: with more, a worker would hardly ever sleep.
 pub const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
 
@@ -78,11 +84,17 @@ pub struct Settings {
     #[arg(long, value_name = "MIB")]
     pub completion_rate: Option<u32>,
 
-    /// Time that a thread polls for the next page fault after each answer, before it sleeps; at most 10ms. Answers
-    /// faster if cores are free, and uses its core in full meanwhile [default: none]
+    /// Longest time that a thread polls for the next page fault after an answer, before it sleeps; at most 10ms, 0s to
+    /// never poll. Answers faster if cores are free. A thread polls only while that finds faults, while no other thread
+    /// wants its core, and for a bounded part of the time [default: 100us]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     #[serde(default, with = "humantime_serde")]
     pub busy_poll: Option<Duration>,
+
+    /// Most pages of 4 KiB that one page fault installs, from 1 to 64. With 1, only pages that have faulted are installed.
+    /// Otherwise, pages that a guest is about to read in order come with them [default: 32]
+    #[arg(long, value_name = "PAGES")]
+    pub fault_around: Option<u8>,
 
     /// TCP address on which to serve the metrics, too, to every client that can reach it
     #[arg(long, value_name = "ADDR:PORT")]
@@ -172,6 +184,7 @@ impl Settings {
             complete_idle_after: self.complete_idle_after.or(other.complete_idle_after),
             completion_rate: self.completion_rate.or(other.completion_rate),
             busy_poll: self.busy_poll.or(other.busy_poll),
+            fault_around: self.fault_around.or(other.fault_around),
             metrics_addr: self.metrics_addr.or(other.metrics_addr),
             log_format: self.log_format.or(other.log_format),
         }
@@ -193,12 +206,20 @@ impl Settings {
             }
             workers => workers.map(usize::from),
         };
-        let busy_poll = self.busy_poll.unwrap_or_default();
+        let busy_poll = self.busy_poll.unwrap_or(BUSY_POLL);
         if busy_poll > LONGEST_BUSY_POLL {
             return Err(ConfigError::Value {
                 setting: "busy_poll",
                 value: humantime::format_duration(busy_poll).to_string(),
                 reason: "the maximum is 10ms, as threads would hardly ever sleep",
+            });
+        }
+        let fault_around = self.fault_around.unwrap_or(FAULT_AROUND);
+        if !(1..=64).contains(&fault_around) {
+            return Err(ConfigError::Value {
+                setting: "fault_around",
+                value: fault_around.to_string(),
+                reason: "the range is 1 to 64",
             });
         }
         let run_dir = self.run_dir.unwrap_or_else(|| RUN_DIR.into());
@@ -221,6 +242,7 @@ impl Settings {
             complete_idle_after: self.complete_idle_after,
             completion_rate: NonZeroU64::new(u64::from(self.completion_rate.unwrap_or(COMPLETION_RATE)) << 20),
             busy_poll,
+            fault_around: fault_around.into(),
             metrics_addr: self.metrics_addr,
             log_format: self.log_format.unwrap_or_default(),
         })
@@ -254,8 +276,10 @@ pub struct Config {
     pub complete_idle_after: Option<Duration>,
     /// Most bytes per second that a background completion installs; `None` for no limit.
     pub completion_rate: Option<NonZeroU64>,
-    /// Time that a worker polls for the next fault before it sleeps.
+    /// Longest time that a worker polls for the next fault before it sleeps.
     pub busy_poll: Duration,
+    /// Most pages that one fault installs.
+    pub fault_around: usize,
     /// TCP address of the metrics, besides the control socket.
     pub metrics_addr: Option<SocketAddr>,
     /// The format of log lines.
@@ -303,6 +327,7 @@ mod tests {
             complete_idle_after = "10m"
             completion_rate = 100
             busy_poll = "50us"
+            fault_around = 8
             metrics_addr = "127.0.0.1:9100"
             log_format = "json"
             "#,
@@ -316,6 +341,7 @@ mod tests {
         assert_eq!(config.complete_idle_after, Some(Duration::from_mins(10)));
         assert_eq!(config.completion_rate, NonZeroU64::new(100 << 20));
         assert_eq!(config.busy_poll, Duration::from_micros(50));
+        assert_eq!(config.fault_around, 8);
         assert_eq!(config.allowed_uids, [1000]);
     }
 
@@ -336,6 +362,9 @@ mod tests {
         assert!(read("connect_deadline = 3").is_err());
         assert!(read("workers = 0").unwrap().resolve().is_err());
         assert!(read("busy_poll = \"11ms\"").unwrap().resolve().is_err());
+        for pages in [0, 65] {
+            assert!(read(&format!("fault_around = {pages}")).unwrap().resolve().is_err());
+        }
     }
 
     #[test]

@@ -47,6 +47,7 @@ pub fn faults(counts: FaultCounts) -> Faults {
         prefaulted: counts.prefaulted,
         retried: counts.retried,
         slow: counts.slow,
+        around: counts.around,
     }
 }
 

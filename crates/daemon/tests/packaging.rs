@@ -63,7 +63,6 @@ fn the_example_configuration_shows_the_defaults() {
         allowed_dirs: defaults.allowed_dirs.clone(),
         metrics_addr: defaults.metrics_addr,
         complete_idle_after: defaults.complete_idle_after,
-        busy_poll: defaults.busy_poll,
         ..config(&uncommented())
     };
     assert_eq!(format!("{shown:?}"), format!("{defaults:?}"));

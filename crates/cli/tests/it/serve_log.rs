@@ -267,9 +267,10 @@ fn each_turn_is_one_line_of_json_and_faults_are_none() {
     assert_eq!(line("exits", "fork_created")["backend"], "uffd");
     assert_eq!(line("exits", "fork_serving")["memory_bytes"], SIZE);
     let ended = line("exits", "fork_ended");
-    assert_eq!(
-        (&ended["faults"], &ended["installed_bytes"]),
-        (&(SIZE / 4096).into(), &SIZE.into())
+    assert_eq!(ended["installed_bytes"], SIZE);
+    assert!(
+        (1..=SIZE / 4096).contains(&ended["faults"].as_u64().unwrap()),
+        "{ended}"
     );
 
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/logs.md");
@@ -323,7 +324,7 @@ fn text_is_for_people_a_line_each() {
         " INFO template added template=t ",
         " INFO fork created fork=a ",
         " INFO serving fork=a pid=",
-        " INFO ended fork=a state=exited faults=256 ",
+        " INFO ended fork=a state=exited faults=",
         " INFO stopping: forks are completed; a second signal kills their VMMs forks=",
         " INFO stopped",
     ];

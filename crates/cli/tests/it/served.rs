@@ -8,8 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
 use pagecast_client::{AddTemplate, Client, ClientError, CreateFork, CreatedFork, Fork, ForkState};
-use pagecast_testkit::process::ProcessUse;
-use pagecast_testkit::sim_vmm::{Connect, MapFile, Pages, Read, SimVmm};
+use pagecast_testkit::sim_vmm::{Connect, MapFile, Read, SimVmm};
 use pagecast_testkit::template_file::TemplateModel;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -206,24 +205,6 @@ pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 pub(crate) fn reads_right(vmm: &SimVmm) {
     let report = vmm.run(Read::default()).unwrap();
     assert_eq!(report.checked.mismatches, 0, "{report:?}");
-}
-
-/// Has a VMM touch one page after the other, of data, until the process that serves it has used more CPU time than
-/// answering so many faults can take. Whether that came to be.
-pub(crate) fn spins_between_faults(pid: u32, vmm: &SimVmm, pages: u64) -> bool {
-    let used = || ProcessUse::of(pid).unwrap().cpu_time;
-    let before = used();
-    (0..pages).any(|page| {
-        let pages = Pages::range(page..page + 1);
-        vmm.run(Read {
-            pages,
-            ..Read::default()
-        })
-        .unwrap();
-        // The time in which it may sleep. How much of it a busy machine lets it spin does not matter, there are many.
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        used().saturating_sub(before) >= std::time::Duration::from_millis(300)
-    })
 }
 
 /// Whether it has died by now.

@@ -37,6 +37,8 @@ impl Rig {
         let settings = Settings {
             run_dir: Some(folder.path().join("run")),
             metrics_addr: Some("127.0.0.1:0".parse().unwrap()),
+            // Each fault is of one page, so that faults can be counted by pages.
+            fault_around: Some(1),
             ..Settings::default()
         };
         let daemon = Daemon::start(settings.resolve().unwrap()).await.unwrap();

@@ -62,6 +62,7 @@ impl Service {
             .observer(observer)
             .completion_rate(config.completion_rate)
             .busy_poll(config.busy_poll)
+            .fault_around(config.fault_around)
             .deadlines(Deadlines {
                 connect: config.connect_deadline,
                 handshake: config.handshake_deadline,

@@ -126,6 +126,7 @@ impl TemplateTotals {
         total.prefaulted += faults.prefaulted;
         total.retried += faults.retried;
         total.slow += faults.slow;
+        total.around += faults.around;
     }
 
     /// Returns how first faults were predicted, by kind.
@@ -139,7 +140,7 @@ impl TemplateTotals {
         [("late", late), ("missed", missed), ("held_out", held_out_used)]
     }
 
-    pub(crate) fn faults_by_kind(&self) -> [(&'static str, u64); 6] {
+    pub(crate) fn faults_by_kind(&self) -> [(&'static str, u64); 7] {
         let faults = &self.faults;
         [
             ("demand", faults.demand),
@@ -148,6 +149,7 @@ impl TemplateTotals {
             ("prefaulted", faults.prefaulted),
             ("retried", faults.retried),
             ("slow", faults.slow),
+            ("around", faults.around),
         ]
     }
 
