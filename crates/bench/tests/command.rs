@@ -85,7 +85,14 @@ fn goals(section: &Value) -> Vec<String> {
 #[test]
 fn faults_are_measured_beside_the_floor() {
     let section = section(&tiny("faults"), "faults");
-    for forks in ["1 fork", "4 forks", "20 forks"] {
+    for setting in [
+        "1 fork, one CPU",
+        "1 fork, two CPUs",
+        "1 fork, in order, one CPU",
+        "1 fork, in order, two CPUs",
+        "4 forks",
+        "20 forks",
+    ] {
         for name in ["floor: bare loop", "pagecast", "pagecast, resident template"] {
             let measures = [
                 "fault_p50_us",
@@ -94,15 +101,17 @@ fn faults_are_measured_beside_the_floor() {
                 "faults_per_second",
                 "cpu_per_fault_us",
             ];
-            assert_has(&section, &format!("{forks} / {name}"), &measures);
+            assert_has(&section, &format!("{setting} / {name}"), &measures);
         }
     }
     assert_eq!(
         goals(&section),
         [
-            "demand fault p50, 1 fork, resident template",
-            "demand fault p50, 1 fork",
+            "demand fault p50, one CPU, resident template",
+            "demand fault p50, two CPUs, resident template",
             "faults per second, 20 forks, resident template",
+            "demand fault p50, one CPU",
+            "demand fault p50, two CPUs",
             "faults per second, 20 forks",
         ]
     );
@@ -126,13 +135,15 @@ fn a_working_set_is_got_ready_in_every_way() {
         let (_, values) = rows.iter().find(|(row, _)| *row == format!("warm / {name}")).unwrap();
         values["installed_mib"]["median"].as_f64().unwrap()
     };
-    // 2 MiB are read of 16 MiB, a page each.
-    for (name, mib) in [
-        ("file", 0.0),
-        ("uffd, on demand", 2.0),
-        ("rival: all at the first fault", 16.0),
+    // 2 MiB are read of 16 MiB.
+    for (name, least, most) in [
+        ("file", 0.0, 0.0),
+        ("rival: a page a fault", 2.0, 2.0),
+        ("uffd, on demand", 2.0, 2.5),
+        ("rival: all at the first fault", 16.0, 16.0),
     ] {
-        assert!((installed(name) - mib).abs() < 1e-6, "{name}: {}", installed(name));
+        let installed = installed(name);
+        assert!((least..=most).contains(&installed), "{name}: {installed}");
     }
     if section["warnings"].to_string().contains("nothing hot") {
         skip(&format!("a template cannot be made resident: {}", section["warnings"]));

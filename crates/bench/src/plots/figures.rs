@@ -182,7 +182,7 @@ fn faults_figure(section: &SectionReport) -> Option<Figure> {
         "us",
         Axis::Linear,
     )?;
-    mark(&mut p50, "1 fork", faults::PAGECAST, 1.15, faults::FLOOR);
+    mark(&mut p50, faults::ONE_CPU, faults::PAGECAST, 1.15, faults::FLOOR);
     let p99 = panel(
         section,
         "Time of a fault, 99th percentile, us",
@@ -191,7 +191,7 @@ fn faults_figure(section: &SectionReport) -> Option<Figure> {
         Axis::Linear,
     )?;
     let mut rate = panel(section, "Faults a second", Measure::FaultsPerSecond, "/s", Axis::Linear)?;
-    mark(&mut rate, "20 forks", faults::PAGECAST, 0.95, faults::FLOOR);
+    mark(&mut rate, faults::MANY, faults::PAGECAST, 1.1, faults::FLOOR);
     Some(Figure {
         title: "Page faults on demand",
         subtitle:

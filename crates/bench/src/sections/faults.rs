@@ -1,5 +1,6 @@
 //! Cost of a page fault.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,6 +8,7 @@ use anyhow::Result;
 use pagecast_testkit::floor::{Floor, Strategy, read};
 use pagecast_testkit::sim_vmm::{Connect, Job, Latency, LatencyReport, Order, Pages, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::in_process::{InProcess, own_cpu};
 use super::turns::in_turn;
@@ -21,26 +23,114 @@ use crate::sim_vmm;
 use crate::spread::to_f64;
 
 /// The template: data on every page, and in the page cache.
-const TEMPLATE_BYTES: u64 = 64 << 20;
+const TEMPLATE_BYTES: u64 = 128 << 20;
+
+/// Its pages.
+const TEMPLATE_PAGES: u64 = TEMPLATE_BYTES / 4096;
+
 pub(crate) const FLOOR: &str = "floor: bare loop";
 pub(crate) const PAGECAST: &str = "pagecast";
 pub(crate) const RESIDENT: &str = "pagecast, resident template";
 
-/// Number of forks at once, and of pages that each touches a turn.
+/// The forks of a measurement, and what each does in a turn.
 #[derive(Clone, Copy)]
 struct Setting {
+    title: &'static str,
     forks: u32,
+    /// Pages that each fork touches in a turn.
     pages: u64,
+    reads: Reads,
+    processors: Processors,
 }
 
-impl Setting {
-    fn title(self) -> String {
-        match self.forks {
-            1 => "1 fork".to_owned(),
-            forks => format!("{forks} forks"),
-        }
+/// The pages of a turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    /// In random order, spread over all of the template.
+    Random,
+    /// One after the other.
+    InOrder,
+}
+
+/// Where forks and servers run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Processors {
+    /// Where the scheduler puts them.
+    Any,
+    /// All on one.
+    One,
+    /// The forks on one, the servers on another.
+    Two,
+}
+
+impl Processors {
+    /// Runs `start` with the calling thread, and so all that it starts, on the processor of the forks or of the servers.
+    fn run<T>(self, of_forks: bool, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        let all = sched_getaffinity(None)?;
+        let mut ours = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu));
+        let (first, second) = (ours.next(), ours.next());
+        let chosen = match self {
+            Self::Any => None,
+            Self::Two if !of_forks => second,
+            Self::One | Self::Two => first,
+        };
+        let Some(chosen) = chosen else { return start() };
+        let mut one = CpuSet::new();
+        one.set(chosen);
+        sched_setaffinity(None, &one)?;
+        let started = start();
+        sched_setaffinity(None, &all)?;
+        started
     }
 }
+
+const SETTINGS: [Setting; 6] = {
+    const RANDOM: Setting = Setting {
+        title: ONE_CPU,
+        forks: 1,
+        pages: 1024,
+        reads: Reads::Random,
+        processors: Processors::One,
+    };
+    [
+        RANDOM,
+        Setting {
+            title: TWO_CPUS,
+            processors: Processors::Two,
+            ..RANDOM
+        },
+        Setting {
+            title: "1 fork, in order, one CPU",
+            pages: 4096,
+            reads: Reads::InOrder,
+            ..RANDOM
+        },
+        Setting {
+            title: "1 fork, in order, two CPUs",
+            pages: 4096,
+            reads: Reads::InOrder,
+            processors: Processors::Two,
+            ..RANDOM
+        },
+        Setting {
+            title: "4 forks",
+            forks: 4,
+            pages: 512,
+            processors: Processors::Any,
+            ..RANDOM
+        },
+        Setting {
+            title: MANY,
+            forks: 20,
+            pages: 512,
+            processors: Processors::Any,
+            ..RANDOM
+        },
+    ]
+};
+pub(crate) const ONE_CPU: &str = "1 fork, one CPU";
+pub(crate) const TWO_CPUS: &str = "1 fork, two CPUs";
+pub(crate) const MANY: &str = "20 forks";
 
 /// The forks of one of the two servers.
 struct Side {
@@ -51,16 +141,15 @@ struct Side {
 pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionReport> {
     let scale = bench.scale;
     let (sets, turns): (u32, u32) = (scale.choose(16, 3, 1), scale.choose(8, 5, 1));
-    let setting = |forks, pages| Setting {
-        forks,
-        pages: scale.choose(pages, pages, 16),
-    };
-    let settings = [setting(1, 1024), setting(4, 512), setting(20, 512)];
+    let settings = SETTINGS.map(|setting| Setting {
+        pages: scale.choose(setting.pages, setting.pages, 16),
+        ..setting
+    });
     let model = TemplateModel::of_data(TEMPLATE_BYTES, 1);
     let files = [TemplateFile::create(model.clone())?, TemplateFile::create(model)?];
     let [bytes, _] = [read(files[0].path())?, read(files[1].path())?];
     let mut samples = Samples::default();
-    let progress = rounds(Section::Faults, sets * 3);
+    let progress = rounds(Section::Faults, sets * u32::try_from(settings.len())?);
     for set in 0..sets {
         for setting in settings {
             interrupt.check()?;
@@ -82,32 +171,36 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ),
     ];
     let mut report = SectionReport::new(Section::Faults, &about, samples.rows(FLOOR));
+    let ratio = |title: &'static str, name, measure| {
+        samples.ratio(&Subject::new(title, name), &Subject::new(title, FLOOR), measure)
+    };
+    for (name, of) in [(RESIDENT, ", resident template"), (PAGECAST, "")] {
+        report.goal(
+            format!("demand fault p50, one CPU{of}"),
+            Some(FLOOR),
+            Goal::AtMost(1.15),
+            ratio(ONE_CPU, name, Measure::FaultP50Us),
+        );
+        report.goal(
+            format!("demand fault p50, two CPUs{of}"),
+            Some(FLOOR),
+            Goal::AtMost(0.4),
+            ratio(TWO_CPUS, name, Measure::FaultP50Us),
+        );
+        report.goal(
+            format!("faults per second, 20 forks{of}"),
+            Some(FLOOR),
+            Goal::AtLeast(1.1),
+            ratio(MANY, name, Measure::FaultsPerSecond),
+        );
+    }
     for setting in settings {
-        let floor = Subject::new(setting.title(), FLOOR);
-        let ratio = |name, measure| samples.ratio(&Subject::new(setting.title(), name), &floor, measure);
-        for (name, of) in [(RESIDENT, ", resident template"), (PAGECAST, "")] {
-            match setting.forks {
-                1 => report.goal(
-                    format!("demand fault p50, 1 fork{of}"),
-                    Some(FLOOR),
-                    Goal::AtMost(1.15),
-                    ratio(name, Measure::FaultP50Us),
-                ),
-                20 => report.goal(
-                    format!("faults per second, 20 forks{of}"),
-                    Some(FLOOR),
-                    Goal::AtLeast(0.95),
-                    ratio(name, Measure::FaultsPerSecond),
-                ),
-                _ => {}
-            }
-        }
-        let measure = if setting.forks == 1 {
+        let measure = if setting.forks == 1 && setting.reads == Reads::Random {
             Measure::FaultP50Us
         } else {
             Measure::FaultsPerSecond
         };
-        report.warn_if_noisy(&samples, &floor, measure);
+        report.warn_if_noisy(&samples, &Subject::new(setting.title, FLOOR), measure);
     }
     progress.done("measured");
     Ok(report)
@@ -122,7 +215,10 @@ fn measure_set(
     bytes: &Arc<[u8]>,
     samples: &mut Samples,
 ) -> Result<()> {
-    let spawn = || (0..setting.forks).map(|_| sim_vmm::spawn()).collect::<Result<Vec<_>>>();
+    let spawn = || {
+        let spawned = || (0..setting.forks).map(|_| sim_vmm::spawn()).collect::<Result<Vec<_>>>();
+        setting.processors.run(true, spawned)
+    };
     // Each has a lease on its own file.
     let [file, resident_file] = files;
     let folder = folder()?;
@@ -130,15 +226,21 @@ fn measure_set(
         name: FLOOR,
         vmms: spawn()?,
     };
-    let loops = Floor::start_with(Strategy::Demand, &folder.path().join("floor"), bytes, floor.vmms.len())?;
+    let socket = folder.path().join("floor");
+    let loops = setting.processors.run(false, || {
+        Floor::start_with(Strategy::Demand, &socket, bytes, floor.vmms.len())
+    })?;
     for vmm in &floor.vmms {
         vmm.run(Connect::new(loops.socket(), file.model()))?;
     }
     loops.wait_until_all_have_connected();
 
     let serve = |name, file: &TemplateFile, resident| -> Result<(InProcess, Side)> {
-        let mut server = InProcess::start(file.path())?;
-        server.find_zeros();
+        let mut server = setting.processors.run(false, || {
+            let server = InProcess::start(file.path())?;
+            server.find_zeros();
+            Ok(server)
+        })?;
         if resident {
             server.lock_template()?;
         }
@@ -160,15 +262,25 @@ fn measure_set(
 }
 
 fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples) -> Result<()> {
-    let subject = Subject::new(setting.title(), side.name);
+    let subject = Subject::new(setting.title, side.name);
     samples.expect(subject.clone(), Some(setting.forks.into()));
-    let first = u64::from(turn) * setting.pages;
+    let turn = u64::from(turn);
+    let pages = match setting.reads {
+        Reads::InOrder => Pages::range(turn * setting.pages..(turn + 1) * setting.pages),
+        Reads::Random => {
+            let apart = u32::try_from(TEMPLATE_PAGES / setting.pages)?;
+            Pages::range(turn..TEMPLATE_PAGES).every(NonZeroU32::new(apart).unwrap_or(NonZeroU32::MIN))
+        }
+    };
     let cpu_before = own_cpu();
     let started = Instant::now();
     let jobs = (0..).zip(&side.vmms).map(|(seed, vmm)| {
         vmm.start(Latency {
-            pages: Pages::range(first..first + setting.pages),
-            order: Order::Random(seed),
+            pages: pages.clone(),
+            order: match setting.reads {
+                Reads::InOrder => Order::Sequential,
+                Reads::Random => Order::Random(seed),
+            },
         })
     });
     let jobs = jobs.collect::<Result<Vec<_>>>()?;
