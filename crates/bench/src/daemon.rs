@@ -9,11 +9,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use pagecast::template::WorkingSet;
 use pagecast_client::fork::Fork;
-use pagecast_client::{AddTemplate, Client, ClientError, ForkState};
+use pagecast_client::{AddTemplate, Backend, Client, ClientError, CreateFork, ForkState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::runtime::Runtime;
+
+use crate::fleet::{Template, tag};
 
 /// The name of its only template.
 pub const TEMPLATE: &str = "template";
@@ -122,6 +125,35 @@ impl Daemon {
     pub fn add_template(&self, mem_file: &Path) -> Result<()> {
         self.call(async |client| client.add_template(TEMPLATE, &AddTemplate::new(mem_file)).await)
             .context("the template is refused")?;
+        Ok(())
+    }
+
+    /// Records one fork of the template, which must be [added](Self::add_template). The working set is kept beside the mem-file, where
+    /// all daemons find it.
+    ///
+    /// # Errors
+    ///
+    /// The fork fails, or nothing is learned.
+    pub fn learn(&self, template: &dyn Template) -> Result<()> {
+        let vmm = template.start()?;
+        let wanted = CreateFork {
+            backend: Some(Backend::Uffd),
+            record: true,
+            ..CreateFork::of(TEMPLATE)
+        };
+        let created = self.call(async |client| client.create_fork(&wanted).await)?;
+        let (mut vmm, _) = vmm.restore(tag(0), &created.mem_backend)?;
+        vmm.touch(template.working_set())?;
+        drop(vmm);
+        let deadline = Instant::now() + FORK_PATIENCE;
+        // The daemon shows it before it is kept.
+        while !WorkingSet::path_for(template.mem_file()).exists() {
+            ensure!(
+                Instant::now() < deadline,
+                "nothing was learned of a fork that was recorded"
+            );
+            std::thread::sleep(FORK_PACE);
+        }
         Ok(())
     }
 

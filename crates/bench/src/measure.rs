@@ -42,8 +42,10 @@ pub enum Measure {
     PssToLeast,
     /// CPU time of the server.
     ServerCpuSeconds,
-    /// Resident memory of the server.
+    /// Resident memory of the server, mapped template pages included.
     ServerMib,
+    /// Resident memory of the server that belongs to no file.
+    ServerOwnMib,
     /// Number of times that a thread of the server slept and woke.
     Wakeups,
     /// Open file descriptors of the server.
@@ -84,6 +86,7 @@ impl Measure {
             Self::PssToLeast => "PSS to least",
             Self::ServerCpuSeconds => "server CPU, s",
             Self::ServerMib => "server resident, MiB",
+            Self::ServerOwnMib => "server private, MiB",
             Self::Wakeups => "wakeups",
             Self::Fds => "fds",
             Self::Threads => "threads",

@@ -15,6 +15,8 @@ pub struct ProcessUse {
     pub threads: u64,
     /// Resident memory in bytes.
     pub rss_bytes: u64,
+    /// Resident memory that belongs to no file, in bytes: anonymous and shared memory.
+    pub own_bytes: u64,
     /// CPU time used so far, in user and kernel mode, to the clock tick.
     pub cpu_time: Duration,
 }
@@ -27,11 +29,15 @@ impl ProcessUse {
     /// There is no such process, or this user may not read them.
     pub fn of(pid: u32) -> Result<Self> {
         let process = process(pid)?;
-        let stat = process.stat()?;
+        let (stat, status) = (process.stat()?, process.status()?);
         Ok(Self {
             fds: process.fd_count()?,
             threads: stat.num_threads.try_into()?,
             rss_bytes: stat.rss * procfs::page_size(),
+            own_bytes: status
+                .rssanon
+                .zip(status.rssshmem)
+                .map_or(0, |(anon, shmem)| (anon + shmem) << 10),
             cpu_time: Duration::from_millis((stat.utime + stat.stime) * 1000 / procfs::ticks_per_second()),
         })
     }

@@ -302,10 +302,10 @@ fn growth_figure(section: &SectionReport) -> Option<Figure> {
     let panels = [
         growing(
             &forks,
-            "Resident memory of the server, MiB",
+            "Private memory of the server, MiB",
             "served forks of 1 GiB",
             false,
-            &[(Measure::ServerMib, "resident", OURS)],
+            &[(Measure::ServerOwnMib, "private", OURS)],
             Some((32.0, "goal: at most 32 MiB with 200".to_owned())),
         ),
         growing(

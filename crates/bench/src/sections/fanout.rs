@@ -2,14 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use pagecast::template::WorkingSet;
+use anyhow::{Context as _, Result};
 use pagecast_client::fork::Prefault;
 use pagecast_client::{Backend, CreateFork};
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 
 use super::turns::in_turn;
-use super::{Bench, PATIENCE, folder, rounds};
+use super::{Bench, folder, rounds};
 use crate::daemon::{Daemon, TEMPLATE};
 use crate::fleet::{Kind, Size, Template, Vmm, WRITE_EVERY, at_once, create_template, tag};
 use crate::goal::Goal;
@@ -21,8 +20,6 @@ use crate::section::Section;
 use crate::spread::{mib, quantile, to_f64};
 
 const FILE: &str = "file";
-/// Time between two looks for a learned working set.
-const PACE: Duration = Duration::from_millis(10);
 
 /// A backend, its prefault, and their name.
 #[derive(Clone, Copy)]
@@ -114,31 +111,12 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     Ok(report)
 }
 
-/// Has one fork recorded: its working set is kept beside the memory file, where all daemons find it.
+/// Records one fork with a daemon of its own.
 fn learn(bench: &Bench, template: &dyn Template) -> Result<()> {
     let folder = folder()?;
     let daemon = Daemon::start(&bench.pagecast, folder.path(), &[])?;
     daemon.add_template(template.mem_file())?;
-    let vmm = template.start()?;
-    let wanted = CreateFork {
-        backend: Some(Backend::Uffd),
-        record: true,
-        ..CreateFork::of(TEMPLATE)
-    };
-    let created = daemon.call(async |client| client.create_fork(&wanted).await)?;
-    let (mut vmm, _) = vmm.restore(tag(0), &created.mem_backend)?;
-    vmm.touch(template.working_set())?;
-    drop(vmm);
-    let deadline = Instant::now() + PATIENCE;
-    // The daemon shows it before it is kept.
-    while !WorkingSet::path_for(template.mem_file()).exists() {
-        ensure!(
-            Instant::now() < deadline,
-            "nothing was learned of a fork that was recorded"
-        );
-        std::thread::sleep(PACE);
-    }
-    Ok(())
+    daemon.learn(template)
 }
 
 fn title(forks: u32) -> String {
@@ -242,6 +220,7 @@ fn play(
             server.cpu_time.saturating_sub(before).as_secs_f64(),
         ),
         (Measure::ServerMib, mib(server_bytes)),
+        (Measure::ServerOwnMib, mib(server.own_bytes)),
     ] {
         samples.add(&subject, measure, value);
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use pagecast_testkit::process::{MemoryUse, ProcessUse};
 use procfs::process::Process;
 
@@ -32,6 +32,8 @@ pub(super) struct Seen {
     pub(super) wakeups: u64,
     /// Resident memory now, exact.
     pub(super) resident_bytes: u64,
+    /// The part of it that belongs to no file.
+    pub(super) own_bytes: u64,
     pub(super) fds: usize,
     pub(super) threads: u64,
 }
@@ -58,18 +60,13 @@ impl Watch {
             wakeups: ended + added(&self.threads, &threads, |thread| thread.sleeps),
             // The counter in `stat` is not exact.
             resident_bytes: MemoryUse::of(self.pid)?.rss_bytes,
+            own_bytes: now.own_bytes,
             fds: now.fds,
             threads: now.threads,
         };
         *self = Self::of(self.pid)?;
         Ok(seen)
     }
-}
-
-/// The peak of resident memory, in bytes.
-pub(super) fn peak_bytes(pid: u32) -> Result<u64> {
-    let status = Process::new(pid.try_into()?)?.status()?;
-    Ok(status.vmhwm.context("the kernel does not tell the peak")? << 10)
 }
 
 /// Reads the counters of all its threads.
