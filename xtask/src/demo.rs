@@ -13,7 +13,7 @@ use pagecast_bench::progress::say;
 use pagecast_client::Backend;
 
 use self::report::Report;
-use self::scenario::Scenario;
+use self::scenario::{Scenario, Way};
 use crate::cargo::build_pagecast;
 
 /// The template. Each fork reads all its data.
@@ -22,12 +22,29 @@ const SIZE: Size = Size {
     data_mib: 64,
 };
 
-/// The backends, in the order of the columns. The first is the default.
-const BACKENDS: [Backend; 2] = [Backend::Auto, Backend::Uffd];
+/// What is compared, in the order of the columns. The first is the default. Once a working set is known, it is prefaulted.
+const WAYS: [Way; 3] = [
+    Way {
+        name: "auto",
+        backend: Backend::Auto,
+        is_trained: false,
+    },
+    Way {
+        name: "uffd",
+        backend: Backend::Uffd,
+        is_trained: false,
+    },
+    Way {
+        name: "uffd, working set known",
+        backend: Backend::Uffd,
+        is_trained: true,
+    },
+];
 
 /// Fork one microVM many times with each backend, check every byte, and compare their cost
 ///
-/// Boots a tiny guest in Firecracker and snapshots it. Then, for each backend, starts `pagecast serve`, creates the
+/// Boots a tiny guest in Firecracker and snapshots it. Then, for each backend, and for `uffd` with and without a known
+/// working set, starts `pagecast serve`, creates the
 /// forks and restores all at once. Every guest reads and checks its working set, writes to a part of it, and checks it
 /// again. Then it checks all its memory, and once more after the server has ended. Without KVM, simulated VMMs do the
 /// same. Fetches and builds all it needs; leaves only files in the target folder.
@@ -72,23 +89,23 @@ impl Demo {
         interrupt.check()?;
 
         let mut played = Vec::new();
-        for backend in BACKENDS {
+        for way in WAYS {
             say("");
             let scenario = Scenario {
                 pagecast: &pagecast,
                 template: &*template,
                 forks: self.forks,
-                backend,
+                way,
                 interrupt,
             };
-            played.push(scenario.play(&folder_of(folder.path(), backend)?)?);
+            played.push(scenario.play(&folder_of(folder.path(), way)?)?);
         }
         Ok(Report::new(&kind, &played))
     }
 }
 
-fn folder_of(folder: &Path, backend: Backend) -> Result<std::path::PathBuf> {
-    let folder = folder.join(backend.to_string());
+fn folder_of(folder: &Path, way: Way) -> Result<std::path::PathBuf> {
+    let folder = folder.join(way.name);
     std::fs::create_dir(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
     Ok(folder)
 }

@@ -24,6 +24,7 @@ pub(super) struct Report {
 /// The result of one backend.
 #[derive(Debug, Serialize)]
 struct BackendReport {
+    name: &'static str,
     asked: Backend,
     backend: Backend,
     reason: String,
@@ -66,6 +67,7 @@ struct Totals {
     fault_p50_us: Option<u64>,
     /// The maximum of the forks' 99th percentiles.
     fault_p99_us: Option<u64>,
+    server_own_bytes: u64,
     server_rss_bytes: u64,
     server_cpu_s: f64,
 }
@@ -115,7 +117,7 @@ impl Report {
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "\n{} {vmms} of {mem_mib} MiB with each backend, forked from one template;\neach read {data_mib} MiB and wrote to \
+            "\n{} {vmms} of {mem_mib} MiB each time, forked from one template;\neach read {data_mib} MiB and wrote to \
              1/{WRITE_EVERY} of its pages\n\n{}",
             self.backends.first().map_or(0, |backend| backend.forks.len()),
             self.table()
@@ -184,7 +186,9 @@ const ROWS: [Row; 11] = [
         let both = totals.fault_p50_us.zip(totals.fault_p99_us);
         both.map_or("-".to_owned(), |(p50, p99)| format!("{p50} ({p99})"))
     }),
-    ("server, resident MiB", |totals| mib(totals.server_rss_bytes)),
+    ("server, private MiB (resident)", |totals| {
+        format!("{} ({})", mib(totals.server_own_bytes), mib(totals.server_rss_bytes))
+    }),
     ("server, CPU s", |totals| format!("{:.2}", totals.server_cpu_s)),
 ];
 
@@ -206,11 +210,13 @@ impl BackendReport {
             demand_faults: served.then(|| sum(|fork| fork.demand_faults.unwrap_or_default())),
             fault_p50_us: served.then(|| median(latencies().map(|latency| latency.p50).collect())),
             fault_p99_us: latencies().map(|latency| latency.p99).max(),
+            server_own_bytes: played.server.own_bytes,
             server_rss_bytes: played.server.rss_bytes,
             server_cpu_s: played.server.cpu_time.as_secs_f64(),
         };
         Self {
-            asked: played.asked,
+            name: played.way.name,
+            asked: played.way.backend,
             backend: played.backend,
             reason: played.reason.clone(),
             totals,
@@ -220,9 +226,9 @@ impl BackendReport {
 
     fn title(&self) -> String {
         if self.asked == self.backend {
-            self.backend.to_string()
+            self.name.to_owned()
         } else {
-            format!("{} ({})", self.asked, self.backend)
+            format!("{} ({})", self.name, self.backend)
         }
     }
 }

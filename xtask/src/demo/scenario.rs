@@ -19,20 +19,29 @@ use super::SIZE;
 /// MiB that a guest checks with one command, so that progress can be shown.
 const STEP_MIB: u32 = 8;
 
+/// How forks get their memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    pub(super) name: &'static str,
+    /// The backend to request.
+    pub(super) backend: Backend,
+    /// Another fork is recorded first.
+    pub(super) is_trained: bool,
+}
+
 /// Many forks of one template at once, with one backend and their own daemon.
 pub(super) struct Scenario<'a> {
     /// The command.
     pub(super) pagecast: &'a Path,
     pub(super) template: &'a dyn Template,
     pub(super) forks: u32,
-    /// The backend to request.
-    pub(super) backend: Backend,
+    pub(super) way: Way,
     pub(super) interrupt: &'a Interrupt,
 }
 
 /// The result.
 pub(super) struct Played {
-    pub(super) asked: Backend,
+    pub(super) way: Way,
     /// The backend that the daemon chose, and its reason.
     pub(super) backend: Backend,
     pub(super) reason: String,
@@ -79,6 +88,11 @@ impl Scenario<'_> {
 
     fn play_with(&self, daemon: &mut Daemon) -> Result<Played> {
         daemon.add_template(self.template.mem_file())?;
+        if self.way.is_trained {
+            let progress = Progress::start("recording the working set of another fork");
+            daemon.learn(self.template)?;
+            progress.done("kept beside the memory file");
+        }
         let progress = Progress::start(&format!("starting {} VMMs", self.forks));
         let vmms = at_once((0..self.forks).collect(), |_| self.template.start())?;
         progress.done("none has memory yet");
@@ -108,7 +122,7 @@ impl Scenario<'_> {
 
         let forks = forks.into_iter().zip(memory).zip(told);
         Ok(Played {
-            asked: self.backend,
+            way: self.way,
             backend: created.backend,
             reason: created.reason,
             forks: forks
@@ -131,7 +145,7 @@ impl Scenario<'_> {
     fn restore(&self, daemon: &Daemon, vmms: Vec<Box<dyn Blank + '_>>) -> Result<(CreatedFork, Vec<Fork>)> {
         let progress = Progress::start(&format!(
             "restoring {} forks at once with `{}`",
-            self.forks, self.backend
+            self.forks, self.way.name
         ));
         let restored = at_once((1..).zip(vmms).collect(), |(number, vmm)| {
             let restored = self.restore_one(daemon, number, vmm);
@@ -146,7 +160,7 @@ impl Scenario<'_> {
     fn restore_one(&self, daemon: &Daemon, number: u32, vmm: Box<dyn Blank + '_>) -> Result<(CreatedFork, Fork)> {
         let wanted = CreateFork {
             id: Some(id(number)),
-            backend: Some(self.backend),
+            backend: Some(self.way.backend),
             pid: Some(vmm.pid().try_into()?),
             ..CreateFork::of(TEMPLATE)
         };
