@@ -54,10 +54,10 @@ impl Test {
     fn runner(&self) -> Result<Command> {
         let mut runner = NEXTEST.command()?;
         runner.args(["run", "--locked", "--workspace"]);
-        // Tests wait for processes and timers: one more at a time than there are processors keeps these busy.
+        // Tests wait for processes and timers: two more at a time than there are processors keep these busy.
         if !self.args.iter().any(|arg| arg.starts_with("--test-threads")) {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);
-            runner.arg(format!("--test-threads={}", processors + 1));
+            runner.arg(format!("--test-threads={}", processors + 2));
         }
         runner.args(&self.args);
         Ok(runner)

@@ -2,9 +2,10 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use pagecast::server::Builder;
 use pagecast_testkit::floor::{Floor, Strategy, read};
 use pagecast_testkit::sim_vmm::{Connect, Job, Latency, LatencyReport, Order, Pages, SimVmm};
 use pagecast_testkit::template_file::{TemplateFile, TemplateModel};
@@ -31,6 +32,38 @@ const TEMPLATE_PAGES: u64 = TEMPLATE_BYTES / 4096;
 pub(crate) const FLOOR: &str = "floor: bare loop";
 pub(crate) const PAGECAST: &str = "pagecast";
 pub(crate) const RESIDENT: &str = "pagecast, resident template";
+
+/// A server that is measured, beside the floor.
+#[derive(Clone, Copy)]
+struct Variant {
+    name: &'static str,
+    /// Whether the template is locked in memory.
+    is_resident: bool,
+    set_up: fn(Builder) -> Builder,
+}
+
+const VARIANTS: [Variant; 4] = [
+    Variant {
+        name: PAGECAST,
+        is_resident: false,
+        set_up: |builder| builder,
+    },
+    Variant {
+        name: RESIDENT,
+        is_resident: true,
+        set_up: |builder| builder,
+    },
+    Variant {
+        name: "pagecast, no fault-around",
+        is_resident: false,
+        set_up: |builder| builder.fault_around(1),
+    },
+    Variant {
+        name: "pagecast, no polling",
+        is_resident: false,
+        set_up: |builder| builder.busy_poll(Duration::ZERO),
+    },
+];
 
 /// The forks of a measurement, and what each does in a turn.
 #[derive(Clone, Copy)]
@@ -146,8 +179,14 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
         ..setting
     });
     let model = TemplateModel::of_data(TEMPLATE_BYTES, 1);
-    let files = [TemplateFile::create(model.clone())?, TemplateFile::create(model)?];
-    let [bytes, _] = [read(files[0].path())?, read(files[1].path())?];
+    let files = VARIANTS.map(|_| TemplateFile::create(model.clone()));
+    let files: Vec<TemplateFile> = files.into_iter().collect::<Result<_>>()?;
+    let mut bytes = None;
+    for file in &files {
+        // Brings all of them into the page cache.
+        bytes = Some(read(file.path())?);
+    }
+    let bytes = bytes.context("there are variants")?;
     let mut samples = Samples::default();
     let progress = rounds(Section::Faults, sets * u32::try_from(settings.len())?);
     for set in 0..sets {
@@ -211,7 +250,7 @@ fn measure_set(
     set: u32,
     turns: u32,
     setting: Setting,
-    files: &[TemplateFile; 2],
+    files: &[TemplateFile],
     bytes: &Arc<[u8]>,
     samples: &mut Samples,
 ) -> Result<()> {
@@ -219,8 +258,6 @@ fn measure_set(
         let spawned = || (0..setting.forks).map(|_| sim_vmm::spawn()).collect::<Result<Vec<_>>>();
         setting.processors.run(true, spawned)
     };
-    // Each has a lease on its own file.
-    let [file, resident_file] = files;
     let folder = folder()?;
     let floor = Side {
         name: FLOOR,
@@ -230,35 +267,41 @@ fn measure_set(
     let loops = setting.processors.run(false, || {
         Floor::start_with(Strategy::Demand, &socket, bytes, floor.vmms.len())
     })?;
+    let model = files.first().context("there are variants")?.model();
     for vmm in &floor.vmms {
-        vmm.run(Connect::new(loops.socket(), file.model()))?;
+        vmm.run(Connect::new(loops.socket(), model))?;
     }
     loops.wait_until_all_have_connected();
 
-    let serve = |name, file: &TemplateFile, resident| -> Result<(InProcess, Side)> {
+    // Each has a lease on its own file.
+    let served = VARIANTS.iter().zip(files).map(|(variant, file)| -> Result<_> {
         let mut server = setting.processors.run(false, || {
-            let server = InProcess::start(file.path())?;
+            let server = InProcess::start_with(file.path(), variant.set_up)?;
             server.find_zeros();
             Ok(server)
         })?;
-        if resident {
+        if variant.is_resident {
             server.lock_template()?;
         }
         let vmms = spawn()?;
         for (number, vmm) in vmms.iter().enumerate() {
             server.connect(number, vmm, file.model())?;
         }
-        Ok((server, Side { name, vmms }))
-    };
-    let (plain_server, plain) = serve(PAGECAST, file, false)?;
-    let (resident_server, resident) = serve(RESIDENT, resident_file, true)?;
+        let side = Side {
+            name: variant.name,
+            vmms,
+        };
+        Ok((server, side))
+    });
+    let (servers, mut sides): (Vec<_>, Vec<_>) = served.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    sides.push(floor);
+    let sides: Vec<&Side> = sides.iter().collect();
     for turn in 0..turns {
-        for side in in_turn(&[&floor, &plain, &resident], set + turn) {
+        for side in in_turn(&sides, set + turn) {
             measure_turn(side, turn, setting, samples)?;
         }
     }
-    plain_server.end()?;
-    resident_server.end()
+    servers.into_iter().try_for_each(InProcess::end)
 }
 
 fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples) -> Result<()> {

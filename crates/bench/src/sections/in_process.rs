@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use pagecast::Template;
-use pagecast::server::{Fork, ForkEvent, ForkOptions, ForkState, Prefault, Server};
+use pagecast::server::{Builder, Fork, ForkEvent, ForkOptions, ForkState, Prefault, Server};
 use pagecast::template::{Lease, Locked, MemFile, Recording, Wanted, WorkingSet};
 use pagecast_testkit::sim_vmm::{Connect, Memory, Resume, SimVmm, Visit};
 use pagecast_testkit::template_file::TemplateModel;
@@ -32,8 +32,13 @@ pub(super) struct InProcess {
 
 impl InProcess {
     pub(super) fn start(mem_file: &Path) -> Result<Self> {
+        Self::start_with(mem_file, |builder| builder)
+    }
+
+    /// Starts it with other settings than the default ones.
+    pub(super) fn start_with(mem_file: &Path, set_up: impl FnOnce(Builder) -> Builder) -> Result<Self> {
         let (tell, recordings) = channel();
-        let server = Server::builder().observer(move |event| {
+        let server = set_up(Server::builder()).observer(move |event| {
             if let ForkEvent::Recorded { recording, .. } = event {
                 // The receiver exists only if recordings were requested.
                 let _ = tell.send(recording);
