@@ -137,6 +137,7 @@ impl Daemon {
     pub fn learn(&self, template: &dyn Template) -> Result<()> {
         let vmm = template.start()?;
         let wanted = CreateFork {
+            id: Some("recorded".to_owned()),
             backend: Some(Backend::Uffd),
             record: true,
             ..CreateFork::of(TEMPLATE)
