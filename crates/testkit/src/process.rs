@@ -1,10 +1,11 @@
 //! Resources of a process, to find leaks and shared memory.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use procfs::process::Process;
+use procfs::process::{MMapPath, MemoryMap, Process};
 
 /// Resources of a process at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,20 +67,35 @@ impl MemoryUse {
     /// There is no such process, or this user may not read it.
     pub fn of(pid: u32) -> Result<Self> {
         let rollup = process(pid)?.smaps_rollup()?.memory_map_rollup;
-        let map = rollup
-            .into_iter()
-            .next()
-            .context("smaps_rollup is empty")?
-            .extension
-            .map;
-        let sum = |names: &[&str]| names.iter().filter_map(|name| map.get(*name)).sum();
-        Ok(Self {
+        Ok(Self::sum(&rollup.iter()))
+    }
+
+    /// Returns the memory of the process `pid` in mappings of `file`. Other processes that start or end do not change it, unless
+    /// they map the file.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or this user may not read it.
+    pub fn of_file(pid: u32, file: &Path) -> Result<Self> {
+        let maps = process(pid)?.smaps()?;
+        let is_of_file = |map: &&MemoryMap| matches!(&map.pathname, MMapPath::Path(path) if path == file);
+        Ok(Self::sum(&maps.iter().filter(is_of_file)))
+    }
+
+    fn sum<'a>(maps: &(impl Iterator<Item = &'a MemoryMap> + Clone)) -> Self {
+        let sum = |names: &[&str]| {
+            let values = maps
+                .clone()
+                .flat_map(|map| names.iter().filter_map(|name| map.extension.map.get(*name)));
+            values.sum()
+        };
+        Self {
             rss_bytes: sum(&["Rss"]),
             pss_bytes: sum(&["Pss"]),
             private_bytes: sum(&["Private_Clean", "Private_Dirty"]),
             shared_bytes: sum(&["Shared_Clean", "Shared_Dirty"]),
             hugetlb_bytes: sum(&["Private_Hugetlb", "Shared_Hugetlb"]),
-        })
+        }
     }
 }
 
