@@ -39,7 +39,8 @@ fn a_fork_with_uffd_is_served_measured_and_seen_to_exit() {
     // Each page once; but for long runs of zeros, which the kernel fills in by itself.
     let given_back = bytes(&fork["given_back_bytes"]) / 4096;
     assert!(given_back > 0, "{fork:#}");
-    assert_eq!(bytes(&fork["faults"]["demand"]) + given_back, SIZE / 4096);
+    let [demand, around] = ["demand", "around"].map(|kind| bytes(&fork["faults"][kind]));
+    assert_eq!(demand + around + given_back, SIZE / 4096);
     let (installed, private) = (bytes(&fork["installed_bytes"]), bytes(&fork["memory"]["private"]));
     assert!(installed > SIZE / 2 && installed < SIZE, "{fork:#}");
     assert!(
