@@ -18,6 +18,7 @@ pub mod measure;
 pub mod plots;
 pub mod progress;
 pub mod report;
+pub mod rival;
 pub mod samples;
 pub mod section;
 pub mod sim_vmm;

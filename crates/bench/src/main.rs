@@ -14,6 +14,7 @@ use pagecast_bench::goal::Verdict;
 use pagecast_bench::interrupt::Interrupt;
 use pagecast_bench::progress::say;
 use pagecast_bench::report::Report;
+use pagecast_bench::rival::Rival;
 use pagecast_bench::section::{Scale, Section};
 use pagecast_bench::{Bench, plots, sim_vmm};
 use pagecast_command::Output;
@@ -70,6 +71,11 @@ struct Cli {
     /// The command whose daemon is measured [default: the one beside this program, else on PATH]
     #[arg(long, value_name = "PATH")]
     pagecast: Option<PathBuf>,
+
+    /// The shell command of another page server, to measure single faults beside it. It gets the paths `{socket}` of the socket to
+    /// listen at, for one VMM, and `{mem}` of the memory file
+    #[arg(long, value_name = "COMMAND")]
+    rival: Option<Rival>,
 }
 
 /// The exit code for a missed goal with `--check`.
@@ -122,6 +128,7 @@ impl Cli {
                 _ => Scale::Full,
             },
             pagecast: self.pagecast()?,
+            rival: self.rival.clone(),
         };
         let json_only = self.json.as_deref() == Some(Path::new(STDOUT));
         if self.markdown && !json_only {

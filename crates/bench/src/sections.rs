@@ -21,6 +21,7 @@ use crate::interrupt::Interrupt;
 use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::report::{Report, SectionReport};
+use crate::rival::Rival;
 use crate::section::{Scale, Section};
 
 /// Time that steps which are not measured may take.
@@ -35,6 +36,8 @@ pub struct Bench {
     pub scale: Scale,
     /// The command that starts daemons. Simulated VMMs are processes of this program (see [`sim_vmm`](crate::sim_vmm)).
     pub pagecast: PathBuf,
+    /// Another page server, for single faults.
+    pub rival: Option<Rival>,
 }
 
 /// Runs the benchmark. Reports progress on stderr; `done` gets each section when it is finished.

@@ -27,7 +27,11 @@ fn text(bytes: &[u8]) -> String {
 
 /// What as little as possible of a section came to.
 fn tiny(section: &str) -> Value {
-    let measured = output(&["--tiny", "--only", section, "--json"]);
+    tiny_with(section, &[])
+}
+
+fn tiny_with(section: &str, arguments: &[&str]) -> Value {
+    let measured = output(&[&["--tiny", "--only", section, "--json"], arguments].concat());
     assert!(measured.status.success(), "{section}: {measured:?}");
     serde_json::from_slice(&measured.stdout).unwrap_or_else(|error| panic!("{section}: {error}: {measured:?}"))
 }
@@ -93,7 +97,13 @@ fn faults_are_measured_beside_the_floor() {
         "4 forks",
         "20 forks",
     ] {
-        for name in ["floor: bare loop", "pagecast", "pagecast, resident template"] {
+        for name in [
+            "floor: bare loop",
+            "pagecast",
+            "pagecast, resident template",
+            "pagecast, no fault-around",
+            "pagecast, no polling",
+        ] {
             let measures = [
                 "fault_p50_us",
                 "fault_p99_us",
@@ -115,6 +125,25 @@ fn faults_are_measured_beside_the_floor() {
             "faults per second, 20 forks",
         ]
     );
+}
+
+#[test]
+fn another_page_server_is_measured_beside() {
+    let pagecast = Path::new(env!("CARGO_BIN_EXE_pagecast-bench")).with_file_name("pagecast");
+    let rival = format!("{} handle --socket {{socket}} --mem-file {{mem}}", pagecast.display());
+    let section = section(&tiny_with("faults", &["--rival", &rival]), "faults");
+    for setting in ["1 fork, one CPU", "20 forks"] {
+        let measures = ["fault_p50_us", "faults_per_second"];
+        assert_has(&section, &format!("{setting} / rival"), &measures);
+    }
+    for (rival, problem) in [
+        ("true {socket}", "{mem} is missing"),
+        ("true {socket} {mem}", "ended before its socket existed"),
+    ] {
+        let refused = output(&["--tiny", "--only", "faults", "--rival", rival]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(text(&refused.stderr).contains(problem), "{refused:?}");
+    }
 }
 
 #[test]

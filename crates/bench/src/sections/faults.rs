@@ -31,6 +31,7 @@ const TEMPLATE_PAGES: u64 = TEMPLATE_BYTES / 4096;
 
 pub(crate) const FLOOR: &str = "floor: bare loop";
 pub(crate) const PAGECAST: &str = "pagecast";
+const RIVAL: &str = "rival";
 pub(crate) const RESIDENT: &str = "pagecast, resident template";
 
 /// A server that is measured, beside the floor.
@@ -192,7 +193,7 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
     for set in 0..sets {
         for setting in settings {
             interrupt.check()?;
-            measure_set(set, turns, setting, &files, &bytes, &mut samples)?;
+            measure_set(bench, [set, turns], setting, &files, &bytes, &mut samples)?;
             progress.advance(1);
         }
     }
@@ -247,8 +248,8 @@ pub(super) fn measure(bench: &Bench, interrupt: &Interrupt) -> Result<SectionRep
 
 /// New servers with new forks, which take turns.
 fn measure_set(
-    set: u32,
-    turns: u32,
+    bench: &Bench,
+    [set, turns]: [u32; 2],
     setting: Setting,
     files: &[TemplateFile],
     bytes: &Arc<[u8]>,
@@ -267,7 +268,8 @@ fn measure_set(
     let loops = setting.processors.run(false, || {
         Floor::start_with(Strategy::Demand, &socket, bytes, floor.vmms.len())
     })?;
-    let model = files.first().context("there are variants")?.model();
+    let file = files.first().context("there are variants")?;
+    let model = file.model();
     for vmm in &floor.vmms {
         vmm.run(Connect::new(loops.socket(), model))?;
     }
@@ -295,6 +297,17 @@ fn measure_set(
     });
     let (servers, mut sides): (Vec<_>, Vec<_>) = served.collect::<Result<Vec<_>>>()?.into_iter().unzip();
     sides.push(floor);
+    let mut rivals = Vec::new();
+    if let Some(rival) = &bench.rival {
+        let vmms = spawn()?;
+        for (number, vmm) in vmms.iter().enumerate() {
+            let socket = folder.path().join(format!("rival-{number}"));
+            let start = || rival.start(&socket, file.path());
+            rivals.push(setting.processors.run(false, start)?);
+            vmm.run(Connect::new(&socket, model))?;
+        }
+        sides.push(Side { name: RIVAL, vmms });
+    }
     let sides: Vec<&Side> = sides.iter().collect();
     for turn in 0..turns {
         for side in in_turn(&sides, set + turn) {
@@ -332,7 +345,7 @@ fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples)
         .map(Job::join)
         .collect::<Result<Vec<LatencyReport>>>()?;
     let elapsed = started.elapsed();
-    // Floor and server run in this process, which does nothing else meanwhile.
+    // All but a rival run in this process, which does nothing else meanwhile.
     let cpu = own_cpu().saturating_sub(cpu_before);
     let faults = to_f64(setting.pages * u64::from(setting.forks));
     // The figures of the forks differ little; the median stands for all.
@@ -345,7 +358,9 @@ fn measure_turn(side: &Side, turn: u32, setting: Setting, samples: &mut Samples)
     let slowest = forks.iter().map(|fork| fork.max_ns).max().unwrap_or_default();
     samples.add(&subject, Measure::FaultMaxUs, micros(slowest));
     samples.add(&subject, Measure::FaultsPerSecond, faults / elapsed.as_secs_f64());
-    samples.add(&subject, Measure::CpuPerFaultUs, cpu.as_secs_f64() * 1e6 / faults);
+    if side.name != RIVAL {
+        samples.add(&subject, Measure::CpuPerFaultUs, cpu.as_secs_f64() * 1e6 / faults);
+    }
     Ok(())
 }
 
