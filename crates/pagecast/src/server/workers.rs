@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use super::disposal::Disposal;
 use super::fill::FillPool;
 use super::registry::Registry;
-use super::worker::{NewFork, Worker, WorkerHandle, WorkerOptions};
+use super::worker::{BusyWorkers, NewFork, Worker, WorkerHandle, WorkerOptions};
 
 /// The most workers if no number is set.
 const MOST: usize = 16;
@@ -29,9 +29,18 @@ impl Workers {
     ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (count, shared) = counts(asked, processors, options.may_be_raised);
+        let busy_workers = Arc::new(BusyWorkers::new(count, processors));
         let started = (0..count).map(|index| {
             let disposal = Arc::clone(disposal);
-            Worker::start(index, Arc::clone(registry), Arc::clone(fill_pool), disposal, options)
+            let busy_workers = Arc::clone(&busy_workers);
+            Worker::start(
+                index,
+                Arc::clone(registry),
+                Arc::clone(fill_pool),
+                disposal,
+                busy_workers,
+                options,
+            )
         });
         let (all, threads): (Vec<_>, Vec<_>) = started.collect::<std::io::Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Self {

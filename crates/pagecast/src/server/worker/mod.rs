@@ -1,5 +1,6 @@
 //! A thread that answers the faults of its forks.
 
+mod busy_workers;
 mod context;
 mod filler;
 mod filling;
@@ -30,6 +31,7 @@ use super::fill::FillPool;
 use super::fork::{FailReason, ForkEvent, ForkState, Refusal};
 use super::registry::{Holder, Registry, Requested};
 use crate::priority::WorkerPriority;
+pub(super) use busy_workers::BusyWorkers;
 use context::WorkerContext;
 use filler::Filler;
 pub(super) use handle::WorkerHandle;
@@ -89,6 +91,7 @@ pub(super) struct Worker {
     /// The filler carries out a step.
     filler_is_busy: bool,
     polling: Polling,
+    busy_workers: Arc<BusyWorkers>,
     idle_timer: IdleTimer,
     may_be_raised: bool,
     stopping: bool,
@@ -101,6 +104,7 @@ impl Worker {
         registry: Arc<Registry>,
         fill_pool: Arc<FillPool>,
         disposal: Arc<Disposal>,
+        busy_workers: Arc<BusyWorkers>,
         options: WorkerOptions,
     ) -> std::io::Result<(WorkerHandle, std::thread::JoinHandle<()>)> {
         let context = WorkerContext::new(
@@ -126,6 +130,7 @@ impl Worker {
             filler: OnceCell::new(),
             filler_is_busy: false,
             polling: Polling::new(options.busy_poll),
+            busy_workers,
             idle_timer,
             may_be_raised: options.may_be_raised,
             stopping: false,
@@ -191,8 +196,12 @@ impl Worker {
                 self.read_messages();
             }
             self.give_turns();
-            if answered && alone {
-                self.polling.after_fault();
+            if answered {
+                let now = self.scratch.read_clock_at;
+                self.busy_workers.note_fault(self.index, now);
+                if alone && self.busy_workers.are_few(now) {
+                    self.polling.after_fault();
+                }
             }
         }
     }

@@ -13,7 +13,7 @@ pub(in crate::server::worker) struct Scratch {
     /// As long as the largest page, so that it never grows on the fault path.
     pub(super) bytes: ReadBuffer,
     /// The last reading of the clock. On the fault path this stands for the current time, if nothing slow came between.
-    pub(super) read_clock_at: Instant,
+    pub(in crate::server::worker) read_clock_at: Instant,
 }
 
 impl Scratch {
