@@ -70,15 +70,6 @@ impl MappedFile {
         self.advise(Advice::LinuxHugepage)
     }
 
-    /// Lets later touches map only the pages around them, never 2 MiB as a whole.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` if the kernel has no transparent hugepages.
-    pub fn prefer_small(&self) -> Result<(), Errno> {
-        self.advise(Advice::LinuxNoHugepage)
-    }
-
     /// Reads all of the part into the page cache, in order, and waits for the disk.
     ///
     /// # Errors
