@@ -75,6 +75,11 @@ impl LiveSource {
         }
     }
 
+    /// Does nothing: pages are mapped on Linux only.
+    #[cfg(not(target_os = "linux"))]
+    #[expect(clippy::unused_self, reason = "as on Linux")]
+    pub(super) fn map(&self, _at: TemplateOffset) {}
+
     /// Looks for zeros in `len` bytes at `at`. May block.
     pub(super) fn find_zeros(&self, at: TemplateOffset, len: ByteLen) -> Result<(), SourceError> {
         self.check_not_withdrawn()?;

@@ -274,7 +274,6 @@ impl Readers {
             let (at, length) = match work {
                 Work::Read(key) => key,
                 Work::Map(at) => {
-                    #[cfg(target_os = "linux")]
                     self.source.map(at);
                     self.mapped();
                     continue;
