@@ -23,7 +23,7 @@ const LONGEST_STRIDE: usize = 16;
 /// The most pages of a window whose pages are not neighbours: each costs a system call.
 const MOST_APART: usize = 8;
 
-/// The pages of windows that may be unproven at any time, and one more for each so many pages that were asked for.
+/// The limit of unproven pages: this number, and one for each `ASKED_PER_UNPROVEN` pages that were asked for.
 const UNPROVEN_PAGES: u64 = 16;
 const ASKED_PER_UNPROVEN: u64 = 8;
 
@@ -37,7 +37,7 @@ const SAMPLED_RARELY: u32 = 8;
 /// Once there are this many samples, older ones count half.
 const MANY_SAMPLES: u32 = 64;
 
-/// If more than one held-out page in so many is not used, there are no windows for the next `PAUSE` faults.
+/// If more than one held-out page in `UNUSED_LIMIT` is unused, the next `PAUSE` faults get no windows.
 const UNUSED_LIMIT: u32 = 6;
 const PAUSE: u32 = 512;
 
@@ -108,8 +108,10 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Takes the pages of `window` for which `is_wanted` returns `true`. The page that faulted always is.
-    pub(super) fn new(region: RegionIndex, window: Window, is_wanted: impl Fn(PageIndex) -> bool) -> Self {
+    /// Takes the pages of `window` for which `is_wanted` returns `true`. The page that faulted always is. A page that is not wanted is
+    /// not held out either: it may never fault.
+    pub(super) fn new(region: RegionIndex, mut window: Window, is_wanted: impl Fn(PageIndex) -> bool) -> Self {
+        window.held_out = window.held_out.filter(|page| is_wanted(*page));
         let is_wanted = |place: &usize| {
             window
                 .page(*place)
@@ -177,19 +179,19 @@ impl FaultAround {
                 // Any place but the first.
                 let place = 1 + scatter(self.faults) % (width - 1);
                 window.held_out = window.page(place);
-                stream.held_out = window.held_out.map(PageIndex::get);
             }
         }
         Some(window)
     }
 
-    /// Notes that `ahead` pages of a window were installed besides the one that faulted, and that `next` is the first
-    /// page after it that can fault.
-    pub(super) fn on_planned(&mut self, window: &Window, ahead: usize, next: Option<PageIndex>) {
-        let Some(stream) = self.streams.get_mut(window.stream) else {
+    /// Notes the pages that are installed for a fault, and that `next` is the first page after the window that can fault.
+    pub(super) fn on_planned(&mut self, planned: &Ahead, next: Option<PageIndex>) {
+        let Some(stream) = self.streams.get_mut(planned.window.stream) else {
             return;
         };
-        stream.ahead = ahead as u64;
+        // Without the page that faulted.
+        stream.ahead = planned.pages().saturating_sub(1) as u64;
+        stream.held_out = planned.window.held_out.map(PageIndex::get);
         self.unproven += stream.ahead;
         match next {
             Some(next) => stream.next = next.get(),
@@ -331,7 +333,7 @@ mod tests {
             let next = (window.pages..)
                 .map_while(|place| window.page(place))
                 .find(|page| !installed.contains(&page.get()));
-            self.around.on_planned(&window, ahead.pages() - 1, next);
+            self.around.on_planned(&ahead, next);
             while let Some((first, pages)) = ahead.take() {
                 installed.extend(first.get()..first.get() + pages);
             }
@@ -377,6 +379,15 @@ mod tests {
             assert!(guest.faults < 4096 / 6, "{}", guest.faults);
             assert_eq!(guest.waste(), 0);
         }
+    }
+
+    #[test]
+    fn pages_that_are_there_already_do_not_count_as_unused() {
+        let mut guest = Guest::default();
+        let there = |page: &usize| page % 4 == 3;
+        guest.installed.extend((0..16_384).filter(there));
+        let guest = guest.touch_all(0..16_384);
+        assert!(guest.faults < 16_384 / 15, "{}", guest.faults);
     }
 
     #[test]

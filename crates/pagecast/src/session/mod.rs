@@ -232,7 +232,7 @@ impl Session {
         let next = (window.pages..window.pages + fault_around::MOST_PAGES)
             .map_while(|place| window.page(place).filter(|page| page.get() < region.pages()))
             .find(|page| states.is_absent(*page));
-        around.on_planned(&window, ahead.pages() - 1, next);
+        around.on_planned(&ahead, next);
         let first = ahead.take().map(|pages| template_pages(fault.at.region, region, pages));
         self.ahead = Some(ahead);
         first.filter(|first| first.pages > 1)
@@ -257,6 +257,9 @@ impl Session {
     /// Notes the outcome of installing pages of a window. Returns the number of pages that were installed. If these are
     /// not all, the rest of the window is given up.
     pub(crate) fn on_ahead(&mut self, install: &Install, outcome: Outcome) -> usize {
+        if outcome == Outcome::Installed {
+            self.repeated = None;
+        }
         let pages = match outcome {
             Outcome::Installed => install.pages,
             Outcome::Retry { installed } => filling::pages_of(installed, install.page_size),

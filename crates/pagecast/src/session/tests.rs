@@ -633,6 +633,28 @@ fn a_page_that_keeps_faulting_though_installed_is_given_up_and_not_spun_on() {
 }
 
 #[test]
+fn an_install_of_several_pages_ends_a_row_of_wakes_too() {
+    let mut session = Session::new(regions());
+    let mut answer = |page: usize| {
+        session.on_event(&fault(page)).unwrap();
+        match session.next_step().unwrap() {
+            Some(Step::Install(install)) => match session.plan_around(&install, 8, |_| true) {
+                Some(wide) => assert_eq!(session.on_ahead(&wide, Outcome::Installed), wide.pages),
+                None => assert_eq!(session.on_outcome(&install, Outcome::Installed), After::Done),
+            },
+            Some(Step::Wake(_)) => {}
+            None => panic!("no step"),
+        }
+        session.repeated
+    };
+    assert_eq!(answer(12), None);
+    assert!(answer(12).is_some_and(|(_, times)| times == 1));
+    assert_eq!(answer(13), None, "installed with its neighbour");
+    assert!(answer(14).is_some_and(|(_, times)| times == 1), "it came with page 13");
+    assert!(answer(14).is_some_and(|(_, times)| times == 2));
+}
+
+#[test]
 fn a_thread_hit_by_signals_does_not_fill_our_queues() {
     let mut session = Session::new(regions());
     // All that one turn reads is answered in that turn, and a page that has to wait is waited for once.
