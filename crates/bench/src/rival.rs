@@ -39,7 +39,7 @@ pub(crate) struct RivalServer {
 }
 
 impl Rival {
-    /// Starts a server for one VMM. Waits until its socket exists.
+    /// Starts a server for one VMM. Waits until it listens.
     pub(crate) fn start(&self, socket: &Path, mem: &Path) -> Result<RivalServer> {
         for name in [SOCKET, MEM] {
             ensure!(
@@ -59,20 +59,31 @@ impl Rival {
             .with_context(|| format!("failed to start `{command}`"))?;
         let mut server = RivalServer { child };
         let deadline = Instant::now() + PATIENCE;
-        while !socket.exists() {
+        while !is_listened_at(socket)? {
             if let Some(status) = server.child.try_wait()? {
                 bail!("`{command}` ended before its socket existed ({status})");
             }
             ensure!(
                 Instant::now() < deadline,
-                "`{command}` has made no socket after {PATIENCE:?}"
+                "`{command}` does not listen at {} after {PATIENCE:?}",
+                socket.display()
             );
             std::thread::sleep(PACE);
         }
-        // It may be bound, and not listened at yet.
-        std::thread::sleep(PACE);
         Ok(server)
     }
+}
+
+/// Returns `true` if a process listens at this unix socket. A connection as a probe would use up a server for one VMM.
+fn is_listened_at(socket: &Path) -> Result<bool> {
+    /// `__SO_ACCEPTCON`, in the column "Flags".
+    const LISTENS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").context("failed to read /proc/net/unix")?;
+    let path = socket.to_str().context("the path of a socket is UTF-8")?;
+    Ok(sockets.lines().any(|line| {
+        let mut columns = line.split_whitespace();
+        columns.nth(3) == Some(LISTENS) && line.ends_with(path)
+    }))
 }
 
 impl Drop for RivalServer {
