@@ -90,8 +90,8 @@ impl Builder {
     /// sleep. Default: 100 us.
     ///
     /// If cores are free, this saves the time to wake a thread on another core, which can be most of a fault. Meanwhile
-    /// a worker uses its core in full. So it checks only while that finds faults, while no other thread wants its core, and
-    /// for half a second of CPU time at most, then for a quarter of the time.
+    /// a worker uses its core in full. So it checks only while that finds faults, while no other thread wants its core, while
+    /// at most half of the processors have a busy worker, and for half a second of CPU time at most, then for a quarter of the time.
     #[must_use]
     pub fn busy_poll(mut self, time: Duration) -> Self {
         self.busy_poll = time;

@@ -324,7 +324,7 @@ mod tests {
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         let blocks = blocks(&file, len);
         if blocks.file.range(0, PAGE).unwrap().is_resident() {
-            return pagecast_testkit::skip::skip("a file system that lets go of what is in the page cache");
+            return pagecast_testkit::skip::skip("this file system keeps its pages in memory");
         }
         for round in 0..20 {
             assert!(!finds(&blocks, 1, 0, round * ROUND));
